@@ -1,0 +1,82 @@
+"""`KVCache`: keys and values of one request, layer by layer, each layer with a length of its own.
+
+Preallocated buffers that grow by doubling, so that a step writes its rows and copies nothing else. Stands where
+transformers' decoder layers expect a `Cache`: they only call `update`. Knows no drafting and no model family.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+MIN_CAPACITY = 64
+
+
+class KVCache:
+    """Keys and values, one pair of buffers a layer, each of shape [1, KV heads, capacity, head size]."""
+
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        self.lengths = [0] * num_layers
+        self._keys: list[Tensor | None] = [None] * num_layers
+        self._values: list[Tensor | None] = [None] * num_layers
+        self._capacity = max(capacity, MIN_CAPACITY)
+
+    @classmethod
+    def from_dynamic(cls, cache: DynamicCache, capacity: int) -> "KVCache":
+        """Copy what the prompt's own forward left in a `DynamicCache` of batch size 1."""
+        kv = cls(len(cache.layers), capacity)
+        for index, layer in enumerate(cache.layers):
+            assert layer.keys is not None and layer.values is not None
+            kv.update(layer.keys, layer.values, index)
+        return kv
+
+    def copy_to(self, cache: DynamicCache) -> None:
+        """Leave in `cache` what plain decoding would have left there."""
+        for index, layer in enumerate(cache.layers):
+            keys, values = self._keys[index], self._values[index]
+            assert keys is not None and values is not None
+            layer.keys = keys[:, :, : self.lengths[index]].clone()
+            layer.values = values[:, :, : self.lengths[index]].clone()
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append rows to a layer; called by the base's attention modules.
+
+        Args:
+            keys, values: shape [1, KV heads, new rows, head size].
+            layer_idx: which layer.
+
+        Returns:
+            All keys and values of that layer so far, views of shape [1, KV heads, length, head size].
+        """
+        start = self.lengths[layer_idx]
+        end = start + keys.shape[2]
+        key_buffer = _reserve(self._keys[layer_idx], keys, start, end, self._capacity)
+        value_buffer = _reserve(self._values[layer_idx], values, start, end, self._capacity)
+        key_buffer[:, :, start:end] = keys
+        value_buffer[:, :, start:end] = values
+        self._keys[layer_idx], self._values[layer_idx] = key_buffer, value_buffer
+        self.lengths[layer_idx] = end
+        return key_buffer[:, :, :end], value_buffer[:, :, :end]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Rows held by a layer."""
+        return self.lengths[layer_idx]
+
+    def crop(self, length: int) -> None:
+        """Forget every row from `length` on, in every layer; a layer that holds fewer keeps what it has."""
+        self.lengths = [min(length, held) for held in self.lengths]
+
+
+def _reserve(buffer: Tensor | None, rows: Tensor, used: int, needed: int, capacity: int) -> Tensor:
+    """A buffer that holds at least `needed` rows, with the first `used` rows of `buffer` kept."""
+    if buffer is not None and needed <= buffer.shape[2]:
+        return buffer
+    held = 0 if buffer is None else buffer.shape[2]
+    size = max(capacity, needed, 2 * held)
+    grown = torch.empty(*rows.shape[:2], size, rows.shape[3], dtype=rows.dtype, device=rows.device)
+    if buffer is not None:
+        grown[:, :, :used] = buffer[:, :, :used]
+    return grown

@@ -1,0 +1,77 @@
+"""The round: draft with the shallow layers, verify in one pass of the deep ones, accept, crop.
+
+Source: SpecBound (arXiv 2604.12247). Knows nothing of transformers' `generate`, of files or of text.
+"""
+
+from collections.abc import Collection
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from runtime.accept import Accepted, accept
+from runtime.draft import Drafter, draft_tokens
+from runtime.policy import SpeculationBounds
+from runtime.state import DecodeState
+from runtime.stats import SpeculationStats
+
+
+class Emitter(Protocol):
+    """Turns target logits into emitted tokens, as plain decoding does, one call a token."""
+
+    def emit(self, logits: Tensor) -> tuple[int, bool]:
+        """Choose and emit the next token from target logits [1, V]; whether generation stops with it."""
+
+    @property
+    def remaining(self) -> int:
+        """How many more tokens may be emitted."""
+
+    @property
+    def stop_tokens(self) -> Collection[int]:
+        """Ids that end the text."""
+
+
+def speculate_round(
+    state: DecodeState,
+    newest: int,
+    drafter: Drafter,
+    bounds: SpeculationBounds,
+    emitter: Emitter,
+    stats: SpeculationStats,
+) -> Accepted:
+    """One round: emits at least one token and leaves nothing pending.
+
+    Args:
+        state: settled up to, but not including, `newest`.
+        newest: the last emitted token.
+    """
+    settled = state.length
+    state.push(torch.tensor([[newest]], device=state.device))
+    limit = bounds.draft_limit(emitter.remaining)
+    draft = draft_tokens(state, drafter, bounds, limit=limit, stop_tokens=emitter.stop_tokens)
+    logits_TV = state.verify()[0]
+    result = accept(draft.tokens, lambda row: emitter.emit(logits_TV[row : row + 1]))
+    state.crop(settled + len(result.tokens))
+    stats.record_round(draft.exit_layers, result.num_accepted, len(result.tokens), hard=draft.hard)
+    return result
+
+
+def decode(
+    state: DecodeState,
+    prompt_logits: Tensor,
+    drafter: Drafter,
+    bounds: SpeculationBounds,
+    emitter: Emitter,
+    stats: SpeculationStats,
+) -> None:
+    """Emit tokens until the emitter stops.
+
+    Args:
+        state: holds the prompt.
+        prompt_logits: target logits [1, V] after the prompt.
+    """
+    newest, stopped = emitter.emit(prompt_logits)
+    stats.emitted += 1
+    while not stopped:
+        result = speculate_round(state, newest, drafter, bounds, emitter, stats)
+        newest, stopped = result.tokens[-1], result.stopped

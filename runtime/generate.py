@@ -1,0 +1,254 @@
+"""Binds the decoding loop to transformers' `generate`: its processors, criteria, streamers and outputs.
+
+`generate` itself stays transformers' own. Its greedy and sampling loop, `_sample`, is overridden in a subclass
+that the model becomes an instance of, so everything `generate` prepares (masks, cache, processors, stop strings,
+length limits) is stock's, and other modes (beam search, assisted, ...) never come here. Calls that speculation
+cannot honour bit for bit run stock's loop, with one warning. Knows nothing of files.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from runtime.cache import KVCache
+from runtime.config import SpecBoundConfig
+from runtime.decode import decode
+from runtime.draft import Drafter
+from runtime.errors import SpecBoundError
+from runtime.exactness import ExecutionPolicy, execution
+from runtime.layers import DecoderLayers
+from runtime.policy import SpeculationBounds
+from runtime.state import DecodeState
+from runtime.stats import SpeculationStats
+
+logger = logging.getLogger(__name__)
+
+# Arguments of the base's forward that plain decoding of text needs; any other may change what layers compute.
+KNOWN_ARGUMENTS = {
+    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds",
+}  # fmt: skip
+
+
+class SpecBound:
+    """What `model.specbound` is: the adapter at work on one model.
+
+    Attributes:
+        config: what the adapter's `config.json` says; None where a drafter was attached by hand.
+        bounds: may be replaced between calls.
+        stats: counts of the last `generate` call that speculated.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        drafter: Drafter,
+        bounds: SpeculationBounds,
+        policy: ExecutionPolicy,
+        config: SpecBoundConfig | None = None,
+    ) -> None:
+        self.layers = DecoderLayers(model)
+        self.drafter = drafter
+        self.bounds = bounds
+        self.policy = policy
+        self.config = config
+        self.stats = SpeculationStats()
+        self.enabled = True
+        self.lock = threading.Lock()
+        self._warned: set[str] = set()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """While open, `generate` is plain decoding."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def warn_plain(self, reason: str) -> None:
+        """Say once why a call runs as plain decoding."""
+        if reason not in self._warned:
+            self._warned.add(reason)
+            logger.warning("SpecBound: plain decoding for this call, because %s.", reason)
+
+
+def attach(model: PreTrainedModel, specbound: SpecBound) -> PreTrainedModel:
+    """Make `model.generate` speculate; the model stays an instance of its own class.
+
+    Raises:
+        SpecBoundError: where an adapter is attached already.
+    """
+    if hasattr(model, "specbound"):
+        raise SpecBoundError("this model already has an adapter: call runtime.detach(model) first")
+    stock = type(model)
+    # The name, module and signature stay the base's: transformers looks models up by them.
+    namespace = {"_sample": _sample, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    model.__class__ = type(stock.__name__, (stock,), {**namespace, "__doc__": stock.__doc__})
+    model.specbound = specbound
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `attach`: the model is what it was."""
+    if hasattr(model, "specbound"):
+        del model.specbound
+        model.__class__ = type(model).__mro__[1]
+    return model
+
+
+@torch.no_grad()
+def _sample(
+    self: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """Greedy and sampled decoding of `generate`, with speculation where it keeps every bit."""
+    specbound: SpecBound = self.specbound
+    reason = _plain_reason(self, input_ids, generation_config, synced_gpus, model_kwargs)
+    if reason is not None or not specbound.enabled:
+        if specbound.enabled:
+            specbound.warn_plain(str(reason))
+        return type(self).__mro__[1]._sample(  # type: ignore[attr-defined, no-any-return]
+            self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
+            **model_kwargs,
+        )  # fmt: skip
+    if not specbound.lock.acquire(blocking=False):
+        raise SpecBoundError("this model is generating in another thread: give each thread its own model, or wait")
+    try:
+        emitter = TargetEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+        return _speculate(self, specbound, emitter, generation_config, model_kwargs)
+    finally:
+        specbound.lock.release()
+
+
+def _speculate(
+    model: PreTrainedModel,
+    specbound: SpecBound,
+    emitter: "TargetEmitter",
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """Prompt through the stock forward, then rounds; what plain `generate` returns comes back."""
+    started = time.perf_counter()
+    specbound.stats = SpeculationStats()
+    outputs = model._prefill(emitter.input_ids, generation_config, model_kwargs)
+    stock_cache: DynamicCache = outputs.past_key_values
+    capacity = stock_cache.get_seq_length() + min(emitter.remaining, 1024) + specbound.bounds.max_draft_tokens
+    cache = KVCache.from_dynamic(stock_cache, capacity)
+    positions = model_kwargs.get("position_ids")
+    offset = 0 if positions is None else int(positions[0, -1]) + 1 - cache.get_seq_length()
+    state = DecodeState(specbound.layers, cache, position_offset=offset)
+    with execution(model, specbound.policy):
+        decode(state, outputs.logits[:, -1], specbound.drafter, specbound.bounds, emitter, specbound.stats)
+    if generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False):
+        cache.copy_to(stock_cache)
+    specbound.stats.seconds = time.perf_counter() - started
+    return emitter.finish(stock_cache)
+
+
+def _plain_reason(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    synced_gpus: bool,
+    model_kwargs: dict[str, Any],
+) -> str | None:
+    """Why this call cannot speculate and keep every bit; None if it can."""
+    cache = model_kwargs.get("past_key_values")
+    unknown = {key for key, value in model_kwargs.items() if value is not None} - KNOWN_ARGUMENTS
+    embeds = model_kwargs.get("inputs_embeds")
+    if (input_ids if embeds is None else embeds).shape[0] != 1:
+        return "it decodes several sequences at once"
+    if model_kwargs.get("attention_mask") is not None:
+        return "its attention mask has holes"
+    if unknown:
+        return f"it passes {', '.join(sorted(unknown))} to the model"
+    if not model_kwargs.get("use_cache") or type(cache) is not DynamicCache or cache.offloading:
+        return "it does not use the default dynamic cache"
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return "its cache is not of full attention in every layer"
+    if generation_config.output_attentions or generation_config.output_hidden_states:
+        return "it asks for attentions or hidden states"
+    if synced_gpus:
+        return "synced_gpus keeps several processes in step"
+    if model.training or torch.is_autocast_enabled(model.device.type):
+        return "the model is in training mode or under autocast"
+    return None
+
+
+class TargetEmitter:
+    """Chooses, records and hands on tokens exactly as stock's loop does, one call a token.
+
+    Args:
+        input_ids: prompt, shape [1, T], int64.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any,
+    ) -> None:
+        self.input_ids = input_ids
+        self.processors = logits_processor
+        self.criteria = stopping_criteria
+        self.streamer = streamer
+        self.do_sample = generation_config.do_sample
+        self.return_dict = generation_config.return_dict_in_generate
+        self.scores: tuple[Tensor, ...] | None = () if self._wants(generation_config.output_scores) else None
+        self.logits: tuple[Tensor, ...] | None = () if self._wants(generation_config.output_logits) else None
+        self.max_length: int = stopping_criteria.max_length or generation_config.max_length
+        eos = getattr(generation_config, "_eos_token_tensor", None)
+        self.stop_tokens: Collection[int] = frozenset() if eos is None else frozenset(eos.tolist())
+
+    def _wants(self, output: bool | None) -> bool:
+        return bool(self.return_dict and output)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be emitted before the length limit."""
+        return self.max_length - self.input_ids.shape[1]
+
+    def emit(self, logits: Tensor) -> tuple[int, bool]:
+        """Choose the next token from target logits [1, V] on the text so far; whether generation stops with it."""
+        logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
+        scores = self.processors(self.input_ids, logits)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+        if self.do_sample:
+            token = torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        else:
+            token = torch.argmax(scores, dim=-1)
+        self.input_ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
+        stop = bool(self.criteria(self.input_ids, self.scores).max())
+        if self.streamer is not None:
+            self.streamer.put(token.cpu())
+        return int(token), stop
+
+    def finish(self, cache: DynamicCache) -> GenerateDecoderOnlyOutput | Tensor:
+        """End the stream; what `generate` returns."""
+        if self.streamer is not None:
+            self.streamer.end()
+        if not self.return_dict:
+            return self.input_ids
+        return GenerateDecoderOnlyOutput(
+            sequences=self.input_ids, scores=self.scores, logits=self.logits, past_key_values=cache
+        )

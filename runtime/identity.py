@@ -1,0 +1,61 @@
+"""Which base and which tokenizer: fingerprints that tell one from another. Knows nothing of adapters.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from runtime.errors import UnsupportedModel
+
+SAMPLES_PER_TENSOR = 2048
+
+
+def base_fingerprint(model: PreTrainedModel) -> str:
+    """Identity of a base's weights, `sha256:` and 64 hex digits, in seconds for any size.
+
+    Hashes name, shape and up to 2,048 evenly spaced elements of every parameter, rounded to bfloat16: weights
+    stored in bfloat16 or float16 give one fingerprint whether loaded in that dtype or in float32, and float32
+    weights the same in float32 and bfloat16. (They do not when rounded to float16 by the user.)
+
+    Raises:
+        UnsupportedModel: where a parameter is not in memory (offloaded).
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedModel(f"parameter {name} is offloaded: load the base into memory")
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // SAMPLES_PER_TENSOR)
+        sample = flat[::step][:SAMPLES_PER_TENSOR].to(torch.bfloat16).cpu().view(torch.int16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def weights_sha256(model: PreTrainedModel) -> str:
+    """Hash of every byte of every parameter, as 64 hex digits: equal before and after means nothing changed."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identity of what a tokenizer maps: its vocabulary and special tokens, `sha256:` and 64 hex digits."""
+    special: dict[str, Any] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    text = json.dumps([sorted(tokenizer.get_vocab().items()), special], sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's bytes, 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,114 @@
+"""`load_specbound`: a base model and an adapter become one model whose `generate` speculates."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from runtime.draft import HeadDrafter
+from runtime.errors import AdapterError, BaseModelMismatch, ConfigError
+from runtime.exactness import ExecutionPolicy
+from runtime.generate import SpecBound, attach
+from runtime.heads import DraftUnembedding
+from runtime.hub import Adapter, load_adapter, resolve_adapter
+from runtime.identity import base_fingerprint, tokenizer_fingerprint
+from runtime.layers import DecoderLayers
+
+EXACTNESS = {"bitwise": ExecutionPolicy.rowwise(), "batched": ExecutionPolicy.batched()}
+
+
+def load_specbound(
+    adapter: str | os.PathLike[str],
+    base_model: str | os.PathLike[str] | PreTrainedModel | None = None,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    exactness: str = "bitwise",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel:
+    """Load an adapter onto its base; `generate` then gives the base's own tokens, faster.
+
+    Args:
+        adapter: folder or Hub id.
+        base_model: a loaded model, a folder or a Hub id; None takes the base the adapter names.
+        revision: of the adapter's repository.
+        dtype, device_map: as `from_pretrained` takes them, for a base that is loaded here.
+        token, cache_dir, local_files_only: as huggingface_hub takes them.
+        exactness: `bitwise` (default): the bits of plain decoding. `batched`: faster; near-ties may differ.
+        tokenizer: checked against the adapter's; for a base loaded here its own is.
+
+    Returns:
+        The user's ordinary model; `model.specbound` holds bounds and statistics.
+
+    Raises:
+        AdapterError: the adapter is not whole or not valid.
+        BaseModelMismatch: it was fitted on another base or tokenizer.
+        UnsupportedModel: the base's layers cannot be driven one by one.
+        ConfigError: an argument is wrong.
+    """
+    if exactness not in EXACTNESS:
+        raise ConfigError(f"exactness is {exactness!r}: expected one of {', '.join(EXACTNESS)}")
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    loaded = load_adapter(resolve_adapter(adapter, revision=revision, **hub))  # type: ignore[arg-type]
+    if not isinstance(base_model, PreTrainedModel):
+        source = str(loaded.config.base_model_name_or_path if base_model is None else base_model)
+        hub["revision"] = loaded.config.base_model_revision if base_model is None else None
+        tokenizer = tokenizer or _from_pretrained(AutoTokenizer, source, hub)
+        options = {"dtype": dtype or "auto", "device_map": device_map}
+        base_model = _from_pretrained(AutoModelForCausalLM, source, hub | options)
+    elif dtype is not None or device_map is not None:
+        raise ConfigError("dtype and device_map are for a base that is loaded here: this one is loaded already")
+    check_base(base_model, tokenizer, loaded)
+    return attach(base_model, prepare(base_model, loaded, EXACTNESS[exactness]))
+
+
+def prepare(model: PreTrainedModel, adapter: Adapter, policy: ExecutionPolicy) -> SpecBound:
+    """An adapter ready to run on this model, its heads on the model's device and in its dtype."""
+    layers = DecoderLayers(model)
+    config = adapter.config
+    whole = config.draft_vocab_size == config.vocab_size and bool(
+        (adapter.draft_to_target == torch.arange(config.vocab_size)).all()
+    )
+    drafter = HeadDrafter(
+        heads=adapter.heads.to(device=model.device, dtype=model.dtype),
+        unembedding=DraftUnembedding(layers, None if whole else adapter.draft_to_target),
+        draft_to_target=None if whole else adapter.draft_to_target.tolist(),
+        temperatures=config.temperatures,
+    )
+    return SpecBound(model, drafter, config.bounds, policy, config)
+
+
+def check_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, adapter: Adapter) -> None:
+    """Raise BaseModelMismatch unless the adapter was fitted on this base and this tokenizer."""
+    config = adapter.config
+    name = config.base_model_name_or_path
+    shape = {
+        "num_hidden_layers": model.config.num_hidden_layers,
+        "hidden_size": model.config.hidden_size,
+        "vocab_size": model.get_output_embeddings().weight.shape[0],
+    }
+    for field, found in shape.items():
+        if found != getattr(config, field):
+            raise BaseModelMismatch(
+                f"the adapter was fitted on {name} with {field} {getattr(config, field)}, this base has {found}"
+            )
+    if base_fingerprint(model) != config.base_model_fingerprint:
+        raise BaseModelMismatch(
+            f"the adapter was fitted on {name}, this base has other weights: load that base, or fit an adapter for this"
+        )
+    if tokenizer is not None and tokenizer_fingerprint(tokenizer) != config.tokenizer_fingerprint:
+        raise BaseModelMismatch(f"the adapter was fitted with the tokenizer of {name}, this one maps text otherwise")
+
+
+def _from_pretrained(auto: Any, source: str, options: dict[str, Any]) -> Any:
+    try:
+        return auto.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise AdapterError(f"the base {source} could not be loaded (pass base_model=...): {first}") from None

@@ -1,0 +1,87 @@
+"""`DecodeState`: one request's cache and the tokens whose successor is not settled.
+
+Those pending tokens stand at different depths. Along them depth never rises, so the ones that lack a layer are
+always the last ones: a stack of segments, deepest first, each a block of consecutive tokens at one depth.
+Knows nothing of heads, confidence or policy.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from runtime.cache import KVCache
+from runtime.layers import DecoderLayers
+
+
+@dataclass(slots=True)
+class Segment:
+    """Consecutive pending tokens at one depth: hidden states [1, T, D], `position` of the first."""
+
+    hidden: Tensor
+    depth: int
+    position: int
+
+
+class DecodeState:
+    """Cache and pending tokens of one request.
+
+    Args:
+        layers: the base.
+        cache: holds the same number of rows in every layer, those of the settled tokens.
+        position_offset: position of the first token; not 0 where the caller numbers positions another way.
+    """
+
+    def __init__(self, layers: DecoderLayers, cache: KVCache, *, position_offset: int = 0) -> None:
+        self.layers = layers
+        self.cache = cache
+        self.length = cache.get_seq_length()
+        self.position_offset = position_offset
+        self.segments: list[Segment] = []
+        self.embedding: Tensor | None = None
+
+    def push(self, token_ids: Tensor) -> None:
+        """Make the token of shape [1, 1] the newest pending one, at depth 0."""
+        position = self.length + self.position_offset
+        hidden = self.layers.embed(token_ids, position)
+        self.embedding = hidden
+        self.segments.append(Segment(hidden, 0, position))
+        self.length += 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.layers.device
+
+    @property
+    def newest(self) -> Tensor:
+        """Hidden state of the newest pending token, shape [1, 1, D], at the depth reached so far."""
+        return self.segments[-1].hidden[:, -1:]
+
+    def advance(self, depth: int) -> None:
+        """Bring every pending token to at least `depth`; each layer runs once, over all tokens that lack it."""
+        while self.segments[-1].depth < depth:
+            last = self.segments[-1]
+            above = self.segments[-2].depth if len(self.segments) > 1 else depth
+            stop = min(depth, above)
+            last.hidden = self.layers.run(last.hidden, last.depth, stop, last.position, self.cache)
+            last.depth = stop
+            self._merge()
+
+    def _merge(self) -> None:
+        """Join the last two segments where they have come to the same depth."""
+        if len(self.segments) > 1 and self.segments[-2].depth == self.segments[-1].depth:
+            last = self.segments.pop()
+            self.segments[-1].hidden = torch.cat([self.segments[-1].hidden, last.hidden], dim=1)
+
+    def verify(self) -> Tensor:
+        """Bring all pending tokens to the top; target logits of each of them, shape [1, T, V]."""
+        self.advance(self.layers.num_layers)
+        assert len(self.segments) == 1
+        return self.layers.logits(self.segments[0].hidden)
+
+    def crop(self, length: int) -> None:
+        """Settle: keep the cache rows of the first `length` tokens in every layer; nothing is pending."""
+        self.cache.crop(length)
+        self.segments.clear()
+        self.length = length

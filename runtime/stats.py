@@ -1,0 +1,58 @@
+"""Counts of one `generate` call. Knows nothing of how they come about."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class SpeculationStats:
+    """What speculation did in the last call.
+
+    Attributes:
+        emitted: tokens generated, the one from the prompt's own forward included.
+        rounds: verification passes of the target.
+        drafted: drafts made, by exit layer.
+        accepted: drafts accepted, by exit layer.
+        accept_counts: accepted drafts of a round -> number of rounds.
+        hard_tokens: rounds that ended at a token no exit was sure of.
+        seconds: wall-clock time of the call, prompt included.
+    """
+
+    emitted: int = 0
+    rounds: int = 0
+    drafted: Counter[int] = field(default_factory=Counter)
+    accepted: Counter[int] = field(default_factory=Counter)
+    accept_counts: Counter[int] = field(default_factory=Counter)
+    hard_tokens: int = 0
+    seconds: float = 0.0
+
+    def record_round(self, exit_layers: list[int], num_accepted: int, num_emitted: int, *, hard: bool) -> None:
+        """Add one round: the exit layer of each draft, how many were accepted, how many tokens came out."""
+        self.rounds += 1
+        self.emitted += num_emitted
+        self.drafted.update(exit_layers)
+        self.accepted.update(exit_layers[:num_accepted])
+        self.accept_counts[num_accepted] += 1
+        self.hard_tokens += hard
+
+    def __iadd__(self, other: "SpeculationStats") -> "SpeculationStats":
+        self.emitted += other.emitted
+        self.rounds += other.rounds
+        self.drafted += other.drafted
+        self.accepted += other.accepted
+        self.accept_counts += other.accept_counts
+        self.hard_tokens += other.hard_tokens
+        self.seconds += other.seconds
+        return self
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / drafted; 0 when nothing was drafted."""
+        drafted = self.drafted.total()
+        return self.accepted.total() / drafted if drafted else 0.0
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens emitted per verification pass, recovered and bonus tokens counted; 0 before the first pass."""
+        tokens = sum((count + 1) * rounds for count, rounds in self.accept_counts.items())
+        return tokens / self.rounds if self.rounds else 0.0

@@ -1,0 +1,1 @@
+"""Fitting, calibration and publishing of SpecBound exit heads. Needs the `train` extra."""

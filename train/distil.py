@@ -1,0 +1,92 @@
+"""Entry point: make the corpus of a recipe. Knows nothing of exits, losses or fitting.
+
+Run as `accelerate launch train/distil.py --config configs/fit/NAME.yaml`; run again to go on after a stop.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from runtime.errors import ConfigError, SpecBoundError
+from runtime.identity import base_fingerprint
+from train.corpus import CorpusOptions, distil
+from train.options import FitConfig, parse_config, validate
+from train.prompts import read_prompts
+
+logger = logging.getLogger(__name__)
+
+
+def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: PartialState) -> Path:
+    """Make, resume or find the corpus of the recipe, over all processes; returns its folder.
+
+    Args:
+        config: a validated recipe.
+        model: the base, on this process's device.
+
+    Raises:
+        ConfigError, DataError: see `read_prompts` and `distil`.
+    """
+    with state.main_process_first():  # the others then find a data set in the cache
+        sources = [read_prompts(source, limit=config.prompt_limit) for source in config.prompts]
+    options = CorpusOptions(
+        max_new_tokens=config.max_new_tokens,
+        max_prompt_tokens=config.max_prompt_tokens,
+        batch_size=config.generation_batch_size,
+        sample_fraction=config.sample_fraction,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        chat_template=config.chat_template,
+        calibration_fraction=config.calibration_fraction,
+        held_out_fraction=config.held_out_fraction,
+        evaluation_files=tuple(config.evaluation_files),
+        seed=config.seed,
+    )
+    return distil(
+        model,
+        tokenizer,
+        [prompt for source in sources for prompt in source],
+        config.corpus_path,
+        options,
+        fingerprint=base_fingerprint(model),
+        rank=state.process_index,
+        world_size=state.num_processes,
+        barrier=state.wait_for_everyone,
+    )
+
+
+def main(config: FitConfig) -> None:
+    """Load the base of the recipe and make the corpus.
+
+    Raises:
+        ConfigError: a wrong setting, or a base that cannot be loaded.
+        DataError: prompts that cannot be used.
+    """
+    validate(config)
+    state = PartialState()
+    name, revision = config.model_name_or_path, config.model_revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=getattr(torch, config.dtype)
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"model_name_or_path {name!r}: cannot be loaded ({reason})") from error
+    folder = make_corpus(config, model.to(state.device), tokenizer, state=state)
+    if state.is_main_process:
+        logger.info("corpus complete: %s", folder)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main(parse_config(sys.argv[1:]))
+    except SpecBoundError as error:
+        sys.exit(f"error: {error}")

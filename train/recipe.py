@@ -1,0 +1,76 @@
+"""Recipes: a YAML file of settings, read strictly. Knows their names and types, not what they mean."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from runtime.errors import ConfigError
+
+
+def read_recipe(path: Path, *, types: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in the file, each as its type of `types`: str, int, float, a list of these, or optional.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or a setting is unknown, repeated or wrongly typed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from error
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        reason = getattr(error, "problem", None) or str(error).split("\n")[0]
+        raise ConfigError(f"{where}: not valid YAML ({reason}); expected lines `setting: value`") from error
+    if content is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}: expected lines `setting: value`, got {content!a:.60}")
+    seen = set()
+    for key, _ in root.value:  # YAML itself lets a repeated key replace the first one silently
+        if key.value in seen:
+            raise ConfigError(
+                f"{path}, line {key.start_mark.line + 1}: {key.value} is given twice; delete one"
+            )
+        seen.add(key.value)
+    refuse_unknown([str(key) for key in content], known=types, where=str(path))
+    return {key: _convert(value, types[key], where=f"{path}: {key}") for key, value in content.items()}
+
+
+def refuse_unknown(given: Collection[str], *, known: Collection[str], where: str, prefix: str = "") -> None:
+    """Raise a ConfigError at the first given name that is not known, with the nearest one that is."""
+    for name in sorted(given):
+        if name not in known:
+            hint = nearest(name, known)
+            raise ConfigError(f"{where}: unknown setting {prefix}{name}{hint}; see --help for all settings")
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """`" (did you mean NAME?)"` with the nearest of the names, or nothing where none is near."""
+    near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _convert(value: Any, kind: Any, *, where: str) -> Any:
+    if type(None) in get_args(kind):
+        return None if value is None else _convert(value, get_args(kind)[0], where=where)
+    if get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}: expected a list, such as [{value!r}]; got {value!r}")
+        return [_convert(entry, get_args(kind)[0], where=where) for entry in value]
+    # YAML takes 1e-4 for text, so numbers are read from text too; and it takes yes, no, on and off for bool.
+    allowed = {str: (str,), int: (int, str), float: (int, float, str)}[kind]
+    if isinstance(value, allowed) and not isinstance(value, bool):
+        try:
+            return kind(value)
+        except (ValueError, OverflowError):
+            pass
+    hint = "; put it in quotes" if kind is str and value is not None else ""
+    raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r} ({type(value).__name__}){hint}")
