@@ -81,6 +81,8 @@ class DecoderLayers:
     def __init__(self, model: PreTrainedModel) -> None:
         family = check_supported(model)
         body = getattr(model, family.body)
+        self.model = model
+        self.body: nn.Module = body
         self.config = model.config
         self.embedding: nn.Module = getattr(body, family.embedding)
         self.layers: list[nn.Module] = list(getattr(body, family.layers))

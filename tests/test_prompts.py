@@ -132,7 +132,7 @@ def test_a_broken_file_is_one_line_of_error(tmp_path, name, content, expected):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"cannot be read"):
         read_prompts(str(tmp_path / "absent.jsonl"))
 
 
@@ -159,7 +159,7 @@ def test_a_data_set_that_fails_to_load_is_one_line_of_error(monkeypatch):
         raise ValueError("Unknown split\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match="'test' of data set 'some/set'.*Unknown split") as caught:
+    with pytest.raises(DataError, match=r"'test' of data set 'some/set'.*Unknown split") as caught:
         read_prompts("some/set:test")
     assert "\n" not in str(caught.value)
 

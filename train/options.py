@@ -116,7 +116,7 @@ def parse_config(argv: Sequence[str]) -> FitConfig:
         argv: the command line without the program's name.
 
     Raises:
-        ConfigError: an unknown or wrongly typed key or flag, a missing setting, or a file that cannot be read.
+        ConfigError: an unknown or wrongly typed key or flag, a missing setting, or an unreadable file.
     """
     pre_parser = _Parser(add_help=False, allow_abbrev=False)
     pre_parser.add_argument("--config")
@@ -184,7 +184,7 @@ def validate_against_model(config: FitConfig, *, num_hidden_layers: int, vocab_s
     """
     last = num_hidden_layers - 1
     layers, deepest, size = config.exit_layers, config.max_exit_layer, config.draft_vocab_size
-    _require(layers[-1] <= last, "exit_layers", layers, f"layers in 1 to {last} of the model's {last + 1}")
+    _require(layers[-1] <= last, "exit_layers", layers, f"layers in 1 to {last} of a model of {last + 1}")
     _require(deepest is None or deepest <= last, "max_exit_layer", deepest, f"at most {last}")
     _require(size <= vocab_size, "draft_vocab_size", size, f"at most the model's {vocab_size}, or 0 for all")
     kept = config.teacher_top_k

@@ -186,7 +186,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
-    import datasets  # type: ignore[import-untyped]  # slow to import, and files do not need it
+    import datasets  # slow to import, and files do not need it
 
     name, split = source.split(":", 1) if ":" in source else (source, "train")
     try:

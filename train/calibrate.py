@@ -1,0 +1,157 @@
+"""Exit temperatures from text the heads have not seen, and how honest the confidences are. Knows no base model.
+
+A temperature is fitted by the likelihood of "the draft is the base's choice" under the confidence it gives, which
+is what the exit rule reads; the paper's linear schedule by its one slope, the fitted schedule by one number per
+exit. Of these and T = 1 the likeliest on sequences not used to fit them is kept.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from runtime.errors import DataError
+from runtime.temperature import TemperatureSchedule, confidence, linear_temperature
+from train.features import Features
+
+# 2 % apart: finer than the data can tell.
+TEMPERATURES = np.geomspace(0.2, 10.0, 201)
+SLOPES = np.linspace(-0.95, 9.0, 399)
+MIN_POSITIONS = 200
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Confidences:
+    """Drafts of every exit at N positions of some sequences.
+
+    Attributes:
+        grid: exit layer -> confidence at each of `TEMPERATURES`, shape [N, temperatures], float32.
+        right: exit layer -> whether the draft is the base's choice, shape [N], bool.
+        sequence: index of each position's sequence, shape [N], not decreasing.
+    """
+
+    grid: dict[int, Floats]
+    right: dict[int, NDArray[np.bool_]]
+    sequence: NDArray[np.int64]
+
+    def at(self, schedule: TemperatureSchedule) -> dict[int, Floats]:
+        """Exit layer -> confidence [N] at the schedule's temperatures."""
+        return {layer: grid[:, _nearest(schedule[layer])] for layer, grid in self.grid.items()}
+
+
+@torch.no_grad()
+def collect(batches: Iterable[Features], heads: Any, unembedding: Any, target_to_draft: torch.Tensor) -> Confidences:
+    """Run the heads over features.
+
+    Args:
+        heads: an `ExitHeads` or what wraps it: called with hidden states, embedding and unembedding.
+
+    Raises:
+        DataError: logits that are not numbers (naming the exit layer), or too few positions.
+    """
+    grids: dict[int, list[Floats]] = {}
+    right: dict[int, list[NDArray[np.bool_]]] = {}
+    lengths: list[int] = []
+    for batch in batches:
+        lengths += batch.lengths
+        choice = target_to_draft[batch.target]
+        for layer, logits in heads(batch.hidden, batch.embedding, unembedding).items():
+            if not bool(torch.isfinite(logits).all()):
+                raise DataError(f"the head of exit layer {layer} gives logits that are not finite: fit it again")
+            columns = [confidence(logits, float(temperature)) for temperature in TEMPERATURES]
+            grids.setdefault(layer, []).append(torch.stack(columns, dim=1).cpu().numpy())
+            right.setdefault(layer, []).append((logits.argmax(-1) == choice).cpu().numpy())
+    if sum(lengths) < MIN_POSITIONS:
+        raise DataError(f"only {sum(lengths)} positions to calibrate on: expected at least {MIN_POSITIONS}, add prompts")
+    return Confidences(
+        grid={layer: np.concatenate(parts) for layer, parts in grids.items()},
+        right={layer: np.concatenate(parts) for layer, parts in right.items()},
+        sequence=np.repeat(np.arange(len(lengths)), lengths),
+    )
+
+
+def fit_schedule(found: Confidences, kind: str, num_hidden_layers: int) -> tuple[TemperatureSchedule, dict[str, float]]:
+    """Exit temperatures, and the mean negative log-likelihood of each kind on sequences not used to fit it.
+
+    Args:
+        kind: `none`, `linear`, `fitted`, or `auto` for the likeliest of them.
+    """
+    odd = found.sequence % 2 == 1
+    scores = {
+        name: float(np.mean([_score(found, _fit(found, name, num_hidden_layers, part), ~part) for part in (odd, ~odd)]))
+        for name in ("none", "linear", "fitted")
+    }
+    chosen = min(scores, key=lambda name: scores[name]) if kind == "auto" else kind
+    return _fit(found, chosen, num_hidden_layers, np.ones_like(odd)), scores
+
+
+def _fit(found: Confidences, kind: str, num_hidden_layers: int, part: NDArray[np.bool_]) -> TemperatureSchedule:
+    losses = {layer: _losses(found, layer, part) for layer in found.grid}
+    layers = sorted(losses)
+    if kind == "none":
+        return TemperatureSchedule.none(layers)
+    if kind == "fitted":
+        return TemperatureSchedule("fitted", {layer: float(TEMPERATURES[losses[layer].argmin()]) for layer in layers})
+    totals = [
+        sum(losses[layer][_nearest(linear_temperature(slope, layer, num_hidden_layers))] for layer in layers)
+        for slope in SLOPES
+    ]
+    return TemperatureSchedule.linear(round(float(SLOPES[int(np.argmin(totals))]), 6), layers, num_hidden_layers)
+
+
+def _score(found: Confidences, schedule: TemperatureSchedule, part: NDArray[np.bool_]) -> float:
+    return float(np.mean([_losses(found, layer, part)[_nearest(schedule[layer])] for layer in found.grid]))
+
+
+def _losses(found: Confidences, layer: int, part: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Mean negative log-likelihood of right and wrong at each of `TEMPERATURES`."""
+    sure = np.clip(found.grid[layer][part].astype(np.float64), 1e-6, 1 - 1e-6)
+    right = found.right[layer][part][:, None]
+    losses: NDArray[np.float64] = -np.where(right, np.log(sure), np.log1p(-sure)).mean(axis=0)
+    return losses
+
+
+def _nearest(temperature: float) -> int:
+    return int(np.abs(np.log(TEMPERATURES / temperature)).argmin())
+
+
+def expected_calibration_error(sure: Floats, right: NDArray[np.bool_], *, bins: int = 15) -> float:
+    """ECE in [0, 1] over bins of equal mass: mean of |accuracy - confidence|, weighted by positions."""
+    order = np.argsort(sure, kind="stable")
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    gaps = [len(part) * abs(float(right[part].mean()) - float(sure[part].mean())) for part in parts]
+    return float(sum(gaps) / len(order))
+
+
+def report(found: Confidences, schedule: TemperatureSchedule) -> dict[str, Any]:
+    """Per exit: agreement, ECE at T = 1 and calibrated, precision and coverage by threshold; for `calibration.json`."""
+    before = found.at(TemperatureSchedule.none(sorted(found.grid)))
+    after = found.at(schedule)
+    exits: Mapping[int, Any] = {
+        layer: {
+            "temperature": schedule[layer],
+            "agreement": float(right.mean()),
+            "ece_before": expected_calibration_error(before[layer], right),
+            "ece_after": expected_calibration_error(after[layer], right),
+            "thresholds": [_at_threshold(after[layer], right, threshold) for threshold in THRESHOLDS],
+        }
+        for layer, right in sorted(found.right.items())
+    }
+    return {
+        "positions": len(found.sequence),
+        "sequences": int(found.sequence[-1]) + 1,
+        "schedule": {"kind": schedule.kind, "alpha": schedule.alpha},
+        "exits": {str(layer): values for layer, values in exits.items()},
+    }
+
+
+def _at_threshold(sure: Floats, right: NDArray[np.bool_], threshold: float) -> dict[str, float | None]:
+    taken = sure >= threshold
+    precision = float(right[taken].mean()) if taken.any() else None
+    return {"threshold": threshold, "coverage": float(taken.mean()), "precision": precision}

@@ -1,0 +1,72 @@
+"""The model card: an adapter's README.md, from what was measured. Knows no files."""
+
+from typing import Any
+
+import yaml
+
+from runtime.config import SpecBoundConfig
+
+
+def card(config: SpecBoundConfig, calibrated: dict[str, Any], speed: dict[str, Any] | None = None) -> str:
+    """Text of the card.
+
+    Args:
+        config: the adapter.
+        calibrated: what `calibration.json` holds.
+        speed: a benchmark report (keys as in the demo's `report.json`); without it the card claims no speed.
+    """
+    metadata: dict[str, Any] = {
+        "library_name": "specbound",
+        "base_model": config.base_model_name_or_path,
+        "base_model_relation": "adapter",
+        "pipeline_tag": "text-generation",
+        "tags": ["self-speculative-decoding", "speculative-decoding", "early-exit"],
+    }
+    if config.license:
+        metadata["license"] = config.license
+    bounds = config.bounds
+    sections = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
+        f"# SpecBound exit heads for {config.base_model_name_or_path}",
+        "Exit heads that let the base model draft with its own shallow layers. The output is the base model's own, "
+        "token for token; only the speed changes.",
+        f'```python\nfrom runtime import load_specbound\n\nmodel = load_specbound("THIS_ADAPTER", "{config.base_model_name_or_path}")\n'
+        "output = model.generate(**inputs, max_new_tokens=128)\nprint(model.specbound.stats)\n```",
+        "## Speed\n\n" + _speed(speed),
+        "## Calibration\n\n" + _exits(calibrated),
+        f"Schedule `{config.temperatures.kind}`"
+        + (f" with alpha {config.temperatures.alpha:.2f}" if config.temperatures.alpha is not None else "")
+        + f", chosen on {calibrated['positions']} tokens of {calibrated['sequences']} texts kept out of the fit.\n\n"
+        "![Reliability of each exit before and after calibration](reliability.png)",
+        f"Bounds: `exit_threshold` {bounds.exit_threshold:g}, `max_exit_layer` {bounds.max_exit_layer}, "
+        f"`max_draft_tokens` {bounds.max_draft_tokens}. Draft vocabulary: {config.draft_vocab_size} of "
+        f"{config.vocab_size} tokens, {100 * calibrated['held_out_coverage']:.1f} % of held-out text.",
+        "## Limits\n\nFitted for this base (checked by fingerprint) and text like its own answers to the prompts in "
+        "`run.yaml`. Other text costs speed, never correctness. Batches, beam search and other modes run as plain decoding.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _exits(calibrated: dict[str, Any]) -> str:
+    rows = ["| exit after layer | temperature | agreement | ECE at T = 1 | ECE calibrated | precision / coverage at 0.8 |",
+            "|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    for layer, found in calibrated["exits"].items():
+        at = next(point for point in found["thresholds"] if point["threshold"] == 0.8)
+        precision = "-" if at["precision"] is None else f"{at['precision']:.2f}"
+        rows.append(
+            f"| {layer} | {found['temperature']:.2f} | {found['agreement']:.3f} | {found['ece_before']:.3f} "
+            f"| {found['ece_after']:.3f} | {precision} / {at['coverage']:.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def _speed(speed: dict[str, Any] | None) -> str:
+    if speed is None:
+        return "Not measured yet on any machine."
+    return (
+        f"{speed['speedup']:.2f}x stock `generate` ({speed['specbound_tokens_per_second']:.1f} against "
+        f"{speed['stock_tokens_per_second']:.1f} tokens/s), {speed['identical_prompts']} of {speed['prompts']} prompts "
+        f"with identical ids, mean accepted length {speed['mean_accepted_length']:.2f}, acceptance rate "
+        f"{speed['acceptance_rate']:.2f}. {speed['hardware']}, {speed['dtype']}, {speed['threads']} threads, batch 1, "
+        f"greedy, {speed['tokens']} tokens."
+    )

@@ -1,0 +1,53 @@
+"""Figures of exit heads on text: agreement, expected acceptance, precision and coverage. Knows no files."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from runtime.temperature import confidence
+from train.features import Features
+from train.losses import Targets, distillation_loss, expected_acceptance
+
+THRESHOLD = 0.8
+
+
+@torch.no_grad()
+def evaluate(
+    batches: Iterable[Features], heads: Any, unembedding: Any, target_to_draft: torch.Tensor, *, kl_weight: float
+) -> dict[str, float]:
+    """Means over all positions, by exit, under the keys `held_out/<figure>/layer_<NN>`.
+
+    Figures: `loss`; `agreement` with the base's choice; `acceptance`, the chance that a sampled draft is accepted;
+    `precision` and `coverage` of drafts whose confidence (at T = 1) is at least 0.8.
+    """
+    sums: dict[str, float] = {}
+    positions = 0
+    for batch in batches:
+        targets = Targets.of(batch.target, batch.top_ids, batch.top_log_probs, target_to_draft)
+        number = len(batch.target)
+        positions += number
+        for layer, logits in heads(batch.hidden, batch.embedding, unembedding).items():
+            right = logits.argmax(-1) == targets.choice
+            sure = confidence(logits, 1.0) >= THRESHOLD
+            values = {
+                "loss": float(distillation_loss(logits, targets, kl_weight=kl_weight)) * number,
+                "agreement": float(right.sum()),
+                "acceptance": float(expected_acceptance(logits, targets).sum()),
+                "sure": float(sure.sum()),
+                "sure_and_right": float((sure & right).sum()),
+            }
+            for name, value in values.items():
+                key = f"held_out/{name}/layer_{layer:02d}"
+                sums[key] = sums.get(key, 0.0) + value
+    return _means(sums, positions)
+
+
+def _means(sums: dict[str, float], positions: int) -> dict[str, float]:
+    means = {key: value / max(1, positions) for key, value in sums.items() if "/sure" not in key}
+    for key, value in sums.items():
+        if "/sure/" in key:
+            right = sums[key.replace("/sure/", "/sure_and_right/")]
+            means[key.replace("/sure/", "/coverage/")] = value / max(1, positions)
+            means[key.replace("/sure/", "/precision/")] = right / value if value else 0.0
+    return means

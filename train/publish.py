@@ -1,0 +1,139 @@
+"""From fitted heads to an adapter folder: calibrated, with its evidence, its provenance and a card.
+
+Knows no fitting loop and no network.
+"""
+
+import json
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from runtime.config import VERSION, SpecBoundConfig
+from runtime.heads import DraftUnembedding, ExitHeads
+from runtime.hub import Adapter, save_adapter
+from runtime.identity import base_fingerprint, tokenizer_fingerprint
+from train.calibrate import Confidences, collect, fit_schedule, report
+from train.card import card
+from train.features import Features
+from train.options import FitConfig
+from train.plots import reliability_plot
+from train.replay import LayerCosts, best_bounds, traces
+
+LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "specbound")
+
+
+def publish_locally(
+    config: FitConfig,
+    model: Any,
+    tokenizer: Any,
+    heads: ExitHeads,
+    draft_to_target: Tensor,
+    unembedding: DraftUnembedding,
+    target_to_draft: Tensor,
+    *,
+    calibration: Iterable[Features],
+    evidence: dict[str, Any],
+) -> Path:
+    """Calibrate the heads and write `output_dir/adapter`; returns the folder.
+
+    Raises:
+        DataError: too little calibration text, or logits that are not finite.
+        AdapterError: the folder cannot be written.
+    """
+    found = collect(calibration, heads, unembedding, target_to_draft)
+    schedule, scores = fit_schedule(found, config.schedule, model.config.num_hidden_layers)
+    sure = found.at(schedule)
+    costs = layer_costs(model, heads, unembedding)
+    bounds, replayed = best_bounds(
+        traces(sure, found.right, found.sequence),
+        config.exit_layers,
+        costs,
+        exit_threshold=config.exit_threshold,
+        max_exit_layer=config.max_exit_layer,
+        max_draft_tokens=config.max_draft_tokens,
+    )
+    calibrated = report(found, schedule) | {
+        "negative_log_likelihood": scores,
+        "replay": {
+            "mean_accepted_length": replayed.mean_accepted_length,
+            "acceptance_rate": replayed.accepted / max(1, replayed.drafted),
+            "costs": "layer counts, not measured times",
+            "predicted_speedup": replayed.speedup(costs),
+        },
+    } | evidence  # fmt: skip
+    adapter_config = SpecBoundConfig(
+        base_model_name_or_path=portable(config.model_name_or_path),
+        base_model_revision=getattr(model.config, "_commit_hash", None),
+        base_model_fingerprint=base_fingerprint(model),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        num_hidden_layers=model.config.num_hidden_layers,
+        hidden_size=model.config.hidden_size,
+        vocab_size=len(target_to_draft),
+        exit_layers=tuple(config.exit_layers),
+        head=config.head,
+        head_rank=config.head_rank,
+        draft_vocab_size=len(draft_to_target),
+        temperatures=schedule,
+        bounds=bounds,
+        weights_sha256="",
+        license=config.license,
+    )
+    folder = Path(config.output_dir) / "adapter"
+    adapter = Adapter(adapter_config, heads, draft_to_target)
+    save_adapter(adapter, folder, extra=lambda path: _write_evidence(path, config, adapter_config, calibrated, found))
+    return folder
+
+
+def layer_costs(model: Any, heads: ExitHeads, unembedding: DraftUnembedding) -> LayerCosts:
+    """Costs by counting weights: a head or an unembedding against one decoder layer."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    matrix = model.get_output_embeddings().weight.numel()
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    layer = (total - matrix * (1 if tied else 2)) / model.config.num_hidden_layers
+    head = sum(parameter.numel() for parameter in heads.parameters()) / len(heads.exit_layers)
+    if not hasattr(next(iter(heads.heads.values())), "weight"):
+        head += unembedding.weight.numel()
+    return LayerCosts(model.config.num_hidden_layers, head=head / layer, unembedding=matrix / layer)
+
+
+def portable(name: str) -> str:
+    """A base's name without a machine's path: Hub ids and relative folders as they are."""
+    path = Path(name)
+    return path.name if path.is_absolute() else name
+
+
+def _write_evidence(
+    folder: Path, config: FitConfig, adapter: SpecBoundConfig, calibrated: dict[str, Any], found: Confidences
+) -> None:
+    (folder / "calibration.json").write_text(json.dumps(calibrated, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "run.yaml").write_text(yaml.safe_dump(_provenance(config), sort_keys=True), encoding="utf-8")
+    reliability_plot(found, adapter.temperatures, folder / "reliability.png")
+    (folder / "README.md").write_text(card(adapter, calibrated), encoding="utf-8")
+
+
+def _provenance(config: FitConfig) -> dict[str, Any]:
+    """Settings and versions, without paths of this machine."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        return portable(value) if isinstance(value, str) else value
+
+    settings = {name: clean(getattr(config, name)) for name in config.sources}
+    return {"settings": settings, "versions": versions(), "python": platform.python_version(), "specbound": VERSION}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide the numbers."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
