@@ -1,5 +1,6 @@
 """SpecBound's runtime: exact self-speculative decoding for transformers models, from a small adapter."""
 
+from runtime.adapter import load_adapter, save_adapter
 from runtime.config import SpecBoundConfig
 from runtime.errors import (
     AdapterError,
@@ -10,7 +11,6 @@ from runtime.errors import (
     UnsupportedModel,
 )
 from runtime.generate import SpecBound, detach
-from runtime.hub import load_adapter, save_adapter
 from runtime.loading import load_specbound
 from runtime.policy import SpeculationBounds
 from runtime.stats import SpeculationStats

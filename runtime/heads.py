@@ -70,6 +70,8 @@ class ResidualHead(nn.Module):
 
     def forward(self, hidden: Tensor, embedding: Tensor, unembedding: DraftUnembedding) -> Tensor:
         """Draft logits [N, V] from the hidden state [N, D] and the token's embedding [N, D]."""
+        dtype = self.down.weight.dtype  # while fitting, heads are float32 on a base of any dtype
+        hidden, embedding = hidden.to(dtype), embedding.to(dtype)
         features = torch.cat([self.hidden_norm(hidden), self.embedding_norm(embedding)], dim=-1)
         gate, up = self.gate_up(features).chunk(2, dim=-1)
         return unembedding(hidden + self.down(functional.silu(gate) * up))
@@ -85,7 +87,7 @@ class LinearHead(nn.Module):
 
     def forward(self, hidden: Tensor, embedding: Tensor, unembedding: DraftUnembedding) -> Tensor:
         """Draft logits [N, V] from the hidden state [N, D]; the embedding is not read."""
-        return functional.linear(unembedding.normalize(hidden), self.weight)
+        return functional.linear(unembedding.normalize(hidden).to(self.weight.dtype), self.weight)
 
 
 class LoraHead(nn.Module):
@@ -100,7 +102,7 @@ class LoraHead(nn.Module):
     def forward(self, hidden: Tensor, embedding: Tensor, unembedding: DraftUnembedding) -> Tensor:
         """Draft logits [N, V] from the hidden state [N, D]; the embedding is not read."""
         normed = unembedding.normalize(hidden)
-        update = functional.linear(functional.linear(normed, self.lora_A), self.lora_B)
+        update = functional.linear(functional.linear(normed.to(self.lora_A.dtype), self.lora_A), self.lora_B)
         return functional.linear(normed, unembedding.weight, unembedding.bias) + LORA_ALPHA_PER_RANK * update
 
 

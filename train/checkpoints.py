@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate import Accelerator
 
 from runtime.errors import ConfigError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState  # type: ignore[import-untyped]
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runtime.errors import ConfigError, SpecBoundError
@@ -61,15 +61,12 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
     )
 
 
-def main(config: FitConfig) -> None:
-    """Load the base of the recipe and make the corpus.
+def load_base(config: FitConfig) -> tuple[Any, Any]:
+    """The base of the recipe and its tokenizer, on the CPU.
 
     Raises:
-        ConfigError: a wrong setting, or a base that cannot be loaded.
-        DataError: prompts that cannot be used.
+        ConfigError: it cannot be loaded.
     """
-    validate(config)
-    state = PartialState()
     name, revision = config.model_name_or_path, config.model_revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
@@ -79,6 +76,19 @@ def main(config: FitConfig) -> None:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"model_name_or_path {name!r}: cannot be loaded ({reason})") from error
+    return model, tokenizer
+
+
+def main(config: FitConfig) -> None:
+    """Load the base of the recipe and make the corpus.
+
+    Raises:
+        ConfigError: a wrong setting, or a base that cannot be loaded.
+        DataError: prompts that cannot be used.
+    """
+    validate(config)
+    state = PartialState()
+    model, tokenizer = load_base(config)
     folder = make_corpus(config, model.to(state.device), tokenizer, state=state)
     if state.is_main_process:
         logger.info("corpus complete: %s", folder)

@@ -43,6 +43,19 @@ def evaluate(
     return _means(sums, positions)
 
 
+def show(step: int, values: dict[str, float]) -> str:
+    """The figures of one evaluation as text, a line an exit."""
+    lines = []
+    for key in sorted(key for key in values if "/agreement/" in key):
+        of = {name: values[key.replace("agreement", name)] for name in ("acceptance", "precision", "coverage")}
+        lines.append(
+            f"step {step} {key.rpartition('/')[2]}: agreement {values[key]:.3f}, expected acceptance "
+            f"{of['acceptance']:.3f}, at confidence {THRESHOLD} precision {of['precision']:.3f} "
+            f"coverage {of['coverage']:.3f}"
+        )
+    return "\n".join(lines)
+
+
 def _means(sums: dict[str, float], positions: int) -> dict[str, float]:
     means = {key: value / max(1, positions) for key, value in sums.items() if "/sure" not in key}
     for key, value in sums.items():

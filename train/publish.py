@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from runtime.adapter import Adapter, save_adapter
 from runtime.config import VERSION, SpecBoundConfig
 from runtime.heads import DraftUnembedding, ExitHeads
-from runtime.hub import Adapter, save_adapter
 from runtime.identity import base_fingerprint, tokenizer_fingerprint
 from train.calibrate import Confidences, collect, fit_schedule, report
 from train.card import card

@@ -1,0 +1,110 @@
+"""What several test files share: a tiny seeded base, a tiny tokenizer, an adapter with random heads. No network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from runtime import SpecBoundConfig, SpeculationBounds, TemperatureSchedule
+from runtime.adapter import Adapter
+from runtime.heads import ExitHeads
+from runtime.identity import base_fingerprint, tokenizer_fingerprint
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., LlamaForCausalLM]:
+    """`make_model(seed=0, **llama_config)`: a new random Llama, float32, in eval mode.
+
+    6 layers of width 32 and 128 token ids, of which generation never ends early (no end token). Its weights are
+    large, so that greedy output wanders and does not repeat one token.
+    """
+
+    def make(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+        settings: dict[str, Any] = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 128,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.3,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """`make_tokenizer(size=128, prefix="w")`: whole words `<pad> </s> <unk> w0 w1 ...`, split at spaces."""
+
+    def make(size: int = 128, prefix: str = "w") -> PreTrainedTokenizerFast:
+        words = ["<pad>", "</s>", "<unk>"]
+        words += [f"{prefix}{number}" for number in range(size - len(words))]
+        vocabulary = {word: index for index, word in enumerate(words)}
+        inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_adapter(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> Callable[..., Adapter]:
+    """`make_adapter(model, tokenizer=None, **config)`: an adapter for `model` with random heads, not yet saved.
+
+    Exits after layers 2 and 4; keywords replace fields of its `SpecBoundConfig` (`exit_layers`, `head`,
+    `draft_vocab_size`, `bounds`, ...). The bounds accept any confidence, so that every round drafts. Heads of 64 of
+    the 128 ids by default; those are drawn at random.
+    """
+
+    def make(model: Any, tokenizer: Any = None, seed: int = 0, **changes: Any) -> Adapter:
+        layers = changes.get("exit_layers", (2, 4))
+        fields: dict[str, Any] = {
+            "base_model_name_or_path": "some-org/tiny-base",
+            "base_model_revision": None,
+            "base_model_fingerprint": base_fingerprint(model),
+            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer or make_tokenizer()),
+            "num_hidden_layers": model.config.num_hidden_layers,
+            "hidden_size": model.config.hidden_size,
+            "vocab_size": model.config.vocab_size,
+            "exit_layers": layers,
+            "head": "residual",
+            "head_rank": 8,
+            "draft_vocab_size": 64,
+            "temperatures": TemperatureSchedule.linear(0.5, list(layers), model.config.num_hidden_layers),
+            "bounds": SpeculationBounds(exit_threshold=0.0, max_exit_layer=layers[-1], max_draft_tokens=4),
+            "weights_sha256": "",
+            "license": "apache-2.0",
+        }
+        config = SpecBoundConfig(**fields | changes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            heads = ExitHeads(
+                config.head,
+                config.exit_layers,
+                hidden_size=config.hidden_size,
+                draft_vocab_size=config.draft_vocab_size,
+                rank=config.head_rank,
+            )
+            for parameter in heads.parameters():
+                torch.nn.init.normal_(parameter, std=0.3)
+            chosen = torch.randperm(config.vocab_size)[: config.draft_vocab_size].sort().values
+        return Adapter(config, heads.requires_grad_(False).eval(), chosen)
+
+    return make
