@@ -1,6 +1,7 @@
 """Adapter folders: written whole or not at all, read strictly.
 
-Tensors are safetensors, never pickle; nothing in a folder is executed. Knows nothing of the Hub or of generation.
+Tensors are safetensors, never pickle; nothing in a folder is executed. Knows nothing of the Hub or of
+generation.
 """
 
 import os
@@ -43,8 +44,8 @@ def save_adapter(
 ) -> SpecBoundConfig:
     """Write an adapter folder: built beside it, then renamed into place.
 
-    Whatever fails, an adapter that was there is there again. Only a process killed between the two renames leaves
-    none, and the old one beside it as `.NAME-old-*/adapter`.
+    Whatever fails, an adapter that was there is there again. Only a process killed between the two renames
+    leaves none, and the old one beside it as `.NAME-old-*/adapter`.
 
     Args:
         folder: created, or replaced with everything in it.
@@ -98,10 +99,13 @@ def _unwritable(folder: str | Path, error: Exception) -> Exception:
 
 
 def _write(adapter: Adapter, folder: Path) -> SpecBoundConfig:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.heads.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in adapter.heads.state_dict().items()
+    }
     tensors[DRAFT_TO_TARGET] = adapter.draft_to_target.cpu().to(torch.int64).contiguous()
     path = folder / WEIGHTS_FILE
     save_file(tensors, path, metadata={"format": "pt", "specbound_version": VERSION})
+    path.chmod(0o644)  # safetensors lets only the owner read it
     config = replace(adapter.config, weights_sha256=file_sha256(path))
     (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
     load_adapter(folder)  # what cannot be loaded is not published
@@ -137,7 +141,8 @@ def load_adapter(folder: str | Path) -> Adapter:
     """Read an adapter folder strictly, on CPU, each tensor in the dtype it is stored in.
 
     Raises:
-        AdapterError: a file missing or damaged; a tensor missing, extra, misshapen, of another dtype or not finite.
+        AdapterError: a file missing or damaged; a tensor missing, extra, misshapen, of another dtype or
+            not finite.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -157,13 +162,16 @@ def load_adapter(folder: str | Path) -> Adapter:
             _refuse(path, _header_faults(_header(file), wanted))
             if (found := file_sha256(path)) != config.weights_sha256:
                 raise AdapterError(
-                    f"{path} has sha256 {found}, its {CONFIG_FILE} says {config.weights_sha256}: download it again"
+                    f"{path} has sha256 {found}, its {CONFIG_FILE} says {config.weights_sha256}: "
+                    "download both again"
                 )
             tensors = {name: file.get_tensor(name).clone() for name in wanted}
     except SpecBoundError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise AdapterError(f"{path} is incomplete or damaged, download it again: {_first_line(error)}") from None
+        raise AdapterError(
+            f"{path} is incomplete or damaged, download it again: {_first_line(error)}"
+        ) from None
     _refuse(path, _value_faults(tensors, config.vocab_size))
     draft_to_target = tensors.pop(DRAFT_TO_TARGET)
     heads.load_state_dict(tensors, strict=True, assign=True)
@@ -183,7 +191,9 @@ def _regular(path: Path) -> Path:
             reason = f"no such file in {path.parent}"
     except OSError as error:
         reason = error.strerror or str(error)
-    raise AdapterError(f"{path.name} cannot be read, {reason}: expected the folder of a whole SpecBound adapter")
+    raise AdapterError(
+        f"{path.name} cannot be read, {reason}: expected the folder of a whole SpecBound adapter"
+    )
 
 
 def _read_config(folder: Path) -> SpecBoundConfig:
@@ -192,7 +202,9 @@ def _read_config(folder: Path) -> SpecBoundConfig:
         with path.open("rb") as file:
             content = file.read(MAX_CONFIG_BYTES + 1)
         if len(content) > MAX_CONFIG_BYTES:
-            raise AdapterError(f"{path} has more than {MAX_CONFIG_BYTES} bytes: expected an adapter's {CONFIG_FILE}")
+            raise AdapterError(
+                f"{path} has more than {MAX_CONFIG_BYTES} bytes: expected an adapter's {CONFIG_FILE}"
+            )
         text = content.decode("utf-8")
     except SpecBoundError:
         raise
@@ -202,7 +214,7 @@ def _read_config(folder: Path) -> SpecBoundConfig:
 
 
 def _header(file: safe_open) -> Header:
-    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    slices = {name: file.get_slice(name) for name in file.keys()}  # type: ignore[no-untyped-call] # noqa: SIM118
     return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
 
 
@@ -226,7 +238,7 @@ def _value_faults(tensors: dict[str, Tensor], vocab_size: int) -> Iterable[str]:
         if name != DRAFT_TO_TARGET:
             if not bool(torch.isfinite(tensor).all()):
                 yield f"{name} has values that are not finite"
-        elif tensor.min() < 0 or tensor.max() >= vocab_size or tensor.unique().numel() != tensor.numel():
+        elif tensor.min() < 0 or tensor.max() >= vocab_size or len(torch.unique(tensor)) != len(tensor):
             yield f"{name} must hold different token ids from 0 to {vocab_size - 1}"
 
 

@@ -61,6 +61,12 @@ class KVCache:
         self.lengths[layer_idx] = end
         return key_buffer[:, :, :end], value_buffer[:, :, :end]
 
+    def rows(self, layer_idx: int, start: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer from row `start` on."""
+        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        assert keys is not None and values is not None
+        return keys[:, :, start : self.lengths[layer_idx]], values[:, :, start : self.lengths[layer_idx]]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Rows held by a layer."""
         return self.lengths[layer_idx]

@@ -4,8 +4,13 @@ The file has no `model_type`, so that transformers never takes it for a model, a
 `adapter_config.json`, which transformers would take for PEFT.
 """
 
+import hashlib
 import json
+import math
+import re
+import reprlib
 import warnings
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +23,12 @@ FORMAT = 1
 VERSION = "0.1.0"
 MAX_CONFIG_BYTES = 1_000_000
 MAX_DIMENSION = 10_000_000
+MAX_LAYERS = 10_000
+MAX_TEXT = 500
+
+CONTENT_SHA256 = (
+    "content_sha256"  # of everything else in the file: tells a flipped byte from what was written
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,37 +68,54 @@ class SpecBoundConfig:
     license: str | None = None
 
     def __post_init__(self) -> None:
-        layers = list(self.exit_layers)
-        if not layers or layers != sorted(set(layers)) or layers[0] < 1 or layers[-1] >= self.num_hidden_layers:
+        layers, last = list(self.exit_layers), self.num_hidden_layers - 1
+        if not 1 <= self.num_hidden_layers <= MAX_LAYERS:
             raise ConfigError(
-                f"exit_layers are {layers}: expected different layers in ascending order, "
-                f"each from 1 to {self.num_hidden_layers - 1}"
+                f"num_hidden_layers is {_shown(self.num_hidden_layers)}: expected 1 to {MAX_LAYERS}"
+            )
+        if not layers or layers != sorted(set(layers)) or layers[0] < 1 or layers[-1] > last:
+            raise ConfigError(
+                f"exit_layers is {_shown(layers)}: "
+                f"expected different layers in ascending order, each from 1 to {last}"
             )
         if self.head not in HEAD_KINDS:
             raise ConfigError(f"head is {self.head!r}: expected one of {', '.join(HEAD_KINDS)}")
         for name in ("hidden_size", "vocab_size", "head_rank", "draft_vocab_size"):
             value = getattr(self, name)
             if not 1 <= value <= MAX_DIMENSION:
-                raise ConfigError(f"{name} is {value}: expected a number from 1 to {MAX_DIMENSION}")
+                raise ConfigError(f"{name} is {_shown(value)}: expected a number from 1 to {MAX_DIMENSION}")
         if self.draft_vocab_size > self.vocab_size:
-            raise ConfigError(f"draft_vocab_size is {self.draft_vocab_size}: expected at most {self.vocab_size}")
-        if set(self.temperatures.temperatures) != set(layers):
-            raise ConfigError(f"exit temperatures are for layers {sorted(self.temperatures.temperatures)}, not {layers}")
+            raise ConfigError(
+                f"draft_vocab_size is {self.draft_vocab_size}: expected at most vocab_size, {self.vocab_size}"
+            )
+        given = sorted(self.temperatures.temperatures)
+        if given != layers:
+            raise ConfigError(f"exit temperatures are for layers {_shown(given)}: expected {_shown(layers)}")
+        for name, number in (
+            ("exit_threshold", self.bounds.exit_threshold),
+            ("alpha", self.temperatures.alpha),
+        ):
+            if number is not None and not math.isfinite(number):
+                raise ConfigError(f"{name} is {number}: expected a finite number")
 
     def to_json(self) -> str:
         """Text of `config.json`, keys sorted."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
+        schedule = self.temperatures
         fields["exit_layers"] = list(self.exit_layers)
         fields["bounds"] = {name: getattr(self.bounds, name) for name in _BOUNDS}
-        schedule = self.temperatures
-        temperatures = {str(layer): schedule[layer] for layer in self.exit_layers}
-        fields["temperatures"] = {"kind": schedule.kind, "alpha": schedule.alpha, "temperatures": temperatures}
+        fields["temperatures"] = {
+            "kind": schedule.kind,
+            "alpha": schedule.alpha,
+            "temperatures": {str(layer): schedule[layer] for layer in self.exit_layers},
+        }
         fields |= {"format": FORMAT, "specbound_version": VERSION}
+        fields[CONTENT_SHA256] = _content_sha256(fields)
         return json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str) -> "SpecBoundConfig":
-        """Read `config.json`.
+        """Read `config.json`; warns of unknown keys, and where its content is not what was written.
 
         Args:
             source: name of the file, for messages.
@@ -96,23 +124,55 @@ class SpecBoundConfig:
             AdapterError: not JSON, a newer format, a key missing or a value of the wrong kind.
         """
         fields = _parse(text, source)
-        found = fields.pop("format", None)
-        if type(found) is not int:
-            raise AdapterError(f"{source} is not a SpecBound adapter: it has no 'format' number")
-        if found > FORMAT:
-            wanted = fields.get("specbound_version", "a newer version")
-            raise AdapterError(f"{source} has format {found}, this version reads {FORMAT}: needs specbound >= {wanted}")
-        fields.pop("specbound_version", None)
-        unknown = sorted(set(fields) - set(_FIELDS))
-        if unknown:
-            warnings.warn(f"{source}: unknown keys {unknown} are ignored", stacklevel=2)
-        missing = sorted(set(_FIELDS) - set(fields))
+        _check_format(fields, source)
+        missing = sorted({*_FIELDS, CONTENT_SHA256} - set(fields))
         if missing:
-            raise AdapterError(f"{source} is not whole: missing keys {missing}")
+            raise AdapterError(f"{source} is not whole: missing keys {missing}; download it again")
         try:
-            return cls(**{name: _FIELDS[name](fields[name], name) for name in _FIELDS})
-        except ConfigError as error:
+            config = cls(**{name: read(fields[name], name) for name, read in _FIELDS.items()})
+            is_as_written = fields[CONTENT_SHA256] == _content_sha256(fields)
+        except (ConfigError, RecursionError) as error:
             raise AdapterError(f"{source}: {error}") from None
+        unknown = sorted(set(fields) - {*_FIELDS, *_STAMPS})
+        if unknown:
+            warnings.warn(f"{source}: unknown keys {_shown(unknown)} are ignored", stacklevel=2)
+        if not is_as_written:
+            warnings.warn(
+                f"{source} was changed after it was written: edited by hand, or damaged", stacklevel=2
+            )
+        return config
+
+
+def _content_sha256(fields: dict[str, Any]) -> str:
+    content = {key: value for key, value in fields.items() if key != CONTENT_SHA256}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _shown(value: Any) -> str:
+    """A value of any kind and size for a message: short, on one line, in ASCII."""
+    try:
+        return ascii(reprlib.repr(value))[1:-1] if not isinstance(value, str) else ascii(value[:60])
+    except ValueError:  # an integer too long to be printed
+        return f"a {type(value).__name__}"
+
+
+def _check_format(fields: dict[str, Any], source: str) -> None:
+    found, version = fields.get("format"), fields.get("specbound_version")
+    if type(found) is not int or found < 1:
+        raise AdapterError(f"{source} is not of a SpecBound adapter: its 'format' is {_shown(found)}")
+    if found > FORMAT:
+        wanted = f"specbound >= {version}" if _is_version(version) else "a newer specbound"
+        raise AdapterError(
+            f"{source} has format {_shown(found)}, this version reads {FORMAT}: install {wanted}"
+        )
+    if not _is_version(version):
+        raise AdapterError(
+            f"{source}: specbound_version is {_shown(version)}: expected one such as {VERSION}"
+        )
+
+
+def _is_version(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9][0-9A-Za-z.+-]{0,30}", value) is not None
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:
@@ -125,25 +185,61 @@ def _parse(text: str, source: str) -> dict[str, Any]:
     def refuse(literal: str) -> None:
         raise ValueError(f"{literal} is not a number")
 
+    def finite(literal: str) -> float:
+        number = float(literal)
+        return number if math.isfinite(number) else refuse(literal[:20])  # type: ignore[func-returns-value,return-value]
+
     if len(text) > MAX_CONFIG_BYTES:
         raise AdapterError(f"{source} is {len(text)} characters long: expected at most {MAX_CONFIG_BYTES}")
     try:
-        fields = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        fields = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{source} is not valid JSON: {error}") from None
+        raise AdapterError(f"{source} is not valid JSON, download it again: {error}") from None
     if not isinstance(fields, dict):
         raise AdapterError(f"{source} holds {type(fields).__name__}: expected a JSON object")
     return fields
 
 
-def _kind(*kinds: type) -> Any:
+Reader = Callable[[Any, str], Any]
+
+
+def _kind(*kinds: type) -> Reader:
     def read(value: Any, name: str) -> Any:
-        if type(value) not in kinds:
+        if type(value) not in kinds:  # not isinstance: True is no number
             wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise ConfigError(f"{name} is {value!r}: expected {wanted}")
+            raise ConfigError(f"{name} is {_shown(value)}: expected {wanted}")
         return value
 
     return read
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        return float(_kind(float, int)(value, name))
+    except OverflowError:
+        raise ConfigError(f"{name} is {_shown(value)}: expected a smaller number") from None
+
+
+def _text(value: Any, name: str) -> str:
+    """Text that is safe to print: names come from strangers."""
+    text: str = _kind(str)(value, name)
+    if not text.strip() or len(text) > MAX_TEXT or not text.isprintable():
+        raise ConfigError(f"{name} is {_shown(text)}: expected 1 to {MAX_TEXT} printable characters")
+    return text
+
+
+def _hash(prefix: str) -> Reader:
+    def read(value: Any, name: str) -> str:
+        text: str = _kind(str)(value, name)
+        if not re.fullmatch(prefix + "[0-9a-f]{64}", text):
+            raise ConfigError(f"{name} is {_shown(text)}: expected {prefix}HASH, 64 hexadecimal digits")
+        return text
+
+    return read
+
+
+def _optional(reader: Callable[[Any, str], Any]) -> Reader:
+    return lambda value, name: None if value is None else reader(value, name)
 
 
 def _layers(value: Any, name: str) -> tuple[int, ...]:
@@ -156,29 +252,36 @@ def _bounds(value: Any, name: str) -> SpeculationBounds:
 
 
 def _temperatures(value: Any, name: str) -> TemperatureSchedule:
-    _keys(value, name, {"kind", "alpha", "temperatures"})
+    _keys(value, name, ("kind", "alpha", "temperatures"))
     by_layer = _kind(dict)(value["temperatures"], f"{name}.temperatures")
-    if not all(layer.isdecimal() for layer in by_layer):
-        raise ConfigError(f"{name}.temperatures has keys {sorted(by_layer)}: expected layer numbers")
+    if not all(re.fullmatch("[1-9][0-9]{0,5}", layer) for layer in by_layer):
+        raise ConfigError(f"{name}.temperatures has keys {_shown(sorted(by_layer))}: expected layer numbers")
     return TemperatureSchedule(
         kind=_kind(str)(value["kind"], f"{name}.kind"),
-        alpha=_kind(float, int, type(None))(value["alpha"], f"{name}.alpha"),
-        temperatures={int(layer): float(_kind(float, int)(t, name)) for layer, t in by_layer.items()},
+        alpha=_optional(_number)(value["alpha"], f"{name}.alpha"),
+        temperatures={
+            int(layer): _number(t, f"{name}.temperatures.{layer}") for layer, t in by_layer.items()
+        },
     )
 
 
-def _keys(value: Any, name: str, wanted: Any) -> None:
+def _keys(value: Any, name: str, wanted: Collection[str]) -> None:
     if not isinstance(value, dict) or set(value) != set(wanted):
         found = sorted(value) if isinstance(value, dict) else value
-        raise ConfigError(f"{name} is {found!r}: expected an object with the keys {sorted(wanted)}")
+        raise ConfigError(f"{name} is {_shown(found)}: expected an object with the keys {sorted(wanted)}")
 
 
-_BOUNDS = {"exit_threshold": _kind(float, int), "max_exit_layer": _kind(int), "max_draft_tokens": _kind(int)}
-_FIELDS: dict[str, Any] = {
-    "base_model_name_or_path": _kind(str),
-    "base_model_revision": _kind(str, type(None)),
-    "base_model_fingerprint": _kind(str),
-    "tokenizer_fingerprint": _kind(str),
+_STAMPS = {"format", "specbound_version", CONTENT_SHA256}
+_BOUNDS: dict[str, Reader] = {
+    "exit_threshold": _number,
+    "max_exit_layer": _kind(int),
+    "max_draft_tokens": _kind(int),
+}
+_FIELDS: dict[str, Reader] = {
+    "base_model_name_or_path": _text,
+    "base_model_revision": _optional(_text),
+    "base_model_fingerprint": _hash("sha256:"),
+    "tokenizer_fingerprint": _hash("sha256:"),
     "num_hidden_layers": _kind(int),
     "hidden_size": _kind(int),
     "vocab_size": _kind(int),
@@ -188,6 +291,6 @@ _FIELDS: dict[str, Any] = {
     "draft_vocab_size": _kind(int),
     "temperatures": _temperatures,
     "bounds": _bounds,
-    "weights_sha256": _kind(str),
-    "license": _kind(str, type(None)),
+    "weights_sha256": _hash(""),
+    "license": _optional(_text),
 }

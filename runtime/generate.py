@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,14 +24,17 @@ from runtime.cache import KVCache
 from runtime.config import SpecBoundConfig
 from runtime.decode import decode
 from runtime.draft import Drafter
-from runtime.errors import SpecBoundError
-from runtime.exactness import ExecutionPolicy, execution
+from runtime.errors import ConfigError, SpecBoundError
+from runtime.exactness import Certificate, certify
+from runtime.execution import ExecutionPolicy, execution
 from runtime.layers import DecoderLayers
 from runtime.policy import SpeculationBounds
 from runtime.state import DecodeState
 from runtime.stats import SpeculationStats
 
 logger = logging.getLogger(__name__)
+
+EXACTNESS = ("bitwise", "batched")
 
 # Arguments of the base's forward that plain decoding of text needs; any other may change what layers compute.
 KNOWN_ARGUMENTS = {
@@ -44,6 +48,7 @@ class SpecBound:
     Attributes:
         config: what the adapter's `config.json` says; None where a drafter was attached by hand.
         bounds: may be replaced between calls.
+        certificate: what the exactness probe checked and found; None before it ran, and in `batched` mode.
         stats: counts of the last `generate` call that speculated.
     """
 
@@ -52,18 +57,43 @@ class SpecBound:
         model: PreTrainedModel,
         drafter: Drafter,
         bounds: SpeculationBounds,
-        policy: ExecutionPolicy,
+        *,
+        exactness: str = "bitwise",
         config: SpecBoundConfig | None = None,
+        fingerprint: str = "",
     ) -> None:
+        if exactness not in EXACTNESS:
+            raise ConfigError(f"exactness is {exactness!r}: expected one of {', '.join(EXACTNESS)}")
         self.layers = DecoderLayers(model)
         self.drafter = drafter
         self.bounds = bounds
-        self.policy = policy
+        self.exactness = exactness
         self.config = config
+        self.fingerprint = fingerprint
+        self.certificate: Certificate | None = None
         self.stats = SpeculationStats()
         self.enabled = True
         self.lock = threading.Lock()
         self._warned: set[str] = set()
+        self._certified_for: tuple[object, ...] = ()
+
+    def prepare(self, model: PreTrainedModel) -> tuple[ExecutionPolicy, SpeculationBounds]:
+        """How to run and how far to draft on the model as it is now; probes it where that was not done yet.
+
+        Bits depend on device, dtype, threads and attention, any of which the user may change between calls.
+        """
+        if self.exactness == "batched":
+            return ExecutionPolicy.batched(), self.bounds
+        width = self.bounds.max_draft_tokens + 1
+        attention = model.config._attn_implementation
+        now = (model.device, model.dtype, torch.get_num_threads(), attention, width)
+        if self.certificate is None or now != self._certified_for:
+            self.certificate = certify(model, self.fingerprint, max_width=width)
+            self._certified_for = now
+            if not self.certificate.bitwise:
+                logger.warning("SpecBound: nothing is drafted on this machine. %s.", self.certificate)
+        limit = self.certificate.max_width - 1
+        return self.certificate.policy, replace(self.bounds, max_draft_tokens=limit)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -143,17 +173,18 @@ def _speculate(
     model_kwargs: dict[str, Any],
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Prompt through the stock forward, then rounds; what plain `generate` returns comes back."""
+    policy, bounds = specbound.prepare(model)
     started = time.perf_counter()
     specbound.stats = SpeculationStats()
     outputs = model._prefill(emitter.input_ids, generation_config, model_kwargs)
     stock_cache: DynamicCache = outputs.past_key_values
-    capacity = stock_cache.get_seq_length() + min(emitter.remaining, 1024) + specbound.bounds.max_draft_tokens
+    capacity = stock_cache.get_seq_length() + min(emitter.remaining, 1024) + bounds.max_draft_tokens
     cache = KVCache.from_dynamic(stock_cache, capacity)
     positions = model_kwargs.get("position_ids")
     offset = 0 if positions is None else int(positions[0, -1]) + 1 - cache.get_seq_length()
     state = DecodeState(specbound.layers, cache, position_offset=offset)
-    with execution(model, specbound.policy):
-        decode(state, outputs.logits[:, -1], specbound.drafter, specbound.bounds, emitter, specbound.stats)
+    with execution(model, policy):
+        decode(state, outputs.logits[:, -1], specbound.drafter, bounds, emitter, specbound.stats)
     if generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False):
         cache.copy_to(stock_cache)
     specbound.stats.seconds = time.perf_counter() - started

@@ -1,12 +1,13 @@
 """`ExitHead` and `ExitHeads`: hidden state at an exit layer (and the token's embedding) -> draft logits.
 
-The base's final norm and the rows of its unembedding for the draft vocabulary are borrowed, frozen and never part
-of a head's state; a head holds only what was trained. Knows no policy, no cache and no file.
+The base's final norm and the rows of its unembedding for the draft vocabulary are borrowed, frozen and never
+part of a head's state; a head holds only what was trained. Knows no policy, no cache and no file.
 
 Shape suffixes: N tokens (any leading shape), D hidden size, R rank, V draft vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class DraftUnembedding:
     def __init__(
         self, layers: DecoderLayers, draft_to_target: Tensor | None, *, dtype: torch.dtype | None = None
     ) -> None:
-        weight: Tensor = layers.unembedding.weight.detach()  # type: ignore[assignment]
+        weight = cast(Tensor, layers.unembedding.weight).detach()
         bias: Tensor | None = getattr(layers.unembedding, "bias", None)
         if draft_to_target is not None:
             rows = draft_to_target.to(weight.device)
@@ -56,8 +57,8 @@ class DraftUnembedding:
 class ResidualHead(nn.Module):
     """A small gated block on the hidden state and the token's embedding, then the base's frozen unembedding.
 
-    `h' = h + down(silu(gate(x)) * up(x))` with `x = [rms(h); rms(e)]`; zero at the start, so that training begins
-    at the logit lens. Reading the embedding tells a shallow layer which token it stands on.
+    `h' = h + down(silu(gate(x)) * up(x))` with `x = [rms(h); rms(e)]`; zero at the start, so that training
+    begins at the logit lens. Reading the embedding tells a shallow layer which token it stands on.
     """
 
     def __init__(self, hidden_size: int, rank: int) -> None:
@@ -103,7 +104,10 @@ class LoraHead(nn.Module):
         """Draft logits [N, V] from the hidden state [N, D]; the embedding is not read."""
         normed = unembedding.normalize(hidden)
         update = functional.linear(functional.linear(normed.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        return functional.linear(normed, unembedding.weight, unembedding.bias) + LORA_ALPHA_PER_RANK * update
+        logits = (
+            functional.linear(normed, unembedding.weight, unembedding.bias) + LORA_ALPHA_PER_RANK * update
+        )
+        return logits / unembedding.scaling if unembedding.scaling != 1.0 else logits
 
 
 ExitHead = ResidualHead | LinearHead | LoraHead
@@ -134,7 +138,9 @@ class ExitHeads(nn.Module):
         self.exit_layers = sorted(exit_layers)
         self.heads = nn.ModuleDict(
             {
-                str(layer): make_head(kind, hidden_size=hidden_size, draft_vocab_size=draft_vocab_size, rank=rank)
+                str(layer): make_head(
+                    kind, hidden_size=hidden_size, draft_vocab_size=draft_vocab_size, rank=rank
+                )
                 for layer in self.exit_layers
             }
         )

@@ -1,5 +1,4 @@
-"""Which base and which tokenizer: fingerprints that tell one from another. Knows nothing of adapters.
-"""
+"""Which base and which tokenizer: fingerprints that tell one from another. Knows nothing of adapters."""
 
 import hashlib
 import json
@@ -37,17 +36,21 @@ def base_fingerprint(model: PreTrainedModel) -> str:
 
 
 def weights_sha256(model: PreTrainedModel) -> str:
-    """Hash of every byte of every parameter, as 64 hex digits: equal before and after means nothing changed."""
+    """Hash of every byte of every parameter, 64 hex digits: equal before and after means nothing changed."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Identity of what a tokenizer maps: its vocabulary and special tokens, `sha256:` and 64 hex digits."""
+    """Identity of what a tokenizer maps: its vocabulary and special tokens, `sha256:` and 64 hex digits.
+
+    Not the padding token, which users set to what they like and which changes no text.
+    """
     special: dict[str, Any] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    special.pop("pad_token", None)
     text = json.dumps([sorted(tokenizer.get_vocab().items()), special], sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
 

@@ -5,18 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from runtime.adapter import Adapter, load_adapter
 from runtime.draft import HeadDrafter
 from runtime.errors import AdapterError, BaseModelMismatch, ConfigError
-from runtime.exactness import ExecutionPolicy
-from runtime.generate import SpecBound, attach
+from runtime.generate import EXACTNESS, SpecBound, attach
 from runtime.heads import DraftUnembedding
-from runtime.hub import Adapter, load_adapter, resolve_adapter
+from runtime.hub import resolve_adapter
 from runtime.identity import base_fingerprint, tokenizer_fingerprint
-from runtime.layers import DecoderLayers
-
-EXACTNESS = {"bitwise": ExecutionPolicy.rowwise(), "batched": ExecutionPolicy.batched()}
+from runtime.layers import DecoderLayers, check_supported
 
 
 def load_specbound(
@@ -54,21 +53,34 @@ def load_specbound(
     """
     if exactness not in EXACTNESS:
         raise ConfigError(f"exactness is {exactness!r}: expected one of {', '.join(EXACTNESS)}")
-    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    loaded = load_adapter(resolve_adapter(adapter, revision=revision, **hub))  # type: ignore[arg-type]
-    if not isinstance(base_model, PreTrainedModel):
+    if not (base_model is None or isinstance(base_model, (str, os.PathLike, PreTrainedModel))):
+        raise ConfigError(
+            f"base_model is a {type(base_model).__name__}: expected a transformers model, a folder or a Hub"
+            " id (of a PEFT model, pass model.merge_and_unload())"
+        )
+    if isinstance(base_model, PreTrainedModel) and not (dtype is None and device_map is None):
+        raise ConfigError(
+            "dtype and device_map are for a base that is loaded here, this one is loaded: leave them out"
+        )
+    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    loaded = load_adapter(resolve_adapter(adapter, revision=revision, **hub))
+    if isinstance(base_model, PreTrainedModel):
+        model = base_model
+    else:
         source = str(loaded.config.base_model_name_or_path if base_model is None else base_model)
         hub["revision"] = loaded.config.base_model_revision if base_model is None else None
-        tokenizer = tokenizer or _from_pretrained(AutoTokenizer, source, hub)
+        if tokenizer is None:
+            tokenizer = _from_pretrained(AutoTokenizer, source, hub)
         options = {"dtype": dtype or "auto", "device_map": device_map}
-        base_model = _from_pretrained(AutoModelForCausalLM, source, hub | options)
-    elif dtype is not None or device_map is not None:
-        raise ConfigError("dtype and device_map are for a base that is loaded here: this one is loaded already")
-    check_base(base_model, tokenizer, loaded)
-    return attach(base_model, prepare(base_model, loaded, EXACTNESS[exactness]))
+        model = _from_pretrained(AutoModelForCausalLM, source, hub | options)
+    check_supported(model)
+    check_base(model, tokenizer, loaded)
+    specbound = make_specbound(model, loaded, exactness=exactness)
+    specbound.prepare(model)
+    return attach(model, specbound)
 
 
-def prepare(model: PreTrainedModel, adapter: Adapter, policy: ExecutionPolicy) -> SpecBound:
+def make_specbound(model: PreTrainedModel, adapter: Adapter, *, exactness: str) -> SpecBound:
     """An adapter ready to run on this model, its heads on the model's device and in its dtype."""
     layers = DecoderLayers(model)
     config = adapter.config
@@ -81,7 +93,10 @@ def prepare(model: PreTrainedModel, adapter: Adapter, policy: ExecutionPolicy) -
         draft_to_target=None if whole else adapter.draft_to_target.tolist(),
         temperatures=config.temperatures,
     )
-    return SpecBound(model, drafter, config.bounds, policy, config)
+    fingerprint = config.base_model_fingerprint
+    return SpecBound(
+        model, drafter, config.bounds, exactness=exactness, config=config, fingerprint=fingerprint
+    )
 
 
 def check_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, adapter: Adapter) -> None:
@@ -91,24 +106,31 @@ def check_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     shape = {
         "num_hidden_layers": model.config.num_hidden_layers,
         "hidden_size": model.config.hidden_size,
-        "vocab_size": model.get_output_embeddings().weight.shape[0],
+        "vocab_size": model.get_output_embeddings().weight.shape[0],  # type: ignore[no-untyped-call]
     }
     for field, found in shape.items():
         if found != getattr(config, field):
             raise BaseModelMismatch(
-                f"the adapter was fitted on {name} with {field} {getattr(config, field)}, this base has {found}"
+                f"the adapter was fitted on {name} with {field} {getattr(config, field)}, this base has"
+                f" {found}: load that base"
             )
     if base_fingerprint(model) != config.base_model_fingerprint:
         raise BaseModelMismatch(
-            f"the adapter was fitted on {name}, this base has other weights: load that base, or fit an adapter for this"
+            f"the adapter was fitted on {name}, this base has other weights:"
+            " load that base, or fit an adapter for this one"
         )
     if tokenizer is not None and tokenizer_fingerprint(tokenizer) != config.tokenizer_fingerprint:
-        raise BaseModelMismatch(f"the adapter was fitted with the tokenizer of {name}, this one maps text otherwise")
+        raise BaseModelMismatch(
+            f"the adapter was fitted with the tokenizer of {name}, this one maps text otherwise: use that one"
+        )
 
 
 def _from_pretrained(auto: Any, source: str, options: dict[str, Any]) -> Any:
     try:
         return auto.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise AdapterError(f"the base {source} could not be loaded (pass base_model=...): {first}") from None
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = "tokenizer of the base" if auto is AutoTokenizer else "base"
+        raise AdapterError(
+            f"the {what} {source} could not be loaded (pass base_model=...): {first}"
+        ) from None

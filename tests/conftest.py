@@ -1,10 +1,13 @@
-"""What several test files share: a tiny seeded base, a tiny tokenizer, an adapter with random heads. No network."""
+"""What several test files share: a tiny seeded base, a tiny tokenizer, an adapter. No network."""
 
+import json
 import os
+import random
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +20,16 @@ from runtime.adapter import Adapter
 from runtime.heads import ExitHeads
 from runtime.identity import base_fingerprint, tokenizer_fingerprint
 
+# Tiny tensors: on a busy machine, threads that wait for one another take ten times as long.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., LlamaForCausalLM]:
     """`make_model(seed=0, **llama_config)`: a new random Llama, float32, in eval mode.
 
-    6 layers of width 32 and 128 token ids, of which generation never ends early (no end token). Its weights are
-    large, so that greedy output wanders and does not repeat one token.
+    6 layers of width 32 and 128 token ids; generation never ends early (no end token). Its weights are large,
+    so that greedy output wanders and does not repeat one token.
     """
 
     def make(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
@@ -66,11 +72,11 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 
 @pytest.fixture(scope="session")
 def make_adapter(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> Callable[..., Adapter]:
-    """`make_adapter(model, tokenizer=None, **config)`: an adapter for `model` with random heads, not yet saved.
+    """`make_adapter(model, tokenizer=None, **config)`: an adapter for `model` with random heads, unsaved.
 
     Exits after layers 2 and 4; keywords replace fields of its `SpecBoundConfig` (`exit_layers`, `head`,
-    `draft_vocab_size`, `bounds`, ...). The bounds accept any confidence, so that every round drafts. Heads of 64 of
-    the 128 ids by default; those are drawn at random.
+    `draft_vocab_size`, `bounds`, ...). The bounds accept any confidence, so that every round drafts.
+    Heads draft 64 of the 128 ids, drawn at random.
     """
 
     def make(model: Any, tokenizer: Any = None, seed: int = 0, **changes: Any) -> Adapter:
@@ -106,5 +112,49 @@ def make_adapter(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> Call
                 torch.nn.init.normal_(parameter, std=0.3)
             chosen = torch.randperm(config.vocab_size)[: config.draft_vocab_size].sort().values
         return Adapter(config, heads.requires_grad_(False).eval(), chosen)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory, make_model, make_tokenizer) -> Path:
+    """Folder of a saved tiny Llama with its tokenizer, which has no chat template."""
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_recipe(tmp_path_factory, tiny_base) -> Callable[..., dict[str, Any]]:
+    """`make_recipe(output_dir, **settings)`: settings of a fit of a second on the tiny base, as in a recipe.
+
+    All of a session share one corpus, which the first of them makes.
+    """
+    folder = tmp_path_factory.mktemp("recipe")
+    numbers = random.Random(0)
+    texts = [" ".join(f"w{numbers.randrange(100)}" for _ in range(2 + index % 7)) for index in range(120)]
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+
+    def make(output_dir: Path, **changes: Any) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "model_name_or_path": str(tiny_base),
+            "dtype": "float32",
+            "prompts": [str(prompts)],
+            "chat_template": "none",
+            "corpus_dir": str(folder / "corpus"),
+            "max_new_tokens": 16,
+            "calibration_fraction": 0.2,
+            "exit_layers": [2, 4],
+            "head_rank": 4,
+            "draft_vocab_size": 64,
+            "teacher_top_k": 8,
+            "output_dir": str(output_dir),
+            "per_device_train_batch_size": 8,
+            "max_steps": 4,
+            "learning_rate": 0.01,
+        }
+        return settings | changes
 
     return make

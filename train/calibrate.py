@@ -1,8 +1,8 @@
-"""Exit temperatures from text the heads have not seen, and how honest the confidences are. Knows no base model.
+"""Exit temperatures from text the heads have not seen, and how honest confidences are. Knows no base model.
 
-A temperature is fitted by the likelihood of "the draft is the base's choice" under the confidence it gives, which
-is what the exit rule reads; the paper's linear schedule by its one slope, the fitted schedule by one number per
-exit. Of these and T = 1 the likeliest on sequences not used to fit them is kept.
+A temperature is fitted by the likelihood of "the draft is the base's choice" under the confidence it gives,
+which is what the exit rule reads; the paper's linear schedule by its one slope, the fitted schedule by one
+number per exit. Of these and T = 1 the likeliest on sequences not used to fit them is kept.
 """
 
 from collections.abc import Iterable, Mapping
@@ -46,7 +46,9 @@ class Confidences:
 
 
 @torch.no_grad()
-def collect(batches: Iterable[Features], heads: Any, unembedding: Any, target_to_draft: torch.Tensor) -> Confidences:
+def collect(
+    batches: Iterable[Features], heads: Any, unembedding: Any, target_to_draft: torch.Tensor
+) -> Confidences:
     """Run the heads over features.
 
     Args:
@@ -63,12 +65,13 @@ def collect(batches: Iterable[Features], heads: Any, unembedding: Any, target_to
         choice = target_to_draft[batch.target]
         for layer, logits in heads(batch.hidden, batch.embedding, unembedding).items():
             if not bool(torch.isfinite(logits).all()):
-                raise DataError(f"the head of exit layer {layer} gives logits that are not finite: fit it again")
+                raise DataError(
+                    f"the head of exit layer {layer} gives logits that are not finite: fit it again"
+                )
             columns = [confidence(logits, float(temperature)) for temperature in TEMPERATURES]
             grids.setdefault(layer, []).append(torch.stack(columns, dim=1).cpu().numpy())
             right.setdefault(layer, []).append((logits.argmax(-1) == choice).cpu().numpy())
-    if sum(lengths) < MIN_POSITIONS:
-        raise DataError(f"only {sum(lengths)} positions to calibrate on: expected at least {MIN_POSITIONS}, add prompts")
+    require_positions(sum(lengths))
     return Confidences(
         grid={layer: np.concatenate(parts) for layer, parts in grids.items()},
         right={layer: np.concatenate(parts) for layer, parts in right.items()},
@@ -76,7 +79,18 @@ def collect(batches: Iterable[Features], heads: Any, unembedding: Any, target_to
     )
 
 
-def fit_schedule(found: Confidences, kind: str, num_hidden_layers: int) -> tuple[TemperatureSchedule, dict[str, float]]:
+def require_positions(number: int) -> None:
+    """Raise a DataError where there is too little text to calibrate on."""
+    if number < MIN_POSITIONS:
+        raise DataError(
+            f"only {number} positions to calibrate on: expected at least {MIN_POSITIONS}; "
+            "add prompts or raise calibration_fraction"
+        )
+
+
+def fit_schedule(
+    found: Confidences, kind: str, num_hidden_layers: int
+) -> tuple[TemperatureSchedule, dict[str, float]]:
     """Exit temperatures, and the mean negative log-likelihood of each kind on sequences not used to fit it.
 
     Args:
@@ -84,25 +98,35 @@ def fit_schedule(found: Confidences, kind: str, num_hidden_layers: int) -> tuple
     """
     odd = found.sequence % 2 == 1
     scores = {
-        name: float(np.mean([_score(found, _fit(found, name, num_hidden_layers, part), ~part) for part in (odd, ~odd)]))
+        name: float(
+            np.mean(
+                [_score(found, _fit(found, name, num_hidden_layers, part), ~part) for part in (odd, ~odd)]
+            )
+        )
         for name in ("none", "linear", "fitted")
     }
     chosen = min(scores, key=lambda name: scores[name]) if kind == "auto" else kind
     return _fit(found, chosen, num_hidden_layers, np.ones_like(odd)), scores
 
 
-def _fit(found: Confidences, kind: str, num_hidden_layers: int, part: NDArray[np.bool_]) -> TemperatureSchedule:
+def _fit(
+    found: Confidences, kind: str, num_hidden_layers: int, part: NDArray[np.bool_]
+) -> TemperatureSchedule:
     losses = {layer: _losses(found, layer, part) for layer in found.grid}
     layers = sorted(losses)
     if kind == "none":
         return TemperatureSchedule.none(layers)
     if kind == "fitted":
-        return TemperatureSchedule("fitted", {layer: float(TEMPERATURES[losses[layer].argmin()]) for layer in layers})
+        return TemperatureSchedule(
+            "fitted", {layer: float(TEMPERATURES[losses[layer].argmin()]) for layer in layers}
+        )
     totals = [
         sum(losses[layer][_nearest(linear_temperature(slope, layer, num_hidden_layers))] for layer in layers)
         for slope in SLOPES
     ]
-    return TemperatureSchedule.linear(round(float(SLOPES[int(np.argmin(totals))]), 6), layers, num_hidden_layers)
+    return TemperatureSchedule.linear(
+        round(float(SLOPES[int(np.argmin(totals))]), 6), layers, num_hidden_layers
+    )
 
 
 def _score(found: Confidences, schedule: TemperatureSchedule, part: NDArray[np.bool_]) -> float:
@@ -130,7 +154,7 @@ def expected_calibration_error(sure: Floats, right: NDArray[np.bool_], *, bins: 
 
 
 def report(found: Confidences, schedule: TemperatureSchedule) -> dict[str, Any]:
-    """Per exit: agreement, ECE at T = 1 and calibrated, precision and coverage by threshold; for `calibration.json`."""
+    """For `calibration.json`: agreement, ECE before and after, precision and coverage by threshold."""
     before = found.at(TemperatureSchedule.none(sorted(found.grid)))
     after = found.at(schedule)
     exits: Mapping[int, Any] = {

@@ -28,28 +28,33 @@ def card(config: SpecBoundConfig, calibrated: dict[str, Any], speed: dict[str, A
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# SpecBound exit heads for {config.base_model_name_or_path}",
-        "Exit heads that let the base model draft with its own shallow layers. The output is the base model's own, "
-        "token for token; only the speed changes.",
-        f'```python\nfrom runtime import load_specbound\n\nmodel = load_specbound("THIS_ADAPTER", "{config.base_model_name_or_path}")\n'
+        "Exit heads that let the base model draft with its own shallow layers. The output is the base "
+        "model's own, token for token; only the speed changes.",
+        "```python\nfrom runtime import load_specbound\n\n"
+        f'model = load_specbound("THIS_ADAPTER", "{config.base_model_name_or_path}")\n'
         "output = model.generate(**inputs, max_new_tokens=128)\nprint(model.specbound.stats)\n```",
         "## Speed\n\n" + _speed(speed),
         "## Calibration\n\n" + _exits(calibrated),
         f"Schedule `{config.temperatures.kind}`"
         + (f" with alpha {config.temperatures.alpha:.2f}" if config.temperatures.alpha is not None else "")
-        + f", chosen on {calibrated['positions']} tokens of {calibrated['sequences']} texts kept out of the fit.\n\n"
-        "![Reliability of each exit before and after calibration](reliability.png)",
+        + f", chosen on {calibrated['positions']} tokens of {calibrated['sequences']} texts kept out of "
+        "the fit.\n\n![Reliability of each exit before and after calibration](reliability.png)",
         f"Bounds: `exit_threshold` {bounds.exit_threshold:g}, `max_exit_layer` {bounds.max_exit_layer}, "
         f"`max_draft_tokens` {bounds.max_draft_tokens}. Draft vocabulary: {config.draft_vocab_size} of "
         f"{config.vocab_size} tokens, {100 * calibrated['held_out_coverage']:.1f} % of held-out text.",
-        "## Limits\n\nFitted for this base (checked by fingerprint) and text like its own answers to the prompts in "
-        "`run.yaml`. Other text costs speed, never correctness. Batches, beam search and other modes run as plain decoding.",
+        "## Limits\n\nFitted for this base (checked by fingerprint) and text like its own answers to the "
+        "prompts in `run.yaml`. Other text costs speed, never correctness. Batches, beam search and other "
+        "modes run as plain decoding.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def _exits(calibrated: dict[str, Any]) -> str:
-    rows = ["| exit after layer | temperature | agreement | ECE at T = 1 | ECE calibrated | precision / coverage at 0.8 |",
-            "|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    rows = [
+        "| exit after layer | temperature | agreement | ECE at T = 1 | ECE calibrated "
+        "| precision / coverage at 0.8 |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
     for layer, found in calibrated["exits"].items():
         at = next(point for point in found["thresholds"] if point["threshold"] == 0.8)
         precision = "-" if at["precision"] is None else f"{at['precision']:.2f}"
@@ -65,8 +70,10 @@ def _speed(speed: dict[str, Any] | None) -> str:
         return "Not measured yet on any machine."
     return (
         f"{speed['speedup']:.2f}x stock `generate` ({speed['specbound_tokens_per_second']:.1f} against "
-        f"{speed['stock_tokens_per_second']:.1f} tokens/s), {speed['identical_prompts']} of {speed['prompts']} prompts "
-        f"with identical ids, mean accepted length {speed['mean_accepted_length']:.2f}, acceptance rate "
-        f"{speed['acceptance_rate']:.2f}. {speed['hardware']}, {speed['dtype']}, {speed['threads']} threads, batch 1, "
+        f"{speed['stock_tokens_per_second']:.1f} tokens/s), "
+        f"{speed['identical_prompts']} of {speed['prompts']} prompts with identical ids, "
+        f"mean accepted length {speed['mean_accepted_length']:.2f}, "
+        f"acceptance rate {speed['acceptance_rate']:.2f}. "
+        f"{speed['hardware']}, {speed['dtype']}, {speed['threads']} threads, batch 1, "
         f"greedy, {speed['tokens']} tokens."
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runtime.errors import ConfigError, SpecBoundError
@@ -73,7 +74,7 @@ def load_base(config: FitConfig) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=getattr(torch, config.dtype)
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"model_name_or_path {name!r}: cannot be loaded ({reason})") from error
     return model, tokenizer

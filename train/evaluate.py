@@ -14,12 +14,17 @@ THRESHOLD = 0.8
 
 @torch.no_grad()
 def evaluate(
-    batches: Iterable[Features], heads: Any, unembedding: Any, target_to_draft: torch.Tensor, *, kl_weight: float
+    batches: Iterable[Features],
+    heads: Any,
+    unembedding: Any,
+    target_to_draft: torch.Tensor,
+    *,
+    kl_weight: float,
 ) -> dict[str, float]:
     """Means over all positions, by exit, under the keys `held_out/<figure>/layer_<NN>`.
 
-    Figures: `loss`; `agreement` with the base's choice; `acceptance`, the chance that a sampled draft is accepted;
-    `precision` and `coverage` of drafts whose confidence (at T = 1) is at least 0.8.
+    Figures: `loss`; `agreement` with the base's choice; `acceptance`, the chance that a sampled draft is
+    accepted; `precision` and `coverage` of drafts whose confidence (at T = 1) is at least 0.8.
     """
     sums: dict[str, float] = {}
     positions = 0
@@ -47,7 +52,9 @@ def show(step: int, values: dict[str, float]) -> str:
     """The figures of one evaluation as text, a line an exit."""
     lines = []
     for key in sorted(key for key in values if "/agreement/" in key):
-        of = {name: values[key.replace("agreement", name)] for name in ("acceptance", "precision", "coverage")}
+        of = {
+            name: values[key.replace("agreement", name)] for name in ("acceptance", "precision", "coverage")
+        }
         lines.append(
             f"step {step} {key.rpartition('/')[2]}: agreement {values[key]:.3f}, expected acceptance "
             f"{of['acceptance']:.3f}, at confidence {THRESHOLD} precision {of['precision']:.3f} "

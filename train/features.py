@@ -1,7 +1,7 @@
 """What a head learns from: hidden states at the exits and the base's own choice, at response positions.
 
-One frozen forward of the base gives them all. Online, a batch is computed when it is needed and forgotten; cached,
-every sequence is computed once and read back from safetensors files. Knows no heads and no losses.
+One frozen forward of the base gives them all. Online, a batch is computed when it is needed and forgotten;
+cached, every sequence is computed once and read back from safetensors files. Knows no heads and no losses.
 """
 
 import hashlib
@@ -77,8 +77,14 @@ class Sequences:
         Raises:
             DataError: nothing is left.
         """
-        cut = [(row["prompt_ids"], row["response_ids"][: max_length - len(row["prompt_ids"])]) for row in dataset]
-        kept = [row for row, full in zip(cut, dataset, strict=True) if row[1] and len(full["prompt_ids"]) < max_length]
+        cut = [
+            (row["prompt_ids"], row["response_ids"][: max_length - len(row["prompt_ids"])]) for row in dataset
+        ]
+        kept = [
+            row
+            for row, full in zip(cut, dataset, strict=True)
+            if row[1] and len(full["prompt_ids"]) < max_length
+        ]
         if not kept:
             raise DataError(
                 f"no assistant text is left in the {name} split after truncation to {max_length} tokens: "
@@ -127,7 +133,8 @@ class FeatureExtractor:
         ]
         hooks.append(
             self.layers.layers[0].register_forward_pre_hook(
-                lambda module, args, kwargs: taken.__setitem__(0, _input(args, kwargs)[chosen]), with_kwargs=True
+                lambda module, args, kwargs: taken.__setitem__(0, _input(args, kwargs)[chosen]),
+                with_kwargs=True,
             )
         )
         try:
@@ -146,7 +153,7 @@ class FeatureExtractor:
         )
 
     def _teacher(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Choice and top-k distribution from normed top states [N, D]; a chunk of logits in memory at a time."""
+        """Choice and top-k distribution from normed top states [N, D]; one chunk of logits at a time."""
         ids, log_probs = [], []
         for chunk in normed.split(CHUNK):
             logits = self.layers.unembedding(chunk).float() / self.layers.logits_scaling
@@ -179,9 +186,15 @@ class FeatureCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def fill(
-        self, sequences: Sequences, extract: FeatureExtractor, *, batch_size: int, rank: int = 0, world_size: int = 1
+        self,
+        sequences: Sequences,
+        extract: FeatureExtractor,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Iterator[int]:
-        """Compute what is missing; yields the number of sequences done after each file. Files are shared by rank."""
+        """Compute what is missing, files shared by rank; yields the number of sequences done after each."""
         starts = range(0, len(sequences), SHARD)
         for number, start in enumerate(starts):
             rows = sequences.rows[start : start + SHARD]

@@ -1,4 +1,4 @@
-"""Distillation losses and agreement figures of exit heads. Pure functions of logits and the base's choices."""
+"""Distillation loss and acceptance of exit heads: pure functions of logits and the base's choices."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class Targets:
 
     @classmethod
     def of(cls, target: Tensor, top_ids: Tensor, top_log_probs: Tensor, target_to_draft: Tensor) -> "Targets":
-        """From target ids [N] and [N, K], through `target_to_draft` [vocabulary], -1 where there is no draft id."""
+        """From target ids [N] and [N, K]; `target_to_draft` [vocabulary] is -1 where there is no draft id."""
         choice = target_to_draft[target]
         ids = target_to_draft[top_ids]
         return cls(
@@ -36,29 +36,31 @@ class Targets:
 
 
 def distillation_loss(logits: Tensor, targets: Targets, *, kl_weight: float) -> Tensor:
-    """Cross-entropy against the base's choice plus `kl_weight` times the divergence from its top-k distribution.
+    """Cross-entropy against the base's choice plus `kl_weight` times the divergence from its top-k tokens.
 
-    Positions whose choice the draft vocabulary lacks do not count in the cross-entropy; positions where it covers
-    none of the teacher's tokens do not count in the divergence.
+    The mean over all N positions, so that batches of different sizes combine by their sizes alone. A position
+    whose choice the draft vocabulary lacks adds no cross-entropy, and one of whose teacher tokens it has none
+    no divergence.
 
     Args:
-        logits: draft logits, shape [N, V].
+        logits: draft logits, shape [N, V], any float dtype.
+        targets: of the same positions.
+
+    Returns:
+        A scalar, float32.
     """
     log_probs = functional.log_softmax(logits.float(), dim=-1)
-    known = (targets.choice != IGNORED).sum().clamp(min=1)
-    cross_entropy = functional.nll_loss(log_probs, targets.choice, ignore_index=IGNORED, reduction="sum") / known
-    if kl_weight == 0:
-        return cross_entropy
-    mass = targets.top_probs.sum(dim=-1, keepdim=True)
-    teacher = targets.top_probs / mass.clamp(min=1e-9)
-    divergence = teacher * (teacher.clamp(min=1e-9).log() - log_probs.gather(-1, targets.top_ids))
-    covered = (mass > 0).sum().clamp(min=1)
-    return cross_entropy + kl_weight * divergence.sum() / covered
+    total = functional.nll_loss(log_probs, targets.choice, ignore_index=IGNORED, reduction="sum")
+    if kl_weight != 0:
+        teacher = targets.top_probs / targets.top_probs.sum(dim=-1, keepdim=True).clamp(min=1e-9)
+        divergence = teacher * (teacher.clamp(min=1e-9).log() - log_probs.gather(-1, targets.top_ids))
+        total = total + kl_weight * divergence.sum()
+    return total / max(1, len(logits))
 
 
 @torch.no_grad()
 def expected_acceptance(logits: Tensor, targets: Targets) -> Tensor:
-    """Sum over tokens of min(draft, teacher) probability, shape [N]: the chance that a sampled draft is accepted.
+    """Sum over tokens of min(draft, teacher), shape [N]: the chance that a sampled draft is accepted.
 
     The teacher's tokens beyond its top-k are left out, so this is a lower bound.
     """

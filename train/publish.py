@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from torch import Tensor
+from tqdm import tqdm
 
 from runtime.adapter import Adapter, save_adapter
 from runtime.config import VERSION, SpecBoundConfig
@@ -45,7 +46,7 @@ def publish_locally(
         DataError: too little calibration text, or logits that are not finite.
         AdapterError: the folder cannot be written.
     """
-    found = collect(calibration, heads, unembedding, target_to_draft)
+    found = collect(tqdm(calibration, "calibrate", unit="batch"), heads, unembedding, target_to_draft)
     schedule, scores = fit_schedule(found, config.schedule, model.config.num_hidden_layers)
     sure = found.at(schedule)
     costs = layer_costs(model, heads, unembedding)
@@ -85,7 +86,9 @@ def publish_locally(
     )
     folder = Path(config.output_dir) / "adapter"
     adapter = Adapter(adapter_config, heads, draft_to_target)
-    save_adapter(adapter, folder, extra=lambda path: _write_evidence(path, config, adapter_config, calibrated, found))
+    save_adapter(
+        adapter, folder, extra=lambda path: _write_evidence(path, config, adapter_config, calibrated, found)
+    )
     return folder
 
 
@@ -110,7 +113,9 @@ def portable(name: str) -> str:
 def _write_evidence(
     folder: Path, config: FitConfig, adapter: SpecBoundConfig, calibrated: dict[str, Any], found: Confidences
 ) -> None:
-    (folder / "calibration.json").write_text(json.dumps(calibrated, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "calibration.json").write_text(
+        json.dumps(calibrated, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     (folder / "run.yaml").write_text(yaml.safe_dump(_provenance(config), sort_keys=True), encoding="utf-8")
     reliability_plot(found, adapter.temperatures, folder / "reliability.png")
     (folder / "README.md").write_text(card(adapter, calibrated), encoding="utf-8")
@@ -125,7 +130,12 @@ def _provenance(config: FitConfig) -> dict[str, Any]:
         return portable(value) if isinstance(value, str) else value
 
     settings = {name: clean(getattr(config, name)) for name in config.sources}
-    return {"settings": settings, "versions": versions(), "python": platform.python_version(), "specbound": VERSION}
+    return {
+        "settings": settings,
+        "versions": versions(),
+        "python": platform.python_version(),
+        "specbound": VERSION,
+    }
 
 
 def versions() -> dict[str, str]:

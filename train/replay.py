@@ -1,8 +1,8 @@
 """Replay: what a policy would do on logged text, without a model.
 
-The cache of a right prefix is exact, so confidences logged on plain text are those the runtime would see, and its
-own policy code on them makes its own decisions. What follows a wrong draft is not in the log; only its cost is
-guessed, from the text's own confidences.
+The cache of a right prefix is exact, so confidences logged on plain text are those the runtime would see, and
+its own policy code on them makes its own decisions. What follows a wrong draft is not in the log; only its
+cost is guessed, from the text's own confidences.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from runtime.policy import SpeculationBounds
 
@@ -78,7 +79,9 @@ class Replayed:
 
 
 def traces(
-    sure: Mapping[int, NDArray[np.float32]], right: Mapping[int, NDArray[np.bool_]], sequence: NDArray[np.int64]
+    sure: Mapping[int, NDArray[np.float32]],
+    right: Mapping[int, NDArray[np.bool_]],
+    sequence: NDArray[np.int64],
 ) -> list[Trace]:
     """One trace a sequence, from arrays over all positions."""
     edges = np.flatnonzero(np.diff(sequence)) + 1
@@ -154,16 +157,18 @@ def best_bounds(
 ) -> tuple[SpeculationBounds, Replayed]:
     """The bounds of the fastest replay, those given held fixed; ties go to the smaller bounds.
 
-    Where nothing beats plain decoding the threshold is above 1: nothing is drafted.
+    Where nothing beats plain decoding the threshold is above 1 and, unless given, no drafts are allowed: no
+    head runs. A threshold that is given is kept, whatever it costs.
     """
     grid = product(
         THRESHOLDS if exit_threshold is None else (exit_threshold,),
         exit_layers if max_exit_layer is None else (max_exit_layer,),
         WIDTHS if max_draft_tokens is None else (max_draft_tokens,),
     )
-    found = [(bounds, replay(logged, bounds, costs)) for bounds in (SpeculationBounds(*point) for point in grid)]
+    points = [SpeculationBounds(*point) for point in grid]
+    found = [(bounds, replay(logged, bounds, costs)) for bounds in tqdm(points, "bounds", unit="replay")]
     bounds, result = max(found, key=lambda pair: pair[1].speedup(costs))
     if result.speedup(costs) <= 1.0 and exit_threshold is None:
-        bounds = SpeculationBounds(NO_SPECULATION, bounds.max_exit_layer, bounds.max_draft_tokens)
+        bounds = SpeculationBounds(NO_SPECULATION, bounds.max_exit_layer, max_draft_tokens or 0)
         return bounds, replay(logged, bounds, costs)
     return bounds, result

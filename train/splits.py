@@ -1,12 +1,10 @@
-"""`Split`: the sequences of one corpus split and the way to their features. Knows no heads.
-"""
+"""`Split`: the sequences of one corpus split and the way to their features. Knows no heads."""
 
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 
@@ -21,16 +19,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Split:
-    """One split of the corpus."""
+    """One split of the corpus; `cache` is None where features are computed when they are needed."""
 
     sequences: Sequences
     extract: FeatureExtractor
-    cache: FeatureCache | None
-    device: torch.device
+    cache: FeatureCache | None = None
 
     @classmethod
-    def load(cls, config: FitConfig, accelerator: Accelerator, layers: DecoderLayers, name: str) -> "Split":
-        """The split of a complete corpus, its features computed first where the recipe asks for a cache.
+    def load(cls, config: FitConfig, layers: DecoderLayers, name: str) -> "Split":
+        """The split of a complete corpus.
 
         Raises:
             DataError: the split is missing, or nothing is left of it after truncation.
@@ -40,14 +37,10 @@ class Split:
         )
         if sequences.num_dropped:
             logger.info("%s: %d rows dropped, cut to nothing", name, sequences.num_dropped)
-        extract = FeatureExtractor(layers, config.exit_layers, top_k=config.teacher_top_k)
-        split = cls(sequences, extract, None, accelerator.device)
-        if config.features == "cache":
-            split.cache = split.fill_cache(config, accelerator, name)
-        return split
+        return cls(sequences, FeatureExtractor(layers, config.exit_layers, top_k=config.teacher_top_k))
 
-    def fill_cache(self, config: FitConfig, accelerator: Accelerator, name: str) -> FeatureCache:
-        """Compute the features that are not on disk yet, shared over the processes."""
+    def fill_cache(self, config: FitConfig, accelerator: Accelerator, name: str) -> None:
+        """Compute features not on disk yet, shared over the processes; then read from disk."""
         settings = {
             "base": base_fingerprint(self.extract.layers.model),
             "dtype": config.dtype,
@@ -56,8 +49,8 @@ class Split:
             "max_length": config.max_length,
             "corpus": (config.corpus_path / "corpus.json").read_text(encoding="utf-8"),
         }
-        cache = FeatureCache(Path(config.output_dir) / "features" / name, settings)
-        filled = cache.fill(
+        self.cache = FeatureCache(Path(config.output_dir) / "features" / name, settings)
+        filled = self.cache.fill(
             self.sequences,
             self.extract,
             batch_size=config.per_device_train_batch_size,
@@ -68,18 +61,18 @@ class Split:
             for done in filled:
                 bar.update(done - bar.n)
         accelerator.wait_for_everyone()
-        return cache
 
     def features(self, indices: list[int]) -> Features:
         """Features of some sequences on the device, from the cache or from a forward of the base."""
         if self.cache is None:
             return self.extract([self.sequences[index] for index in indices])
+        device = self.extract.layers.device
         joined = Features.join([self.cache[index] for index in indices])
         names = ("embedding", "target", "top_ids", "top_log_probs")
         return replace(
             joined,
-            hidden={layer: tensor.to(self.device) for layer, tensor in joined.hidden.items()},
-            **{name: getattr(joined, name).to(self.device) for name in names},
+            hidden={layer: tensor.to(device) for layer, tensor in joined.hidden.items()},
+            **{name: getattr(joined, name).to(device) for name in names},
         )
 
     def batches(self, batch_size: int, *, limit: int | None = None) -> Iterator[Features]:

@@ -1,4 +1,4 @@
-"""The draft vocabulary: the tokens a head can draft, ranked by how often the base chose them. Knows no model."""
+"""The draft vocabulary: the tokens a head can draft, those the base chose most often. Knows no model."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 
-def draft_vocabulary(responses: Iterable[Sequence[int]], *, size: int, vocab_size: int, keep: Iterable[int]) -> Tensor:
+def draft_vocabulary(
+    responses: Iterable[Sequence[int]], *, size: int, vocab_size: int, keep: Iterable[int]
+) -> Tensor:
     """Target ids of the draft vocabulary, ascending.
 
     Args:
@@ -17,7 +19,8 @@ def draft_vocabulary(responses: Iterable[Sequence[int]], *, size: int, vocab_siz
         keep: ids that must be in it (ends of text).
 
     Returns:
-        `draft_to_target`, shape [size], int64. Where fewer tokens were ever chosen, the lowest ids fill it up.
+        `draft_to_target`, shape [size], int64. Where fewer tokens were ever chosen, the lowest ids fill it
+        up.
     """
     if size == 0 or size >= vocab_size:
         return torch.arange(vocab_size)

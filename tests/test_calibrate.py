@@ -1,0 +1,144 @@
+"""Calibration: known temperatures are found, confidences become honest, and odd cases are named or survived."""
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.errors import DataError
+from runtime.temperature import MAX_TEMPERATURE, TemperatureSchedule, linear_temperature
+from train.calibrate import Confidences, collect, expected_calibration_error, fit_schedule, report
+from train.features import Features
+
+LAYERS, NUM_HIDDEN_LAYERS, CLASSES = (2, 4), 8, 12
+TRUE = {2: 2.5, 4: 0.6}
+
+
+def features(number: int, generator: torch.Generator, *, temperatures=TRUE) -> tuple[Features, dict]:
+    """Logits as hidden states; the base's choice is drawn from the first exit's softmax at its temperature."""
+    logits = {layer: torch.randn(number, CLASSES, generator=generator) * 3 for layer in LAYERS}
+    draws = {
+        layer: torch.multinomial((z / temperatures[layer]).softmax(-1), 1, generator=generator)[:, 0]
+        for layer, z in logits.items()
+    }
+    zeros = torch.zeros(number, 1)
+    lengths = [number // 10] * 10
+    whole = Features(logits, zeros, draws[2], zeros.long(), zeros, lengths)
+    return whole, draws
+
+
+class FakeHeads:
+    """Gives the hidden states back as logits, moved so that the draws of each layer are the base's choice."""
+
+    def __init__(self, draws: dict) -> None:
+        self.draws = draws
+
+    def __call__(self, hidden, embedding, unembedding):
+        rows = torch.arange(len(embedding))
+        moved = {}
+        for layer, logits in hidden.items():
+            moved[layer] = logits.clone()
+            target, drawn = self.draws[2], self.draws[layer]  # swap two classes: softmax is the same but for names
+            moved[layer][rows, target], moved[layer][rows, drawn] = logits[rows, drawn], logits[rows, target]
+        return moved
+
+
+def collected(seed: int = 0, number: int = 20_000) -> Confidences:
+    whole, draws = features(number, torch.Generator().manual_seed(seed))
+    return collect([whole], FakeHeads(draws), None, torch.arange(CLASSES))
+
+
+def made(right: np.ndarray, grid_value: float = 0.7) -> Confidences:
+    from train.calibrate import TEMPERATURES
+
+    sure = np.broadcast_to(np.clip(grid_value / TEMPERATURES**0.2, 0, 1), (len(right), len(TEMPERATURES)))
+    return Confidences({3: sure.astype(np.float32)}, {3: right}, np.repeat(np.arange(10), len(right) // 10))
+
+
+def test_known_temperatures_are_recovered_within_five_percent():
+    schedule, _ = fit_schedule(collected(), "fitted", NUM_HIDDEN_LAYERS)
+    for layer in LAYERS:
+        assert schedule[layer] == pytest.approx(TRUE[layer], rel=0.05)
+
+
+def test_a_known_slope_is_recovered_within_five_percent():
+    true = {layer: linear_temperature(1.6, layer, NUM_HIDDEN_LAYERS) for layer in LAYERS}
+    whole, draws = features(20_000, torch.Generator().manual_seed(1), temperatures=true)
+    found = collect([whole], FakeHeads(draws), None, torch.arange(CLASSES))
+    schedule, _ = fit_schedule(found, "linear", NUM_HIDDEN_LAYERS)
+    assert schedule.kind == "linear"
+    for layer in LAYERS:
+        assert schedule[layer] == pytest.approx(true[layer], rel=0.05)
+
+
+def test_auto_takes_the_likeliest_and_calibration_error_falls():
+    found = collected()
+    schedule, scores = fit_schedule(found, "auto", NUM_HIDDEN_LAYERS)
+    assert schedule.kind == min(scores, key=scores.get) == "fitted"
+    fresh = collected(seed=5)
+    for layer, figures in report(fresh, schedule)["exits"].items():
+        assert figures["ece_after"] < 0.02 < figures["ece_before"], layer
+
+
+def test_two_runs_give_the_same():
+    first, second = (fit_schedule(collected(number=2000), "auto", NUM_HIDDEN_LAYERS) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "fitted", "auto", "none"])
+def test_always_right_and_never_right_stay_within_bounds(right, kind):
+    schedule, scores = fit_schedule(made(np.full(400, right)), kind, NUM_HIDDEN_LAYERS)
+    assert 0 < schedule[3] <= MAX_TEMPERATURE
+    assert all(np.isfinite(score) for score in scores.values())
+
+
+def test_a_single_class_is_always_sure_and_works():
+    whole, _ = features(400, torch.Generator().manual_seed(0))
+    one = Features(
+        {layer: torch.zeros(400, 1) for layer in LAYERS},
+        whole.embedding,
+        torch.zeros(400, dtype=torch.int64),
+        whole.top_ids,
+        whole.top_log_probs,
+        whole.lengths,
+    )
+    found = collect([one], lambda hidden, embedding, unembedding: hidden, None, torch.zeros(1, dtype=torch.int64))
+    schedule, _ = fit_schedule(found, "auto", NUM_HIDDEN_LAYERS)
+    assert found.at(schedule)[2].min() == 1.0
+    assert report(found, schedule)["exits"]["2"]["agreement"] == 1.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_name_their_layer(value):
+    whole, draws = features(400, torch.Generator().manual_seed(0))
+    whole.hidden[4][17, 3] = value
+    with pytest.raises(DataError, match="exit layer 4 gives logits that are not finite"):
+        collect([whole], FakeHeads(draws), None, torch.arange(CLASSES))
+
+
+def test_too_few_positions_are_refused():
+    whole, draws = features(190, torch.Generator().manual_seed(0))
+    with pytest.raises(DataError, match="only 190 positions to calibrate on: expected at least 200"):
+        collect([whole], FakeHeads(draws), None, torch.arange(CLASSES))
+
+
+def test_a_choice_outside_the_draft_vocabulary_is_never_right():
+    whole, draws = features(400, torch.Generator().manual_seed(0))
+    found = collect([whole], FakeHeads(draws), None, torch.full((CLASSES,), -1))
+    assert not any(right.any() for right in found.right.values())
+
+
+def test_calibration_error_of_known_numbers():
+    sure = np.array([0.9] * 10 + [0.2] * 10, dtype=np.float32)
+    right = np.array([True] * 5 + [False] * 5 + [True] * 4 + [False] * 6)
+    assert expected_calibration_error(sure, right, bins=2) == pytest.approx((0.4 + 0.2) / 2, abs=1e-6)
+    assert expected_calibration_error(np.full(20, right.mean(), np.float32), right, bins=1) == pytest.approx(0, abs=1e-6)
+
+
+def test_report_counts_positions_sequences_and_thresholds():
+    found = made(np.arange(400) % 2 == 0, grid_value=0.65)
+    figures = report(found, TemperatureSchedule.none([3]))
+    assert (figures["positions"], figures["sequences"]) == (400, 10)
+    by_threshold = {row["threshold"]: row for row in figures["exits"]["3"]["thresholds"]}
+    assert by_threshold[0.6] == {"threshold": 0.6, "coverage": 1.0, "precision": 0.5}
+    assert by_threshold[0.7] == {"threshold": 0.7, "coverage": 0.0, "precision": None}

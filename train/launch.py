@@ -1,0 +1,119 @@
+"""What a fit needs before it starts: a folder that can be written, processes, trackers, a quiet log.
+
+Knows no model and no text.
+"""
+
+import logging
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from transformers.utils import logging as transformers_logging
+
+from runtime.errors import ConfigError
+from train.checkpoints import find_checkpoints
+from train.options import FitConfig
+from train.recipe import nearest
+
+
+def quiet_logs() -> None:
+    """Our own lines at INFO; of the libraries only warnings, so that the lines and bars can be read."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("accelerate", "datasets", "DeepSpeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    if not torch.accelerator.is_available():  # DeepSpeed, which accelerate imports, would announce this twice
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def check_output_dir(config: FitConfig) -> None:
+    """See that the output folder can be written and holds no other run, before anything is loaded.
+
+    Nothing is created: a fit that fails at its base or its prompts leaves no folder behind.
+
+    Raises:
+        ConfigError: it cannot be written, or holds checkpoints that this run is not to continue.
+    """
+    path = Path(config.output_dir)
+    try:
+        nearest_folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        with tempfile.TemporaryFile(dir=nearest_folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {config.output_dir!r} cannot be written ({error.strerror}): name another"
+        ) from None
+    found = find_checkpoints(path)
+    if found and config.resume_from_checkpoint is None:
+        raise ConfigError(
+            f"output_dir {config.output_dir!r} holds {found[-1].name} of an earlier run: continue it with"
+            " --resume_from_checkpoint latest, or name another output_dir"
+        )
+
+
+def make_accelerator(config: FitConfig) -> Accelerator:
+    """Device, processes, precision and trackers, as `accelerate launch` or `torchrun` set them.
+
+    Raises:
+        ConfigError: a tracker that is unknown or not installed.
+    """
+    _check_trackers(config.report_to)
+    handlers = []
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available():
+        # Without these accelerate finds no backend, and every process takes itself for the only one.
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=config.report_to or None,
+        project_dir=config.output_dir,
+        kwargs_handlers=handlers or None,
+    )
+    # The launcher's environment would win over the recipe.
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
+    if accelerator.state.deepspeed_plugin is not None:  # DeepSpeed accumulates and clips by its own settings
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = config.per_device_train_batch_size
+        settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
+        settings["gradient_clipping"] = config.max_grad_norm
+    return accelerator
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Accelerate leaves out a known tracker that is not installed without a word."""
+    known, installed = (
+        sorted(map(str, LOGGER_TYPE_TO_CLASS)),
+        [str(name) for name in get_available_trackers()],
+    )
+    for name in names:
+        if name not in known:
+            hint = nearest(name, known) or f": expected one of {', '.join(known)}"
+            raise ConfigError(f"report_to: {name!r} is unknown{hint}")
+        if name not in installed:
+            raise ConfigError(f"report_to: {name!r} is not installed; install it, or leave it out")
+
+
+def show_settings(accelerator: Accelerator, config: FitConfig) -> None:
+    """Print every setting that is not a default, and where it came from."""
+    for name, source in config.sources.items():
+        if source != "default":
+            accelerator.print(f"{name} = {getattr(config, name)} ({source})")
+    accelerator.print(
+        f"{accelerator.num_processes} process(es) on {accelerator.device}, "
+        f"mixed precision {accelerator.mixed_precision}"
+    )
+
+
+def start_trackers(accelerator: Accelerator, config: FitConfig) -> None:
+    """Open the trackers and tell them the settings they can hold."""
+    if config.report_to:
+        plain = {
+            name: value for name, value in asdict(config).items() if isinstance(value, int | float | str)
+        }
+        accelerator.init_trackers("specbound", config=plain)
