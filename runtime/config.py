@@ -16,6 +16,7 @@ from typing import Any
 
 from runtime.errors import AdapterError, ConfigError
 from runtime.heads import HEAD_KINDS
+from runtime.lookup import LookupTable
 from runtime.policy import SpeculationBounds
 from runtime.temperature import TemperatureSchedule
 
@@ -49,6 +50,7 @@ class SpecBoundConfig:
         bounds: default bounds.
         weights_sha256: of `model.safetensors`.
         license: SPDX-like id of the adapter's licence; None if not stated.
+        lookup: confidences of the depth-0 exit; None if it is off.
     """
 
     base_model_name_or_path: str
@@ -66,6 +68,7 @@ class SpecBoundConfig:
     bounds: SpeculationBounds
     weights_sha256: str
     license: str | None = None
+    lookup: LookupTable | None = None
 
     def __post_init__(self) -> None:
         layers, last = list(self.exit_layers), self.num_hidden_layers - 1
@@ -109,6 +112,7 @@ class SpecBoundConfig:
             "alpha": schedule.alpha,
             "temperatures": {str(layer): schedule[layer] for layer in self.exit_layers},
         }
+        fields["lookup"] = None if self.lookup is None else [list(row) for row in self.lookup.rows]
         fields |= {"format": FORMAT, "specbound_version": VERSION}
         fields[CONTENT_SHA256] = _content_sha256(fields)
         return json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n"
@@ -265,6 +269,11 @@ def _temperatures(value: Any, name: str) -> TemperatureSchedule:
     )
 
 
+def _lookup(value: Any, name: str) -> LookupTable:
+    rows = [_kind(list)(row, name) for row in _kind(list)(value, name)]
+    return LookupTable(tuple(tuple(_number(cell, name) for cell in row) for row in rows))
+
+
 def _keys(value: Any, name: str, wanted: Collection[str]) -> None:
     if not isinstance(value, dict) or set(value) != set(wanted):
         found = sorted(value) if isinstance(value, dict) else value
@@ -293,4 +302,5 @@ _FIELDS: dict[str, Reader] = {
     "bounds": _bounds,
     "weights_sha256": _hash(""),
     "license": _optional(_text),
+    "lookup": _optional(_lookup),
 }

@@ -6,7 +6,6 @@ Source: SpecBound (arXiv 2604.12247). Knows nothing of transformers' `generate`,
 from collections.abc import Collection
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from runtime.accept import Accepted, accept
@@ -46,7 +45,7 @@ def speculate_round(
         newest: the last emitted token.
     """
     settled = state.length
-    state.push(torch.tensor([[newest]], device=state.device))
+    state.push(newest)
     limit = bounds.draft_limit(emitter.remaining)
     draft = draft_tokens(state, drafter, bounds, limit=limit, stop_tokens=emitter.stop_tokens)
     logits_TV = state.verify()[0]

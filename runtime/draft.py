@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from runtime.heads import DraftUnembedding, ExitHeads
+from runtime.lookup import LookupTable
 from runtime.policy import SpeculationBounds
 from runtime.state import DecodeState
 from runtime.temperature import TemperatureSchedule, confidence
@@ -24,8 +24,8 @@ class Drafter(Protocol):
     def exit_layers(self) -> list[int]:
         """Exit layers that can be asked, shallowest first."""
 
-    def propose(self, layer: int, hidden: Tensor, embedding: Tensor) -> tuple[int, float]:
-        """Token id and calibrated confidence, from hidden state and embedding [1, 1, D]."""
+    def propose(self, layer: int, state: DecodeState) -> tuple[int, float]:
+        """Token id and calibrated confidence; the newest pending token stands at this depth or deeper."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +37,37 @@ class HeadDrafter:
         unembedding: the base's frozen rows for the draft vocabulary.
         draft_to_target: shape [V], int64; None for the whole vocabulary.
         temperatures: exit temperatures.
+        lookup: confidence of the depth-0 exit; None switches it off.
     """
 
     heads: ExitHeads
     unembedding: DraftUnembedding
     draft_to_target: list[int] | None
     temperatures: TemperatureSchedule
+    lookup: LookupTable | None = None
 
     @property
     def exit_layers(self) -> list[int]:
-        """Exit layers of the heads."""
-        return self.heads.exit_layers
+        """Exit layers of the heads, after depth 0 where the lookup is on."""
+        return self.heads.exit_layers if self.lookup is None else [0, *self.heads.exit_layers]
 
-    def propose(self, layer: int, hidden: Tensor, embedding: Tensor) -> tuple[int, float]:
-        """Most likely draft token and its confidence at this exit's temperature."""
-        logits = self.heads.logits(layer, hidden[0, 0], embedding[0, 0], self.unembedding).float()
+    def propose(self, layer: int, state: DecodeState) -> tuple[int, float]:
+        """What the lookup proposes at depth 0; elsewhere the head's most likely token, at its exit's temperature."""
+        if layer == 0:
+            return self._look_up(state)
+        assert state.embedding is not None
+        logits = self.heads.logits(layer, state.newest[0, 0], state.embedding[0, 0], self.unembedding).float()
         best = logits.argmax()
         sure, index = torch.stack([confidence(logits, self.temperatures[layer]), best.float()]).tolist()
         token = int(index)
         return (token if self.draft_to_target is None else self.draft_to_target[token]), sure
+
+
+    def _look_up(self, state: DecodeState) -> tuple[int, float]:
+        proposal = state.lookup.propose(state.pending)
+        if proposal is None or self.lookup is None:
+            return 0, 0.0
+        return proposal.token, self.lookup.confidence(proposal)
 
 
 @dataclass(slots=True)
@@ -87,7 +99,7 @@ def draft_tokens(
         token, layer = found
         draft.tokens.append(token)
         draft.exit_layers.append(layer)
-        state.push(torch.tensor([[token]], device=state.device))
+        state.push(token)
         if token in stop_tokens:
             break
     return draft
@@ -97,10 +109,9 @@ def _find_exit(
     state: DecodeState, drafter: Drafter, bounds: SpeculationBounds, exits: list[int]
 ) -> tuple[int, int] | None:
     """Draft and exit layer of the newest token; None where no exit is sure: a hard token."""
-    assert state.embedding is not None
     for layer in exits:
         state.advance(layer)
-        token, sure = drafter.propose(layer, state.newest, state.embedding)
+        token, sure = drafter.propose(layer, state)
         if bounds.accepts(sure):
             return token, layer
     return None

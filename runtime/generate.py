@@ -27,6 +27,7 @@ from runtime.draft import Drafter
 from runtime.errors import ConfigError, SpecBoundError
 from runtime.exactness import Certificate, certify
 from runtime.execution import ExecutionPolicy, execution
+from runtime.identity import base_fingerprint
 from runtime.layers import DecoderLayers
 from runtime.policy import SpeculationBounds
 from runtime.state import DecodeState
@@ -60,7 +61,7 @@ class SpecBound:
         *,
         exactness: str = "bitwise",
         config: SpecBoundConfig | None = None,
-        fingerprint: str = "",
+        fingerprint: str | None = None,
     ) -> None:
         if exactness not in EXACTNESS:
             raise ConfigError(f"exactness is {exactness!r}: expected one of {', '.join(EXACTNESS)}")
@@ -69,7 +70,7 @@ class SpecBound:
         self.bounds = bounds
         self.exactness = exactness
         self.config = config
-        self.fingerprint = fingerprint
+        self.fingerprint = fingerprint or base_fingerprint(model)
         self.certificate: Certificate | None = None
         self.stats = SpeculationStats()
         self.enabled = True
@@ -182,7 +183,8 @@ def _speculate(
     cache = KVCache.from_dynamic(stock_cache, capacity)
     positions = model_kwargs.get("position_ids")
     offset = 0 if positions is None else int(positions[0, -1]) + 1 - cache.get_seq_length()
-    state = DecodeState(specbound.layers, cache, position_offset=offset)
+    known = emitter.input_ids[0].tolist()
+    state = DecodeState(specbound.layers, cache, known, position_offset=offset)
     with execution(model, policy):
         decode(state, outputs.logits[:, -1], specbound.drafter, bounds, emitter, specbound.stats)
     if generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False):

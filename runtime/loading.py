@@ -92,6 +92,7 @@ def make_specbound(model: PreTrainedModel, adapter: Adapter, *, exactness: str) 
         unembedding=DraftUnembedding(layers, None if whole else adapter.draft_to_target),
         draft_to_target=None if whole else adapter.draft_to_target.tolist(),
         temperatures=config.temperatures,
+        lookup=config.lookup,
     )
     fingerprint = config.base_model_fingerprint
     return SpecBound(

@@ -27,8 +27,8 @@ class SpeculationBounds:
     def __post_init__(self) -> None:
         if not self.exit_threshold >= 0.0:
             raise ConfigError(f"exit_threshold is {self.exit_threshold}: expected a number of at least 0")
-        if self.max_exit_layer < 1:
-            raise ConfigError(f"max_exit_layer is {self.max_exit_layer}: expected at least 1")
+        if self.max_exit_layer < 0:
+            raise ConfigError(f"max_exit_layer is {self.max_exit_layer}: expected at least 0")
         if self.max_draft_tokens < 0:
             raise ConfigError(f"max_draft_tokens is {self.max_draft_tokens}: expected at least 0")
 

@@ -5,6 +5,7 @@ always the last ones: a stack of segments, deepest first, each a block of consec
 Knows nothing of heads, confidence or policy.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from runtime.cache import KVCache
 from runtime.layers import DecoderLayers
+from runtime.lookup import ContextLookup
 
 
 @dataclass(slots=True)
@@ -28,30 +30,31 @@ class DecodeState:
 
     Args:
         layers: the base.
+        token_ids: the settled tokens as far as they are known, for the lookup.
         cache: holds the same number of rows in every layer, those of the settled tokens.
         position_offset: position of the first token; not 0 where the caller numbers positions another way.
     """
 
-    def __init__(self, layers: DecoderLayers, cache: KVCache, *, position_offset: int = 0) -> None:
+    def __init__(
+        self, layers: DecoderLayers, cache: KVCache, token_ids: Sequence[int], *, position_offset: int = 0
+    ) -> None:
         self.layers = layers
         self.cache = cache
         self.length = cache.get_seq_length()
         self.position_offset = position_offset
         self.segments: list[Segment] = []
+        self.pending: list[int] = []
+        self.lookup = ContextLookup(token_ids)
         self.embedding: Tensor | None = None
 
-    def push(self, token_ids: Tensor) -> None:
-        """Make the token of shape [1, 1] the newest pending one, at depth 0."""
+    def push(self, token: int) -> None:
+        """Make a token the newest pending one, at depth 0."""
         position = self.length + self.position_offset
-        hidden = self.layers.embed(token_ids, position)
+        hidden = self.layers.embed(torch.tensor([[token]], device=self.layers.device), position)
+        self.pending.append(token)
         self.embedding = hidden
         self.segments.append(Segment(hidden, 0, position))
         self.length += 1
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids go in."""
-        return self.layers.device
 
     @property
     def newest(self) -> Tensor:
@@ -81,7 +84,9 @@ class DecodeState:
         return self.layers.logits(self.segments[0].hidden)
 
     def crop(self, length: int) -> None:
-        """Settle: keep the cache rows of the first `length` tokens in every layer; nothing is pending."""
+        """Settle the first `length` tokens, keep their cache rows in every layer; nothing is pending."""
         self.cache.crop(length)
+        self.lookup.extend(self.pending[: len(self.pending) - (self.length - length)])
+        self.pending.clear()
         self.segments.clear()
         self.length = length

@@ -3,8 +3,12 @@
 import json
 import os
 import random
+import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
+# Before huggingface_hub is imported, which reads them once. Certificates are kept under HF_HOME.
+os.environ["HF_HUB_OFFLINE"] = "1"
+_home = tempfile.TemporaryDirectory()
+os.environ["HF_HOME"] = _home.name
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Calibration: known temperatures are found, confidences become honest, and odd cases are named or survived."""
+"""Calibration: known temperatures are found, confidences become honest, odd cases are named or survived."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ TRUE = {2: 2.5, 4: 0.6}
 
 
 def features(number: int, generator: torch.Generator, *, temperatures=TRUE) -> tuple[Features, dict]:
-    """Logits as hidden states; the base's choice is drawn from the first exit's softmax at its temperature."""
+    """Logits as hidden states; choices are drawn from their softmax at the temperatures."""
     logits = {layer: torch.randn(number, CLASSES, generator=generator) * 3 for layer in LAYERS}
     draws = {
         layer: torch.multinomial((z / temperatures[layer]).softmax(-1), 1, generator=generator)[:, 0]
@@ -37,7 +37,10 @@ class FakeHeads:
         moved = {}
         for layer, logits in hidden.items():
             moved[layer] = logits.clone()
-            target, drawn = self.draws[2], self.draws[layer]  # swap two classes: softmax is the same but for names
+            target, drawn = (
+                self.draws[2],
+                self.draws[layer],
+            )  # swap two classes: softmax is the same but for names
             moved[layer][rows, target], moved[layer][rows, drawn] = logits[rows, drawn], logits[rows, target]
         return moved
 
@@ -102,7 +105,9 @@ def test_a_single_class_is_always_sure_and_works():
         whole.top_log_probs,
         whole.lengths,
     )
-    found = collect([one], lambda hidden, embedding, unembedding: hidden, None, torch.zeros(1, dtype=torch.int64))
+    found = collect(
+        [one], lambda hidden, embedding, unembedding: hidden, None, torch.zeros(1, dtype=torch.int64)
+    )
     schedule, _ = fit_schedule(found, "auto", NUM_HIDDEN_LAYERS)
     assert found.at(schedule)[2].min() == 1.0
     assert report(found, schedule)["exits"]["2"]["agreement"] == 1.0
@@ -132,7 +137,9 @@ def test_calibration_error_of_known_numbers():
     sure = np.array([0.9] * 10 + [0.2] * 10, dtype=np.float32)
     right = np.array([True] * 5 + [False] * 5 + [True] * 4 + [False] * 6)
     assert expected_calibration_error(sure, right, bins=2) == pytest.approx((0.4 + 0.2) / 2, abs=1e-6)
-    assert expected_calibration_error(np.full(20, right.mean(), np.float32), right, bins=1) == pytest.approx(0, abs=1e-6)
+    assert expected_calibration_error(np.full(20, right.mean(), np.float32), right, bins=1) == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_report_counts_positions_sequences_and_thresholds():

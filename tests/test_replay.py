@@ -1,4 +1,4 @@
-"""Replay: totals against a simulation that runs every token through every layer by itself, and the best bounds."""
+"""Replay: totals against a simulation that goes token by token and layer by layer, and the best bounds."""
 
 import random
 
@@ -29,7 +29,10 @@ def simulate(trace: Trace, threshold: float, deepest: int, most: int, costs: Lay
     text_left = list(range(len(trace)))
     while text_left:
         totals["rounds"] += 1
-        reached, drafts = [], []  # layers each row of the round has been through; (position, exit) of each draft
+        reached, drafts = (
+            [],
+            [],
+        )  # layers each row of the round has been through; (position, exit) of each draft
         for position in text_left:
             layer, out = 0, None
             drafting = len(drafts) < most and position != text_left[-1]
@@ -102,7 +105,9 @@ def test_best_bounds_are_the_fastest_of_the_grid():
     bounds, found = best_bounds(logged, EXITS, COSTS, max_exit_layer=5)
     assert bounds.max_exit_layer == 5
     widths = (1, 2, 3, 4, 6, 8)
-    others = [replay(logged, SpeculationBounds(t, 5, w), COSTS) for t in (0.3, 0.5, 0.75, 0.9) for w in widths]
+    others = [
+        replay(logged, SpeculationBounds(t, 5, w), COSTS) for t in (0.3, 0.5, 0.75, 0.9) for w in widths
+    ]
     assert found.speedup(COSTS) >= max(other.speedup(COSTS) for other in others)
     assert found == replay(logged, bounds, COSTS)
 

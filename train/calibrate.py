@@ -17,8 +17,8 @@ from runtime.errors import DataError
 from runtime.temperature import TemperatureSchedule, confidence, linear_temperature
 from train.features import Features
 
-# 2 % apart: finer than the data can tell.
-TEMPERATURES = np.geomspace(0.2, 10.0, 201)
+# 5 % apart: finer than the data can tell.
+TEMPERATURES = np.geomspace(0.2, 10.0, 81)
 SLOPES = np.linspace(-0.95, 9.0, 399)
 MIN_POSITIONS = 200
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)

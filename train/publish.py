@@ -4,6 +4,7 @@ Knows no fitting loop and no network.
 """
 
 import json
+import os
 import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +15,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from runtime.adapter import Adapter, save_adapter
+from runtime.adapter import Adapter, load_adapter, save_adapter
 from runtime.config import VERSION, SpecBoundConfig
 from runtime.heads import DraftUnembedding, ExitHeads
 from runtime.identity import base_fingerprint, tokenizer_fingerprint
@@ -147,3 +148,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def add_speed(folder: Path, speed: dict[str, Any]) -> None:
+    """Write an adapter's card anew, with figures measured by `runtime.benchmark`."""
+    config = load_adapter(folder).config
+    calibrated = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
+    unfinished = folder / "README.md.tmp"
+    unfinished.write_text(card(config, calibrated, speed), encoding="utf-8")
+    os.replace(unfinished, folder / "README.md")

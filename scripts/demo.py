@@ -1,0 +1,85 @@
+"""Last stage of the demo: the adapter fitted just now against plain decoding, on prompts it was not fitted on.
+
+Run as `python scripts/demo.py [--output_dir outputs/demo] [--prompts 16] [--max_new_tokens 64]`. Writes
+`report.json` and the adapter's card with the figures measured; exits 1 if any id differs.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from runtime import SpecBoundError, load_specbound
+from runtime.benchmark import compare
+from train.corpus import load_split
+from train.publish import add_speed
+
+
+def main() -> None:
+    """Compare, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    options = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    report = measure(options.output_dir, options.prompts, options.max_new_tokens)
+    path = options.output_dir / "report.json"
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    add_speed(options.output_dir / "adapter", report)
+    show(report)
+    if report["identical_prompts"] != report["prompts"]:
+        sys.exit("error: some ids differ from plain decoding; please report this with outputs/demo/report.json")
+
+
+def measure(output_dir: Path, num_prompts: int, max_new_tokens: int) -> dict[str, Any]:
+    """Figures on held-out prompts whose plain answer is long enough."""
+    rows = [
+        row for row in load_split(output_dir / "corpus", "held_out") if len(row["response_ids"]) >= max_new_tokens
+    ]
+    if len(rows) < num_prompts:
+        raise SpecBoundError(f"only {len(rows)} held-out prompts have {max_new_tokens} tokens: ask for fewer")
+    model = load_specbound(output_dir / "adapter")
+    print(f"exactness: {model.specbound.certificate}")
+    prompts = [torch.tensor([row["prompt_ids"]]) for row in rows[:num_prompts]]
+    bar = tqdm(total=num_prompts, desc="plain against SpecBound", unit="prompt")
+    for totals in compare(model, prompts, max_new_tokens=max_new_tokens, do_sample=False):
+        bar.set_postfix_str(f"{totals.speedup:.2f}x, {sum(totals.identical)} identical")
+        bar.update()
+    bar.close()
+    return totals.report(model)
+
+
+def show(report: dict[str, Any]) -> None:
+    """The table."""
+    table = Table(title="SpecBound demo: SmolLM2-135M-Instruct, same tokens", show_header=False)
+    used = ", ".join(
+        f"layer {layer}: {found['accepted']} of {found['drafted']}" for layer, found in report["exits"].items()
+    )
+    rows = {
+        "stock generate": f"{report['stock_tokens_per_second']:.1f} tokens/s",
+        "SpecBound": f"{report['specbound_tokens_per_second']:.1f} tokens/s",
+        "speed-up": f"{report['speedup']:.2f}x (median over prompts)",
+        "mean accepted length": f"{report['mean_accepted_length']:.2f} tokens per verification",
+        "acceptance rate": f"{report['acceptance_rate']:.2f}",
+        "exits used (accepted)": used or "none",
+        "identical ids": f"{report['identical_prompts']} of {report['prompts']} prompts, {report['tokens']} tokens",
+        "on": f"{report['hardware']}, {report['dtype']}, {report['threads']} threads",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SpecBoundError as error:
+        sys.exit(f"error: {error}")
