@@ -99,9 +99,7 @@ def _unwritable(folder: str | Path, error: Exception) -> Exception:
 
 
 def _write(adapter: Adapter, folder: Path) -> SpecBoundConfig:
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in adapter.heads.state_dict().items()
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.heads.state_dict().items()}
     tensors[DRAFT_TO_TARGET] = adapter.draft_to_target.cpu().to(torch.int64).contiguous()
     path = folder / WEIGHTS_FILE
     save_file(tensors, path, metadata={"format": "pt", "specbound_version": VERSION})
@@ -162,16 +160,13 @@ def load_adapter(folder: str | Path) -> Adapter:
             _refuse(path, _header_faults(_header(file), wanted))
             if (found := file_sha256(path)) != config.weights_sha256:
                 raise AdapterError(
-                    f"{path} has sha256 {found}, its {CONFIG_FILE} says {config.weights_sha256}: "
-                    "download both again"
+                    f"{path} has sha256 {found}, its {CONFIG_FILE} says {config.weights_sha256}: download both again"
                 )
             tensors = {name: file.get_tensor(name).clone() for name in wanted}
     except SpecBoundError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise AdapterError(
-            f"{path} is incomplete or damaged, download it again: {_first_line(error)}"
-        ) from None
+        raise AdapterError(f"{path} is incomplete or damaged, download it again: {_first_line(error)}") from None
     _refuse(path, _value_faults(tensors, config.vocab_size))
     draft_to_target = tensors.pop(DRAFT_TO_TARGET)
     heads.load_state_dict(tensors, strict=True, assign=True)
@@ -191,9 +186,7 @@ def _regular(path: Path) -> Path:
             reason = f"no such file in {path.parent}"
     except OSError as error:
         reason = error.strerror or str(error)
-    raise AdapterError(
-        f"{path.name} cannot be read, {reason}: expected the folder of a whole SpecBound adapter"
-    )
+    raise AdapterError(f"{path.name} cannot be read, {reason}: expected the folder of a whole SpecBound adapter")
 
 
 def _read_config(folder: Path) -> SpecBoundConfig:
@@ -202,9 +195,7 @@ def _read_config(folder: Path) -> SpecBoundConfig:
         with path.open("rb") as file:
             content = file.read(MAX_CONFIG_BYTES + 1)
         if len(content) > MAX_CONFIG_BYTES:
-            raise AdapterError(
-                f"{path} has more than {MAX_CONFIG_BYTES} bytes: expected an adapter's {CONFIG_FILE}"
-            )
+            raise AdapterError(f"{path} has more than {MAX_CONFIG_BYTES} bytes: expected an adapter's {CONFIG_FILE}")
         text = content.decode("utf-8")
     except SpecBoundError:
         raise

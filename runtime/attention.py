@@ -46,7 +46,13 @@ def block_attention(model: PreTrainedModel, *, rowwise: bool) -> Iterator[None]:
 
 
 def _rowwise(
-    stock: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    stock: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **kwargs: Any,
 ) -> AttentionOutput:
     """Query [B, H, T, E] against key and value [B, KV, S, E], one row at a time; output [B, T, H, E]."""
     attend = _stock_attention(stock, module)
@@ -56,12 +62,20 @@ def _rowwise(
     rows = []
     for row in range(num_rows):
         seen = num_keys - num_rows + row + 1
-        rows.append(attend(module, query[:, :, row : row + 1], key[:, :, :seen], value[:, :, :seen], None, **kwargs)[0])
+        rows.append(
+            attend(module, query[:, :, row : row + 1], key[:, :, :seen], value[:, :, :seen], None, **kwargs)[0]
+        )
     return torch.cat(rows, dim=1), None
 
 
 def _batched(
-    stock: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    stock: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **kwargs: Any,
 ) -> AttentionOutput:
     """As `_rowwise`, in one call: row t of T sees the first S - T + t + 1 keys."""
     num_rows, num_keys = query.shape[2], key.shape[2]

@@ -72,7 +72,7 @@ class Comparison:
         }
 
 
-def compare(model: PreTrainedModel, prompts: Sequence[Tensor], **options: Any) -> Iterator[Comparison]:
+def compare(model: Any, prompts: Sequence[Tensor], **options: Any) -> Iterator[Comparison]:
     """Generate from every prompt both ways; yields the totals so far after each.
 
     Args:
@@ -83,7 +83,9 @@ def compare(model: PreTrainedModel, prompts: Sequence[Tensor], **options: Any) -
     totals = Comparison()
     specbound = model.specbound
     generate: Callable[..., Tensor] = model.generate
-    generate(prompts[0], **{**options, "max_new_tokens": 4})  # warm-up: the first calls pay for allocations
+    generate(
+        prompts[0], **{**options, "min_new_tokens": 4, "max_new_tokens": 4}
+    )  # warm-up: the first calls pay for allocations
     for number, prompt in enumerate(prompts):
         seconds, outputs = {}, {}
         for speculate in (False, True) if number % 2 == 0 else (True, False):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 MIN_CAPACITY = 64
 
@@ -23,25 +22,22 @@ class KVCache:
         self._capacity = max(capacity, MIN_CAPACITY)
 
     @classmethod
-    def from_dynamic(cls, cache: DynamicCache, capacity: int) -> "KVCache":
-        """Copy what the prompt's own forward left in a `DynamicCache` of batch size 1."""
+    def from_dynamic(cls, cache: Any, capacity: int) -> "KVCache":
+        """Copy what the prompt's own forward left in a transformers `DynamicCache` of batch size 1."""
         kv = cls(len(cache.layers), capacity)
         for index, layer in enumerate(cache.layers):
-            assert layer.keys is not None and layer.values is not None
             kv.update(layer.keys, layer.values, index)
         return kv
 
-    def copy_to(self, cache: DynamicCache) -> None:
-        """Leave in `cache` what plain decoding would have left there."""
+    def copy_to(self, cache: Any) -> None:
+        """Leave in a transformers `DynamicCache` what plain decoding would have left there."""
         for index, layer in enumerate(cache.layers):
             keys, values = self._keys[index], self._values[index]
             assert keys is not None and values is not None
             layer.keys = keys[:, :, : self.lengths[index]].clone()
             layer.values = values[:, :, : self.lengths[index]].clone()
 
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append rows to a layer; called by the base's attention modules.
 
         Args:

@@ -27,9 +27,7 @@ MAX_DIMENSION = 10_000_000
 MAX_LAYERS = 10_000
 MAX_TEXT = 500
 
-CONTENT_SHA256 = (
-    "content_sha256"  # of everything else in the file: tells a flipped byte from what was written
-)
+CONTENT_SHA256 = "content_sha256"  # of everything else in the file: tells a flipped byte from what was written
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +71,10 @@ class SpecBoundConfig:
     def __post_init__(self) -> None:
         layers, last = list(self.exit_layers), self.num_hidden_layers - 1
         if not 1 <= self.num_hidden_layers <= MAX_LAYERS:
-            raise ConfigError(
-                f"num_hidden_layers is {_shown(self.num_hidden_layers)}: expected 1 to {MAX_LAYERS}"
-            )
+            raise ConfigError(f"num_hidden_layers is {_shown(self.num_hidden_layers)}: expected 1 to {MAX_LAYERS}")
         if not layers or layers != sorted(set(layers)) or layers[0] < 1 or layers[-1] > last:
             raise ConfigError(
-                f"exit_layers is {_shown(layers)}: "
-                f"expected different layers in ascending order, each from 1 to {last}"
+                f"exit_layers is {_shown(layers)}: expected different layers in ascending order, each from 1 to {last}"
             )
         if self.head not in HEAD_KINDS:
             raise ConfigError(f"head is {self.head!r}: expected one of {', '.join(HEAD_KINDS)}")
@@ -141,9 +136,7 @@ class SpecBoundConfig:
         if unknown:
             warnings.warn(f"{source}: unknown keys {_shown(unknown)} are ignored", stacklevel=2)
         if not is_as_written:
-            warnings.warn(
-                f"{source} was changed after it was written: edited by hand, or damaged", stacklevel=2
-            )
+            warnings.warn(f"{source} was changed after it was written: edited by hand, or damaged", stacklevel=2)
         return config
 
 
@@ -166,13 +159,9 @@ def _check_format(fields: dict[str, Any], source: str) -> None:
         raise AdapterError(f"{source} is not of a SpecBound adapter: its 'format' is {_shown(found)}")
     if found > FORMAT:
         wanted = f"specbound >= {version}" if _is_version(version) else "a newer specbound"
-        raise AdapterError(
-            f"{source} has format {_shown(found)}, this version reads {FORMAT}: install {wanted}"
-        )
+        raise AdapterError(f"{source} has format {_shown(found)}, this version reads {FORMAT}: install {wanted}")
     if not _is_version(version):
-        raise AdapterError(
-            f"{source}: specbound_version is {_shown(version)}: expected one such as {VERSION}"
-        )
+        raise AdapterError(f"{source}: specbound_version is {_shown(version)}: expected one such as {VERSION}")
 
 
 def _is_version(value: Any) -> bool:
@@ -263,9 +252,7 @@ def _temperatures(value: Any, name: str) -> TemperatureSchedule:
     return TemperatureSchedule(
         kind=_kind(str)(value["kind"], f"{name}.kind"),
         alpha=_optional(_number)(value["alpha"], f"{name}.alpha"),
-        temperatures={
-            int(layer): _number(t, f"{name}.temperatures.{layer}") for layer, t in by_layer.items()
-        },
+        temperatures={int(layer): _number(t, f"{name}.temperatures.{layer}") for layer, t in by_layer.items()},
     )
 
 

@@ -62,7 +62,6 @@ class HeadDrafter:
         token = int(index)
         return (token if self.draft_to_target is None else self.draft_to_target[token]), sure
 
-
     def _look_up(self, state: DecodeState) -> tuple[int, float]:
         proposal = state.lookup.propose(state.pending)
         if proposal is None or self.lookup is None:
@@ -80,7 +79,12 @@ class Draft:
 
 
 def draft_tokens(
-    state: DecodeState, drafter: Drafter, bounds: SpeculationBounds, *, limit: int, stop_tokens: Collection[int]
+    state: DecodeState,
+    drafter: Drafter,
+    bounds: SpeculationBounds,
+    *,
+    limit: int,
+    stop_tokens: Collection[int],
 ) -> Draft:
     """Draft up to `limit` tokens after the newest pending one.
 

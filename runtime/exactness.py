@@ -151,13 +151,13 @@ class Reference:
 
     token_ids: Tensor
     logits: list[Tensor]
-    cache: DynamicCache
-    rows: dict[nn.Module, list[tuple[Tensor, Tensor]]]
+    cache: Any
+    rows: dict[Any, list[tuple[Tensor, Tensor]]]
 
     @classmethod
     def decode(cls, model: PreTrainedModel) -> "Reference":
         """Let the base write a text of its own, from the token that begins one."""
-        rows: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {module: [] for module in linears(model)}
+        rows: dict[Any, list[tuple[Tensor, Tensor]]] = {module: [] for module in linears(model)}
 
         def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             rows[module].append((args[0].reshape(-1, args[0].shape[-1]), output.reshape(-1, output.shape[-1])))
@@ -187,7 +187,7 @@ def differing_shapes(model: PreTrainedModel, reference: Reference, widths: Seque
     """Weight shapes of the Linears whose rows differ in some bit from one-by-one rows, at any of these widths."""
     found: set[Shape] = set()
     for module, rows in reference.rows.items():
-        shape = tuple(module.weight.shape)  # type: ignore[union-attr,arg-type]
+        shape = tuple(module.weight.shape)
         for width in widths:
             if shape in found:
                 break

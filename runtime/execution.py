@@ -78,5 +78,5 @@ def _rows(forward: Callable[..., Tensor], hidden: Tensor, *args: Any, **kwargs: 
     rows = hidden.shape[-2]
     if rows == 1:
         return forward(hidden, *args, **kwargs)
-    parts = hidden.split(1, dim=-2)
+    parts = torch.split(hidden, 1, dim=-2)
     return torch.cat([forward(part, *args, **kwargs) for part in parts], dim=-2)

@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -112,7 +118,7 @@ class SpecBound:
             logger.warning("SpecBound: plain decoding for this call, because %s.", reason)
 
 
-def attach(model: PreTrainedModel, specbound: SpecBound) -> PreTrainedModel:
+def attach(model: Any, specbound: SpecBound) -> PreTrainedModel:
     """Make `model.generate` speculate; the model stays an instance of its own class.
 
     Raises:
@@ -125,7 +131,8 @@ def attach(model: PreTrainedModel, specbound: SpecBound) -> PreTrainedModel:
     namespace = {"_sample": _sample, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
     model.__class__ = type(stock.__name__, (stock,), {**namespace, "__doc__": stock.__doc__})
     model.specbound = specbound
-    return model
+    attached: PreTrainedModel = model
+    return attached
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
@@ -138,7 +145,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def _sample(
-    self: PreTrainedModel,
+    self: Any,
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
@@ -153,10 +160,12 @@ def _sample(
     if reason is not None or not specbound.enabled:
         if specbound.enabled:
             specbound.warn_plain(str(reason))
-        return type(self).__mro__[1]._sample(  # type: ignore[attr-defined, no-any-return]
+        stock: Any = type(self).__mro__[1]
+        plain: Tensor = stock._sample(
             self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
             **model_kwargs,
         )  # fmt: skip
+        return plain
     if not specbound.lock.acquire(blocking=False):
         raise SpecBoundError("this model is generating in another thread: give each thread its own model, or wait")
     try:
@@ -167,7 +176,7 @@ def _sample(
 
 
 def _speculate(
-    model: PreTrainedModel,
+    model: Any,
     specbound: SpecBound,
     emitter: "TargetEmitter",
     generation_config: GenerationConfig,
@@ -232,20 +241,20 @@ class TargetEmitter:
 
     def __init__(
         self,
-        input_ids: Tensor,
+        input_ids: Any,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         streamer: Any,
     ) -> None:
-        self.input_ids = input_ids
+        self.input_ids: Any = input_ids
         self.processors = logits_processor
         self.criteria = stopping_criteria
         self.streamer = streamer
         self.do_sample = generation_config.do_sample
         self.return_dict = generation_config.return_dict_in_generate
-        self.scores: tuple[Tensor, ...] | None = () if self._wants(generation_config.output_scores) else None
-        self.logits: tuple[Tensor, ...] | None = () if self._wants(generation_config.output_logits) else None
+        self.scores: Any = () if self._wants(generation_config.output_scores) else None
+        self.logits: Any = () if self._wants(generation_config.output_logits) else None
         self.max_length: int = stopping_criteria.max_length or generation_config.max_length
         eos = getattr(generation_config, "_eos_token_tensor", None)
         self.stop_tokens: Collection[int] = frozenset() if eos is None else frozenset(eos.tolist())
@@ -256,12 +265,12 @@ class TargetEmitter:
     @property
     def remaining(self) -> int:
         """Tokens that may still be emitted before the length limit."""
-        return self.max_length - self.input_ids.shape[1]
+        return self.max_length - int(self.input_ids.shape[1])
 
     def emit(self, logits: Tensor) -> tuple[int, bool]:
         """Choose the next token from target logits [1, V] on the text so far; whether generation stops with it."""
         logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
-        scores = self.processors(self.input_ids, logits)
+        scores: Any = self.processors(self.input_ids, logits)
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
@@ -280,8 +289,9 @@ class TargetEmitter:
         """End the stream; what `generate` returns."""
         if self.streamer is not None:
             self.streamer.end()
+        sequences: Tensor = self.input_ids
         if not self.return_dict:
-            return self.input_ids
+            return sequences
         return GenerateDecoderOnlyOutput(
             sequences=self.input_ids, scores=self.scores, logits=self.logits, past_key_values=cache
         )

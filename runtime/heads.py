@@ -104,9 +104,7 @@ class LoraHead(nn.Module):
         """Draft logits [N, V] from the hidden state [N, D]; the embedding is not read."""
         normed = unembedding.normalize(hidden)
         update = functional.linear(functional.linear(normed.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        logits = (
-            functional.linear(normed, unembedding.weight, unembedding.bias) + LORA_ALPHA_PER_RANK * update
-        )
+        logits = functional.linear(normed, unembedding.weight, unembedding.bias) + LORA_ALPHA_PER_RANK * update
         return logits / unembedding.scaling if unembedding.scaling != 1.0 else logits
 
 
@@ -138,9 +136,7 @@ class ExitHeads(nn.Module):
         self.exit_layers = sorted(exit_layers)
         self.heads = nn.ModuleDict(
             {
-                str(layer): make_head(
-                    kind, hidden_size=hidden_size, draft_vocab_size=draft_vocab_size, rank=rank
-                )
+                str(layer): make_head(kind, hidden_size=hidden_size, draft_vocab_size=draft_vocab_size, rank=rank)
                 for layer in self.exit_layers
             }
         )
@@ -154,6 +150,4 @@ class ExitHeads(nn.Module):
         self, hidden: Mapping[int, Tensor], embedding: Tensor, unembedding: DraftUnembedding
     ) -> dict[int, Tensor]:
         """Draft logits of every exit: exit layer -> [N, V]."""
-        return {
-            layer: self.logits(layer, hidden[layer], embedding, unembedding) for layer in self.exit_layers
-        }
+        return {layer: self.logits(layer, hidden[layer], embedding, unembedding) for layer in self.exit_layers}

@@ -33,9 +33,7 @@ def resolve_adapter(
     except (OSError, ValueError) as error:
         raise AdapterError(f"{str(adapter)[:100]!a} cannot be looked up: {error}") from None
     if is_folder and revision is not None:
-        raise ConfigError(
-            f"revision is {revision!r}, but {adapter} is a folder: leave it out, or give a Hub id"
-        )
+        raise ConfigError(f"revision is {revision!r}, but {adapter} is a folder: leave it out, or give a Hub id")
     if is_folder:
         return path
     if exists:
@@ -52,9 +50,7 @@ def resolve_adapter(
             library_version=VERSION,
         )
     except HFValidationError:
-        raise AdapterError(
-            f"{adapter!s:.200} is neither a folder nor a Hub id of the form ORG/NAME"
-        ) from None
+        raise AdapterError(f"{adapter!s:.200} is neither a folder nor a Hub id of the form ORG/NAME") from None
     except Exception as error:  # the transport's own errors are of a library that is not imported here
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AdapterError(f"{adapter} is no folder here, and the Hub could not give it: {first}") from None

@@ -46,7 +46,7 @@ FAMILIES = {
 STEADY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
 
-def check_supported(model: PreTrainedModel) -> Family:
+def check_supported(model: Any) -> Family:
     """The family of `model`.
 
     Raises:
@@ -62,7 +62,9 @@ def check_supported(model: PreTrainedModel) -> Family:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     if kinds != {"full_attention"} or sliding:
-        raise UnsupportedModel(f"{name} has sliding or mixed attention: only full attention in every layer is supported")
+        raise UnsupportedModel(
+            f"{name} has sliding or mixed attention: only full attention in every layer is supported"
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     if kind not in STEADY_ROPE:
@@ -78,10 +80,10 @@ class DecoderLayers:
     Shape suffixes: T tokens of the block, D hidden size, V vocabulary.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Any) -> None:
         family = check_supported(model)
         body = getattr(model, family.body)
-        self.model = model
+        self.model: PreTrainedModel = model
         self.body: nn.Module = body
         self.config = model.config
         self.embedding: nn.Module = getattr(body, family.embedding)
@@ -133,7 +135,11 @@ class DecoderLayers:
             Shape [1, T, D], the block at depth `stop`.
         """
         position_ids = _position_ids(position, hidden.shape[1], hidden.device)
-        arguments: dict[str, Any] = {"position_ids": position_ids, self.cache_argument: cache, "use_cache": True}
+        arguments: dict[str, Any] = {
+            "position_ids": position_ids,
+            self.cache_argument: cache,
+            "use_cache": True,
+        }
         if self.rotary is not None:
             arguments["position_embeddings"] = self.rotary(hidden, position_ids=position_ids)
         for layer in self.layers[start:stop]:

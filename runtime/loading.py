@@ -95,9 +95,7 @@ def make_specbound(model: PreTrainedModel, adapter: Adapter, *, exactness: str) 
         lookup=config.lookup,
     )
     fingerprint = config.base_model_fingerprint
-    return SpecBound(
-        model, drafter, config.bounds, exactness=exactness, config=config, fingerprint=fingerprint
-    )
+    return SpecBound(model, drafter, config.bounds, exactness=exactness, config=config, fingerprint=fingerprint)
 
 
 def check_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, adapter: Adapter) -> None:
@@ -132,6 +130,4 @@ def _from_pretrained(auto: Any, source: str, options: dict[str, Any]) -> Any:
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         what = "tokenizer of the base" if auto is AutoTokenizer else "base"
-        raise AdapterError(
-            f"the {what} {source} could not be loaded (pass base_model=...): {first}"
-        ) from None
+        raise AdapterError(f"the {what} {source} could not be loaded (pass base_model=...): {first}") from None

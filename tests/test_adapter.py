@@ -40,9 +40,7 @@ def folder(adapter, tmp_path):
 
 def content(adapter):
     """Everything that decides what an adapter does, comparable with ==."""
-    state = {
-        name: (tensor.dtype, tensor.numpy().tobytes()) for name, tensor in adapter.heads.state_dict().items()
-    }
+    state = {name: (tensor.dtype, tensor.numpy().tobytes()) for name, tensor in adapter.heads.state_dict().items()}
     config = dataclasses.replace(adapter.config, weights_sha256="")
     return config, state, adapter.draft_to_target.tolist()
 

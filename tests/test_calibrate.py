@@ -54,7 +54,8 @@ def made(right: np.ndarray, grid_value: float = 0.7) -> Confidences:
     from train.calibrate import TEMPERATURES
 
     sure = np.broadcast_to(np.clip(grid_value / TEMPERATURES**0.2, 0, 1), (len(right), len(TEMPERATURES)))
-    return Confidences({3: sure.astype(np.float32)}, {3: right}, np.repeat(np.arange(10), len(right) // 10))
+    sequence = np.repeat(np.arange(10), len(right) // 10)
+    return Confidences({3: sure.astype(np.float32)}, {3: right}, sequence, np.zeros(len(right), np.int64))
 
 
 def test_known_temperatures_are_recovered_within_five_percent():
@@ -105,9 +106,7 @@ def test_a_single_class_is_always_sure_and_works():
         whole.top_log_probs,
         whole.lengths,
     )
-    found = collect(
-        [one], lambda hidden, embedding, unembedding: hidden, None, torch.zeros(1, dtype=torch.int64)
-    )
+    found = collect([one], lambda hidden, embedding, unembedding: hidden, None, torch.zeros(1, dtype=torch.int64))
     schedule, _ = fit_schedule(found, "auto", NUM_HIDDEN_LAYERS)
     assert found.at(schedule)[2].min() == 1.0
     assert report(found, schedule)["exits"]["2"]["agreement"] == 1.0

@@ -55,9 +55,7 @@ def tokenizer():
     words += [f"w{number}" for number in range(128 - len(words))]
     inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     made.chat_template = TEMPLATE
     return made
 
@@ -98,9 +96,7 @@ def test_responses_are_those_of_plain_generate(model, tokenizer, tmp_path):
         table = pq.read_table(shard).to_pylist()
         assert [row["prompt_ids"] for row in table] == [by_text[row["prompt_hash"]] for row in table]
         inputs = tokenizer.pad({"input_ids": [row["prompt_ids"] for row in table]}, return_tensors="pt")
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=6)[
-            :, inputs["input_ids"].shape[1] :
-        ]
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
         for row, expected in zip(table, output.tolist(), strict=True):
             ended = EOS in expected
             assert row["response_ids"] == (expected[: expected.index(EOS) + 1] if ended else expected)
@@ -153,9 +149,7 @@ def test_the_order_of_the_prompts_does_not_matter(model, tokenizer, tmp_path):
 def test_a_second_turn_follows_the_models_own_first_answer(model, tokenizer, tmp_path):
     found = rows(run(model, tokenizer, TURNS_2, tmp_path / "c"))
     answers = {(row["prompt_hash"], row["wave"]): row for row in found}
-    assert sorted(answers) == sorted(
-        (p.hash, wave) for p in TURNS_2 for wave in range(1 + len(p.later_turns))
-    )
+    assert sorted(answers) == sorted((p.hash, wave) for p in TURNS_2 for wave in range(1 + len(p.later_turns)))
     for prompt in TURNS_2:
         chat = [{"role": "user", "content": prompt.messages[0].content}]
         for wave, question in enumerate(prompt.later_turns, start=1):
@@ -167,9 +161,7 @@ def test_a_second_turn_follows_the_models_own_first_answer(model, tokenizer, tmp
 
 @pytest.mark.parametrize("stop_after", [0, 1, 4, 6])
 @pytest.mark.parametrize("sample_fraction", [0.0, 0.5])
-def test_a_killed_run_goes_on_and_gives_the_same(
-    model, tokenizer, tmp_path, monkeypatch, stop_after, sample_fraction
-):
+def test_a_killed_run_goes_on_and_gives_the_same(model, tokenizer, tmp_path, monkeypatch, stop_after, sample_fraction):
     options = dataclasses.replace(OPTIONS, sample_fraction=sample_fraction, temperature=1.3, top_p=0.9)
     whole = run(model, tokenizer, TURNS_2, tmp_path / "whole", options)
     num_batches = len(list((whole / "shards").iterdir()))
@@ -235,9 +227,7 @@ def test_a_complete_corpus_is_returned_at_once(model, tokenizer, tmp_path, monke
 def test_other_settings_are_refused_by_name(model, tokenizer, tmp_path):
     folder = run(model, tokenizer, prompts(9), tmp_path / "c", fingerprint="one")
     other = dataclasses.replace(OPTIONS, max_new_tokens=7, top_p=0.5)
-    with pytest.raises(
-        ConfigError, match=r"settings: max_new_tokens \(6 there, 7 now\), top_p \(1.0 there"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"settings: max_new_tokens \(6 there, 7 now\), top_p \(1.0 there") as caught:
         run(model, tokenizer, prompts(9), folder, other, fingerprint="one")
     assert "\n" not in str(caught.value)
     for key, others in {"model": {"fingerprint": "two"}, "prompts": {"asked": prompts(8)}}.items():
@@ -295,9 +285,7 @@ def test_sampling_takes_its_share_and_leaves_the_random_numbers_alone(model, tok
     assert torch.equal(before, torch.get_rng_state())
     assert 35 <= sum(row["sampled"] for row in mixed) <= 65
     greedy = {row["prompt_hash"]: row for row in rows(run(model, tokenizer, asked, tmp_path / "b"))}
-    differs = [
-        row["response_ids"] != greedy[row["prompt_hash"]]["response_ids"] for row in mixed if row["sampled"]
-    ]
+    differs = [row["response_ids"] != greedy[row["prompt_hash"]]["response_ids"] for row in mixed if row["sampled"]]
     assert sum(differs) > len(differs) / 2
     other_seed = dataclasses.replace(options, seed=1)
     assert rows(run(model, tokenizer, asked, tmp_path / "c", other_seed)) != mixed
@@ -316,15 +304,11 @@ def test_chat_template_none_is_plain_text(model, tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"`chat_template: none`"):
         run(model, tokenizer, prompts(9), tmp_path / "a")
     options = dataclasses.replace(OPTIONS, chat_template="none")
-    found = {
-        row["prompt_hash"]: row for row in rows(run(model, tokenizer, prompts(9), tmp_path / "a", options))
-    }
+    found = {row["prompt_hash"]: row for row in rows(run(model, tokenizer, prompts(9), tmp_path / "a", options))}
     for prompt in prompts(9):
         assert found[prompt.hash]["prompt_ids"] == tokenizer(prompt.messages[0].content)["input_ids"]
     with pytest.raises(ConfigError, match=r"chat_template 'chatml': expected auto or none"):
-        run(
-            model, tokenizer, prompts(9), tmp_path / "b", dataclasses.replace(OPTIONS, chat_template="chatml")
-        )
+        run(model, tokenizer, prompts(9), tmp_path / "b", dataclasses.replace(OPTIONS, chat_template="chatml"))
 
 
 def test_a_prompt_the_template_refuses_is_named(model, tokenizer, tmp_path):

@@ -143,7 +143,5 @@ def test_nothing_left_is_refused():
         {"prompt_ids": [1, 2, 3], "response_ids": [4, 5]},
         {"prompt_ids": [1] * 9, "response_ids": [4] * 9},
     ]
-    with pytest.raises(
-        DataError, match="no assistant text is left in the fit split after truncation to 3 tokens"
-    ):
+    with pytest.raises(DataError, match="no assistant text is left in the fit split after truncation to 3 tokens"):
         Sequences.from_corpus(dataset, max_length=3, name="fit")

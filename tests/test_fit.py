@@ -79,9 +79,7 @@ def test_each_head_learns_and_gives_an_adapter_that_loads(fit, tmp_path, tiny_ba
     assert {"held_out/agreement/layer_02", "held_out/acceptance/layer_04"} <= lines[-1].keys()
     adapter = load_adapter(folder / "adapter")
     assert adapter.config.head == head
-    assert {tensor.dtype for name, tensor in weights(folder).items() if name != "draft_to_target"} == {
-        torch.float32
-    }
+    assert {tensor.dtype for name, tensor in weights(folder).items() if name != "draft_to_target"} == {torch.float32}
     model = load_specbound(folder / "adapter", tiny_base)
     text = torch.tensor([[5, 6, 7]])
     with model.specbound.disabled():
@@ -208,9 +206,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_one(fit, tmp_path
     settings = make_recipe(tmp_path / "killed", **RESUMED)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(settings))
-    killed = subprocess.run(
-        [sys.executable, "-c", KILL, "--config", str(recipe)], capture_output=True, timeout=120
-    )
+    killed = subprocess.run([sys.executable, "-c", KILL, "--config", str(recipe)], capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     folder = tmp_path / "killed"
     assert (folder / ".checkpoint-8").exists()

@@ -40,9 +40,7 @@ def recipe(tmp_path, make_recipe):
 def save_other_base(folder, make_tokenizer, kind: str) -> str:
     sizes = {"vocab_size": 128, "num_attention_heads": 2, "pad_token_id": 0}
     if kind == "t5":
-        model = T5ForConditionalGeneration(
-            T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2, **sizes)
-        )
+        model = T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2, **sizes))
     else:
         model = MixtralForCausalLM(
             MixtralConfig(

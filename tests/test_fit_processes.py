@@ -80,8 +80,6 @@ def test_two_processes_learn_what_one_does(launch, alone):
 )
 def test_two_processes_under_zero_2_learn_what_one_does(launch, alone):
     config = ["--config_file", str(ROOT / "configs/accelerate/zero2_cpu.yaml"), "--main_process_port", "0"]
-    losses, printed = launch(
-        [*ACCELERATE, *config], {}, per_device_train_batch_size=2, gradient_accumulation_steps=2
-    )
+    losses, printed = launch([*ACCELERATE, *config], {}, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     assert "2 process(es) on cpu" in printed
     assert losses == pytest.approx(alone, rel=1e-4)

@@ -67,7 +67,9 @@ def tiny(family: str, *, dtype: torch.dtype = torch.float32, attention: str = "s
     """A random model whose greedy output wanders."""
     torch.manual_seed(0)
     config = FAMILIES[family]
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention, dtype=dtype
+    ).eval()
     model.generation_config.pad_token_id = 0
     return model
 
@@ -197,7 +199,7 @@ def test_negative_control_accepting_a_wrong_draft(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(runtime.decode, "accept", gullible)
     heads = FakeHeads("wrong", [2], stock[0].tolist())
     bounds = SpeculationBounds(0.5, 2, 4)
-    found, specbound = run(model, heads, bounds, inputs=prompt(), max_new_tokens=20, do_sample=False)
+    found, _ = run(model, heads, bounds, inputs=prompt(), max_new_tokens=20, do_sample=False)
     # What the loop believed is what it went on from; its own record of tokens is the target's.
     assert not torch.equal(found, stock)
 
@@ -237,7 +239,10 @@ def test_rejected_rows_are_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
     ("config", "reason"),
     [
         (MistralConfig(**SHAPE, sliding_window=16), "sliding"),
-        (LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "rotary"),
+        (
+            LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+            "rotary",
+        ),
     ],
 )
 def test_other_models_are_refused_by_name(config: Any, reason: str) -> None:
@@ -252,7 +257,7 @@ def test_unknown_family_is_refused() -> None:
     from transformers import OPTConfig
 
     config = OPTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, vocab_size=50)
-    with pytest.raises(UnsupportedModel, match="OPTForCausalLM.*model_type 'opt'"):
+    with pytest.raises(UnsupportedModel, match=r"OPTForCausalLM.*model_type 'opt'"):
         DecoderLayers(AutoModelForCausalLM.from_config(config))
 
 

@@ -160,15 +160,11 @@ def test_the_command_itself_without_the_train_extra(folder):
     block = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r})); from train.cli import main; "
     command = [sys.executable, "-c", block + "main()", "inspect"]
     environment = {"PYTHONIOENCODING": "ascii", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    good = subprocess.run(
-        [*command, str(folder)], capture_output=True, text=True, env=environment, timeout=300
-    )
+    good = subprocess.run([*command, str(folder)], capture_output=True, text=True, env=environment, timeout=300)
     assert good.returncode == 0, good.stderr
     assert rows(good.stdout)["base"] == "base org/b\\xe4se"
     assert good.stderr.startswith("warning: ") and good.stderr.count("\n") == 1
-    bad = subprocess.run(
-        [*command, str(folder.parent)], capture_output=True, text=True, env=environment, timeout=300
-    )
+    bad = subprocess.run([*command, str(folder.parent)], capture_output=True, text=True, env=environment, timeout=300)
     assert (bad.returncode, bad.stdout) == (1, "")
     assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
     usage = block.replace("dict.fromkeys(", "dict.fromkeys(('torch', 'transformers') + ")

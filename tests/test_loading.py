@@ -82,9 +82,7 @@ def test_the_dtype_is_that_of_the_files_unless_given(folder, base, make_model):
     model = load_specbound(folder, base, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
     assert next(model.specbound.drafter.heads.parameters()).dtype == torch.bfloat16
-    stock = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.bfloat16
-    )  # .to() would round the rotary table too
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)  # .to() would round the rotary table too
     assert generate(model) == generate(stock)
 
 
@@ -130,9 +128,7 @@ def test_a_base_of_another_shape(folder, make_model, changes, expected):
 
 
 def test_another_tokenizer_of_the_same_size(folder, base, make_model, make_tokenizer):
-    assert "tokenizer" in refusal(
-        BaseModelMismatch, folder, make_model(), tokenizer=make_tokenizer(prefix="v")
-    )
+    assert "tokenizer" in refusal(BaseModelMismatch, folder, make_model(), tokenizer=make_tokenizer(prefix="v"))
     padded = make_tokenizer()
     padded.pad_token = padded.eos_token  # as many users do
     load_specbound(folder, make_model(), tokenizer=padded)

@@ -45,9 +45,7 @@ def test_exported_heads_give_the_logits_of_peft(unembedding):
     exported = without_peft(heads)
     assert all(isinstance(head, LoraHead) for head in exported.heads.values())
     assert exported.state_dict().keys() == new_heads().state_dict().keys()
-    tolerance = (
-        1e-5 if unembedding.weight.dtype == torch.float32 else 2**-7
-    )  # PEFT's logits are rounded to bf16
+    tolerance = 1e-5 if unembedding.weight.dtype == torch.float32 else 2**-7  # PEFT's logits are rounded to bf16
     for layer, logits in exported(*given).items():
         torch.testing.assert_close(logits, fitted[layer].float(), rtol=tolerance, atol=tolerance)
         assert (logits - plain[layer].float()).abs().max() > 1
@@ -66,9 +64,7 @@ def test_only_lora_is_fitted_and_saved(unembedding):
         logits.float().logsumexp(-1).sum().backward()
     optimizer.step()
     assert torch.equal(unembedding.weight, rows)
-    assert all(
-        not torch.equal(heads.state_dict()[name], tensor) for name, tensor in before.items() if "_B" in name
-    )
+    assert all(not torch.equal(heads.state_dict()[name], tensor) for name, tensor in before.items() if "_B" in name)
     heads.load_state_dict(before, strict=True)
     assert all(torch.equal(heads.state_dict()[name], tensor) for name, tensor in before.items())
 

@@ -38,9 +38,7 @@ def config(**changes) -> FitConfig:
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
-    argv = recipe(
-        tmp_path, RECIPE + "learning_rate: 1e-4\nweight_decay: '2e-2'\nnum_train_epochs: 2\nseed: 3\n"
-    )
+    argv = recipe(tmp_path, RECIPE + "learning_rate: 1e-4\nweight_decay: '2e-2'\nnum_train_epochs: 2\nseed: 3\n")
     parsed = parse_config([*argv, "--seed=5", "--max-steps", "-1", "--exit_layers", "2", "6"])
     assert (parsed.learning_rate, parsed.weight_decay, parsed.num_train_epochs) == (1e-4, 2e-2, 2.0)
     assert isinstance(parsed.num_train_epochs, float)
@@ -178,11 +176,7 @@ def test_values_out_of_range(name, value, expected):
 
 
 def test_values_at_the_edge_of_their_range():
-    validate(
-        config(
-            draft_vocab_size=0, weight_decay=0.0, kl_weight=0.0, calibration_fraction=0.0, exit_threshold=1.0
-        )
-    )
+    validate(config(draft_vocab_size=0, weight_decay=0.0, kl_weight=0.0, calibration_fraction=0.0, exit_threshold=1.0))
 
 
 def test_against_the_model():

@@ -143,9 +143,7 @@ def test_a_data_set_is_loaded_by_name_and_split(monkeypatch):
 
     def load_dataset(name, split):
         asked.append((name, split))
-        return datasets.Dataset.from_list(
-            [{"prompt": "a", "turns": None}, {"prompt": None, "turns": ["b", "c"]}]
-        )
+        return datasets.Dataset.from_list([{"prompt": "a", "turns": None}, {"prompt": None, "turns": ["b", "c"]}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read_prompts("some/set:test") == read_prompts("some/set") == [user("a"), user("b", "c")]

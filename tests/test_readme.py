@@ -16,7 +16,11 @@ def test_there_is_a_snippet() -> None:
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippet_runs(
-    snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], demo_outputs: Path
+    snippet: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    demo_outputs: Path,
 ) -> None:
     """In a folder that looks like the repository after the demo, with a tiny base in the real one's place."""
     monkeypatch.chdir(demo_outputs)

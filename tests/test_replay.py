@@ -77,9 +77,7 @@ def test_totals_equal_a_simulation_token_by_token(threshold, deepest, most):
 
 @pytest.mark.parametrize("most", [1, 2, 4, 8])
 def test_perfect_drafts_give_the_longest_acceptance(most):
-    found = replay(
-        [constant_trace(40 * (most + 1), sure=0.99, right=True)], SpeculationBounds(0.5, 5, most), COSTS
-    )
+    found = replay([constant_trace(40 * (most + 1), sure=0.99, right=True)], SpeculationBounds(0.5, 5, most), COSTS)
     assert found.mean_accepted_length == most + 1
     assert found.accepted == found.drafted == 40 * most
 
@@ -105,9 +103,7 @@ def test_best_bounds_are_the_fastest_of_the_grid():
     bounds, found = best_bounds(logged, EXITS, COSTS, max_exit_layer=5)
     assert bounds.max_exit_layer == 5
     widths = (1, 2, 3, 4, 6, 8)
-    others = [
-        replay(logged, SpeculationBounds(t, 5, w), COSTS) for t in (0.3, 0.5, 0.75, 0.9) for w in widths
-    ]
+    others = [replay(logged, SpeculationBounds(t, 5, w), COSTS) for t in (0.3, 0.5, 0.75, 0.9) for w in widths]
     assert found.speedup(COSTS) >= max(other.speedup(COSTS) for other in others)
     assert found == replay(logged, bounds, COSTS)
 

@@ -34,11 +34,13 @@ class Confidences:
         grid: exit layer -> confidence at each of `TEMPERATURES`, shape [N, temperatures], float32.
         right: exit layer -> whether the draft is the base's choice, shape [N], bool.
         sequence: index of each position's sequence, shape [N], not decreasing.
+        targets: the base's choice at each position, shape [N], target ids.
     """
 
     grid: dict[int, Floats]
     right: dict[int, NDArray[np.bool_]]
     sequence: NDArray[np.int64]
+    targets: NDArray[np.int64]
 
     def at(self, schedule: TemperatureSchedule) -> dict[int, Floats]:
         """Exit layer -> confidence [N] at the schedule's temperatures."""
@@ -46,9 +48,7 @@ class Confidences:
 
 
 @torch.no_grad()
-def collect(
-    batches: Iterable[Features], heads: Any, unembedding: Any, target_to_draft: torch.Tensor
-) -> Confidences:
+def collect(batches: Iterable[Features], heads: Any, unembedding: Any, target_to_draft: torch.Tensor) -> Confidences:
     """Run the heads over features.
 
     Args:
@@ -60,14 +60,14 @@ def collect(
     grids: dict[int, list[Floats]] = {}
     right: dict[int, list[NDArray[np.bool_]]] = {}
     lengths: list[int] = []
+    targets: list[int] = []
     for batch in batches:
         lengths += batch.lengths
+        targets += batch.target.tolist()
         choice = target_to_draft[batch.target]
         for layer, logits in heads(batch.hidden, batch.embedding, unembedding).items():
             if not bool(torch.isfinite(logits).all()):
-                raise DataError(
-                    f"the head of exit layer {layer} gives logits that are not finite: fit it again"
-                )
+                raise DataError(f"the head of exit layer {layer} gives logits that are not finite: fit it again")
             columns = [confidence(logits, float(temperature)) for temperature in TEMPERATURES]
             grids.setdefault(layer, []).append(torch.stack(columns, dim=1).cpu().numpy())
             right.setdefault(layer, []).append((logits.argmax(-1) == choice).cpu().numpy())
@@ -76,6 +76,7 @@ def collect(
         grid={layer: np.concatenate(parts) for layer, parts in grids.items()},
         right={layer: np.concatenate(parts) for layer, parts in right.items()},
         sequence=np.repeat(np.arange(len(lengths)), lengths),
+        targets=np.array(targets),
     )
 
 
@@ -99,9 +100,7 @@ def fit_schedule(
     odd = found.sequence % 2 == 1
     scores = {
         name: float(
-            np.mean(
-                [_score(found, _fit(found, name, num_hidden_layers, part), ~part) for part in (odd, ~odd)]
-            )
+            np.mean([_score(found, _fit(found, name, num_hidden_layers, part), ~part) for part in (odd, ~odd)])
         )
         for name in ("none", "linear", "fitted")
     }
@@ -109,24 +108,18 @@ def fit_schedule(
     return _fit(found, chosen, num_hidden_layers, np.ones_like(odd)), scores
 
 
-def _fit(
-    found: Confidences, kind: str, num_hidden_layers: int, part: NDArray[np.bool_]
-) -> TemperatureSchedule:
+def _fit(found: Confidences, kind: str, num_hidden_layers: int, part: NDArray[np.bool_]) -> TemperatureSchedule:
     losses = {layer: _losses(found, layer, part) for layer in found.grid}
     layers = sorted(losses)
     if kind == "none":
         return TemperatureSchedule.none(layers)
     if kind == "fitted":
-        return TemperatureSchedule(
-            "fitted", {layer: float(TEMPERATURES[losses[layer].argmin()]) for layer in layers}
-        )
+        return TemperatureSchedule("fitted", {layer: float(TEMPERATURES[losses[layer].argmin()]) for layer in layers})
     totals = [
         sum(losses[layer][_nearest(linear_temperature(slope, layer, num_hidden_layers))] for layer in layers)
         for slope in SLOPES
     ]
-    return TemperatureSchedule.linear(
-        round(float(SLOPES[int(np.argmin(totals))]), 6), layers, num_hidden_layers
-    )
+    return TemperatureSchedule.linear(round(float(SLOPES[int(np.argmin(totals))]), 6), layers, num_hidden_layers)
 
 
 def _score(found: Confidences, schedule: TemperatureSchedule, part: NDArray[np.bool_]) -> float:

@@ -51,8 +51,7 @@ def card(config: SpecBoundConfig, calibrated: dict[str, Any], speed: dict[str, A
 
 def _exits(calibrated: dict[str, Any]) -> str:
     rows = [
-        "| exit after layer | temperature | agreement | ECE at T = 1 | ECE calibrated "
-        "| precision / coverage at 0.8 |",
+        "| exit after layer | temperature | agreement | ECE at T = 1 | ECE calibrated | precision / coverage at 0.8 |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
     for layer, found in calibrated["exits"].items():

@@ -50,9 +50,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(
-    accelerator: Accelerator, wanted: str | None, output_dir: Path, settings: dict[str, Any]
-) -> int:
+def load_checkpoint(accelerator: Accelerator, wanted: str | None, output_dir: Path, settings: dict[str, Any]) -> int:
     """Restore the wanted checkpoint; the step it was taken at, 0 where none is wanted or none is there yet.
 
     Args:
@@ -69,9 +67,7 @@ def load_checkpoint(
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         step, before = int(state["step"]), dict(state["settings"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"{folder} is not a whole checkpoint: name another {PREFIX}STEP folder, or latest"
-        ) from None
+        raise ConfigError(f"{folder} is not a whole checkpoint: name another {PREFIX}STEP folder, or latest") from None
     differing = [
         f"{key} ({before.get(key)!r} there, {settings.get(key)!r} now)"
         for key in sorted({*before, *settings})

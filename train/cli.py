@@ -121,16 +121,10 @@ def _calibration(path: Path, exit_layers: tuple[int, ...]) -> tuple[dict[int, di
     try:
         exits = json.loads(path.read_text(encoding="utf-8"))["exits"]
         found = {layer: {name: exits[str(layer)][name] for name in FIGURES} for layer in exit_layers}
-        good = all(
-            type(x) in (int, float) and 0 <= x <= 1 for figures in found.values() for x in figures.values()
-        )
+        good = all(type(x) in (int, float) and 0 <= x <= 1 for figures in found.values() for x in figures.values())
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         good = False
-    return (
-        (found, [])
-        if good
-        else ({}, ["calibration.json is damaged or of other exits; its figures are left out"])
-    )
+    return (found, []) if good else ({}, ["calibration.json is damaged or of other exits; its figures are left out"])
 
 
 def show(found: dict[str, Any], console: Console) -> None:
@@ -145,11 +139,8 @@ def show(found: dict[str, Any], console: Console) -> None:
         "base": base["name"],
         "revision": base["revision"] or "not stated",
         "fingerprint": f"{base['fingerprint'][:23]}... (all of it: --json)",
-        "shape": f"{base['num_hidden_layers']} layers, hidden size {base['hidden_size']}, "
-        f"{base['vocab_size']} tokens",
-        "heads": head["kind"]
-        + ("" if head["rank"] is None else f", rank {head['rank']}")
-        + f", {found['dtype']}",
+        "shape": f"{base['num_hidden_layers']} layers, hidden size {base['hidden_size']}, {base['vocab_size']} tokens",
+        "heads": head["kind"] + ("" if head["rank"] is None else f", rank {head['rank']}") + f", {found['dtype']}",
         "draft vocabulary": f"{found['draft_vocab_size']} of {base['vocab_size']} tokens",
         "temperatures": found["schedule"]["kind"] + ("" if alpha is None else f", alpha {alpha:g}"),
         "exit_threshold": f"{bounds['exit_threshold']:g}",
@@ -165,15 +156,11 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(grid)
     measured = [name for name in FIGURES if name in found["exits"][0]]
     titles = {"agreement": "agreement", "ece_before": "ECE before", "ece_after": "ECE after"}
-    exits = Table(
-        "exit after layer", "temperature", *(titles[name] for name in measured), box=None, pad_edge=False
-    )
+    exits = Table("exit after layer", "temperature", *(titles[name] for name in measured), box=None, pad_edge=False)
     for column in exits.columns:
         column.justify = "right"
     for row in found["exits"]:
-        exits.add_row(
-            str(row["layer"]), f"{row['temperature']:.3f}", *(f"{row[name]:.3f}" for name in measured)
-        )
+        exits.add_row(str(row["layer"]), f"{row['temperature']:.3f}", *(f"{row[name]:.3f}" for name in measured))
     console.print()
     console.print(exits)
 

@@ -117,9 +117,7 @@ def load_split(corpus_dir: str | Path, split: str) -> datasets.Dataset:
         table = pq.read_table(folder / f"{split}.parquet", memory_map=True)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).split("\n")[0]
-        raise DataError(
-            f"{folder}: {split}.parquet cannot be read ({reason}); delete it and run again"
-        ) from error
+        raise DataError(f"{folder}: {split}.parquet cannot be read ({reason}); delete it and run again") from error
     if not table.num_rows:
         raise DataError(f"{folder}: the {split} split is empty; use more prompts or another {split}_fraction")
     return datasets.Dataset(table)

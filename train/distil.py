@@ -71,9 +71,7 @@ def load_base(config: FitConfig) -> tuple[Any, Any]:
     name, revision = config.model_name_or_path, config.model_revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=getattr(torch, config.dtype)
-        )
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=getattr(torch, config.dtype))
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"model_name_or_path {name!r}: cannot be loaded ({reason})") from error

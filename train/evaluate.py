@@ -52,9 +52,7 @@ def show(step: int, values: dict[str, float]) -> str:
     """The figures of one evaluation as text, a line an exit."""
     lines = []
     for key in sorted(key for key in values if "/agreement/" in key):
-        of = {
-            name: values[key.replace("agreement", name)] for name in ("acceptance", "precision", "coverage")
-        }
+        of = {name: values[key.replace("agreement", name)] for name in ("acceptance", "precision", "coverage")}
         lines.append(
             f"step {step} {key.rpartition('/')[2]}: agreement {values[key]:.3f}, expected acceptance "
             f"{of['acceptance']:.3f}, at confidence {THRESHOLD} precision {of['precision']:.3f} "

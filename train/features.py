@@ -77,14 +77,8 @@ class Sequences:
         Raises:
             DataError: nothing is left.
         """
-        cut = [
-            (row["prompt_ids"], row["response_ids"][: max_length - len(row["prompt_ids"])]) for row in dataset
-        ]
-        kept = [
-            row
-            for row, full in zip(cut, dataset, strict=True)
-            if row[1] and len(full["prompt_ids"]) < max_length
-        ]
+        cut = [(row["prompt_ids"], row["response_ids"][: max_length - len(row["prompt_ids"])]) for row in dataset]
+        kept = [row for row, full in zip(cut, dataset, strict=True) if row[1] and len(full["prompt_ids"]) < max_length]
         if not kept:
             raise DataError(
                 f"no assistant text is left in the {name} split after truncation to {max_length} tokens: "

@@ -52,9 +52,7 @@ def main(config: FitConfig) -> None:
     # 2) the heads, on the tokens the base uses most
     responses = {name: [response for _, response in split.sequences.rows] for name, split in splits.items()}
     keep = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    vocabulary = draft_vocabulary(
-        responses["fit"], size=config.draft_vocab_size, vocab_size=vocab_size, keep=keep
-    )
+    vocabulary = draft_vocabulary(responses["fit"], size=config.draft_vocab_size, vocab_size=vocab_size, keep=keep)
     unembedding = DraftUnembedding(layers, vocabulary)
     inverse = target_to_draft(vocabulary, vocab_size).to(accelerator.device)
     set_seed(config.seed)  # here and not earlier: new heads do not depend on what was drawn before
@@ -74,7 +72,7 @@ def main(config: FitConfig) -> None:
             vocabulary,
             unembedding,
             inverse,
-            calibration=splits["calibration"].batches(config.per_device_train_batch_size),
+            calibration=splits["calibration"],
             evidence={
                 "corpus": json.loads((corpus / "corpus.json").read_text(encoding="utf-8"))["counts"],
                 "held_out_coverage": coverage(responses["held_out"], vocabulary),

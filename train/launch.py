@@ -113,7 +113,5 @@ def show_settings(accelerator: Accelerator, config: FitConfig) -> None:
 def start_trackers(accelerator: Accelerator, config: FitConfig) -> None:
     """Open the trackers and tell them the settings they can hold."""
     if config.report_to:
-        plain = {
-            name: value for name, value in asdict(config).items() if isinstance(value, int | float | str)
-        }
+        plain = {name: value for name, value in asdict(config).items() if isinstance(value, int | float | str)}
         accelerator.init_trackers("specbound", config=plain)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.lookup import MAX_MATCH, NUM_SUPPORTS, ContextLookup, LookupTable
+from train.calibrate import expected_calibration_error
 
 # Positions that the prior of a cell counts for: few proposals say little.
 PRIOR_WEIGHT = 8.0
@@ -30,7 +31,7 @@ class LookupTraces:
     right: NDArray[np.bool_]
 
     @classmethod
-    def collect(cls, rows: Iterable[tuple[Sequence[int], Sequence[int]]], targets: Sequence[int]) -> "LookupTraces":
+    def collect(cls, rows: Iterable[tuple[Sequence[int], Sequence[int]]], targets: Iterable[int]) -> "LookupTraces":
         """Run the lookup over texts as the runtime would, one token at a time.
 
         Args:
@@ -44,7 +45,9 @@ class LookupTraces:
             for newest in [prompt[-1], *response[:-1]]:
                 proposal = lookup.propose([newest])
                 choice = next(choices)
-                found.append((0, 0, False) if proposal is None else (proposal.match, proposal.support, proposal.token == choice))
+                found.append(
+                    (0, 0, False) if proposal is None else (proposal.match, proposal.support, proposal.token == choice)
+                )
                 lookup.extend([newest])
         match, support, right = zip(*found, strict=True)
         return cls(np.array(match), np.array(support), np.array(right))
@@ -57,9 +60,22 @@ class LookupTraces:
         for length in range(1, MAX_MATCH + 1):
             of_length = self.match == length
             prior = _share(self.right[of_length], overall)
-            cells = [_share(self.right[of_length & (self.support == support)], prior) for support in range(NUM_SUPPORTS)]
+            cells = [
+                _share(self.right[of_length & (self.support == support)], prior) for support in range(NUM_SUPPORTS)
+            ]
             rows.append(tuple(round(cell, 4) for cell in cells))
         return LookupTable(tuple(rows))
+
+    def report(self, table: LookupTable) -> dict[str, float]:
+        """Share of positions with a proposal, share of those that are right, and ECE; for `calibration.json`."""
+        proposed = self.match > 0
+        sure = self.confidences(table)
+        return {
+            "proposed": float(proposed.mean()),
+            "agreement": float(self.right.mean()),
+            "precision": float(self.right[proposed].mean()) if proposed.any() else 0.0,
+            "ece": expected_calibration_error(sure, self.right),
+        }
 
     def confidences(self, table: LookupTable) -> NDArray[np.float32]:
         """Calibrated confidence at each position, shape [N]; 0 where nothing was proposed."""

@@ -62,9 +62,7 @@ def fit(
         values = {"fit/loss": learner.learn(text, learning_rate=rate)}
         step += 1
         if plan.ends_epoch(step):
-            batches = splits["held_out"].batches(
-                config.per_device_train_batch_size, limit=EVALUATION_SEQUENCES
-            )
+            batches = splits["held_out"].batches(config.per_device_train_batch_size, limit=EVALUATION_SEQUENCES)
             wrapped.eval()  # on its own line: DeepSpeed's engine returns None
             values |= evaluate(batches, wrapped, unembedding, inverse, kl_weight=config.kl_weight)
             accelerator.print(show(step, values))

@@ -35,15 +35,11 @@ class Plan:
         rank, world_size: this process and how many there are.
     """
 
-    def __init__(
-        self, config: FitConfig, lengths: Sequence[int], *, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, config: FitConfig, lengths: Sequence[int], *, rank: int = 0, world_size: int = 1) -> None:
         self.config = config
         self.lengths = list(lengths)
         self.rank = rank
-        self.batch = (
-            config.per_device_train_batch_size * world_size
-        )  # sequences of a micro-batch, all processes
+        self.batch = config.per_device_train_batch_size * world_size  # sequences of a micro-batch, all processes
         self.per_step = self.batch * config.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(len(self.lengths) / self.per_step)
         epochs = math.ceil(self.steps_per_epoch * config.num_train_epochs)

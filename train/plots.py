@@ -20,9 +20,7 @@ def reliability_plot(found: Confidences, schedule: TemperatureSchedule, path: Pa
     layers = sorted(found.grid)
     before = found.at(TemperatureSchedule.none(layers))
     after = found.at(schedule)
-    figure, panels = plt.subplots(
-        1, len(layers), figsize=(3.4 * len(layers), 3.6), sharey=True, squeeze=False
-    )
+    figure, panels = plt.subplots(1, len(layers), figsize=(3.4 * len(layers), 3.6), sharey=True, squeeze=False)
     for panel, layer in zip(panels[0], layers, strict=True):
         panel.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
         for sure, label, color in (

@@ -6,7 +6,6 @@ Knows no fitting loop and no network.
 import json
 import os
 import platform
-from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,13 @@ from runtime.heads import DraftUnembedding, ExitHeads
 from runtime.identity import base_fingerprint, tokenizer_fingerprint
 from train.calibrate import Confidences, collect, fit_schedule, report
 from train.card import card
-from train.features import Features
+from train.lookup_traces import LookupTraces
 from train.options import FitConfig
 from train.plots import reliability_plot
 from train.replay import LayerCosts, best_bounds, traces
+from train.splits import Split
 
+LOOKUP_LAYER = 0
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "specbound")
 
 
@@ -38,7 +39,7 @@ def publish_locally(
     unembedding: DraftUnembedding,
     target_to_draft: Tensor,
     *,
-    calibration: Iterable[Features],
+    calibration: Split,
     evidence: dict[str, Any],
 ) -> Path:
     """Calibrate the heads and write `output_dir/adapter`; returns the folder.
@@ -47,13 +48,17 @@ def publish_locally(
         DataError: too little calibration text, or logits that are not finite.
         AdapterError: the folder cannot be written.
     """
-    found = collect(tqdm(calibration, "calibrate", unit="batch"), heads, unembedding, target_to_draft)
+    batches = calibration.batches(config.per_device_train_batch_size)
+    found = collect(tqdm(batches, "calibrate", unit="batch"), heads, unembedding, target_to_draft)
     schedule, scores = fit_schedule(found, config.schedule, model.config.num_hidden_layers)
-    sure = found.at(schedule)
+    looked_up = LookupTraces.collect(calibration.sequences.rows, found.targets)
+    table = looked_up.fit()
+    sure = found.at(schedule) | {LOOKUP_LAYER: looked_up.confidences(table)}
+    right = found.right | {LOOKUP_LAYER: looked_up.right}
     costs = layer_costs(model, heads, unembedding)
     bounds, replayed = best_bounds(
-        traces(sure, found.right, found.sequence),
-        config.exit_layers,
+        traces(sure, right, found.sequence),
+        [LOOKUP_LAYER, *config.exit_layers],
         costs,
         exit_threshold=config.exit_threshold,
         max_exit_layer=config.max_exit_layer,
@@ -61,6 +66,7 @@ def publish_locally(
     )
     calibrated = report(found, schedule) | {
         "negative_log_likelihood": scores,
+        "lookup": looked_up.report(table),
         "replay": {
             "mean_accepted_length": replayed.mean_accepted_length,
             "acceptance_rate": replayed.accepted / max(1, replayed.drafted),
@@ -84,12 +90,11 @@ def publish_locally(
         bounds=bounds,
         weights_sha256="",
         license=config.license,
+        lookup=table,
     )
     folder = Path(config.output_dir) / "adapter"
     adapter = Adapter(adapter_config, heads, draft_to_target)
-    save_adapter(
-        adapter, folder, extra=lambda path: _write_evidence(path, config, adapter_config, calibrated, found)
-    )
+    save_adapter(adapter, folder, extra=lambda path: _write_evidence(path, config, adapter_config, calibrated, found))
     return folder
 
 
@@ -114,9 +119,7 @@ def portable(name: str) -> str:
 def _write_evidence(
     folder: Path, config: FitConfig, adapter: SpecBoundConfig, calibrated: dict[str, Any], found: Confidences
 ) -> None:
-    (folder / "calibration.json").write_text(
-        json.dumps(calibrated, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    (folder / "calibration.json").write_text(json.dumps(calibrated, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "run.yaml").write_text(yaml.safe_dump(_provenance(config), sort_keys=True), encoding="utf-8")
     reliability_plot(found, adapter.temperatures, folder / "reliability.png")
     (folder / "README.md").write_text(card(adapter, calibrated), encoding="utf-8")

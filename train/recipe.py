@@ -36,9 +36,7 @@ def read_recipe(path: Path, *, types: Mapping[str, Any]) -> dict[str, Any]:
     seen = set()
     for key, _ in root.value:  # YAML itself lets a repeated key replace the first one silently
         if key.value in seen:
-            raise ConfigError(
-                f"{path}, line {key.start_mark.line + 1}: {key.value} is given twice; delete one"
-            )
+            raise ConfigError(f"{path}, line {key.start_mark.line + 1}: {key.value} is given twice; delete one")
         seen.add(key.value)
     refuse_unknown([str(key) for key in content], known=types, where=str(path))
     return {key: _convert(value, types[key], where=f"{path}: {key}") for key, value in content.items()}

@@ -50,7 +50,7 @@ class LayerCosts:
     num_hidden_layers: int
     head: float
     unembedding: float
-    extra_row: float = 0.3
+    extra_row: float = 0.15
 
     @property
     def plain(self) -> float:
@@ -115,7 +115,7 @@ def _round(trace: Trace, newest: int, bounds: SpeculationBounds, costs: LayerCos
     for position in range(newest, newest + limit):
         layer = next((layer for layer in exits if bounds.accepts(trace.sure[layer][position])), None)
         asked = [other for other in exits if layer is None or other <= layer]
-        total.cost += costs.head * len(asked)
+        total.cost += costs.head * sum(other > 0 for other in asked)
         if layer is None:
             depths.append(asked[-1] if asked else 0)
             break

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 
-def draft_vocabulary(
-    responses: Iterable[Sequence[int]], *, size: int, vocab_size: int, keep: Iterable[int]
-) -> Tensor:
+def draft_vocabulary(responses: Iterable[Sequence[int]], *, size: int, vocab_size: int, keep: Iterable[int]) -> Tensor:
     """Target ids of the draft vocabulary, ascending.
 
     Args:
