@@ -5,12 +5,13 @@ target's choices.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
 from runtime.heads import DraftUnembedding, ExitHeads
+from runtime.layers import DecoderLayers
 from runtime.lookup import LookupTable
 from runtime.policy import SpeculationBounds
 from runtime.state import DecodeState
@@ -23,6 +24,9 @@ class Drafter(Protocol):
     @property
     def exit_layers(self) -> list[int]:
         """Exit layers that can be asked, shallowest first."""
+
+    def on(self, layers: DecoderLayers) -> "Drafter":
+        """The same drafter on the base as it is now, which may have moved to another device or dtype."""
 
     def propose(self, layer: int, state: DecodeState) -> tuple[int, float]:
         """Token id and calibrated confidence; the newest pending token stands at this depth or deeper."""
@@ -50,6 +54,12 @@ class HeadDrafter:
     def exit_layers(self) -> list[int]:
         """Exit layers of the heads, after depth 0 where the lookup is on."""
         return self.heads.exit_layers if self.lookup is None else [0, *self.heads.exit_layers]
+
+    def on(self, layers: DecoderLayers) -> "HeadDrafter":
+        """The heads in the base's device and dtype, the borrowed rows taken anew."""
+        rows = None if self.draft_to_target is None else torch.tensor(self.draft_to_target)
+        heads = self.heads.to(device=layers.device, dtype=layers.dtype)
+        return replace(self, heads=heads, unembedding=DraftUnembedding(layers, rows))
 
     def propose(self, layer: int, state: DecodeState) -> tuple[int, float]:
         """What the lookup proposes at depth 0; elsewhere the head's most likely token, at its exit's temperature."""

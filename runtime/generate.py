@@ -83,17 +83,22 @@ class SpecBound:
         self.lock = threading.Lock()
         self._warned: set[str] = set()
         self._certified_for: tuple[object, ...] = ()
+        self._drafter_on: tuple[object, ...] = ()
 
     def prepare(self, model: PreTrainedModel) -> tuple[ExecutionPolicy, SpeculationBounds]:
         """How to run and how far to draft on the model as it is now; probes it where that was not done yet.
 
         Bits depend on device, dtype, threads and attention, any of which the user may change between calls.
         """
+        where = (model.device, model.dtype)
+        if where != self._drafter_on:
+            self.drafter = self.drafter.on(self.layers)
+            self._drafter_on = where
         if self.exactness == "batched":
             return ExecutionPolicy.batched(), self.bounds
         width = self.bounds.max_draft_tokens + 1
         attention = model.config._attn_implementation
-        now = (model.device, model.dtype, torch.get_num_threads(), attention, width)
+        now = (*where, torch.get_num_threads(), attention, width)
         if self.certificate is None or now != self._certified_for:
             self.certificate = certify(model, self.fingerprint, max_width=width)
             self._certified_for = now

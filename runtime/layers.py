@@ -107,6 +107,12 @@ class DecoderLayers:
         weight: Tensor = self.embedding.weight  # type: ignore[assignment]
         return weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the hidden states."""
+        weight: Tensor = self.embedding.weight  # type: ignore[assignment]
+        return weight.dtype
+
     def embed(self, token_ids: Tensor, position: int) -> Tensor:
         """Hidden states at depth 0.
 

@@ -88,7 +88,7 @@ def make_specbound(model: PreTrainedModel, adapter: Adapter, *, exactness: str) 
         (adapter.draft_to_target == torch.arange(config.vocab_size)).all()
     )
     drafter = HeadDrafter(
-        heads=adapter.heads.to(device=model.device, dtype=model.dtype),
+        heads=adapter.heads,
         unembedding=DraftUnembedding(layers, None if whole else adapter.draft_to_target),
         draft_to_target=None if whole else adapter.draft_to_target.tolist(),
         temperatures=config.temperatures,

@@ -164,7 +164,7 @@ def test_a_wrong_value_is_named(key, value, expected):
         ("bounds", "exit_threshold", -0.1, "at least 0"),
         ("bounds", "exit_threshold", True, "bounds.exit_threshold is True"),
         ("bounds", "exit_threshold", 10**400, "expected a smaller number"),
-        ("bounds", "max_exit_layer", 0, "max_exit_layer is 0"),
+        ("bounds", "max_exit_layer", -1, "max_exit_layer is -1"),
         ("bounds", "max_exit_layer", 2.0, "expected int"),
         ("bounds", "max_draft_tokens", -1, "max_draft_tokens is -1"),
         ("temperatures", "kind", "annealed", "annealed"),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests_heads import FakeHeads
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -27,7 +28,6 @@ from runtime.accept import Accepted
 from runtime.cache import KVCache
 from runtime.generate import SpecBound, attach
 from runtime.layers import DecoderLayers
-from runtime.state import DecodeState
 
 VOCABULARY = 96
 LAYERS = 4
@@ -72,25 +72,6 @@ def tiny(family: str, *, dtype: torch.dtype = torch.float32, attention: str = "s
     ).eval()
     model.generation_config.pad_token_id = 0
     return model
-
-
-class FakeHeads:
-    """Drafts without a head: `random`, `right` (knows the truth), `wrong`, `constant` or `mixed`, always sure."""
-
-    def __init__(self, kind: str, exit_layers: list[int], truth: list[int] | None = None) -> None:
-        self.kind = kind
-        self.exit_layers = exit_layers
-        self.truth = truth or []
-        self.numbers = torch.Generator().manual_seed(0)
-
-    def propose(self, layer: int, state: DecodeState) -> tuple[int, float]:
-        """What the kind says."""
-        draw = int(torch.randint(VOCABULARY, (1,), generator=self.numbers))
-        sure = float(torch.rand(1, generator=self.numbers)) if self.kind == "mixed" else 1.0
-        right = self.truth[state.length] if state.length < len(self.truth) else 0
-        wrong = (right + 1) % VOCABULARY
-        mixed = right if draw % 3 else wrong
-        return {"random": draw, "right": right, "wrong": wrong, "constant": 5, "mixed": mixed}[self.kind], sure
 
 
 def run(

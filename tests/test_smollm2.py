@@ -1,0 +1,65 @@
+"""Equality on a real model, SmolLM2-135M-Instruct, in both dtypes; skipped where the model cannot be had."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests_heads import FakeHeads
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from runtime import SpeculationBounds, detach
+from runtime.exactness import Reference, compare
+from runtime.execution import ExecutionPolicy
+from runtime.generate import SpecBound, attach
+
+ROOT = Path(__file__).parent.parent
+BASE = ROOT / "outputs/base/smollm2-135m-instruct"
+QUESTIONS = ("Explain how bees make honey.", "Write a Python function that reverses a list, and say how it works.")
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def model(request: pytest.FixtureRequest) -> Any:
+    """The model in one dtype, fetched first where it is not here."""
+    fetched = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/fetch_smollm2.py")], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    if fetched.returncode != 0:
+        pytest.skip(f"SmolLM2 cannot be had here: {fetched.stderr.strip().splitlines()[-1:]}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield AutoModelForCausalLM.from_pretrained(BASE, dtype=request.param).eval()
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "options", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7}], ids=["greedy", "sampled"]
+)
+def test_same_ids(model: Any, options: dict[str, Any]) -> None:
+    """Heads right two times of three, at three exits: stock's ids, most drafts in use."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    for question in QUESTIONS:
+        chat = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        options |= {"max_new_tokens": 40}
+        torch.manual_seed(5)
+        stock = model.generate(**inputs, **options)
+        heads = FakeHeads("mixed", [4, 12, 20], stock[0].tolist(), vocabulary=model.config.vocab_size)
+        attach(model, SpecBound(model, heads, SpeculationBounds(0.4, 20, 4)))
+        try:
+            torch.manual_seed(5)
+            found = model.generate(**inputs, **options)
+            assert model.specbound.certificate.bitwise
+            assert model.specbound.stats.mean_accepted_length > 1.3
+        finally:
+            detach(model)
+        assert torch.equal(found, stock)
+
+
+def test_negative_control_batched_rows_differ(model: Any) -> None:
+    """The probe can fail: computed as one block, rows do not have the bits of one-token decoding."""
+    checked, differing = compare(model, Reference.decode(model), ExecutionPolicy.batched(), [4])
+    assert checked == 32
+    assert differing > 0
