@@ -162,7 +162,13 @@ def _sample(
     """Greedy and sampled decoding of `generate`, with speculation where it keeps every bit."""
     specbound: SpecBound = self.specbound
     reason = _plain_reason(self, input_ids, generation_config, synced_gpus, model_kwargs)
-    if reason is not None or not specbound.enabled:
+    # While it generates, the model's modules run blocks its own way: nobody else may use them.
+    if not specbound.lock.acquire(blocking=False):
+        raise SpecBoundError("this model is generating already: give each thread its own model, or wait")
+    try:
+        if reason is None and specbound.enabled:
+            emitter = TargetEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+            return _speculate(self, specbound, emitter, generation_config, model_kwargs)
         if specbound.enabled:
             specbound.warn_plain(str(reason))
         stock: Any = type(self).__mro__[1]
@@ -171,11 +177,6 @@ def _sample(
             **model_kwargs,
         )  # fmt: skip
         return plain
-    if not specbound.lock.acquire(blocking=False):
-        raise SpecBoundError("this model is generating in another thread: give each thread its own model, or wait")
-    try:
-        emitter = TargetEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-        return _speculate(self, specbound, emitter, generation_config, model_kwargs)
     finally:
         specbound.lock.release()
 

@@ -1,0 +1,102 @@
+"""The audit: the same prompts generated plainly and with SpecBound, and the first divergence of each explained.
+
+A divergence is a *tie* where the two ways computed slightly different logits and that difference is as large as
+the margin between the two tokens; anything else is a *defect*. Knows no files.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where one prompt's outputs part.
+
+    Attributes:
+        position: index among the new tokens.
+        stock_token, specbound_token: what each emitted there; None where it had ended.
+        stock_logits, specbound_logits: the target's logits of those two tokens, in that order, as each computed them.
+        margin: difference between stock's logits of the two tokens.
+        largest_shift: largest difference between the two ways' logits at that position.
+        kind: `tie` or `defect`.
+    """
+
+    position: int
+    stock_token: int | None
+    specbound_token: int | None
+    stock_logits: tuple[float, float] | None
+    specbound_logits: tuple[float, float] | None
+    margin: float | None
+    largest_shift: float | None
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class AuditedPrompt:
+    """One prompt: tokens compared, how many differ, and the first divergence if any does."""
+
+    tokens: int
+    differing: int
+    divergence: Divergence | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+def audit(model: Any, prompts: Sequence[Tensor], *, seed: int = 0, **options: Any) -> Iterator[AuditedPrompt]:
+    """Generate from every prompt both ways and compare.
+
+    Args:
+        model: as `load_specbound` returns it.
+        prompts: token ids, each of shape [1, T], int64.
+        seed: torch seed set before each generation, so that sampling draws the same numbers.
+        options: passed to `generate` both times.
+    """
+    options = {**options, "return_dict_in_generate": True, "output_logits": True}
+    for prompt in prompts:
+        outputs = {}
+        for name in ("stock", "specbound"):
+            model.specbound.enabled = name == "specbound"
+            torch.manual_seed(seed)
+            try:
+                outputs[name] = model.generate(prompt, **options)
+            finally:
+                model.specbound.enabled = True
+        yield _compare(outputs["stock"], outputs["specbound"], prompt.shape[1])
+
+
+def _compare(stock: Any, specbound: Any, prompt_length: int) -> AuditedPrompt:
+    ours, theirs = (output.sequences[0, prompt_length:].tolist() for output in (specbound, stock))
+    length = max(len(ours), len(theirs))
+    differing = [index for index in range(length) if ours[index : index + 1] != theirs[index : index + 1]]
+    if not differing:
+        return AuditedPrompt(length, 0, None)
+    first = differing[0]
+    found = _explain(stock, specbound, ours, theirs, first)
+    return AuditedPrompt(length, len(differing), found)
+
+
+def _explain(stock: Any, specbound: Any, ours: list[int], theirs: list[int], position: int) -> Divergence:
+    if position >= min(len(ours), len(theirs)):  # one of them ended: lengths are decided by ids, never by a tie
+        ended = [ids[position] if position < len(ids) else None for ids in (theirs, ours)]
+        return Divergence(position, ended[0], ended[1], None, None, None, None, "defect")
+    pair = [theirs[position], ours[position]]
+    stock_row, our_row = stock.logits[position][0].float(), specbound.logits[position][0].float()
+    margin = float(stock_row[pair[0]] - stock_row[pair[1]])
+    shift = float((stock_row - our_row).abs().max())
+    return Divergence(
+        position=position,
+        stock_token=pair[0],
+        specbound_token=pair[1],
+        stock_logits=(float(stock_row[pair[0]]), float(stock_row[pair[1]])),
+        specbound_logits=(float(our_row[pair[0]]), float(our_row[pair[1]])),
+        margin=margin,
+        largest_shift=shift,
+        # Two logits that each moved by at most `shift` can change places only within twice that.
+        kind="tie" if shift > 0 and abs(margin) <= 2 * shift else "defect",
+    )
