@@ -1,0 +1,370 @@
+"""Options of `generate` x {plain, SpecBound}: same ids, same scores, same streamer calls, same exceptions."""
+
+from collections.abc import Callable
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from tests_heads import FakeHeads
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from runtime import SpecBoundError, SpeculationBounds, detach
+from runtime.generate import SpecBound, attach
+
+PROMPT = torch.tensor([[5, 17, 33, 8, 5, 17, 60]])
+NEW_TOKENS = 24
+
+
+class StopAtTail(StoppingCriteria):
+    """A user's criterion that looks at the last two tokens only."""
+
+    def __init__(self, pair: tuple[int, int]) -> None:
+        self.pair = torch.tensor(pair)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor([bool((row[-2:] == self.pair).all()) for row in input_ids])
+
+
+class Nudge(LogitsProcessor):
+    """A user's processor that depends on the text's length and last token."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        scores[:, (input_ids.shape[1] * 7 + int(input_ids[0, -1])) % scores.shape[1]] += 4.0
+        return scores
+
+
+class Recorder(BaseStreamer):
+    """Writes down every call."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Tokens, with their shape."""
+        self.calls.append((tuple(value.shape), value.flatten().tolist()))
+
+    def end(self) -> None:
+        """The end."""
+        self.calls.append("end")
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., Any]) -> Any:
+    """A tiny Llama whose greedy output wanders."""
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def plain(model: Any) -> list[int]:
+    """Its plain greedy tokens after the prompt."""
+    found: list[int] = model.generate(PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False)[0, 7:].tolist()
+    assert len(set(found)) > 12
+    return found
+
+
+def with_speculation(model: Any, truth: list[int], call: Callable[[], Any]) -> tuple[Any, SpecBound]:
+    """Run with heads that are right two times of three."""
+    heads = FakeHeads("mixed", [2, 4], truth, vocabulary=model.config.vocab_size)
+    specbound = SpecBound(model, heads, SpeculationBounds(0.2, 4, 4))
+    attach(model, specbound)
+    try:
+        torch.manual_seed(11)
+        return call(), specbound
+    finally:
+        detach(model)
+
+
+def both(model: Any, **options: Any) -> tuple[Any, Any, SpecBound]:
+    """Plain and speculative output of one call, speculation with heads that know the plain one."""
+    torch.manual_seed(11)
+    stock = model.generate(**options)
+    ids = stock if isinstance(stock, torch.Tensor) else stock.sequences
+    found, specbound = with_speculation(model, ids[0].tolist(), lambda: model.generate(**options))
+    return stock, found, specbound
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sample": {"do_sample": True},
+    "temperature": {"do_sample": True, "temperature": 0.3},
+    "hot": {"do_sample": True, "temperature": 2.5},
+    "top_k": {"do_sample": True, "top_k": 5},
+    "top_p": {"do_sample": True, "top_p": 0.7},
+    "min_p": {"do_sample": True, "min_p": 0.2},
+    "typical_p": {"do_sample": True, "typical_p": 0.6},
+    "epsilon_cutoff": {"do_sample": True, "epsilon_cutoff": 0.02},
+    "eta_cutoff": {"do_sample": True, "eta_cutoff": 0.02},
+    "repetition_penalty": {"repetition_penalty": 1.7},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "bad_words_ids": {"bad_words_ids": [[4], [9, 10]]},
+    "suppress_tokens": {"suppress_tokens": list(range(40, 90))},
+    "sequence_bias": {"sequence_bias": [[[3], 6.0]]},
+    "prefix_allowed_tokens_fn": {
+        "prefix_allowed_tokens_fn": lambda batch, ids: [int(ids[-1] + step) % 128 for step in (3, 5, 11)]
+    },
+    "logits_processor": {"logits_processor": LogitsProcessorList([Nudge()])},
+    "processor_and_sample": {"do_sample": True, "logits_processor": LogitsProcessorList([Nudge()]), "top_k": 9},
+    "renormalize": {"do_sample": True, "renormalize_logits": True, "top_k": 20},
+    "exponential_decay": {"eos_token_id": 7, "exponential_decay_length_penalty": (3, 1.4)},
+    "forced_eos": {"forced_eos_token_id": 7, "eos_token_id": 7},
+    "min_new_tokens": {"min_new_tokens": 10, "eos_token_id": list(range(0, 128, 3))},
+    "max_length": {"max_length": 19, "max_new_tokens": None},
+    "one_token": {"max_new_tokens": 1},
+    "generation_config": {
+        "generation_config": GenerationConfig(max_new_tokens=9, do_sample=True, top_k=7, pad_token_id=0)
+    },
+    "no_cache_of_its_own": {"use_cache": False},
+    "attention_mask": {"attention_mask": torch.ones_like(PROMPT)},
+    "holes": {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1]])},
+    "beams": {"num_beams": 3},
+    "beam_sample": {"num_beams": 2, "do_sample": True},
+    "returned_twice": {"num_return_sequences": 2, "do_sample": True},
+    "prompt_lookup": {"prompt_lookup_num_tokens": 3},
+    "chunked_prefill": {"prefill_chunk_size": 3},
+    "static_cache": {"cache_implementation": "static"},
+    "position_ids": {"position_ids": torch.arange(4, 11)[None]},
+}
+SPECULATIVE = set(CASES) - {
+    "no_cache_of_its_own", "holes", "beams", "beam_sample", "returned_twice", "prompt_lookup", "static_cache",
+    "one_token",
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # transformers' own remarks on odd settings, in both ways
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_same_ids_scores_and_stream(model: Any, name: str) -> None:
+    """Ids, scores, logits and the calls of the streamer are stock's; drafts were accepted where it speculates."""
+    streams: list[Recorder] = []
+
+    def options() -> dict[str, Any]:
+        chosen = {"inputs": PROMPT, "max_new_tokens": NEW_TOKENS, "do_sample": False} | CASES[name]
+        chosen |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+        if "beam" not in name and name != "returned_twice":
+            streams.append(Recorder())
+            chosen["streamer"] = streams[-1]
+        return {key: value for key, value in chosen.items() if value is not None}
+
+    torch.manual_seed(11)
+    stock = model.generate(**options())
+    found, specbound = with_speculation(model, stock.sequences[0].tolist(), lambda: model.generate(**options()))
+    assert torch.equal(found.sequences, stock.sequences)
+    for part in ("scores", "logits"):
+        pairs = zip(getattr(found, part) or (), getattr(stock, part) or (), strict=True)
+        assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+    if streams:
+        assert streams[1].calls == streams[0].calls
+    assert type(found) is type(stock)
+    assert (specbound.stats.accepted.total() > 0) == (name in SPECULATIVE)
+
+
+def test_eos_inside_an_accepted_block(model: Any, plain: list[int]) -> None:
+    """Whichever token ends the text, nothing after it is emitted, and the cache is stock's."""
+    for end in range(1, 12):
+        stock, found, _ = both(
+            model, inputs=PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=[plain[end], 127],
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        assert torch.equal(found.sequences, stock.sequences)
+        assert found.past_key_values.get_seq_length() == stock.past_key_values.get_seq_length()
+        for mine, theirs in zip(found.past_key_values.layers, stock.past_key_values.layers, strict=True):
+            assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+
+
+def test_a_criterion_that_looks_at_the_tail(model: Any, plain: list[int]) -> None:
+    """Evaluated after every token: no overrun, wherever in a block it fires."""
+    for end in range(1, 12):
+        criteria = StoppingCriteriaList([StopAtTail((plain[end - 1], plain[end]))])
+        stock, found, _ = both(
+            model, inputs=PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False, stopping_criteria=criteria
+        )
+        assert torch.equal(found, stock) and stock.shape[1] < 7 + NEW_TOKENS
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """A tokenizer whose 128 ids are the characters of ASCII."""
+    inner = Tokenizer(models.WordLevel({chr(code): code for code in range(128)}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+
+
+def test_stop_strings(model: Any, plain: list[int]) -> None:
+    """Across tokens and blocks, with the tokenizer as stock asks for it, and stock's own error without."""
+    tokenizer = letters()
+    stop = chr(plain[6]) + chr(plain[7])
+    stock, found, specbound = both(
+        model, inputs=PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False, stop_strings=[stop], tokenizer=tokenizer
+    )
+    assert torch.equal(found, stock) and stock.shape[1] < 7 + NEW_TOKENS
+    assert specbound.stats.accepted.total() > 0
+    with pytest.raises(ValueError, match="tokenizer") as stock_error:
+        model.generate(PROMPT, stop_strings=[stop])
+    with pytest.raises(ValueError, match="tokenizer") as found_error:
+        with_speculation(model, plain, lambda: model.generate(PROMPT, stop_strings=[stop]))
+    assert str(found_error.value) == str(stock_error.value)
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0, "do_sample": True}, {"max_new_tokens": 0}, {"nonsense": 3}])
+def test_same_exceptions(model: Any, plain: list[int], options: dict[str, Any]) -> None:
+    """What stock refuses is refused in the same words."""
+    with pytest.raises(Exception) as stock:
+        model.generate(PROMPT, **options)
+    with pytest.raises(type(stock.value)) as found:
+        with_speculation(model, plain, lambda: model.generate(PROMPT, **options))
+    assert str(found.value) == str(stock.value)
+
+
+def test_inputs_embeds(model: Any) -> None:
+    """A prompt given as embeddings."""
+    embeds = model.get_input_embeddings()(PROMPT)
+    stock, found, specbound = both(model, inputs_embeds=embeds, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert torch.equal(found, stock)
+    assert specbound.stats.emitted == NEW_TOKENS
+
+
+def test_prefix_cache(model: Any, plain: list[int]) -> None:
+    """A cache of an earlier part of the prompt; it is left as stock leaves it."""
+    caches = []
+    for _ in range(2):
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(PROMPT[:, :4], past_key_values=cache, use_cache=True)
+        caches.append(cache)
+    options = {"inputs": PROMPT, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    stock = model.generate(**options, past_key_values=caches[0])
+    truth = stock[0].tolist()
+    found, specbound = with_speculation(model, truth, lambda: model.generate(**options, past_key_values=caches[1]))
+    assert torch.equal(found, stock)
+    assert specbound.stats.accepted.total() > 0
+    for mine, theirs in zip(caches[1].layers, caches[0].layers, strict=True):
+        assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+
+
+def test_left_padded_batch_is_plain_and_equal(model: Any) -> None:
+    """Rows of a batch equal stock's rows for the same batch."""
+    batch = torch.cat([PROMPT, torch.tensor([[0, 0, 9, 8, 7, 6, 5]])])
+    mask = torch.ones_like(batch)
+    mask[1, :2] = 0
+    stock, found, _ = both(model, inputs=batch, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    assert torch.equal(found, stock)
+
+
+def test_text_streamers(model: Any, plain: list[int], make_tokenizer: Callable[..., Any], capsys: Any) -> None:
+    """TextStreamer prints the same; TextIteratorStreamer yields the same pieces."""
+    tokenizer = make_tokenizer()
+    options = {"inputs": PROMPT, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    model.generate(**options, streamer=TextStreamer(tokenizer))
+    stock = capsys.readouterr().out
+    with_speculation(model, [0] * 7 + plain, lambda: model.generate(**options, streamer=TextStreamer(tokenizer)))
+    assert capsys.readouterr().out == stock
+
+    def pieces() -> list[str]:
+        streamer = TextIteratorStreamer(tokenizer, timeout=60)
+        worker = Thread(target=model.generate, kwargs=options | {"streamer": streamer})
+        worker.start()
+        found = list(streamer)
+        worker.join()
+        return found
+
+    assert with_speculation(model, [0] * 7 + plain, pieces)[0] == pieces()
+
+
+def test_pipeline(model: Any, plain: list[int], make_tokenizer: Callable[..., Any]) -> None:
+    """`pipeline("text-generation")` takes the model as any other and gives the same text."""
+    tokenizer = make_tokenizer()
+    text = tokenizer.decode(PROMPT[0])
+
+    def ask() -> Any:
+        return pipeline("text-generation", model=model, tokenizer=tokenizer)(text, max_new_tokens=9, do_sample=False)
+
+    stock = ask()
+    found, specbound = with_speculation(model, [0] * 7 + plain, ask)
+    assert found == stock
+    assert specbound.stats.accepted.total() > 0
+
+
+def test_max_time(model: Any, plain: list[int]) -> None:
+    """A time limit long past stops after one token, as stock does."""
+    stock, found, _ = both(model, inputs=PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False, max_time=1e-9)
+    assert torch.equal(found, stock) and stock.shape[1] == 8
+
+
+def test_two_threads_on_one_model(model: Any, plain: list[int]) -> None:
+    """The second gets a clear error, the first its tokens."""
+    errors: list[Exception] = []
+
+    class Intruder(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            """Another thread asks the same model, once the first has begun to decode."""
+            if value.numel() == 1 and not errors:
+                worker = Thread(target=self.ask)
+                worker.start()
+                worker.join()
+
+        def ask(self) -> None:
+            """What the other thread does."""
+            try:
+                model.generate(PROMPT, max_new_tokens=3)
+            except SpecBoundError as error:
+                errors.append(error)
+
+        def end(self) -> None:
+            """Nothing."""
+
+    options = {"inputs": PROMPT, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    stock = model.generate(**options)
+    found, _ = with_speculation(model, stock[0].tolist(), lambda: model.generate(**options, streamer=Intruder()))
+    assert torch.equal(found, stock)
+    assert [str(error) for error in errors] == [
+        "this model is generating already: give each thread its own model, or wait"
+    ]
+
+
+def test_train_mode_and_autocast_are_plain(model: Any, plain: list[int]) -> None:
+    """Neither speculates, both give stock's ids."""
+    options = {"inputs": PROMPT, "max_new_tokens": 6, "do_sample": False}
+
+    def under_autocast() -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model.generate(**options)
+
+    assert torch.equal(with_speculation(model, [0] * 7 + plain, under_autocast)[0], under_autocast())
+    model.train()
+    try:
+        found, specbound = with_speculation(model, [0] * 7 + plain, lambda: model.generate(**options))
+        assert torch.equal(found, model.generate(**options)) and specbound.stats.emitted == 0
+    finally:
+        model.eval()
+
+
+def test_moved_to_another_dtype(model: Any, make_model: Any, make_adapter: Any) -> None:
+    """After `model.to(bfloat16)` the heads follow, the probe runs anew, and ids are stock's."""
+    from runtime.loading import make_specbound
+
+    moved = make_model()
+    specbound = make_specbound(moved, make_adapter(moved), exactness="bitwise")
+    attach(moved, specbound)
+    options = {"inputs": PROMPT, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        moved.to(dtype)
+        found = moved.generate(**options)
+        assert specbound.certificate is not None
+        assert specbound.certificate.dtype == str(dtype).removeprefix("torch.")
+        with specbound.disabled():
+            assert torch.equal(found, moved.generate(**options))
+        assert specbound.stats.drafted.total() > 0
