@@ -43,9 +43,11 @@ logger = logging.getLogger(__name__)
 
 EXACTNESS = ("bitwise", "batched")
 
-# Arguments of the base's forward that plain decoding of text needs; any other may change what layers compute.
+# What plain decoding of text passes to the base's forward, and what `generate` adds that the forward ignores; any
+# other argument may change what layers compute.
 KNOWN_ARGUMENTS = {
-    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds",
+    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds", "tokenizer",
+    "assistant_tokenizer",
 }  # fmt: skip
 
 
