@@ -213,9 +213,9 @@ def test_stop_strings(model: Any, plain: list[int]) -> None:
     assert torch.equal(found, stock) and stock.shape[1] < 7 + NEW_TOKENS
     assert specbound.stats.accepted.total() > 0
     with pytest.raises(ValueError, match="tokenizer") as stock_error:
-        model.generate(PROMPT, stop_strings=[stop])
+        model.generate(PROMPT, max_new_tokens=4, stop_strings=[stop])
     with pytest.raises(ValueError, match="tokenizer") as found_error:
-        with_speculation(model, plain, lambda: model.generate(PROMPT, stop_strings=[stop]))
+        with_speculation(model, plain, lambda: model.generate(PROMPT, max_new_tokens=4, stop_strings=[stop]))
     assert str(found_error.value) == str(stock_error.value)
 
 
