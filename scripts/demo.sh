@@ -13,7 +13,7 @@ launch="accelerate launch --config_file configs/accelerate/cpu.yaml"
 
 echo "1/4 the base model"
 python scripts/fetch_smollm2.py
-echo "2/4 its own answers to 659 prompts"
+echo "2/4 its own answers to 540 prompts"
 $launch train/distil.py --config $recipe
 echo "3/4 exit heads: fit, calibrate, publish to outputs/demo/adapter"
 $launch train/fit_exits.py --config $recipe --resume_from_checkpoint latest

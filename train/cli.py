@@ -137,6 +137,7 @@ def describe(adapter: str, *, revision: str | None = None) -> dict[str, Any]:
         "head": {"kind": config.head, "rank": None if config.head == "linear" else config.head_rank},
         "dtype": str(next(loaded.heads.parameters()).dtype).removeprefix("torch."),
         "draft_vocab_size": config.draft_vocab_size,
+        "lookup": config.lookup is not None,
         "schedule": {"kind": config.temperatures.kind, "alpha": config.temperatures.alpha},
         "bounds": {
             "exit_threshold": config.bounds.exit_threshold,
@@ -183,6 +184,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         "fingerprint": f"{base['fingerprint'][:23]}... (all of it: --json)",
         "shape": f"{base['num_hidden_layers']} layers, hidden size {base['hidden_size']}, {base['vocab_size']} tokens",
         "heads": head["kind"] + ("" if head["rank"] is None else f", rank {head['rank']}") + f", {found['dtype']}",
+        "depth-0 lookup": "on" if found["lookup"] else "off",
         "draft vocabulary": f"{found['draft_vocab_size']} of {base['vocab_size']} tokens",
         "temperatures": found["schedule"]["kind"] + ("" if alpha is None else f", alpha {alpha:g}"),
         "exit_threshold": f"{bounds['exit_threshold']:g}",
