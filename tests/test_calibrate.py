@@ -5,8 +5,16 @@ import pytest
 import torch
 
 from runtime.errors import DataError
-from runtime.temperature import MAX_TEMPERATURE, TemperatureSchedule, linear_temperature
-from train.calibrate import Confidences, collect, expected_calibration_error, fit_schedule, report
+from runtime.temperature import MAX_TEMPERATURE, TemperatureSchedule, confidence, linear_temperature
+from train.calibrate import (
+    TEMPERATURES,
+    Confidences,
+    _confidence_grid,
+    collect,
+    expected_calibration_error,
+    fit_schedule,
+    report,
+)
 from train.features import Features
 
 LAYERS, NUM_HIDDEN_LAYERS, CLASSES = (2, 4), 8, 12
@@ -148,3 +156,11 @@ def test_report_counts_positions_sequences_and_thresholds():
     by_threshold = {row["threshold"]: row for row in figures["exits"]["3"]["thresholds"]}
     assert by_threshold[0.6] == {"threshold": 0.6, "coverage": 1.0, "precision": 0.5}
     assert by_threshold[0.7] == {"threshold": 0.7, "coverage": 0.0, "precision": None}
+
+
+def test_the_grid_is_the_runtimes_confidence():
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0)) * 5
+    grid = _confidence_grid(logits)
+    for index in (0, 40, 80):
+        expected = confidence(logits, float(TEMPERATURES[index])).numpy()
+        assert grid[:, index] == pytest.approx(expected, rel=1e-5)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.errors import DataError
-from runtime.temperature import TemperatureSchedule, confidence, linear_temperature
+from runtime.temperature import TemperatureSchedule, linear_temperature
 from train.features import Features
 
 # 5 % apart: finer than the data can tell.
@@ -68,8 +68,7 @@ def collect(batches: Iterable[Features], heads: Any, unembedding: Any, target_to
         for layer, logits in heads(batch.hidden, batch.embedding, unembedding).items():
             if not bool(torch.isfinite(logits).all()):
                 raise DataError(f"the head of exit layer {layer} gives logits that are not finite: fit it again")
-            columns = [confidence(logits, float(temperature)) for temperature in TEMPERATURES]
-            grids.setdefault(layer, []).append(torch.stack(columns, dim=1).cpu().numpy())
+            grids.setdefault(layer, []).append(_confidence_grid(logits))
             right.setdefault(layer, []).append((logits.argmax(-1) == choice).cpu().numpy())
     require_positions(sum(lengths))
     return Confidences(
@@ -78,6 +77,17 @@ def collect(batches: Iterable[Features], heads: Any, unembedding: Any, target_to
         sequence=np.repeat(np.arange(len(lengths)), lengths),
         targets=np.array(targets),
     )
+
+
+def _confidence_grid(logits: torch.Tensor) -> Floats:
+    """`confidence` of logits [N, V] at each of `TEMPERATURES`, shape [N, temperatures]; one pass a temperature."""
+    below = logits.float() - logits.float().amax(dim=-1, keepdim=True)
+    buffer = torch.empty_like(below)
+    columns = [
+        torch.div(below, float(temperature), out=buffer).exp_().sum(dim=-1).reciprocal()
+        for temperature in TEMPERATURES
+    ]
+    return torch.stack(columns, dim=1).cpu().numpy()
 
 
 def require_positions(number: int) -> None:
