@@ -223,7 +223,8 @@ def _plain_reason(
     embeds = model_kwargs.get("inputs_embeds")
     if (input_ids if embeds is None else embeds).shape[0] != 1:
         return "it decodes several sequences at once"
-    if model_kwargs.get("attention_mask") is not None:
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and not bool((mask == 1).all()):
         return "its attention mask has holes"
     if unknown:
         return f"it passes {', '.join(sorted(unknown))} to the model"
