@@ -76,7 +76,8 @@ def load_specbound(
     check_supported(model)
     check_base(model, tokenizer, loaded)
     specbound = make_specbound(model, loaded, exactness=exactness)
-    specbound.prepare(model)
+    if not model.training:  # such a model decodes plainly, and dropout would fail the probe
+        specbound.prepare(model)
     return attach(model, specbound)
 
 

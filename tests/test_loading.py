@@ -192,3 +192,16 @@ def test_an_adapter_of_the_whole_vocabulary_in_another_order(tmp_path, make_mode
     model = load_specbound(tmp_path / "a", make_model())
     assert model.specbound.drafter.draft_to_target == list(range(127, -1, -1))
     assert generate(model) == generate(make_model())
+
+
+def test_a_model_in_training_mode_is_probed_when_it_leaves_it(make_model, make_adapter, tmp_path):
+    """Dropout would fail the probe; the certificate must not be one of that moment."""
+    model = make_model(seed=3, attention_dropout=0.5).train()
+    save_adapter(make_adapter(model), tmp_path / "adapter")
+    load_specbound(tmp_path / "adapter", model)
+    assert model.specbound.certificate is None
+    model.eval()
+    found = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=12, do_sample=False)
+    assert model.specbound.certificate.bitwise
+    with model.specbound.disabled():
+        assert torch.equal(found, model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=12, do_sample=False))
