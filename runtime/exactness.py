@@ -8,77 +8,26 @@ Knows nothing of drafting.
 
 import hashlib
 import json
-import logging
-import os
-import platform
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import constants
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from runtime.cache import KVCache
+from runtime.certificate import Certificate, environment, read_certificate, write_certificate
 from runtime.execution import ExecutionPolicy, Shape, execution, linears
 from runtime.layers import DecoderLayers
-
-logger = logging.getLogger(__name__)
 
 PROBE_FORMAT = 1
 PROMPT_TOKENS = 24
 TEXT_TEMPERATURE = 0.6
 PROBE_TOKENS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """What the probe checked and found.
-
-    Attributes:
-        bitwise: whether every row compared under the policy had the bits of one-token decoding.
-        max_width: widest block checked, in tokens; 1 where no policy passes.
-        rowwise_attention, rowwise_linears: the policy; weight shapes [out, in] of the Linears run row by row.
-        rows_checked, rows_differing: rows of logits and cache compared with stock's, under the policy.
-        device, dtype, threads, versions: what it holds for.
-        seconds: what the probe took; 0 where it was read from disk.
-    """
-
-    bitwise: bool
-    max_width: int
-    rowwise_attention: bool
-    rowwise_linears: tuple[Shape, ...] | None
-    rows_checked: int
-    rows_differing: int
-    device: str
-    dtype: str
-    threads: int
-    versions: str
-    seconds: float
-
-    @property
-    def policy(self) -> ExecutionPolicy:
-        """The execution it certifies."""
-        shapes = None if self.rowwise_linears is None else frozenset(self.rowwise_linears)
-        return ExecutionPolicy(self.rowwise_attention, shapes)
-
-    def __str__(self) -> str:
-        if self.rowwise_linears is None:
-            by_row = "every Linear"
-        else:
-            by_row = ", ".join(f"Linear {shape[0]}x{shape[1]}" for shape in self.rowwise_linears) or "no Linear"
-        attention = "attention and " if self.rowwise_attention else ""
-        state = "bit for bit equal to one-token decoding" if self.bitwise else "NOT bit for bit"
-        return (
-            f"{state}: {self.rows_differing} of {self.rows_checked} rows differ in blocks of up to {self.max_width} "
-            f"tokens; {attention}{by_row} row by row ({self.device}, {self.dtype}, {self.threads} threads, "
-            f"{self.versions})"
-        )
 
 
 def certify(model: PreTrainedModel, fingerprint: str, *, max_width: int) -> Certificate:
@@ -93,26 +42,14 @@ def certify(model: PreTrainedModel, fingerprint: str, *, max_width: int) -> Cert
     key |= {"max_width": max_width, "format": PROBE_FORMAT}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(constants.HF_HOME) / "specbound" / f"certificate-{digest}.json"
-    stored = _read(path)
+    stored = read_certificate(path)
     if stored is not None:
         return stored
     with torch.autocast(model.device.type, enabled=False):
         certificate = probe(model, max_width=max_width)
     if certificate.bitwise:  # a failure is looked at anew: it may have been of the moment
-        _write(path, certificate)
+        write_certificate(path, certificate)
     return certificate
-
-
-def environment(model: PreTrainedModel) -> dict[str, Any]:
-    """What bits depend on besides the weights: device, dtype, threads, versions."""
-    device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_processor()}"
-    return {
-        "device": name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-    }
 
 
 @torch.no_grad()
@@ -232,40 +169,3 @@ def _block(layers: DecoderLayers, reference: Reference, start: int, width: int) 
             equal = (mine == stock[:, :, first : first + width]).flatten(3).all(-1).all(1)[0]
             same = [one and bool(other) for one, other in zip(same, equal.tolist(), strict=True)]
     return same
-
-
-def _processor() -> str:
-    """Name of the CPU, so that a certificate is not taken to another machine."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        wanted = ("model name", "model\t", "stepping", "flags")
-        parts = [line for line in lines if line.startswith(wanted)]
-        text = "\n".join(dict.fromkeys(parts))
-        name = next((line.partition(":")[2].strip() for line in parts if line.startswith("model name")), "cpu")
-        return f"{name} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    except OSError:
-        return platform.processor() or platform.machine()
-
-
-def _read(path: Path) -> Certificate | None:
-    """A stored certificate; None where there is none that can be read."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        shapes = fields["rowwise_linears"]
-        fields["rowwise_linears"] = None if shapes is None else tuple(tuple(shape) for shape in shapes)
-        return Certificate(**(fields | {"seconds": 0.0}))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _write(path: Path, certificate: Certificate) -> None:
-    """Keep a certificate; a cache folder that cannot be written only costs the next probe."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(asdict(certificate), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, path)
-    except OSError as error:
-        logger.info("certificate not kept: %s", error)

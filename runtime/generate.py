@@ -9,13 +9,13 @@ cannot honour bit for bit run stock's loop, with one warning. Knows nothing of f
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -27,11 +27,13 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from runtime.cache import KVCache
+from runtime.certificate import Certificate
 from runtime.config import SpecBoundConfig
 from runtime.decode import decode
 from runtime.draft import Drafter
+from runtime.emitter import TargetEmitter
 from runtime.errors import ConfigError, SpecBoundError
-from runtime.exactness import Certificate, certify
+from runtime.exactness import certify
 from runtime.execution import ExecutionPolicy, execution
 from runtime.identity import base_fingerprint
 from runtime.layers import DecoderLayers
@@ -186,7 +188,7 @@ def _sample(
 def _speculate(
     model: Any,
     specbound: SpecBound,
-    emitter: "TargetEmitter",
+    emitter: TargetEmitter,
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> GenerateDecoderOnlyOutput | Tensor:
@@ -239,68 +241,3 @@ def _plain_reason(
     if model.training or torch.is_autocast_enabled(model.device.type):
         return "the model is in training mode or under autocast"
     return None
-
-
-class TargetEmitter:
-    """Chooses, records and hands on tokens exactly as stock's loop does, one call a token.
-
-    Args:
-        input_ids: prompt, shape [1, T], int64.
-    """
-
-    def __init__(
-        self,
-        input_ids: Any,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        streamer: Any,
-    ) -> None:
-        self.input_ids: Any = input_ids
-        self.processors = logits_processor
-        self.criteria = stopping_criteria
-        self.streamer = streamer
-        self.do_sample = generation_config.do_sample
-        self.return_dict = generation_config.return_dict_in_generate
-        self.scores: Any = () if self._wants(generation_config.output_scores) else None
-        self.logits: Any = () if self._wants(generation_config.output_logits) else None
-        self.max_length: int = stopping_criteria.max_length or generation_config.max_length
-        eos = getattr(generation_config, "_eos_token_tensor", None)
-        self.stop_tokens: Collection[int] = frozenset() if eos is None else frozenset(eos.tolist())
-
-    def _wants(self, output: bool | None) -> bool:
-        return bool(self.return_dict and output)
-
-    @property
-    def remaining(self) -> int:
-        """Tokens that may still be emitted before the length limit."""
-        return self.max_length - int(self.input_ids.shape[1])
-
-    def emit(self, logits: Tensor) -> tuple[int, bool]:
-        """Choose the next token from target logits [1, V] on the text so far; whether generation stops with it."""
-        logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
-        scores: Any = self.processors(self.input_ids, logits)
-        if self.scores is not None:
-            self.scores += (scores,)
-        if self.logits is not None:
-            self.logits += (logits,)
-        if self.do_sample:
-            token = torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-        else:
-            token = torch.argmax(scores, dim=-1)
-        self.input_ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
-        stop = bool(self.criteria(self.input_ids, self.scores).max())
-        if self.streamer is not None:
-            self.streamer.put(token.cpu())
-        return int(token), stop
-
-    def finish(self, cache: DynamicCache) -> GenerateDecoderOnlyOutput | Tensor:
-        """End the stream; what `generate` returns."""
-        if self.streamer is not None:
-            self.streamer.end()
-        sequences: Tensor = self.input_ids
-        if not self.return_dict:
-            return sequences
-        return GenerateDecoderOnlyOutput(
-            sequences=self.input_ids, scores=self.scores, logits=self.logits, past_key_values=cache
-        )

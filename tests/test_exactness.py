@@ -11,7 +11,8 @@ from torch import nn
 
 import runtime.exactness
 from runtime import SpeculationBounds
-from runtime.exactness import Certificate, Reference, certify, compare, differing_shapes, probe
+from runtime.certificate import Certificate
+from runtime.exactness import Reference, certify, compare, differing_shapes, probe
 from runtime.execution import ExecutionPolicy, execution, linears
 from runtime.generate import SpecBound
 

@@ -1,0 +1,78 @@
+"""`TargetEmitter`: from target logits to emitted tokens, as transformers' own loop does it.
+
+Processors, the choice, scores, stopping criteria and streamer, one call a token, so that nothing is ever decided
+by the block. Knows no drafts and no cache of ours.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+
+class TargetEmitter:
+    """Chooses, records and hands on tokens exactly as stock's loop does, one call a token.
+
+    Args:
+        input_ids: prompt, shape [1, T], int64.
+    """
+
+    def __init__(
+        self,
+        input_ids: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any,
+    ) -> None:
+        self.input_ids: Any = input_ids
+        self.processors = logits_processor
+        self.criteria = stopping_criteria
+        self.streamer = streamer
+        self.do_sample = generation_config.do_sample
+        self.return_dict = generation_config.return_dict_in_generate
+        self.scores: Any = () if self._wants(generation_config.output_scores) else None
+        self.logits: Any = () if self._wants(generation_config.output_logits) else None
+        self.max_length: int = stopping_criteria.max_length or generation_config.max_length
+        eos = getattr(generation_config, "_eos_token_tensor", None)
+        self.stop_tokens: Collection[int] = frozenset() if eos is None else frozenset(eos.tolist())
+
+    def _wants(self, output: bool | None) -> bool:
+        return bool(self.return_dict and output)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be emitted before the length limit."""
+        return self.max_length - int(self.input_ids.shape[1])
+
+    def emit(self, logits: Tensor) -> tuple[int, bool]:
+        """Choose the next token from target logits [1, V] on the text so far; whether generation stops with it."""
+        logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
+        scores: Any = self.processors(self.input_ids, logits)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+        if self.do_sample:
+            token = torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        else:
+            token = torch.argmax(scores, dim=-1)
+        self.input_ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
+        stop = bool(self.criteria(self.input_ids, self.scores).max())
+        if self.streamer is not None:
+            self.streamer.put(token.cpu())
+        return int(token), stop
+
+    def finish(self, cache: DynamicCache) -> GenerateDecoderOnlyOutput | Tensor:
+        """End the stream; what `generate` returns."""
+        if self.streamer is not None:
+            self.streamer.end()
+        sequences: Tensor = self.input_ids
+        if not self.return_dict:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=self.input_ids, scores=self.scores, logits=self.logits, past_key_values=cache
+        )
