@@ -53,6 +53,8 @@ def main(config: FitConfig) -> None:
     responses = {name: [response for _, response in split.sequences.rows] for name, split in splits.items()}
     keep = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     vocabulary = draft_vocabulary(responses["fit"], size=config.draft_vocab_size, vocab_size=vocab_size, keep=keep)
+    covered = coverage(responses["held_out"], vocabulary)
+    accelerator.print(f"draft vocabulary: {len(vocabulary)} tokens, {100 * covered:.1f} % of held-out text")
     unembedding = DraftUnembedding(layers, vocabulary)
     inverse = target_to_draft(vocabulary, vocab_size).to(accelerator.device)
     set_seed(config.seed)  # here and not earlier: new heads do not depend on what was drawn before
@@ -75,7 +77,7 @@ def main(config: FitConfig) -> None:
             calibration=splits["calibration"],
             evidence={
                 "corpus": json.loads((corpus / "corpus.json").read_text(encoding="utf-8"))["counts"],
-                "held_out_coverage": coverage(responses["held_out"], vocabulary),
+                "held_out_coverage": covered,
                 "base_weights_sha256": before,
             },
         )
