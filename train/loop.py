@@ -19,7 +19,7 @@ from train.splits import Split
 
 # Settings that may differ between a run and its continuation: they do not change what is learnt.
 FREE_TO_CHANGE = {
-    "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to", "hub_model_id",
+    "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to",
     "license", "schedule", "exit_threshold", "max_exit_layer", "max_draft_tokens", "sources", "output_dir",
     "corpus_dir", "features",
 }  # fmt: skip

@@ -94,7 +94,6 @@ class FitConfig:
     max_draft_tokens: int | None = field(default=None, metadata=_help("longest draft"))
 
     license: str | None = field(default=None, metadata=_help("licence of the adapter"))
-    hub_model_id: str | None = field(default=None, metadata=_help("repository to publish to"))
 
     sources: dict[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
 
