@@ -1,9 +1,11 @@
 """The audit: the same prompts generated plainly and with SpecBound, and the first divergence of each explained.
 
 A divergence is a *tie* where the two ways computed slightly different logits and that difference is as large as
-the margin between the two tokens; anything else is a *defect*. Knows no files.
+the margin between the two tokens; anything else is a *defect*. Logits are compared too, bit for bit: where they
+are equal, no tie can ever be broken another way. Knows no files.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -37,10 +39,21 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class AuditedPrompt:
-    """One prompt: tokens compared, how many differ, and the first divergence if any does."""
+    """One prompt.
+
+    Attributes:
+        tokens: compared; of the longer output.
+        differing: how many of them differ.
+        differing_logits: positions up to the first differing token whose logits differ in some bit.
+        stock_seconds, specbound_seconds: wall-clock time of each way, the prompt's own forward included.
+        divergence: the first, if any token differs.
+    """
 
     tokens: int
     differing: int
+    differing_logits: int
+    stock_seconds: float
+    specbound_seconds: float
     divergence: Divergence | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,26 +72,35 @@ def audit(model: Any, prompts: Sequence[Tensor], *, seed: int = 0, **options: An
     """
     options = {**options, "return_dict_in_generate": True, "output_logits": True}
     for prompt in prompts:
-        outputs = {}
+        outputs, seconds = {}, {}
         for name in ("stock", "specbound"):
             model.specbound.enabled = name == "specbound"
             torch.manual_seed(seed)
+            started = time.perf_counter()
             try:
                 outputs[name] = model.generate(prompt, **options)
             finally:
                 model.specbound.enabled = True
-        yield _compare(outputs["stock"], outputs["specbound"], prompt.shape[1])
+            seconds[name] = round(time.perf_counter() - started, 3)
+        yield _compare(outputs["stock"], outputs["specbound"], prompt.shape[1], seconds)
 
 
-def _compare(stock: Any, specbound: Any, prompt_length: int) -> AuditedPrompt:
+def _compare(stock: Any, specbound: Any, prompt_length: int, seconds: dict[str, float]) -> AuditedPrompt:
     ours, theirs = (output.sequences[0, prompt_length:].tolist() for output in (specbound, stock))
     length = max(len(ours), len(theirs))
     differing = [index for index in range(length) if ours[index : index + 1] != theirs[index : index + 1]]
-    if not differing:
-        return AuditedPrompt(length, 0, None)
-    first = differing[0]
-    found = _explain(stock, specbound, ours, theirs, first)
-    return AuditedPrompt(length, len(differing), found)
+    first = differing[0] if differing else length
+    rows = list(zip(stock.logits, specbound.logits, strict=False))[
+        : first + 1
+    ]  # afterwards the texts are not the same
+    return AuditedPrompt(
+        tokens=length,
+        differing=len(differing),
+        differing_logits=sum(not torch.equal(one, other) for one, other in rows),
+        stock_seconds=seconds["stock"],
+        specbound_seconds=seconds["specbound"],
+        divergence=_explain(stock, specbound, ours, theirs, first) if differing else None,
+    )
 
 
 def _explain(stock: Any, specbound: Any, ours: list[int], theirs: list[int], position: int) -> Divergence:

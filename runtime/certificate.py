@@ -6,9 +6,7 @@ Knows nothing of how it came about.
 import hashlib
 import json
 import logging
-import os
 import platform
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from runtime.execution import ExecutionPolicy, Shape
+from runtime.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +105,6 @@ def read_certificate(path: Path) -> Certificate | None:
 def write_certificate(path: Path, certificate: Certificate) -> None:
     """Keep a certificate; a cache folder that cannot be written only costs the next probe."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(asdict(certificate), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, path)
+        write_atomic(path, json.dumps(asdict(certificate)).encode())
     except OSError as error:
         logger.info("certificate not kept: %s", error)

@@ -1,6 +1,7 @@
 """The audit finds what differs, and nothing else; it tells a tie from a defect."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,10 @@ from typer.testing import CliRunner
 
 from runtime.audit import _compare, audit
 from runtime.cache import KVCache
+from runtime.errors import DataError
 from runtime.generate import SpecBound, attach, detach
 from runtime.policy import SpeculationBounds
+from train.audits import AuditSettings, run_audit, spread
 from train.cli import app
 
 
@@ -50,6 +53,9 @@ def test_a_defect_is_found(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> 
     detach(model)
 
 
+SECONDS = {"stock": 1.0, "specbound": 1.0}
+
+
 def outputs(ids: list[int], logits: list[list[float]]) -> Any:
     """What `generate` returns, as far as the audit reads it."""
     return SimpleNamespace(sequences=torch.tensor([ids]), logits=tuple(torch.tensor([row]) for row in logits))
@@ -58,14 +64,14 @@ def outputs(ids: list[int], logits: list[list[float]]) -> Any:
 def test_ties_and_defects_are_told_apart() -> None:
     """A margin within the shift of both logits is a tie; equal logits with other tokens, or a wide margin, are not."""
     stock = outputs([9, 0], [[1.0, 0.9]])
-    tie = _compare(stock, outputs([9, 1], [[0.95, 0.96]]), 1).divergence
+    tie = _compare(stock, outputs([9, 1], [[0.95, 0.96]]), 1, SECONDS).divergence
     assert tie is not None and tie.kind == "tie"
     assert tie.stock_logits == pytest.approx((1.0, 0.9)) and tie.margin == pytest.approx(0.1)
-    same_logits = _compare(stock, outputs([9, 1], [[1.0, 0.9]]), 1).divergence
+    same_logits = _compare(stock, outputs([9, 1], [[1.0, 0.9]]), 1, SECONDS).divergence
     assert same_logits is not None and same_logits.kind == "defect"
-    wide = _compare(outputs([9, 0], [[5.0, 0.9]]), outputs([9, 1], [[4.9, 1.0]]), 1).divergence
+    wide = _compare(outputs([9, 0], [[5.0, 0.9]]), outputs([9, 1], [[4.9, 1.0]]), 1, SECONDS).divergence
     assert wide is not None and wide.kind == "defect"
-    shorter = _compare(stock, outputs([9], []), 1)
+    shorter = _compare(stock, outputs([9], []), 1, SECONDS)
     assert (shorter.tokens, shorter.differing) == (1, 1)
     assert shorter.divergence is not None and shorter.divergence.specbound_token is None
 
@@ -79,6 +85,34 @@ def test_the_command(demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.exit_code == 0, result.output
     assert "0 differing tokens of 40 over 2 prompts" in result.output
     found = json.loads(Path("found.json").read_text())
-    assert (found["prompts"], found["identical_prompts"], found["dtype"]) == (2, 2, "float32")
+    assert (found["prompts"], found["identical_prompts"], found["complete"]) == (2, 2, True)
+    assert found["conditions"]["dtype"] == "float32" and found["differing_logits"] == 0
     wrong = CliRunner().invoke(app, [*arguments, "--dtype", "int3"])
     assert wrong.exit_code == 1 and "expected one of" in wrong.stderr
+
+
+def test_a_cut_audit_is_resumed(demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the report holds is not generated again; a report of other settings is refused."""
+    monkeypatch.chdir(demo_outputs)
+    Path("four.jsonl").write_text("".join(f'{{"prompt": "w{n} w{n + 1}"}}\n' for n in range(4)))
+    settings = AuditSettings(
+        "outputs/demo/adapter", "four.jsonl", dtype="float32", options={"max_new_tokens": 6, "do_sample": False}
+    )
+    report = Path("four.json")
+    whole = run_audit(settings, report=report)
+    assert json.loads(report.read_text()) == whole
+    cut = whole | {"findings": whole["findings"][:3], "complete": False}
+    report.write_text(json.dumps(cut))
+    again = run_audit(settings, report=report, resume=True)
+    assert again["findings"][:3] == whole["findings"][:3] and again["complete"] and again["prompts"] == 4
+    with pytest.raises(DataError, match="seed differ"):
+        run_audit(replace(settings, seed=1), report=report, resume=True)
+    report.write_text("[]")
+    with pytest.raises(DataError, match="not an audit's report"):
+        run_audit(settings, report=report, resume=True)
+
+
+def test_a_limit_is_spread_over_the_file() -> None:
+    """Prompts sorted by subject: a few of each."""
+    assert spread(list(range(10)), 4) == [0, 2, 5, 7]  # type: ignore[type-var]
+    assert spread([1, 2], 5) == spread([1, 2], None) == [1, 2]  # type: ignore[list-item]

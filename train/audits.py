@@ -1,76 +1,115 @@
 """`specbound audit`: prompts from a file through `runtime.audit`, with what it was run on.
 
-Knows no comparison rule: that is `runtime.audit`'s.
+The report is rewritten after every prompt, so that hours of work survive a cut, and can be resumed. Knows no
+comparison rule: that is `runtime.audit`'s.
 """
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from runtime import ConfigError, DataError, load_specbound
-from runtime.audit import AuditedPrompt, audit
+from runtime.audit import audit
 from runtime.benchmark import hardware
+from runtime.files import write_atomic
 from train.prompts import Prompt, read_prompts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+FORMAT = 1
 
 
-def run_audit(
-    adapter: str,
-    base_model: str | None,
-    prompts: str,
-    options: dict[str, Any],
-    *,
-    limit: int | None,
-    dtype: str,
-    threads: int | None,
-    seed: int,
-    exactness: str,
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class AuditSettings:
+    """What an audit compares, and how.
+
+    Attributes:
+        prompts: a .jsonl file or the name of a data set; the first turn of each is asked.
+        limit: this many prompts, spread evenly over the file; None for all.
+        options: of `generate`.
+    """
+
+    adapter: str
+    prompts: str
+    base_model: str | None = None
+    limit: int | None = None
+    dtype: str = "bfloat16"
+    threads: int | None = None
+    seed: int = 0
+    exactness: str = "bitwise"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def run_audit(settings: AuditSettings, *, report: Path | None = None, resume: bool = False) -> dict[str, Any]:
     """Audit and report.
 
     Args:
-        prompts: a .jsonl file or the name of a data set; the first turn of each is asked.
-        options: of `generate`.
+        report: written anew after every prompt.
+        resume: go on from what `report` holds, which must be of the same settings and machine.
 
     Returns:
-        JSON values: `prompts`, `tokens`, `differing_tokens`, `identical_prompts`, `findings` (one a prompt),
-        `certificate`, `options`, `seed`, `hardware`, `dtype`, `threads`.
+        JSON values: `tokens`, `differing_tokens`, `differing_logits`, `prompts`, `identical_prompts`,
+        `speedup` (stock seconds over SpecBound's, summed), `complete`, the `conditions` of the run, its
+        `certificate` and its `findings`, one a prompt.
 
     Raises:
-        SpecBoundError: wrong options, prompts, adapter or base.
+        SpecBoundError: wrong options, prompts, adapter or base; a report to resume that is of another audit.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if settings.dtype not in DTYPES:
+        raise ConfigError(f"dtype is {settings.dtype!r}: expected one of {', '.join(DTYPES)}")
     transformers_logging.set_verbosity_error()
-    texts = read_prompts(prompts, limit=limit)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    model: Any = load_specbound(adapter, base_model, dtype=DTYPES[dtype], exactness=exactness)
+    prompts = spread(read_prompts(settings.prompts), settings.limit)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    model: Any = load_specbound(
+        settings.adapter, settings.base_model, dtype=DTYPES[settings.dtype], exactness=settings.exactness
+    )
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-    ids = [encode(tokenizer, prompt).to(model.device) for prompt in texts]
-    findings: list[AuditedPrompt] = []
-    with tqdm(total=len(ids), desc="audit", unit="prompt") as bar:
-        for finding in audit(model, ids, seed=seed, **options):
-            findings.append(finding)
-            bar.set_postfix_str(f"{sum(found.differing for found in findings)} differing tokens")
+    ids = [encode(tokenizer, prompt).to(model.device) for prompt in prompts]
+    model.specbound.prepare(model)  # the probe is no prompt's time
+    conditions = _conditions(settings, model)
+    findings: list[dict[str, Any]] = _earlier(report, conditions) if report is not None and resume else []
+    found = summary(findings, len(ids), conditions, model)
+    with tqdm(total=len(ids), initial=len(findings), desc="audit", unit="prompt") as bar:
+        for finding in audit(model, ids[len(findings) :], seed=settings.seed, **settings.options):
+            findings.append(finding.to_dict())
+            found = summary(findings, len(ids), conditions, model)
+            if report is not None:
+                write_atomic(report, (json.dumps(found, indent=1) + "\n").encode())
+            bar.set_postfix_str(f"{found['differing_tokens']} differing tokens")
             bar.update()
+    return found
+
+
+def summary(findings: list[dict[str, Any]], total: int, conditions: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The report on the prompts audited so far, of `total`."""
+    stock, specbound = (sum(one[f"{name}_seconds"] for one in findings) for name in ("stock", "specbound"))
     return {
+        "complete": len(findings) == total,
         "prompts": len(findings),
-        "tokens": sum(found.tokens for found in findings),
-        "differing_tokens": sum(found.differing for found in findings),
-        "identical_prompts": sum(found.differing == 0 for found in findings),
-        "findings": [found.to_dict() for found in findings],
+        "identical_prompts": sum(one["differing"] == 0 for one in findings),
+        "tokens": sum(one["tokens"] for one in findings),
+        "differing_tokens": sum(one["differing"] for one in findings),
+        "differing_logits": sum(one["differing_logits"] for one in findings),
+        "speedup": round(stock / specbound, 3) if specbound else None,
+        "conditions": conditions,
         "certificate": str(model.specbound.certificate or "batched: nothing is promised"),
-        "options": options,
-        "seed": seed,
-        "hardware": hardware(model.device),
-        "dtype": dtype,
-        "threads": torch.get_num_threads(),
+        "findings": findings,
     }
+
+
+def spread(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+    """`limit` of the prompts at even distances, so that a file sorted by subject is seen whole."""
+    if limit is None or limit >= len(prompts):
+        return list(prompts)
+    return [prompts[index * len(prompts) // limit] for index in range(limit)]
 
 
 def encode(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
@@ -87,3 +126,34 @@ def encode(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
     if not ids:
         raise DataError("a prompt has no tokens: remove it from the file")
     return torch.tensor([ids])
+
+
+def _conditions(settings: AuditSettings, model: Any) -> dict[str, Any]:
+    """What the figures hold for; names of files without their folders."""
+    return {
+        **asdict(settings),
+        "adapter": Path(settings.adapter).name if Path(settings.adapter).exists() else settings.adapter,
+        "adapter_sha256": model.specbound.config.weights_sha256,
+        "prompts": Path(settings.prompts).name,
+        "base_model": model.specbound.config.base_model_name_or_path,
+        "base_fingerprint": model.specbound.fingerprint,
+        "threads": torch.get_num_threads(),
+        "hardware": hardware(model.device),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "format": FORMAT,
+    }
+
+
+def _earlier(report: Path, conditions: dict[str, Any]) -> list[dict[str, Any]]:
+    """Findings of an earlier, cut-off audit of the same conditions; none where there is no report yet."""
+    if not report.exists():
+        return []
+    try:
+        found = json.loads(report.read_text(encoding="utf-8"))
+        earlier, findings = found["conditions"], list(found["findings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{report} is not an audit's report: remove it, or audit without --resume") from error
+    differing = sorted(key for key in conditions.keys() | earlier.keys() if conditions.get(key) != earlier.get(key))
+    if differing:
+        raise DataError(f"{report} is of another audit ({', '.join(differing)} differ): audit without --resume")
+    return findings

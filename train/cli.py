@@ -56,7 +56,7 @@ def audit_command(
     adapter: Annotated[str, typer.Option(help="The adapter's folder, or its Hub id.")],
     prompts: Annotated[str, typer.Option(help="Prompts: a .jsonl file, or a data set's name.")],
     model: Annotated[str | None, typer.Option(help="The base; by default the one the adapter names.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most prompts read.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="This many prompts, spread over the file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated from each prompt.")] = 128,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's own choice.")] = None,
@@ -64,30 +64,29 @@ def audit_command(
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="torch seed before each generation.")] = 0,
     exactness: Annotated[str, typer.Option(help="bitwise or batched.")] = "bitwise",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Keep the findings in this file.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what the --json file holds.")] = False,
 ) -> None:
     """Generate every prompt plainly and with SpecBound, and compare the ids. Exit code 1 if any differ.
 
     Example: specbound audit --adapter outputs/demo/adapter --prompts prompts.jsonl --limit 16
     """
     from runtime.errors import SpecBoundError
-    from train.audits import run_audit
+    from train.audits import AuditSettings, run_audit
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
     if sample:
         options["temperature"] = temperature
+    settings = AuditSettings(adapter, prompts, model, limit, dtype, threads, seed, exactness, options)
     try:
-        found = run_audit(
-            adapter, model, prompts, options, limit=limit, dtype=dtype, threads=threads, seed=seed, exactness=exactness
-        )
-    except SpecBoundError as error:
+        found = run_audit(settings, report=json_file, resume=resume)
+    except (SpecBoundError, OSError) as error:
         _fail(error, None)
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     for number, prompt in enumerate(found["findings"]):
         if prompt["divergence"] is not None:
             print(f"prompt {number}: {prompt['divergence']}")
     print(f"{found['differing_tokens']} differing tokens of {found['tokens']} over {found['prompts']} prompts")
+    print(f"{found['differing_logits']} rows of logits with a differing bit")
     print(f"exactness: {found['certificate']}")
     if found["differing_tokens"]:
         raise typer.Exit(1)

@@ -4,7 +4,6 @@ Knows no fitting loop and no network.
 """
 
 import json
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from runtime.adapter import Adapter, load_adapter, save_adapter
 from runtime.config import VERSION, SpecBoundConfig
+from runtime.files import write_atomic
 from runtime.heads import DraftUnembedding, ExitHeads
 from runtime.identity import base_fingerprint, tokenizer_fingerprint
 from train.calibrate import Confidences, collect, fit_schedule, report
@@ -157,6 +157,4 @@ def add_speed(folder: Path, speed: dict[str, Any]) -> None:
     """Write an adapter's card anew, with figures measured by `runtime.benchmark`."""
     config = load_adapter(folder).config
     calibrated = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
-    unfinished = folder / "README.md.tmp"
-    unfinished.write_text(card(config, calibrated, speed), encoding="utf-8")
-    os.replace(unfinished, folder / "README.md")
+    write_atomic(folder / "README.md", card(config, calibrated, speed).encode())

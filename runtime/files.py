@@ -1,0 +1,33 @@
+"""Writing a file so that it is the old one or the new one, never half of it. Knows nothing of what is written."""
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, through a temporary file beside it, flushed to disk before it takes the name.
+
+    Raises:
+        OSError: the folder cannot be made or written; what was at `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o666 & ~_umask())
+            os.replace(file.name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(file.name)
+            raise
+
+
+def _umask() -> int:
+    """Rights that new files do not get; a temporary file has fewer than the user's other files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
