@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,42 +28,51 @@ class Certificate:
     Attributes:
         bitwise: whether every row compared under the policy had the bits of one-token decoding.
         max_width: widest block checked, in tokens; 1 where no policy passes.
-        rowwise_attention, rowwise_linears: the policy; weight shapes [out, in] of the Linears run row by row.
+        longest_context: keys that the rows furthest into a text attended to, in tokens.
+        policy: how blocks are computed.
         rows_checked, rows_differing: rows of logits and cache compared with stock's, under the policy.
+        largest_shift: the most that a logit differed from stock's.
         device, dtype, threads, versions: what it holds for.
         seconds: what the probe took; 0 where it was read from disk.
     """
 
     bitwise: bool
     max_width: int
-    rowwise_attention: bool
-    rowwise_linears: tuple[Shape, ...] | None
+    longest_context: int
+    policy: ExecutionPolicy
     rows_checked: int
     rows_differing: int
+    largest_shift: float
     device: str
     dtype: str
     threads: int
     versions: str
     seconds: float
 
-    @property
-    def policy(self) -> ExecutionPolicy:
-        """The execution it certifies."""
-        shapes = None if self.rowwise_linears is None else frozenset(self.rowwise_linears)
-        return ExecutionPolicy(self.rowwise_attention, shapes)
-
     def __str__(self) -> str:
-        if self.rowwise_linears is None:
-            by_row = "every Linear"
-        else:
-            by_row = ", ".join(f"Linear {shape[0]}x{shape[1]}" for shape in self.rowwise_linears) or "no Linear"
-        attention = "attention and " if self.rowwise_attention else ""
         state = "bit for bit equal to one-token decoding" if self.bitwise else "NOT bit for bit"
+        shift = f", logits by up to {self.largest_shift:.3g}" if self.rows_differing else ""
         return (
-            f"{state}: {self.rows_differing} of {self.rows_checked} rows differ in blocks of up to {self.max_width} "
-            f"tokens; {attention}{by_row} row by row ({self.device}, {self.dtype}, {self.threads} threads, "
-            f"{self.versions})"
+            f"{state}: {self.rows_differing} of {self.rows_checked} rows differ{shift}, in blocks of up to"
+            f" {self.max_width} tokens and contexts of up to {self.longest_context}; {_describe(self.policy)}"
+            f" ({self.device}, {self.dtype}, {self.threads} threads, {self.versions})"
         )
+
+
+def _describe(policy: ExecutionPolicy) -> str:
+    """What runs row by row or padded, in words."""
+    by_row = ["attention"] if policy.rowwise_attention else []
+    by_row += [f"Linear {_size(shape)}" for shape, rows in sorted(policy.linear_rows.items()) if rows == 1]
+    by_row += ["every Linear"] if policy.other_rows == 1 else []
+    padded = [f"Linear {_size(shape)} to {rows}" for shape, rows in sorted(policy.linear_rows.items()) if rows > 1]
+    parts = [f"row by row: {', '.join(by_row) or 'nothing'}"]
+    if padded:
+        parts.append(f"padded rows: {', '.join(padded)}")
+    return "; ".join(parts)
+
+
+def _size(shape: Shape) -> str:
+    return "x".join(str(length) for length in shape)
 
 
 def environment(model: PreTrainedModel) -> dict[str, Any]:
@@ -95,8 +104,9 @@ def read_certificate(path: Path) -> Certificate | None:
     """A stored certificate; None where there is none that can be read."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        shapes = fields["rowwise_linears"]
-        fields["rowwise_linears"] = None if shapes is None else tuple(tuple(shape) for shape in shapes)
+        stored = fields["policy"]
+        rows = {tuple(shape): count for shape, count in stored["linear_rows"]}
+        fields["policy"] = ExecutionPolicy(stored["rowwise_attention"], rows, stored["other_rows"])
         return Certificate(**(fields | {"seconds": 0.0}))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -104,7 +114,14 @@ def read_certificate(path: Path) -> Certificate | None:
 
 def write_certificate(path: Path, certificate: Certificate) -> None:
     """Keep a certificate; a cache folder that cannot be written only costs the next probe."""
+    policy = certificate.policy
+    fields = {name: getattr(certificate, name) for name in Certificate.__slots__}
+    fields["policy"] = {
+        "rowwise_attention": policy.rowwise_attention,
+        "linear_rows": sorted(policy.linear_rows.items()),
+        "other_rows": policy.other_rows,
+    }
     try:
-        write_atomic(path, json.dumps(asdict(certificate)).encode())
+        write_atomic(path, json.dumps(fields).encode())
     except OSError as error:
         logger.info("certificate not kept: %s", error)

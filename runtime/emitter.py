@@ -18,6 +18,11 @@ class TargetEmitter:
 
     Args:
         input_ids: prompt, shape [1, T], int64.
+
+    Attributes:
+        largest_shift: how far the logits given may be from those of plain decoding; 0 where they are its bits.
+        unpromised: tokens that plain decoding may have chosen otherwise for that reason.
+        emitted: tokens so far.
     """
 
     def __init__(
@@ -32,6 +37,9 @@ class TargetEmitter:
         self.processors = logits_processor
         self.criteria = stopping_criteria
         self.streamer = streamer
+        self.largest_shift = 0.0
+        self.unpromised = 0
+        self.emitted = 0
         self.do_sample = generation_config.do_sample
         self.return_dict = generation_config.return_dict_in_generate
         self.scores: Any = () if self._wants(generation_config.output_scores) else None
@@ -60,11 +68,19 @@ class TargetEmitter:
             token = torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
         else:
             token = torch.argmax(scores, dim=-1)
+        if self.largest_shift > 0 and self.emitted > 0:  # the first comes from the prompt's own forward: exact
+            self.unpromised += self.do_sample or self._near_tie(scores)
+        self.emitted += 1
         self.input_ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
         stop = bool(self.criteria(self.input_ids, self.scores).max())
         if self.streamer is not None:
             self.streamer.put(token.cpu())
         return int(token), stop
+
+    def _near_tie(self, scores: Tensor) -> bool:
+        """Whether the two best of [1, V] could change places: each may have moved by `largest_shift`."""
+        best, second = scores.topk(2).values[0].tolist()
+        return bool(best - second <= 2 * self.largest_shift)
 
     def finish(self, cache: DynamicCache) -> GenerateDecoderOnlyOutput | Tensor:
         """End the stream; what `generate` returns."""

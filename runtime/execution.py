@@ -1,13 +1,13 @@
 """How a block of new tokens is computed: with the bits of one-token decoding, or batched.
 
 A block's rows equal one-by-one rows only where every operation gives a row the same bits whatever else is in the
-call. Attention and Linear kernels choose their order of additions by shape, so they are run row by row where
-that matters. Knows nothing of drafting.
+call. Attention and Linear kernels choose their order of additions by shape, so they are run row by row, or always
+at one number of rows, where that matters. Knows nothing of drafting.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,29 +23,32 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class ExecutionPolicy:
-    """Which operations of a block run one row at a time.
+    """How many rows of a block each operation sees in one call.
 
     Attributes:
-        rowwise_attention: attention of each query row on its own keys.
-        rowwise_linears: weight shapes of the Linears that run one row at a time; None for all of them.
+        rowwise_attention: attention runs once for each query row, on that row's own keys.
+        linear_rows: weight shape -> rows in one call of these Linears: 1 is row by row; with more, the block is
+            padded with zeros to a multiple of it.
+        other_rows: the same for Linears of any other shape; None gives them the whole block in one call.
     """
 
     rowwise_attention: bool
-    rowwise_linears: frozenset[Shape] | None
+    linear_rows: Mapping[Shape, int] = field(default_factory=dict)
+    other_rows: int | None = None
 
     @classmethod
     def rowwise(cls) -> "ExecutionPolicy":
         """Everything that may depend on the number of rows runs row by row."""
-        return cls(rowwise_attention=True, rowwise_linears=None)
+        return cls(rowwise_attention=True, other_rows=1)
 
     @classmethod
     def batched(cls) -> "ExecutionPolicy":
-        """Nothing runs row by row."""
-        return cls(rowwise_attention=False, rowwise_linears=frozenset())
+        """Every operation sees the whole block."""
+        return cls(rowwise_attention=False)
 
-    def is_rowwise(self, module: nn.Module) -> bool:
-        """Whether this Linear runs one row at a time."""
-        return self.rowwise_linears is None or tuple(module.weight.shape) in self.rowwise_linears  # type: ignore[arg-type]
+    def rows_of(self, module: nn.Module) -> int | None:
+        """Rows in one call of this Linear; None for the whole block."""
+        return self.linear_rows.get(tuple(module.weight.shape), self.other_rows)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -55,10 +58,12 @@ def execution(model: PreTrainedModel, policy: ExecutionPolicy) -> Iterator[None]
     with block_attention(model, rowwise=policy.rowwise_attention):
         try:
             for module in linears(model):
-                if policy.is_rowwise(module):
-                    hooked = module.__dict__.get("forward")  # another library's hook: it runs on each row
+                rows = policy.rows_of(module)
+                if rows is not None:
+                    hooked = module.__dict__.get("forward")  # another library's hook: it runs in each call
                     patched.append((module, hooked))
-                    module.__dict__["forward"] = partial(_rows, hooked or partial(type(module).forward, module))
+                    forward = hooked or partial(type(module).forward, module)
+                    module.__dict__["forward"] = partial(call_in_rows, forward, rows)
             yield
         finally:
             for module, hooked in patched:
@@ -73,10 +78,16 @@ def linears(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
 
 
-def _rows(forward: Callable[..., Tensor], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`forward` on each row [1, 1, D] of a block [1, T, D], or [1, D] of [T, D], joined again."""
-    rows = hidden.shape[-2]
-    if rows == 1:
+def call_in_rows(forward: Callable[..., Tensor], rows: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`forward` on a block [..., T, D], `rows` rows a call, the last call padded with zeros; [..., T, out].
+
+    One row alone is passed on as it is: that is one-token decoding's own call.
+    """
+    if hidden.shape[-2] == 1:
         return forward(hidden, *args, **kwargs)
-    parts = torch.split(hidden, 1, dim=-2)
-    return torch.cat([forward(part, *args, **kwargs) for part in parts], dim=-2)
+    outputs = []
+    for part in torch.split(hidden, rows, dim=-2):
+        given = part.shape[-2]
+        full = part if given == rows else nn.functional.pad(part, (0, 0, 0, rows - given))
+        outputs.append(forward(full, *args, **kwargs)[..., :given, :])
+    return torch.cat(outputs, dim=-2)

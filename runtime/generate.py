@@ -59,7 +59,7 @@ class SpecBound:
     Attributes:
         config: what the adapter's `config.json` says; None where a drafter was attached by hand.
         bounds: may be replaced between calls.
-        certificate: what the exactness probe checked and found; None before it ran, and in `batched` mode.
+        certificate: what the exactness probe checked and found; None before it ran.
         stats: counts of the last `generate` call that speculated.
     """
 
@@ -98,15 +98,13 @@ class SpecBound:
         if where != self._drafter_on:
             self.drafter = self.drafter.on(self.layers)
             self._drafter_on = where
-        if self.exactness == "batched":
-            return ExecutionPolicy.batched(), self.bounds
         width = self.bounds.max_draft_tokens + 1
         attention = model.config._attn_implementation
         now = (*where, torch.get_num_threads(), attention, width)
         if self.certificate is None or now != self._certified_for:
-            self.certificate = certify(model, self.fingerprint, max_width=width)
+            self.certificate = certify(model, self.fingerprint, max_width=width, exactness=self.exactness)
             self._certified_for = now
-            if not self.certificate.bitwise:
+            if self.certificate.max_width < width:
                 logger.warning("SpecBound: nothing is drafted on this machine. %s.", self.certificate)
         limit = self.certificate.max_width - 1
         return self.certificate.policy, replace(self.bounds, max_draft_tokens=limit)
@@ -194,6 +192,8 @@ def _speculate(
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Prompt through the stock forward, then rounds; what plain `generate` returns comes back."""
     policy, bounds = specbound.prepare(model)
+    assert specbound.certificate is not None
+    emitter.largest_shift = specbound.certificate.largest_shift
     started = time.perf_counter()
     specbound.stats = SpeculationStats()
     outputs = model._prefill(emitter.input_ids, generation_config, model_kwargs)
@@ -208,6 +208,7 @@ def _speculate(
         decode(state, outputs.logits[:, -1], specbound.drafter, bounds, emitter, specbound.stats)
     if generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False):
         cache.copy_to(stock_cache)
+    specbound.stats.unpromised = emitter.unpromised
     specbound.stats.seconds = time.perf_counter() - started
     return emitter.finish(stock_cache)
 
