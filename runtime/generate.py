@@ -2,14 +2,14 @@
 
 `generate` itself stays transformers' own. Its greedy and sampling loop, `_sample`, is overridden in a subclass
 that the model becomes an instance of, so everything `generate` prepares (masks, cache, processors, stop strings,
-length limits) is stock's, and other modes (beam search, assisted, ...) never come here. Calls that speculation
-cannot honour bit for bit run stock's loop, with one warning. Knows nothing of files.
+length limits) is stock's. Calls that speculation cannot honour bit for bit, and the modes that have loops of their
+own (beam search, assisted decoding), run stock's loop, with one warning. Knows nothing of files.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -44,6 +44,9 @@ from runtime.stats import SpeculationStats
 logger = logging.getLogger(__name__)
 
 EXACTNESS = ("bitwise", "batched")
+
+# Loops of `generate` other than `_sample`, which is greedy decoding and sampling.
+PLAIN_MODES = {"_beam_search": "beam search", "_assisted_decoding": "assisted decoding"}
 
 # What plain decoding of text passes to the base's forward, and what `generate` adds that the forward ignores; any
 # other argument may change what layers compute.
@@ -84,7 +87,8 @@ class SpecBound:
         self.certificate: Certificate | None = None
         self.stats = SpeculationStats()
         self.enabled = True
-        self.lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._speculating = False
         self._warned: set[str] = set()
         self._certified_for: tuple[object, ...] = ()
         self._drafter_on: tuple[object, ...] = ()
@@ -118,6 +122,27 @@ class SpecBound:
         finally:
             self.enabled = before
 
+    @contextmanager
+    def exclusive(self, *, speculating: bool) -> Iterator[None]:
+        """Hold the model: while it speculates, its modules run blocks their own way, so nobody else may use them.
+
+        Plain modes may call `generate` again, as assisted decoding does for its drafts.
+
+        Raises:
+            SpecBoundError: another thread generates, or this one does from inside a speculating call.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise SpecBoundError("this model is generating already: give each thread its own model, or wait")
+        if self._speculating:
+            self._lock.release()
+            raise SpecBoundError("this model is generating already: call generate again after it returns")
+        self._speculating = speculating
+        try:
+            yield
+        finally:
+            self._speculating = False
+            self._lock.release()
+
     def warn_plain(self, reason: str) -> None:
         """Say once why a call runs as plain decoding."""
         if reason not in self._warned:
@@ -135,8 +160,9 @@ def attach(model: Any, specbound: SpecBound) -> PreTrainedModel:
         raise SpecBoundError("this model already has an adapter: call runtime.detach(model) first")
     stock = type(model)
     # The name, module and signature stay the base's: transformers looks models up by them.
-    namespace = {"_sample": _sample, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
-    model.__class__ = type(stock.__name__, (stock,), {**namespace, "__doc__": stock.__doc__})
+    namespace = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+    namespace |= {"_sample": _sample} | {name: _plain_mode(name, mode) for name, mode in PLAIN_MODES.items()}
+    model.__class__ = type(stock.__name__, (stock,), namespace)
     model.specbound = specbound
     attached: PreTrainedModel = model
     return attached
@@ -164,11 +190,9 @@ def _sample(
     """Greedy and sampled decoding of `generate`, with speculation where it keeps every bit."""
     specbound: SpecBound = self.specbound
     reason = _plain_reason(self, input_ids, generation_config, synced_gpus, model_kwargs)
-    # While it generates, the model's modules run blocks its own way: nobody else may use them.
-    if not specbound.lock.acquire(blocking=False):
-        raise SpecBoundError("this model is generating already: give each thread its own model, or wait")
-    try:
-        if reason is None and specbound.enabled:
+    speculating = reason is None and specbound.enabled
+    with specbound.exclusive(speculating=speculating):
+        if speculating:
             emitter = TargetEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
             return _speculate(self, specbound, emitter, generation_config, model_kwargs)
         if specbound.enabled:
@@ -179,8 +203,19 @@ def _sample(
             **model_kwargs,
         )  # fmt: skip
         return plain
-    finally:
-        specbound.lock.release()
+
+
+def _plain_mode(name: str, mode: str) -> Callable[..., Any]:
+    """Stock's loop of that name, and one warning."""
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        specbound: SpecBound = self.specbound
+        if specbound.enabled:
+            specbound.warn_plain(f"it asks for {mode}")
+        with specbound.exclusive(speculating=False), specbound.disabled():
+            return getattr(type(self).__mro__[1], name)(self, *args, **kwargs)
+
+    return run
 
 
 def _speculate(
