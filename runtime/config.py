@@ -95,13 +95,17 @@ class SpecBoundConfig:
             raise ConfigError(
                 f"draft_vocab_size is {self.draft_vocab_size}: expected at most vocab_size, {self.vocab_size}"
             )
+        others = set(self.bounds.exit_thresholds) - {0, *layers}
+        if others:
+            raise ConfigError(f"exit_thresholds are for layers {shown(sorted(others))}: expected 0 or an exit layer")
         given = sorted(self.temperatures.temperatures)
         if given != layers:
             raise ConfigError(f"exit temperatures are for layers {shown(given)}: expected {shown(layers)}")
-        for name, value in (
+        for name, value in [
             ("exit_threshold", self.bounds.exit_threshold),
+            *(("exit_thresholds", value) for value in self.bounds.exit_thresholds.values()),
             ("alpha", self.temperatures.alpha),
-        ):
+        ]:
             if value is not None and not math.isfinite(value):
                 raise ConfigError(f"{name} is {value}: expected a finite number")
 
@@ -111,6 +115,8 @@ class SpecBoundConfig:
         schedule = self.temperatures
         fields["exit_layers"] = list(self.exit_layers)
         fields["bounds"] = {name: getattr(self.bounds, name) for name in _BOUNDS}
+        own = self.bounds.exit_thresholds.items()
+        fields["bounds"]["exit_thresholds"] = {str(layer): value for layer, value in sorted(own)}
         fields["temperatures"] = {
             "kind": schedule.kind,
             "alpha": schedule.alpha,
@@ -174,19 +180,25 @@ def _layers(value: Any, name: str) -> tuple[int, ...]:
 
 
 def _bounds(value: Any, name: str) -> SpeculationBounds:
+    if isinstance(value, dict):  # adapters from before these keys
+        value = {"exit_thresholds": {}, "min_survival": 0.0} | value
     check_keys(value, name, _BOUNDS)
     return SpeculationBounds(**{key: read(value[key], f"{name}.{key}") for key, read in _BOUNDS.items()})
 
 
+def _by_layer(value: Any, name: str) -> dict[int, float]:
+    found = kind(dict)(value, name)
+    if not all(re.fullmatch("0|[1-9][0-9]{0,5}", layer) for layer in found):
+        raise ConfigError(f"{name} has keys {shown(sorted(found))}: expected layer numbers")
+    return {int(layer): number(item, f"{name}.{layer}") for layer, item in found.items()}
+
+
 def _temperatures(value: Any, name: str) -> TemperatureSchedule:
     check_keys(value, name, ("kind", "alpha", "temperatures"))
-    by_layer = kind(dict)(value["temperatures"], f"{name}.temperatures")
-    if not all(re.fullmatch("[1-9][0-9]{0,5}", layer) for layer in by_layer):
-        raise ConfigError(f"{name}.temperatures has keys {shown(sorted(by_layer))}: expected layer numbers")
     return TemperatureSchedule(
         kind=kind(str)(value["kind"], f"{name}.kind"),
         alpha=optional(number)(value["alpha"], f"{name}.alpha"),
-        temperatures={int(layer): number(t, f"{name}.temperatures.{layer}") for layer, t in by_layer.items()},
+        temperatures=_by_layer(value["temperatures"], f"{name}.temperatures"),
     )
 
 
@@ -200,6 +212,8 @@ _BOUNDS: dict[str, Reader] = {
     "exit_threshold": number,
     "max_exit_layer": kind(int),
     "max_draft_tokens": kind(int),
+    "exit_thresholds": _by_layer,
+    "min_survival": number,
 }
 _FIELDS: dict[str, Reader] = {
     "base_model_name_or_path": text_of,

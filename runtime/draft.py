@@ -105,12 +105,14 @@ def draft_tokens(
     """
     draft = Draft()
     exits = bounds.exits(drafter.exit_layers)
-    while len(draft.tokens) < limit:
+    survival = 1.0
+    while len(draft.tokens) < limit and bounds.continues(survival):
         found = _find_exit(state, drafter, bounds, exits)
         if found is None:
             draft.hard = True
             break
-        token, layer = found
+        token, layer, sure = found
+        survival *= sure
         draft.tokens.append(token)
         draft.exit_layers.append(layer)
         state.push(token)
@@ -121,11 +123,11 @@ def draft_tokens(
 
 def _find_exit(
     state: DecodeState, drafter: Drafter, bounds: SpeculationBounds, exits: list[int]
-) -> tuple[int, int] | None:
-    """Draft and exit layer of the newest token; None where no exit is sure: a hard token."""
+) -> tuple[int, int, float] | None:
+    """Draft, exit layer and confidence of the newest token; None where no exit is sure: a hard token."""
     for layer in exits:
         state.advance(layer)
         token, sure = drafter.propose(layer, state)
-        if bounds.accepts(sure):
-            return token, layer
+        if bounds.accepts(layer, sure):
+            return token, layer, sure
     return None

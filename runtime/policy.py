@@ -1,11 +1,12 @@
 """When to draft and when to stop: the bounds of SpecBound (arXiv 2604.12247, bounded speculation).
 
-Pure Python on numbers. The runtime, the replay of logged traces and any controller run this same code, so that
-what is predicted is what happens. Knows no tensors and no model.
+Nothing but comparisons. The runtime, the replay of logged traces and the controller run this same code, the replay
+on arrays of many positions at once, so that what is predicted is what happens. Knows no tensors and no model.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from runtime.errors import ConfigError
 
@@ -18,28 +19,47 @@ class SpeculationBounds:
         exit_threshold: tau, the confidence in [0, 1] from which a token exits as a draft. Above 1 nothing exits.
         max_exit_layer: the paper's d_max; a token that reaches it without an exit is hard and ends the draft.
         max_draft_tokens: the paper's w_max, drafts in a row before verification.
+        exit_thresholds: exit layer -> its own tau, where it is not `exit_threshold`; above 1 the exit is not asked.
+        min_survival: drafting stops where the product of the drafts' confidences, the chance that all of them are
+            accepted, falls below this: the next draft would likely be wasted. 0 never stops. (Not in the paper.)
     """
 
     exit_threshold: float
     max_exit_layer: int
     max_draft_tokens: int
+    exit_thresholds: Mapping[int, float] = field(default_factory=dict)
+    min_survival: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.exit_threshold >= 0.0:
-            raise ConfigError(f"exit_threshold is {self.exit_threshold}: expected a number of at least 0")
+        for name, threshold in [
+            ("exit_threshold", self.exit_threshold),
+            *((f"exit_thresholds of layer {layer}", value) for layer, value in self.exit_thresholds.items()),
+        ]:
+            if not threshold >= 0.0:
+                raise ConfigError(f"{name} is {threshold}: expected a number of at least 0")
         if self.max_exit_layer < 0:
             raise ConfigError(f"max_exit_layer is {self.max_exit_layer}: expected at least 0")
         if self.max_draft_tokens < 0:
             raise ConfigError(f"max_draft_tokens is {self.max_draft_tokens}: expected at least 0")
+        if not 0.0 <= self.min_survival <= 1.0:
+            raise ConfigError(f"min_survival is {self.min_survival}: expected a number from 0 to 1")
+
+    def threshold(self, layer: int) -> float:
+        """Tau of an exit."""
+        return self.exit_thresholds.get(layer, self.exit_threshold)
 
     def exits(self, layers: Iterable[int]) -> list[int]:
-        """The exit layers that may draft, shallowest first: those not beyond `max_exit_layer`."""
-        return sorted(layer for layer in layers if layer <= self.max_exit_layer)
+        """The exit layers that may draft, shallowest first: not beyond `max_exit_layer`, and with a tau to reach."""
+        return sorted(layer for layer in layers if layer <= self.max_exit_layer and self.threshold(layer) <= 1.0)
 
-    def accepts(self, confidence: float) -> bool:
-        """Whether a token of this calibrated confidence leaves as a draft. NaN never does."""
-        return confidence >= self.exit_threshold
+    def accepts(self, layer: int, confidence: Any) -> Any:
+        """Whether a token of this calibrated confidence leaves as a draft. NaN never does. A number or an array."""
+        return confidence >= self.threshold(layer)
+
+    def continues(self, survival: Any) -> Any:
+        """Whether to draft on, given the product of the confidences of the drafts so far. A number or an array."""
+        return survival >= self.min_survival
 
     def draft_limit(self, remaining_tokens: int) -> int:
-        """Drafts that a round may make when `remaining_tokens` may still be emitted; verification adds one."""
+        """Drafts that a round may make when so many tokens may still be emitted; verification adds one."""
         return max(0, min(self.max_draft_tokens, remaining_tokens - 1))

@@ -1,142 +1,200 @@
-"""Replay: totals against a simulation that goes token by token and layer by layer, and the best bounds."""
+"""Replay: totals against a simulation that goes token by token and layer by layer, and against the runtime itself."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from runtime.errors import ConfigError
+from runtime.generate import SpecBound, attach
 from runtime.policy import SpeculationBounds
-from train.replay import NO_SPECULATION, LayerCosts, Trace, best_bounds, replay, traces
+from train.costs import CostTable
+from train.replay import Replayed, Replayer
+from train.traces import Traces
 
-EXITS, NUM_LAYERS = (2, 3, 5), 6
-COSTS = LayerCosts(NUM_LAYERS, head=0.25, unembedding=1.5, extra_row=0.4)
+EXITS, NUM_LAYERS = (0, 2, 3, 5), 6
+WIDTHS = range(1, 10)
+COSTS = CostTable(
+    num_hidden_layers=NUM_LAYERS,
+    layer={width: 1.0 + 0.4 * (width - 1) for width in WIDTHS},
+    layer_context={width: 0.001 * width for width in WIDTHS},
+    unembedding={width: 1.5 + 0.1 * width for width in WIDTHS},
+    head=0.25,
+    lookup=0.03,
+    token=0.2,
+    plain=9.0,
+    plain_context=0.002,
+)
 
 
-def random_trace(length: int, seed: int) -> Trace:
-    numbers = random.Random(seed)
-    sure = {layer: [numbers.random() for _ in range(length)] for layer in EXITS}
-    right = {layer: [numbers.random() < 0.7 for _ in range(length)] for layer in EXITS}
-    return Trace(sure, right)
+def random_traces(lengths: tuple[int, ...], seed: int = 0, prompt: int = 7) -> Traces:
+    numbers = np.random.default_rng(seed)
+    total = sum(lengths)
+    return Traces(
+        layers=EXITS,
+        sure=numbers.random((len(EXITS), total), dtype=np.float32),
+        right=numbers.random((len(EXITS), total)) < 0.7,
+        sequence=np.repeat(np.arange(len(lengths)), lengths),
+        context=np.concatenate([prompt + np.arange(length) for length in lengths]),
+    )
 
 
-def constant_trace(length: int, *, sure: float, right: bool) -> Trace:
-    return Trace({layer: [sure] * length for layer in EXITS}, {layer: [right] * length for layer in EXITS})
+def climb(depth: list[int], to: int, context: int, costs: CostTable) -> float:
+    """Bring every pending token to a depth, layer by layer; what that costs."""
+    ms = 0.0
+    for layer in range(to):
+        rows = sum(reached == layer for reached in depth)
+        if rows:
+            ms += costs.layer[rows] + costs.layer_context[rows] * context
+        depth[:] = [reached + (reached == layer) for reached in depth]
+    return ms
 
 
-def simulate(trace: Trace, threshold: float, deepest: int, most: int, costs: LayerCosts) -> dict[str, float]:
+def simulate(traces: Traces, text: int, bounds: SpeculationBounds, costs: CostTable) -> dict[str, float]:
     """One token and one layer at a time; the text is emitted token by token until none is left."""
-    totals = {"emitted": 0, "rounds": 0, "drafted": 0, "accepted": 0, "cost": 0.0}
-    text_left = list(range(len(trace)))
-    while text_left:
-        totals["rounds"] += 1
-        reached, drafts = (
-            [],
-            [],
-        )  # layers each row of the round has been through; (position, exit) of each draft
-        for position in text_left:
-            layer, out = 0, None
-            drafting = len(drafts) < most and position != text_left[-1]
-            while drafting and layer < deepest and out is None:
-                layer += 1
-                totals["cost"] += 1
-                if layer in EXITS:
-                    totals["cost"] += costs.head
-                    out = layer if trace.sure[layer][position] >= threshold else None
-            # a token goes no further than the deepest exit that was asked
-            asked = max((e for e in EXITS if e <= layer), default=0)
-            totals["cost"] -= layer - asked
-            reached.append(asked)
-            if out is None:
+    totals = {"emitted": 0, "rounds": 0, "drafted": 0, "accepted": 0, "hard": 0, "ms": 0.0}
+    left = np.flatnonzero(traces.sequence == text).tolist()
+    exits = [e for e in EXITS if e <= bounds.max_exit_layer and bounds.threshold(e) <= 1]
+    while left:
+        context = traces.context[left[0]]
+        depth: list[int] = []
+        drafts: list[tuple[int, int]] = []
+        survival, hard = 1.0, False
+
+        for position in left:
+            depth.append(0)
+            if len(drafts) >= bounds.max_draft_tokens or position == left[-1] or survival < bounds.min_survival:
                 break
-            drafts.append((position, out))
-        for layer in range(1, NUM_LAYERS + 1):
-            rows = sum(depth < layer for depth in reached)
-            totals["cost"] += 1 + costs.extra_row * (rows - 1) if rows else 0
-        totals["cost"] += costs.unembedding * (1 + costs.extra_row * (len(reached) - 1))
-        totals["drafted"] += len(drafts)
+            out = None
+            for layer in exits:
+                totals["ms"] += climb(depth, layer, context, costs)
+                totals["ms"] += costs.lookup if layer == 0 else costs.head
+                if traces.sure[EXITS.index(layer), position] >= bounds.threshold(layer):
+                    out = layer
+                    break
+            if out is None:
+                hard = True
+                break
+            survival *= float(traces.sure[EXITS.index(out), position])
+            drafts.append((position, EXITS.index(out)))
+        totals["ms"] += climb(depth, NUM_LAYERS, context, costs)
         good = 0
-        while good < len(drafts) and trace.right[drafts[good][1]][drafts[good][0]]:
+        while good < len(drafts) and traces.right[drafts[good][1], drafts[good][0]]:
             good += 1
+        totals["ms"] += costs.unembedding[len(depth)] + costs.token * (good + 1)
+        totals["rounds"] += 1
+        totals["hard"] += hard
+        totals["drafted"] += len(drafts)
         totals["accepted"] += good
         totals["emitted"] += good + 1
-        text_left = text_left[good + 1 :]
+        left = left[good + 1 :]
     return totals
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6, 0.9, 1.1])
-@pytest.mark.parametrize("deepest", [1, 2, 4, 5])
+@pytest.mark.parametrize("deepest", [0, 1, 2, 5])
 @pytest.mark.parametrize("most", [0, 1, 3, 8])
-def test_totals_equal_a_simulation_token_by_token(threshold, deepest, most):
-    logged = [random_trace(length, seed) for seed, length in enumerate((1, 2, 9, 40))]
-    found = replay(logged, SpeculationBounds(threshold, deepest, most), COSTS)
-    single = [simulate(trace, threshold, deepest, most, COSTS) for trace in logged]
-    for name in ("emitted", "rounds", "drafted", "accepted", "cost"):
-        assert getattr(found, name) == pytest.approx(sum(totals[name] for totals in single)), name
-    assert found.emitted == sum(map(len, logged))
+def test_totals_equal_a_simulation_token_by_token(threshold: float, deepest: int, most: int) -> None:
+    """With thresholds of their own for some exits and a survival stop, and without."""
+    traces = random_traces((1, 2, 9, 40))
+    for own, survival in (({}, 0.0), ({2: 0.5, 3: 2.0}, 0.3), ({0: 2.0}, 0.05)):
+        bounds = SpeculationBounds(threshold, deepest, most, exit_thresholds=own, min_survival=survival)
+        found = Replayer(traces, COSTS).run(bounds)
+        single = [simulate(traces, text, bounds, COSTS) for text in range(4)]
+        totals = {name: sum(one[name] for one in single) for name in single[0]}
+        assert found.emitted == totals["emitted"] == 52
+        assert (found.rounds, found.hard_tokens) == (totals["rounds"], totals["hard"])
+        assert (found.drafted.total(), found.accepted.total()) == (totals["drafted"], totals["accepted"])
+        assert found.ms_by_text.tolist() == pytest.approx([one["ms"] for one in single])
+        plain = sum(COSTS.plain + COSTS.plain_context * context for context in traces.context)
+        assert found.speedup == pytest.approx(plain / totals["ms"])
+        assert found.tokens_per_second == pytest.approx(52_000 / totals["ms"])
+
+
+class LoggedHeads:
+    """Drafts and confidences of a log: right ones are the truth's, wrong ones another token."""
+
+    def __init__(self, traces: Traces, truth: list[int], prompt_length: int) -> None:
+        self.exit_layers = list(traces.layers)
+        self.traces, self.truth, self.prompt_length = traces, truth, prompt_length
+
+    def on(self, layers: Any) -> "LoggedHeads":
+        """Nothing to move."""
+        return self
+
+    def propose(self, layer: int, state: Any) -> tuple[int, float]:
+        """What the log says at the newest token; after its end, and only then, nothing is sure."""
+        position = state.length - self.prompt_length
+        if position >= len(self.traces):
+            return 0, 0.0
+        row = self.traces.layers.index(layer)
+        right = self.truth[state.length]
+        sure = float(self.traces.sure[row, position])
+        return (right if self.traces.right[row, position] else (right + 1) % 128), sure
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        SpeculationBounds(0.2, 5, 4),
+        SpeculationBounds(0.5, 3, 8),
+        SpeculationBounds(0.0, 0, 2),
+        SpeculationBounds(0.3, 5, 8, exit_thresholds={0: 0.7, 2: 2.0}, min_survival=0.3),
+    ],
+)
+def test_the_runtime_does_what_replay_says(make_model: Any, bounds: SpeculationBounds) -> None:
+    """Rounds, drafts and acceptances by source, one for one: the same code decides."""
+    model, prompt, new = make_model(), torch.arange(3, 12)[None], 120
+    truth = model.generate(prompt, max_new_tokens=new, do_sample=False)[0].tolist()
+    # The prompt's own forward emits the first token, so rounds begin at the second.
+    length = prompt.shape[1] + 1
+    traces = random_traces((new - 1,), seed=4, prompt=length)
+    heads = LoggedHeads(traces, truth, length)
+    attach(model, SpecBound(model, heads, bounds))
+    assert model.generate(prompt, max_new_tokens=new, do_sample=False)[0].tolist() == truth
+    stats, found = model.specbound.stats, Replayer(traces, COSTS).run(bounds)
+    assert found.emitted == stats.emitted - 1 == new - 1
+    assert found.rounds == stats.rounds and found.accepted == stats.accepted
+    assert found.mean_accepted_length == pytest.approx(stats.mean_accepted_length)
+    assert found.hard_tokens == stats.hard_tokens or not bool(traces.right.all())
 
 
 @pytest.mark.parametrize("most", [1, 2, 4, 8])
-def test_perfect_drafts_give_the_longest_acceptance(most):
-    found = replay([constant_trace(40 * (most + 1), sure=0.99, right=True)], SpeculationBounds(0.5, 5, most), COSTS)
-    assert found.mean_accepted_length == most + 1
-    assert found.accepted == found.drafted == 40 * most
+def test_perfect_drafts_give_the_longest_acceptance(most: int) -> None:
+    """And never being sure, or never right, gives one token a round."""
+    length = 40 * (most + 1)
+    traces = random_traces((length,))
+    perfect = Traces(
+        EXITS, np.full_like(traces.sure, 0.99), np.ones_like(traces.right), traces.sequence, traces.context
+    )
+    found = Replayer(perfect, COSTS).run(SpeculationBounds(0.5, 5, most))
+    assert found.mean_accepted_length == most + 1 and found.acceptance_rate == 1.0
+    assert found.drafted == {0: 40 * most}
+    wrong = Traces(EXITS, perfect.sure, ~perfect.right, traces.sequence, traces.context)
+    assert Replayer(wrong, COSTS).run(SpeculationBounds(0.5, 5, most)).mean_accepted_length == 1.0
+    assert Replayer(perfect, COSTS).run(SpeculationBounds(0.995, 5, most)).drafted.total() == 0
 
 
-@pytest.mark.parametrize(("sure", "right"), [(0.1, True), (0.99, False)])
-def test_never_sure_and_never_right_emit_one_token_a_round(sure, right):
-    found = replay([constant_trace(50, sure=sure, right=right)], SpeculationBounds(0.5, 5, 4), COSTS)
-    assert found.mean_accepted_length == 1.0
-    assert found.accepted == 0
+def test_the_interval_is_of_texts() -> None:
+    """It holds the estimate, is narrower for more texts, and comes out the same again."""
+    bounds = SpeculationBounds(0.4, 5, 4)
+    random.seed(0)
+
+    def width(found: Replayed) -> float:
+        low, high = found.speedup_interval()
+        assert low <= found.speedup <= high
+        return high - low
+
+    few, many = (Replayer(random_traces((30,) * texts), COSTS).run(bounds) for texts in (4, 60))
+    assert width(many) < width(few)
+    assert few.speedup_interval() == few.speedup_interval()
 
 
-def test_no_drafts_cost_what_plain_decoding_does():
-    found = replay([random_trace(30, 0)], SpeculationBounds(0.0, 5, 0), COSTS)
-    assert found.cost == pytest.approx(30 * COSTS.plain)
-    assert found.speedup(COSTS) == pytest.approx(1.0)
-
-
-def test_best_bounds_are_the_fastest_of_the_grid():
-    logged = [
-        Trace({layer: [0.95] * 60 for layer in EXITS}, {2: [False] * 60, 3: [True] * 60, 5: [True] * 60}),
-        random_trace(30, 1),
-    ]
-    bounds, found = best_bounds(logged, EXITS, COSTS, max_exit_layer=5)
-    assert bounds.max_exit_layer == 5
-    widths = (1, 2, 3, 4, 6, 8)
-    others = [replay(logged, SpeculationBounds(t, 5, w), COSTS) for t in (0.3, 0.5, 0.75, 0.9) for w in widths]
-    assert found.speedup(COSTS) >= max(other.speedup(COSTS) for other in others)
-    assert found == replay(logged, bounds, COSTS)
-
-
-def test_good_shallow_drafts_pay():
-    bounds, found = best_bounds([constant_trace(90, sure=0.99, right=True)], EXITS, COSTS)
-    assert bounds.max_draft_tokens == 8
-    assert found.speedup(COSTS) > 1.2
-
-
-def test_nothing_is_drafted_where_nothing_pays():
-    logged = [constant_trace(90, sure=0.99, right=False)]
-    bounds, found = best_bounds(logged, EXITS, COSTS)
-    assert (bounds.exit_threshold, bounds.max_draft_tokens) == (NO_SPECULATION, 0)
-    assert found.drafted == 0
-    assert found.speedup(COSTS) == pytest.approx(1.0)
-
-
-def test_given_bounds_are_held():
-    logged = [constant_trace(90, sure=0.99, right=False)]
-    bounds, found = best_bounds(logged, EXITS, COSTS, exit_threshold=0.5, max_draft_tokens=3)
-    assert (bounds.exit_threshold, bounds.max_draft_tokens) == (0.5, 3)
-    assert found.speedup(COSTS) < 1
-    refused, _ = best_bounds(logged, EXITS, COSTS, max_draft_tokens=3)
-    assert (refused.exit_threshold, refused.max_draft_tokens) == (NO_SPECULATION, 3)
-
-
-def test_traces_are_cut_at_sequences():
-    sequence = np.array([0, 0, 0, 1, 2, 2])
-    sure = {2: np.arange(6, dtype=np.float32)}
-    right = {2: np.arange(6) % 2 == 0}
-    assert traces(sure, right, sequence) == [
-        Trace({2: [0.0, 1.0, 2.0]}, {2: [True, False, True]}),
-        Trace({2: [3.0]}, {2: [False]}),
-        Trace({2: [4.0, 5.0]}, {2: [True, False]}),
-    ]
+def test_more_drafts_than_a_number_holds_are_refused() -> None:
+    """16 from 4 sources are fine, 31 are not."""
+    replayer = Replayer(random_traces((40,)), COSTS)
+    assert replayer.run(SpeculationBounds(0.0, 5, 16)).emitted == 40
+    with pytest.raises(ConfigError, match="too many to replay"):
+        replayer.run(SpeculationBounds(0.0, 5, 31))

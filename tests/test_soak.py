@@ -26,11 +26,11 @@ def live_tensors() -> int:
 
 def test_two_thousand_tokens(make_model: Any) -> None:
     """Same ids to the end; the second and third time no tensor more is alive, and the peak has not risen."""
-    model = make_model(max_position_embeddings=4096)
+    model = make_model(max_position_embeddings=4096, num_hidden_layers=3)
     options = {"inputs": torch.arange(3, 12)[None], "max_new_tokens": TOKENS, "do_sample": False}
     stock = model.generate(**options)
-    heads = FakeHeads("mixed", [2, 4], stock[0].tolist(), vocabulary=128)
-    attach(model, SpecBound(model, heads, SpeculationBounds(0.2, 4, 4)))
+    heads = FakeHeads("mixed", [1, 2], stock[0].tolist(), vocabulary=128)
+    attach(model, SpecBound(model, heads, SpeculationBounds(0.2, 2, 4)))
     peaks, alive = [], []
     for _ in range(3):
         assert torch.equal(model.generate(**options), stock)

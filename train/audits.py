@@ -14,15 +14,14 @@ import torch
 import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from runtime import ConfigError, DataError, load_specbound
+from runtime import DataError
 from runtime.audit import audit
 from runtime.benchmark import hardware
 from runtime.files import write_atomic
+from train.attached import load_attached
 from train.prompts import Prompt, read_prompts
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 FORMAT = 1
 
 
@@ -62,14 +61,13 @@ def run_audit(settings: AuditSettings, *, report: Path | None = None, resume: bo
     Raises:
         SpecBoundError: wrong options, prompts, adapter or base; a report to resume that is of another audit.
     """
-    if settings.dtype not in DTYPES:
-        raise ConfigError(f"dtype is {settings.dtype!r}: expected one of {', '.join(DTYPES)}")
-    transformers_logging.set_verbosity_error()
     prompts = spread(read_prompts(settings.prompts), settings.limit)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    model: Any = load_specbound(
-        settings.adapter, settings.base_model, dtype=DTYPES[settings.dtype], exactness=settings.exactness
+    model = load_attached(
+        settings.adapter,
+        settings.base_model,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        exactness=settings.exactness,
     )
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     ids = [encode(tokenizer, prompt).to(model.device) for prompt in prompts]

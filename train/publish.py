@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from torch import Tensor
 from tqdm import tqdm
@@ -20,11 +21,14 @@ from runtime.heads import DraftUnembedding, ExitHeads
 from runtime.identity import base_fingerprint, tokenizer_fingerprint
 from train.calibrate import Confidences, collect, fit_schedule, report
 from train.card import card
+from train.costs import CostTable
 from train.lookup_traces import LookupTraces
 from train.options import FitConfig
 from train.plots import reliability_plot
-from train.replay import LayerCosts, best_bounds, traces
+from train.replay import Replayed
 from train.splits import Split
+from train.traces import TRACES_FILE, Traces
+from train.tuning import Held, tune
 
 LOOKUP_LAYER = 0
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "specbound")
@@ -53,26 +57,19 @@ def publish_locally(
     schedule, scores = fit_schedule(found, config.schedule, model.config.num_hidden_layers)
     looked_up = LookupTraces.collect(calibration.sequences.rows, found.targets)
     table = looked_up.fit()
-    sure = found.at(schedule) | {LOOKUP_LAYER: looked_up.confidences(table)}
-    right = found.right | {LOOKUP_LAYER: looked_up.right}
-    costs = layer_costs(model, heads, unembedding)
-    bounds, replayed = best_bounds(
-        traces(sure, right, found.sequence),
-        [LOOKUP_LAYER, *config.exit_layers],
-        costs,
-        exit_threshold=config.exit_threshold,
-        max_exit_layer=config.max_exit_layer,
-        max_draft_tokens=config.max_draft_tokens,
+    traces = Traces.join(
+        found.at(schedule) | {LOOKUP_LAYER: looked_up.confidences(table)},
+        found.right | {LOOKUP_LAYER: looked_up.right},
+        found.sequence,
+        np.array([len(prompt) for prompt, _ in calibration.sequences.rows]),
     )
+    costs = counted_costs(model, heads, unembedding)
+    held = Held(config.exit_threshold, config.max_exit_layer, config.max_draft_tokens)
+    bounds, replayed = tune(traces, costs, held)
     calibrated = report(found, schedule) | {
         "negative_log_likelihood": scores,
         "lookup": looked_up.report(table),
-        "replay": {
-            "mean_accepted_length": replayed.mean_accepted_length,
-            "acceptance_rate": replayed.accepted / max(1, replayed.drafted),
-            "costs": "layer counts, not measured times",
-            "predicted_speedup": replayed.speedup(costs),
-        },
+        "replay": prediction(replayed, costs),
     } | evidence  # fmt: skip
     adapter_config = SpecBoundConfig(
         base_model_name_or_path=portable(config.model_name_or_path),
@@ -94,11 +91,30 @@ def publish_locally(
     )
     folder = Path(config.output_dir) / "adapter"
     adapter = Adapter(adapter_config, heads, draft_to_target)
-    save_adapter(adapter, folder, extra=lambda path: _write_evidence(path, config, adapter_config, calibrated, found))
+
+    def evidence_files(path: Path) -> None:
+        traces.write(path / TRACES_FILE)
+        _write_evidence(path, config, adapter_config, calibrated, found)
+
+    save_adapter(adapter, folder, extra=evidence_files)
     return folder
 
 
-def layer_costs(model: Any, heads: ExitHeads, unembedding: DraftUnembedding) -> LayerCosts:
+def prediction(replayed: Replayed, costs: CostTable) -> dict[str, Any]:
+    """What a replay says, for `calibration.json`."""
+    low, high = replayed.speedup_interval()
+    return {
+        "mean_accepted_length": replayed.mean_accepted_length,
+        "acceptance_rate": replayed.acceptance_rate,
+        "drafted": {str(layer): count for layer, count in sorted(replayed.drafted.items())},
+        "accepted": {str(layer): count for layer, count in sorted(replayed.accepted.items())},
+        "predicted_speedup": replayed.speedup,
+        "predicted_speedup_interval": [low, high],
+        "costs": dict(costs.conditions) or "layer counts, not measured times",
+    }
+
+
+def counted_costs(model: Any, heads: ExitHeads, unembedding: DraftUnembedding) -> CostTable:
     """Costs by counting weights: a head or an unembedding against one decoder layer."""
     total = sum(parameter.numel() for parameter in model.parameters())
     matrix = model.get_output_embeddings().weight.numel()
@@ -107,7 +123,7 @@ def layer_costs(model: Any, heads: ExitHeads, unembedding: DraftUnembedding) -> 
     head = sum(parameter.numel() for parameter in heads.parameters()) / len(heads.exit_layers)
     if not hasattr(next(iter(heads.heads.values())), "weight"):
         head += unembedding.weight.numel()
-    return LayerCosts(model.config.num_hidden_layers, head=head / layer, unembedding=matrix / layer)
+    return CostTable.counted(model.config.num_hidden_layers, head=head / layer, unembedding=matrix / layer)
 
 
 def portable(name: str) -> str:

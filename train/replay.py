@@ -1,174 +1,227 @@
-"""Replay: what a policy would do on logged text, without a model.
+"""Replay: what a policy would do on logged text, and how fast, without a model.
 
-The cache of a right prefix is exact, so confidences logged on plain text are those the runtime would see, and
-its own policy code on them makes its own decisions. What follows a wrong draft is not in the log; only its
-cost is guessed, from the text's own confidences.
+On a right prefix the log holds what the runtime sees, and the runtime's own policy code decides, so accepted
+lengths are those of a run. What follows a wrong draft is not in the log: it only costs time, and is guessed from
+the text's own confidences. Knows no model and does not search.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from runtime.errors import ConfigError
 from runtime.policy import SpeculationBounds
+from train.costs import CostTable
+from train.traces import Traces
 
-THRESHOLDS = (0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
-WIDTHS = (1, 2, 3, 4, 6, 8)
-NO_SPECULATION = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """One text: confidence and correctness of each exit's draft at each of its positions.
-
-    Attributes:
-        sure: exit layer -> calibrated confidences, one a position.
-        right: exit layer -> whether the draft is the base's choice.
-    """
-
-    sure: Mapping[int, Sequence[float]]
-    right: Mapping[int, Sequence[bool]]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.sure.values())))
+Ints = NDArray[np.int64]
+# A round is one number: a digit of base E + 2 for each draft, and this many values for what was accepted.
+MAX_DRAFTS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class LayerCosts:
-    """Rough costs in units of one decoder layer run on one token. (A measured table says more.)
+class Replayed:
+    """Totals of a replay.
 
     Attributes:
-        num_hidden_layers: L.
-        head: one exit head on one token.
-        unembedding: the base's unembedding on one token.
-        extra_row: each further token of a block, as a share of the first.
+        rounds: verification passes.
+        drafted, accepted: drafts by source.
+        hard_tokens: rounds that ended at a token no exit was sure of.
+        emitted_by_text, ms_by_text, plain_by_text: tokens, their predicted cost, and that of stock `generate`, of
+            each text, shape [texts].
     """
 
-    num_hidden_layers: int
-    head: float
-    unembedding: float
-    extra_row: float = 0.15
+    rounds: int
+    drafted: Counter[int]
+    accepted: Counter[int]
+    hard_tokens: int
+    emitted_by_text: Ints
+    ms_by_text: NDArray[np.float64]
+    plain_by_text: NDArray[np.float64]
 
     @property
-    def plain(self) -> float:
-        """One token of plain decoding."""
-        return self.num_hidden_layers + self.unembedding
-
-
-@dataclass(slots=True)
-class Replayed:
-    """Totals of a replay; `cost` in layer units."""
-
-    emitted: int = 0
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    cost: float = 0.0
+    def emitted(self) -> int:
+        """Tokens."""
+        return int(self.emitted_by_text.sum())
 
     @property
     def mean_accepted_length(self) -> float:
         """Tokens emitted per verification pass, the bonus counted."""
         return self.emitted / max(1, self.rounds)
 
-    def speedup(self, costs: LayerCosts) -> float:
-        """Over plain decoding of the same text."""
-        return self.emitted * costs.plain / self.cost if self.cost else 1.0
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / drafted."""
+        return self.accepted.total() / max(1, self.drafted.total())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Predicted."""
+        return 1000.0 * self.emitted / float(self.ms_by_text.sum())
+
+    @property
+    def speedup(self) -> float:
+        """Predicted, over stock `generate`."""
+        return float(self.plain_by_text.sum() / self.ms_by_text.sum())
+
+    def speedup_interval(self, *, level: float = 0.95, draws: int = 1000) -> tuple[float, float]:
+        """Bootstrap interval of the speed-up, over texts; nearly the same text twice is one piece of evidence."""
+        texts = len(self.ms_by_text)
+        chosen = np.random.default_rng(0).integers(texts, size=(draws, texts))
+        ratios = self.plain_by_text[chosen].sum(axis=1) / self.ms_by_text[chosen].sum(axis=1)
+        low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
 
 
-def traces(
-    sure: Mapping[int, NDArray[np.float32]],
-    right: Mapping[int, NDArray[np.bool_]],
-    sequence: NDArray[np.int64],
-) -> list[Trace]:
-    """One trace a sequence, from arrays over all positions."""
-    edges = np.flatnonzero(np.diff(sequence)) + 1
-    split_sure = {layer: np.split(values, edges) for layer, values in sure.items()}
-    split_right = {layer: np.split(values, edges) for layer, values in right.items()}
-    return [
-        Trace(
-            {layer: parts[index].tolist() for layer, parts in split_sure.items()},
-            {layer: parts[index].tolist() for layer, parts in split_right.items()},
-        )
-        for index in range(len(edges) + 1)
-    ]
+class Replayer:
+    """Decodes logged texts under any bounds; what kinds of rounds cost is worked out once.
 
-
-def replay(logged: Sequence[Trace], bounds: SpeculationBounds, costs: LayerCosts) -> Replayed:
-    """Totals of decoding every trace under these bounds."""
-    total = Replayed()
-    for trace in logged:
-        position = 0
-        while position < len(trace):
-            position += _round(trace, position, bounds, costs, total)
-    return total
-
-
-def _round(trace: Trace, newest: int, bounds: SpeculationBounds, costs: LayerCosts, total: Replayed) -> int:
-    """One round from the token at `newest`; tokens emitted."""
-    exits = bounds.exits(trace.sure)
-    limit = bounds.draft_limit(len(trace) - newest)
-    depths: list[int] = []
-    accepted, right = 0, True
-    for position in range(newest, newest + limit):
-        layer = next((layer for layer in exits if bounds.accepts(trace.sure[layer][position])), None)
-        asked = [other for other in exits if layer is None or other <= layer]
-        total.cost += costs.head * sum(other > 0 for other in asked)
-        if layer is None:
-            depths.append(asked[-1] if asked else 0)
-            break
-        depths.append(layer)
-        right = right and trace.right[layer][position]
-        accepted += right
-        total.drafted += 1
-    else:
-        depths.append(0)
-    total.cost += _passes(depths, costs)
-    total.accepted += accepted
-    total.rounds += 1
-    total.emitted += accepted + 1
-    return accepted + 1
-
-
-def _passes(depths: list[int], costs: LayerCosts) -> float:
-    """Cost of bringing tokens from where they left to the top, the rows below having been run one by one."""
-    rows = len(depths)
-    alone = sum(depths)
-    levels = sorted({*depths, costs.num_hidden_layers})
-    cost, previous = float(alone), 0
-    for level in levels:
-        lacking = sum(depth <= previous for depth in depths)
-        if lacking:
-            cost += (level - previous) * (1 + costs.extra_row * (lacking - 1))
-        previous = level
-    return cost + costs.unembedding * (1 + costs.extra_row * (rows - 1))
-
-
-def best_bounds(
-    logged: Sequence[Trace],
-    exit_layers: Sequence[int],
-    costs: LayerCosts,
-    *,
-    exit_threshold: float | None = None,
-    max_exit_layer: int | None = None,
-    max_draft_tokens: int | None = None,
-) -> tuple[SpeculationBounds, Replayed]:
-    """The bounds of the fastest replay, those given held fixed; ties go to the smaller bounds.
-
-    Where nothing beats plain decoding the threshold is above 1 and, unless given, no drafts are allowed: no
-    head runs. A threshold that is given is kept, whatever it costs.
+    Args:
+        traces: what to decode.
+        costs: of the machine that the speed is predicted for.
     """
-    grid = product(
-        THRESHOLDS if exit_threshold is None else (exit_threshold,),
-        exit_layers if max_exit_layer is None else (max_exit_layer,),
-        WIDTHS if max_draft_tokens is None else (max_draft_tokens,),
-    )
-    points = [SpeculationBounds(*point) for point in grid]
-    found = [(bounds, replay(logged, bounds, costs)) for bounds in tqdm(points, "bounds", unit="replay")]
-    bounds, result = max(found, key=lambda pair: pair[1].speedup(costs))
-    if result.speedup(costs) <= 1.0 and exit_threshold is None:
-        bounds = SpeculationBounds(NO_SPECULATION, bounds.max_exit_layer, max_draft_tokens or 0)
-        return bounds, replay(logged, bounds, costs)
-    return bounds, result
+
+    def __init__(self, traces: Traces, costs: CostTable) -> None:
+        self.traces = traces
+        self.costs = costs
+        self._kinds: dict[tuple[tuple[int, ...], int], tuple[Round, tuple[float, float]]] = {}
+        plain = costs.plain + costs.plain_context * traces.context
+        self._plain = np.bincount(traces.sequence, weights=plain).astype(np.float64)
+
+    def run(self, bounds: SpeculationBounds) -> Replayed:
+        """Totals of decoding every text."""
+        traces, exits = self.traces, tuple(bounds.exits(self.traces.layers))
+        codes = _rounds(traces, bounds, exits)
+        newest = _chain(traces, codes % MAX_DRAFTS)
+        found, which, times = np.unique(codes[newest], return_inverse=True, return_counts=True)
+        kinds = [self._kind(exits, code) for code in found.tolist()]
+        prices = np.array([price for _, price in kinds])
+        emitted = np.array([kind.accepted + 1 for kind, _ in kinds])[which]
+        drafted: Counter[int] = Counter()
+        accepted: Counter[int] = Counter()
+        hard_tokens = 0
+        for (kind, _), count in zip(kinds, times.tolist(), strict=True):
+            hard_tokens += count * kind.hard
+            for index, layer in enumerate(kind.drafts):
+                drafted[layer] += count
+                accepted[layer] += count * (index < kind.accepted)
+        text, texts = traces.sequence[newest], traces.num_sequences
+        ms = prices[which, 0] + prices[which, 1] * traces.context[newest]
+        return Replayed(
+            rounds=len(newest),
+            drafted=drafted,
+            accepted=+accepted,
+            hard_tokens=hard_tokens,
+            emitted_by_text=np.bincount(text, weights=emitted, minlength=texts).astype(np.int64),
+            ms_by_text=np.bincount(text, weights=ms, minlength=texts).astype(np.float64),
+            plain_by_text=self._plain,
+        )
+
+    def _kind(self, exits: tuple[int, ...], code: int) -> "tuple[Round, tuple[float, float]]":
+        if (exits, code) not in self._kinds:
+            kind = Round.decode(code, exits)
+            self._kinds[exits, code] = kind, kind.price(self.costs)
+        return self._kinds[exits, code]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One kind of round: what was drafted where, and how much of it was right. Few kinds make up a text.
+
+    Attributes:
+        exits: sources that were asked, shallowest first.
+        drafts: source of each draft.
+        hard: whether it ended at a token no exit was sure of.
+        accepted: drafts accepted.
+    """
+
+    exits: tuple[int, ...]
+    drafts: tuple[int, ...]
+    hard: bool
+    accepted: int
+
+    @classmethod
+    def decode(cls, code: int, exits: tuple[int, ...]) -> "Round":
+        """From `_rounds`: the last digit counts what was accepted; 1 to E name a source, E + 1 a hard token."""
+        code, accepted = divmod(code, MAX_DRAFTS)
+        digits = []
+        while code:
+            code, digit = divmod(code, len(exits) + 2)
+            digits.append(digit - 1)
+        hard = bool(digits) and digits[0] == len(exits)
+        return cls(exits, tuple(exits[level] for level in reversed(digits[hard:])), hard, accepted)
+
+    def price(self, costs: CostTable) -> tuple[float, float]:
+        """Milliseconds with an empty context, and what every token of context adds."""
+        depths = sorted({0, *self.exits, costs.num_hidden_layers})
+        pending = dict.fromkeys(depths, 0)  # depth -> pending tokens there
+        total, by_context = costs.token * (self.accepted + 1), 0.0
+
+        def advance(to: int) -> None:
+            """As `DecodeState.advance`: tokens that lack a layer run through it in one block."""
+            nonlocal total, by_context
+            for depth, above in pairwise(depths):
+                width = pending[depth]
+                if above > to or width == 0:
+                    continue
+                total += (above - depth) * costs.block(costs.layer, width)
+                by_context += (above - depth) * costs.block(costs.layer_context, width)
+                pending[above] += width
+                pending[depth] = 0
+
+        for layer in [*self.drafts, *([self.exits[-1]] if self.hard and self.exits else [])]:
+            pending[0] += 1
+            asked = self.exits[: self.exits.index(layer) + 1]
+            total += sum(costs.lookup if exit_layer == 0 else costs.head for exit_layer in asked)
+            advance(layer)
+        pending[0] += not self.hard or not self.exits
+        advance(costs.num_hidden_layers)
+        return total + costs.block(costs.unembedding, len(self.drafts) + 1), by_context
+
+
+def _rounds(traces: Traces, bounds: SpeculationBounds, exits: tuple[int, ...]) -> Ints:
+    """The round that would start at each position, as a number that `Round.decode` reads, shape [N]."""
+    length, hard = len(traces), len(exits)
+    level = np.full(length, hard)
+    sure, right = np.zeros(length), np.zeros(length, dtype=bool)
+    for index in reversed(range(hard)):  # the shallowest that is sure has the last word
+        row = traces.layers.index(exits[index])
+        fires = bounds.accepts(exits[index], traces.sure[row])
+        level[fires] = index
+        sure[fires], right[fires] = traces.sure[row][fires], traces.right[row][fires]
+    most = bounds.max_draft_tokens
+    if (hard + 2.0) ** (most + 1) * MAX_DRAFTS >= 2.0**63:
+        raise ConfigError(f"{most} drafts a round from {hard} sources are too many to replay: expected fewer")
+    limits = np.array([bounds.draft_limit(remaining) for remaining in range(most + 2)])
+    limit = limits[np.minimum(traces.remaining, most + 1)]
+    codes = np.zeros(length, dtype=np.int64)
+    accepted = np.zeros(length, dtype=np.int64)
+    correct = np.ones(length, dtype=bool)
+    survival = np.ones(length)
+    position = np.arange(length)
+    drafting = limit > 0
+    for step in range(most):
+        at = np.minimum(position + step, length - 1)
+        drafting = drafting & (step < limit) & bounds.continues(survival)
+        codes = np.where(drafting, codes * (hard + 2) + level[at] + 1, codes)
+        drafting &= level[at] < hard
+        correct &= right[at]
+        accepted += drafting & correct
+        survival *= sure[at]
+    return codes * MAX_DRAFTS + accepted
+
+
+def _chain(traces: Traces, accepted: Ints) -> Ints:
+    """Positions where a round does start: each text's first, and from there always the one after what was emitted."""
+    length = len(traces)
+    step = np.minimum(np.arange(length) + accepted + 1, length)
+    step = np.append(np.where(step < np.arange(length) + traces.remaining, step, length), length)
+    visited = np.zeros(length + 1, dtype=bool)
+    visited[traces.starts] = True
+    while bool((step[traces.starts] < length).any()):  # each time twice as many rounds further
+        visited[step[visited.nonzero()[0]]] = True
+        step = step[step]
+    return visited[:length].nonzero()[0]

@@ -1,0 +1,72 @@
+"""From a fitted adapter to bounds for this machine: `specbound profile`, `specbound tune`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from typer.testing import CliRunner
+
+from runtime import load_specbound
+from runtime.adapter import load_adapter
+from train.cli import app
+from train.costs import CostTable
+from train.fit_exits import main
+from train.measure import measure
+from train.options import FitConfig
+from train.traces import Traces
+
+
+@pytest.fixture
+def fitted(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An adapter folder and its base."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    recipe = make_recipe(tmp_path)
+    main(FitConfig(**recipe))
+    yield tmp_path / "adapter", recipe["model_name_or_path"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_from_profile_to_tuned_bounds(fitted: Any, tmp_path: Path) -> None:
+    """The costs are positive; the bounds tuned are the adapter's, which loads, its other files kept."""
+    folder, base = fitted
+    model: Any = load_specbound(folder, base)
+    costs = measure(model, max_width=4, repeats=3, progress=False)
+    assert costs.num_hidden_layers == model.config.num_hidden_layers and sorted(costs.layer) == [1, 2, 3, 4]
+    assert min(costs.plain, costs.head, costs.lookup, *costs.layer.values(), *costs.unembedding.values()) > 0
+    assert costs.conditions["exactness"] == "bitwise" and "stock generate" in str(costs)
+    costs.write(tmp_path / "costs.json")
+    assert CostTable.read(tmp_path / "costs.json") == costs
+    names = {path.name for path in folder.iterdir()}
+    arguments = ["tune", "--adapter", str(folder), "--costs", str(tmp_path / "costs.json")]
+    result = CliRunner().invoke(app, [*arguments, "--max-draft-tokens", "3"])
+    assert result.exit_code == 0, result.output
+    assert "after: " in result.output and "not chosen on" in result.output
+    tuned = load_adapter(folder).config
+    assert tuned.bounds.max_draft_tokens == 3
+    assert {path.name for path in folder.iterdir()} == names | {"costs.json"}
+    calibrated = json.loads((folder / "calibration.json").read_text())
+    assert calibrated["tuned"]["after"]["bounds"]["max_draft_tokens"] == 3
+    assert calibrated["replay"]["costs"]["threads"] == 1
+    assert Traces.read(folder / "traces.safetensors").layers[0] == 0
+    load_specbound(folder, base)
+
+
+def test_what_cannot_be_tuned_is_refused(fitted: Any, tmp_path: Path) -> None:
+    """In one line, the adapter untouched."""
+    folder, _ = fitted
+    CostTable.counted(99, head=1.0, unembedding=1.0).write(tmp_path / "other.json")
+    before = (folder / "config.json").read_bytes()
+    for arguments, message in (
+        (["--adapter", str(folder), "--costs", str(tmp_path / "none.json")], "specbound profile"),
+        (["--adapter", str(folder), "--costs", str(tmp_path / "other.json")], "not of the same exits and layers"),
+        (["--adapter", str(tmp_path / "none"), "--costs", str(tmp_path / "other.json")], "is not a folder"),
+    ):
+        result = CliRunner().invoke(app, ["tune", *arguments])
+        assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1
+    (folder / "traces.safetensors").unlink()
+    result = CliRunner().invoke(app, ["tune", "--adapter", str(folder), "--costs", str(tmp_path / "other.json")])
+    assert result.exit_code == 1 and "fit the adapter again" in result.stderr
+    assert (folder / "config.json").read_bytes() == before

@@ -1,0 +1,180 @@
+"""Measures a cost table: what the parts of a round take on this machine, in this dtype, in this exactness mode.
+
+Everything in turn, many times over, medians: a busy moment then falls on all alike. Knows no policy.
+"""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm import trange
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from runtime.benchmark import hardware
+from runtime.cache import KVCache
+from runtime.execution import execution
+from runtime.generate import SpecBound
+from runtime.policy import SpeculationBounds
+from runtime.state import DecodeState
+from train.costs import CostTable
+
+CONTEXTS = (64, 768)
+REPEATS = 9
+WARM_UP = 2
+GENERATED = 12
+
+
+@torch.no_grad()
+def measure(model: Any, *, max_width: int = 9, repeats: int = REPEATS, progress: bool = True) -> CostTable:
+    """The cost table of a model that an adapter is attached to.
+
+    Args:
+        max_width: widest block measured, in tokens.
+    """
+    specbound: SpecBound = model.specbound
+    policy, _ = specbound.prepare(model)
+    longest = getattr(model.config, "max_position_embeddings", None) or CONTEXTS[-1] * 2
+    contexts = [min(context, longest - GENERATED - max_width - 1) for context in CONTEXTS]
+    benches = [_Bench(model, context, max_width) for context in contexts]
+    seconds: dict[Any, list[float]] = defaultdict(list)
+    for number in trange(WARM_UP + repeats, desc="profile", unit="round", disable=not progress):
+        for bench in benches:
+            timed = bench.gaps() | bench.sources()
+            with execution(model, policy):
+                timed |= bench.blocks()
+            if number >= WARM_UP:
+                for key, taken in timed.items():
+                    seconds[key].append(taken)
+    ms = {key: 1000 * statistics.median(taken) for key, taken in seconds.items()}
+    return _table(ms, contexts, max_width, specbound, model)
+
+
+def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound: SpecBound, model: Any) -> CostTable:
+    """Straight lines through two contexts; per layer, per token."""
+    near, far = contexts
+    num_layers = specbound.layers.num_layers
+    widths = range(1, max_width + 1)
+
+    def line(name: str, width: int | None = None) -> tuple[float, float]:
+        low, high = ms[name, width, near], ms[name, width, far]
+        slope = max(0.0, (high - low) / max(1, far - near))
+        return max(0.0, low - slope * near), slope
+
+    layers = {width: line("layers", width) for width in widths}
+    unembedding = {width: (ms["unembedding", width, near] + ms["unembedding", width, far]) / 2 for width in widths}
+    alone, _ = line("alone")
+    plain, plain_context = line("stock")
+    heads = [value for (name, *_), value in ms.items() if name == "head"]
+    lookups = [value for (name, *_), value in ms.items() if name == "lookup"]
+    certificate = specbound.certificate
+    assert certificate is not None
+    return CostTable(
+        num_hidden_layers=num_layers,
+        layer={width: base / num_layers for width, (base, _) in layers.items()},
+        layer_context={width: slope / num_layers for width, (_, slope) in layers.items()},
+        unembedding=unembedding,
+        head=statistics.mean(heads) if heads else 0.0,
+        lookup=statistics.mean(lookups) if lookups else 0.0,
+        token=max(0.0, alone - layers[1][0] - unembedding[1]),
+        plain=plain,
+        plain_context=plain_context,
+        conditions={
+            "hardware": hardware(model.device),
+            "dtype": certificate.dtype,
+            "threads": certificate.threads,
+            "exactness": specbound.exactness,
+            "versions": certificate.versions,
+            "contexts": contexts,
+        },
+    )
+
+
+class _Bench:
+    """Everything measured after a context of one length; a call of each method gives seconds by what was timed."""
+
+    def __init__(self, model: Any, context: int, max_width: int) -> None:
+        self.model, self.context, self.max_width = model, context, max_width
+        self.specbound: SpecBound = model.specbound
+        self.layers = self.specbound.layers
+        generator = torch.Generator().manual_seed(0)
+        self.token_ids = torch.randint(model.config.vocab_size, (1, context + max_width), generator=generator).to(
+            model.device
+        )
+        stock = DynamicCache()
+        model(input_ids=self.token_ids[:, :context], past_key_values=stock, use_cache=True)
+        self.cache = KVCache.from_dynamic(stock, context + max_width + 1)
+
+    def blocks(self) -> dict[Any, float]:
+        """All layers, and the unembedding, by width."""
+        found = {}
+        for width in range(1, self.max_width + 1):
+            given = self.layers.embed(self.token_ids[:, self.context : self.context + width], self.context)
+            run = partial(self.layers.run, given, 0, self.layers.num_layers, self.context, self.cache)
+            found["layers", width, self.context], hidden = self._timed(run)
+            self.cache.crop(self.context)
+            found["unembedding", width, self.context], _ = self._timed(partial(self.layers.logits, hidden))
+        return found
+
+    def sources(self) -> dict[Any, float]:
+        """Asking each exit once."""
+        state = DecodeState(self.layers, self.cache, self.token_ids[0, : self.context].tolist())
+        state.push(int(self.token_ids[0, self.context]))
+        found = {}
+        for layer in self.specbound.drafter.exit_layers:
+            state.advance(layer)
+            taken, _ = self._timed(partial(self.specbound.drafter.propose, layer, state))
+            found["lookup" if layer == 0 else "head", layer, self.context] = taken
+        state.crop(self.context)
+        return found
+
+    def gaps(self) -> dict[Any, float]:
+        """Seconds between tokens of stock `generate`, and of the round that drafts nothing."""
+        bounds, self.specbound.bounds = self.specbound.bounds, _nothing(self.specbound.bounds)
+        try:
+            alone = self._gap()
+            with self.specbound.disabled():
+                stock = self._gap()
+        finally:
+            self.specbound.bounds = bounds
+        return {("stock", None, self.context): stock, ("alone", None, self.context): alone}
+
+    def _gap(self) -> float:
+        clock = _Clock()
+        options = {"max_new_tokens": GENERATED, "min_new_tokens": GENERATED, "do_sample": False, "pad_token_id": 0}
+        self.model.generate(self.token_ids[:, : self.context], streamer=clock, **options)
+        return statistics.median(late - early for early, late in zip(clock.times[1:-1], clock.times[2:], strict=True))
+
+    def _timed(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds that a call takes, its work on the device included, and what it returned."""
+        cuda = self.model.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        result = call()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started, result
+
+
+def _nothing(bounds: SpeculationBounds) -> SpeculationBounds:
+    """Bounds as wide as these, so that the same certificate holds, under which nothing is drafted."""
+    return SpeculationBounds(2.0, bounds.max_exit_layer, bounds.max_draft_tokens)
+
+
+class _Clock(BaseStreamer):
+    """When each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt, then token after token."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing."""

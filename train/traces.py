@@ -1,0 +1,135 @@
+"""What every source would have drafted on held-out text, logged once: how sure it was, and whether it was right.
+
+The cache of a right prefix is exact, so confidences logged on plain text are those the runtime sees there. Any
+policy can be replayed over them, on any machine, without the model. Knows no policy and no costs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from runtime.errors import DataError
+
+TRACES_FILE = "traces.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Traces:
+    """N positions of some texts, text after text; at each the base has chosen the next token.
+
+    Attributes:
+        layers: sources of drafts, ascending; 0 is the lookup, others are exit layers.
+        sure: calibrated confidence of each source, shape [sources, N], float32.
+        right: whether its draft is the base's choice, shape [sources, N], bool.
+        sequence: index of each position's text, shape [N], int64, from 0, not decreasing.
+        context: tokens before each position, the prompt's included, shape [N], int64.
+    """
+
+    layers: tuple[int, ...]
+    sure: NDArray[np.float32]
+    right: NDArray[np.bool_]
+    sequence: NDArray[np.int64]
+    context: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        shape, length = (len(self.layers), len(self.sequence)), len(self.sequence)
+        steps = np.diff(self.sequence)
+        if (
+            length == 0
+            or self.sure.shape != shape
+            or self.right.shape != shape
+            or self.context.shape != (length,)
+            or list(self.layers) != sorted(set(self.layers))
+            or self.sequence[0] != 0
+            or not bool(((steps == 0) | (steps == 1)).all())
+        ):
+            raise DataError(f"traces of {length} positions and {len(self.layers)} sources do not fit together")
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+    @property
+    def num_sequences(self) -> int:
+        """Texts."""
+        return int(self.sequence[-1]) + 1
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """First position of each text, shape [texts]."""
+        return np.searchsorted(self.sequence, np.arange(self.num_sequences))
+
+    @property
+    def remaining(self) -> NDArray[np.int64]:
+        """Tokens that the text still emits from each position on, itself included, shape [N]."""
+        ends = np.append(self.starts[1:], len(self))
+        return ends[self.sequence] - np.arange(len(self))
+
+    @classmethod
+    def join(
+        cls,
+        sure: Mapping[int, NDArray[np.float32]],
+        right: Mapping[int, NDArray[np.bool_]],
+        sequence: NDArray[np.int64],
+        prompt_lengths: NDArray[np.int64],
+    ) -> "Traces":
+        """From arrays by source over all positions.
+
+        Args:
+            prompt_lengths: tokens of each text's prompt, shape [texts].
+        """
+        layers = tuple(sorted(sure))
+        first = np.searchsorted(sequence, np.arange(int(sequence[-1]) + 1))
+        offset = np.arange(len(sequence)) - first[sequence]
+        return cls(
+            layers=layers,
+            sure=np.stack([sure[layer] for layer in layers]).astype(np.float32),
+            right=np.stack([right[layer] for layer in layers]),
+            sequence=sequence,
+            context=prompt_lengths[sequence] + offset,
+        )
+
+    def of_sequences(self, chosen: NDArray[np.bool_]) -> "Traces":
+        """Only the texts marked in `chosen`, shape [texts], numbered anew."""
+        keep = chosen[self.sequence]
+        numbers = np.cumsum(chosen) - 1
+        return Traces(
+            self.layers, self.sure[:, keep], self.right[:, keep], numbers[self.sequence[keep]], self.context[keep]
+        )
+
+    def write(self, path: Path) -> None:
+        """Keep them in a safetensors file."""
+        tensors: dict[str, NDArray[Any]] = {
+            "layers": np.array(self.layers, dtype=np.int64),
+            "sure": np.ascontiguousarray(self.sure, dtype=np.float32),
+            "right": np.ascontiguousarray(self.right),
+            "sequence": self.sequence.astype(np.int32),
+            "context": self.context.astype(np.int32),
+        }
+        save_file(tensors, path)
+
+    @classmethod
+    def read(cls, path: Path) -> "Traces":
+        """Read what `write` wrote.
+
+        Raises:
+            DataError: there is no such file, or it is not one of traces.
+        """
+        try:
+            found = load_file(path)
+            return cls(
+                layers=tuple(found["layers"].tolist()),
+                sure=found["sure"],
+                right=found["right"],
+                sequence=found["sequence"].astype(np.int64),
+                context=found["context"].astype(np.int64),
+            )
+        except FileNotFoundError:
+            raise DataError(f"{path} is not there: fit the adapter again, which logs traces") from None
+        except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is not a file of traces ({error}): fit the adapter again") from None

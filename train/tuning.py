@@ -1,0 +1,118 @@
+"""The bounds that replay says are fastest on one machine. Knows no model: traces and a cost table are enough.
+
+Every setting together is too many to try, so: all uniform thresholds, depths and widths first, then one setting at
+a time, each exit's own threshold and the survival stop included, as long as that helps.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+import numpy as np
+from tqdm import tqdm
+
+from runtime.policy import SpeculationBounds
+from train.costs import CostTable
+from train.replay import Replayed, Replayer
+from train.traces import Traces
+
+THRESHOLDS = (0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+WIDTHS = (1, 2, 3, 4, 5, 6, 8)
+SURVIVALS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+OFF = 2.0  # a threshold no confidence reaches
+MIN_GAIN = 1e-4
+PASSES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Settings that the user has chosen, and that stay; None is free."""
+
+    exit_threshold: float | None = None
+    max_exit_layer: int | None = None
+    max_draft_tokens: int | None = None
+
+
+def tune(
+    traces: Traces, costs: CostTable, held: Held | None = None, *, progress: bool = True
+) -> tuple[SpeculationBounds, Replayed]:
+    """The fastest bounds and their replay; of equally fast ones the first, which are the smallest.
+
+    Where nothing beats decoding without drafts, nothing is drafted, unless a threshold is held.
+    """
+    replayer, held = Replayer(traces, costs), held or Held()
+    with tqdm(desc="tune", unit="replay", disable=not progress) as bar:
+
+        def best(candidates: Iterator[SpeculationBounds]) -> tuple[float, SpeculationBounds]:
+            scored = []
+            for bounds in candidates:
+                scored.append((replayer.run(bounds).tokens_per_second, bounds))
+                bar.update()
+            return max(scored, key=lambda pair: pair[0])
+
+        speed, bounds = best(_uniform(traces, held))
+        for _ in range(PASSES):
+            before = speed
+            for vary in _settings(traces, held):
+                found, candidate = best(vary(bounds))
+                if found > speed * (1 + MIN_GAIN):
+                    speed, bounds = found, candidate
+            if speed <= before * (1 + MIN_GAIN):
+                break
+    bounds = _tidy(traces, bounds, held)
+    if held.exit_threshold is None:
+        idle = SpeculationBounds(OFF, bounds.max_exit_layer, held.max_draft_tokens or 0)
+        if replayer.run(idle).tokens_per_second >= speed:
+            bounds = idle
+    return bounds, replayer.run(bounds)
+
+
+def cross_fitted(traces: Traces, costs: CostTable, held: Held | None = None) -> float:
+    """Speed-up over stock on texts that the bounds were not chosen on: half of them tuned, the other half replayed."""
+    odd = np.arange(traces.num_sequences) % 2 == 1
+    plain = ms = 0.0
+    for part in (odd, ~odd):
+        if part.any() and (~part).any():
+            bounds, _ = tune(traces.of_sequences(part), costs, held, progress=False)
+            found = Replayer(traces.of_sequences(~part), costs).run(bounds)
+            plain, ms = plain + float(found.plain_by_text.sum()), ms + float(found.ms_by_text.sum())
+    return plain / ms if ms else 1.0
+
+
+def _uniform(traces: Traces, held: Held) -> Iterator[SpeculationBounds]:
+    """One threshold for all exits: the paper's policy."""
+    widths = WIDTHS if held.max_draft_tokens is None else (held.max_draft_tokens,)
+    deepest = traces.layers if held.max_exit_layer is None else (held.max_exit_layer,)
+    thresholds = THRESHOLDS if held.exit_threshold is None else (held.exit_threshold,)
+    return (SpeculationBounds(*point) for point in product(thresholds, deepest, widths))
+
+
+def _settings(traces: Traces, held: Held) -> list[Callable[[SpeculationBounds], Iterator[SpeculationBounds]]]:
+    """For each setting that is free: all its values, the others as they are."""
+    deepest = max(traces.layers) if held.max_exit_layer is None else held.max_exit_layer
+    found: list[Callable[[SpeculationBounds], Iterator[SpeculationBounds]]] = []
+
+    def thresholds(bounds: SpeculationBounds, varied: int) -> Iterator[SpeculationBounds]:
+        own = {layer: bounds.threshold(layer) if layer <= bounds.max_exit_layer else OFF for layer in traces.layers}
+        for value in (*THRESHOLDS, OFF):
+            yield replace(bounds, max_exit_layer=deepest, exit_thresholds=own | {varied: value})
+
+    if held.exit_threshold is None:
+        found += [partial(thresholds, varied=layer) for layer in traces.layers if layer <= deepest]
+    if held.max_draft_tokens is None:
+        found.append(lambda bounds: (replace(bounds, max_draft_tokens=width) for width in WIDTHS))
+    found.append(lambda bounds: (replace(bounds, min_survival=survival) for survival in SURVIVALS))
+    return found
+
+
+def _tidy(traces: Traces, bounds: SpeculationBounds, held: Held) -> SpeculationBounds:
+    """The same decisions, said shortly: no deeper than the deepest exit in use, no threshold twice."""
+    used = bounds.exits(traces.layers)
+    deepest = used[-1] if used and held.max_exit_layer is None else bounds.max_exit_layer
+    own = {
+        layer: bounds.threshold(layer)
+        for layer in traces.layers
+        if layer <= deepest and bounds.threshold(layer) != bounds.exit_threshold
+    }
+    return replace(bounds, max_exit_layer=deepest, exit_thresholds=own)
