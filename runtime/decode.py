@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from runtime.accept import Accepted, accept
+from runtime.controller import Controller
 from runtime.draft import Drafter, draft_tokens
 from runtime.policy import SpeculationBounds
 from runtime.state import DecodeState
@@ -37,14 +38,18 @@ def speculate_round(
     bounds: SpeculationBounds,
     emitter: Emitter,
     stats: SpeculationStats,
+    controller: Controller | None = None,
 ) -> Accepted:
     """One round: emits at least one token and leaves nothing pending.
 
     Args:
         state: settled up to, but not including, `newest`.
         newest: the last emitted token.
+        controller: may allow less than `bounds`.
     """
     settled = state.length
+    if controller is not None:
+        bounds = controller.begin(bounds)
     state.push(newest)
     limit = bounds.draft_limit(emitter.remaining)
     draft = draft_tokens(state, drafter, bounds, limit=limit, stop_tokens=emitter.stop_tokens)
@@ -52,6 +57,9 @@ def speculate_round(
     result = accept(draft.tokens, lambda row: emitter.emit(logits_TV[row : row + 1]))
     state.crop(settled + len(result.tokens))
     stats.record_round(draft.exit_layers, result.num_accepted, len(result.tokens), hard=draft.hard)
+    if controller is not None:
+        controller.end(draft.exit_layers, draft.confidences, result.num_accepted)
+        stats.resting_rounds += controller.resting > 0
     return result
 
 
@@ -62,6 +70,7 @@ def decode(
     bounds: SpeculationBounds,
     emitter: Emitter,
     stats: SpeculationStats,
+    controller: Controller | None = None,
 ) -> None:
     """Emit tokens until the emitter stops.
 
@@ -72,5 +81,5 @@ def decode(
     newest, stopped = emitter.emit(prompt_logits)
     stats.emitted += 1
     while not stopped:
-        result = speculate_round(state, newest, drafter, bounds, emitter, stats)
+        result = speculate_round(state, newest, drafter, bounds, emitter, stats, controller)
         newest, stopped = result.tokens[-1], result.stopped

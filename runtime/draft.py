@@ -81,10 +81,11 @@ class HeadDrafter:
 
 @dataclass(slots=True)
 class Draft:
-    """Drafted tokens, the exit layer of each, and whether the draft ended at a hard token."""
+    """Drafted tokens, exit layer and confidence of each, and whether the draft ended at a hard token."""
 
     tokens: list[int] = field(default_factory=list)
     exit_layers: list[int] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
     hard: bool = False
 
 
@@ -115,6 +116,7 @@ def draft_tokens(
         survival *= sure
         draft.tokens.append(token)
         draft.exit_layers.append(layer)
+        draft.confidences.append(sure)
         state.push(token)
         if token in stop_tokens:
             break

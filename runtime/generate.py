@@ -29,6 +29,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from runtime.cache import KVCache
 from runtime.certificate import Certificate
 from runtime.config import SpecBoundConfig
+from runtime.controller import Controller
 from runtime.decode import decode
 from runtime.draft import Drafter
 from runtime.emitter import TargetEmitter
@@ -63,6 +64,7 @@ class SpecBound:
         config: what the adapter's `config.json` says; None where a drafter was attached by hand.
         bounds: may be replaced between calls.
         certificate: what the exactness probe checked and found; None before it ran.
+        controller: rests where speculation does not pay; None speculates always, and reproducibly so.
         stats: counts of the last `generate` call that speculated.
     """
 
@@ -85,6 +87,7 @@ class SpecBound:
         self.config = config
         self.fingerprint = fingerprint or base_fingerprint(model)
         self.certificate: Certificate | None = None
+        self.controller: Controller | None = None
         self.stats = SpeculationStats()
         self.enabled = True
         self._lock = threading.RLock()
@@ -240,7 +243,7 @@ def _speculate(
     known = emitter.input_ids[0].tolist()
     state = DecodeState(specbound.layers, cache, known, position_offset=offset)
     with execution(model, policy):
-        decode(state, outputs.logits[:, -1], specbound.drafter, bounds, emitter, specbound.stats)
+        decode(state, outputs.logits[:, -1], specbound.drafter, bounds, emitter, specbound.stats, specbound.controller)
     if generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False):
         cache.copy_to(stock_cache)
     specbound.stats.unpromised = emitter.unpromised

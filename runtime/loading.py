@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime.adapter import Adapter, load_adapter
+from runtime.controller import Controller
 from runtime.draft import HeadDrafter
 from runtime.errors import AdapterError, BaseModelMismatch, ConfigError
 from runtime.generate import EXACTNESS, SpecBound, attach
@@ -29,6 +30,7 @@ def load_specbound(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     exactness: str = "bitwise",
+    adaptive: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
     """Load an adapter onto its base; `generate` then gives the base's own tokens, faster.
@@ -40,6 +42,7 @@ def load_specbound(
         dtype, device_map: as `from_pretrained` takes them, for a base that is loaded here.
         token, cache_dir, local_files_only: as huggingface_hub takes them.
         exactness: `bitwise` (default): the bits of plain decoding. `batched`: faster; near-ties may differ.
+        adaptive: draft less, or nothing for a while, where that is measured to be slower. Ids are the same.
         tokenizer: checked against the adapter's; for a base loaded here its own is.
 
     Returns:
@@ -76,6 +79,8 @@ def load_specbound(
     check_supported(model)
     check_base(model, tokenizer, loaded)
     specbound = make_specbound(model, loaded, exactness=exactness)
+    if adaptive:
+        specbound.controller = Controller()
     if not model.training:  # such a model decodes plainly, and dropout would fail the probe
         specbound.prepare(model)
     return attach(model, specbound)

@@ -15,6 +15,7 @@ class SpeculationStats:
         accepted: drafts accepted, by exit layer.
         accept_counts: accepted drafts of a round -> number of rounds.
         hard_tokens: rounds that ended at a token no exit was sure of.
+        resting_rounds: rounds in which nothing was drafted because it did not pay.
         unpromised: tokens that plain decoding may have chosen otherwise; 0 unless blocks are not exact.
         seconds: wall-clock time of the call, prompt included.
     """
@@ -25,6 +26,7 @@ class SpeculationStats:
     accepted: Counter[int] = field(default_factory=Counter)
     accept_counts: Counter[int] = field(default_factory=Counter)
     hard_tokens: int = 0
+    resting_rounds: int = 0
     unpromised: int = 0
     seconds: float = 0.0
 
@@ -44,6 +46,7 @@ class SpeculationStats:
         self.accepted += other.accepted
         self.accept_counts += other.accept_counts
         self.hard_tokens += other.hard_tokens
+        self.resting_rounds += other.resting_rounds
         self.unpromised += other.unpromised
         self.seconds += other.seconds
         return self

@@ -78,16 +78,18 @@ class CostTable:
     def __str__(self) -> str:
         where = ", ".join(f"{name} {value}" for name, value in self.conditions.items()) or "counted, not measured"
         widths = sorted(self.layer)
+
+        def row(title: str, values: Mapping[int, float], scale: float = 1.0) -> str:
+            return f"{title:<24}" + "".join(f"{scale * values[width]:9.3f}" for width in widths)
+
         lines = [
             where,
             f"stock generate: {self.plain:.3g} ms a token, and {1000 * self.plain_context:.3g} for 1,000 of context",
             f"head {self.head:.3g} ms, lookup {self.lookup:.2g} ms, the rest of an emitted token {self.token:.3g} ms",
-            "tokens in a block:     " + "".join(f"{width:>9}" for width in sorted(self.layer)),
-            "one layer, ms:         " + "".join(f"{self.layer[width]:9.3f}" for width in sorted(self.layer)),
-            "  1,000 of context, ms:"
-            + "".join(f"{1000 * self.layer_context[width]:9.3f}" for width in sorted(self.layer_context)),
-            "unembedding, ms:       "
-            + "".join(f"{self.unembedding[width]:9.3f}" for width in sorted(self.unembedding)),
+            f"{'tokens in a block':<24}" + "".join(f"{width:>9}" for width in widths),
+            row("one layer, ms", self.layer),
+            row("  for 1,000 of context", self.layer_context, 1000.0),
+            row("unembedding, ms", self.unembedding),
         ]
         return "\n".join(lines)
 

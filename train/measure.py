@@ -134,13 +134,17 @@ class _Bench:
 
     def gaps(self) -> dict[Any, float]:
         """Seconds between tokens of stock `generate`, and of the round that drafts nothing."""
-        bounds, self.specbound.bounds = self.specbound.bounds, _nothing(self.specbound.bounds)
+        specbound = self.specbound
+        bounds, controller = specbound.bounds, specbound.controller
+        # As wide as before, so that the same certificate holds.
+        specbound.bounds = SpeculationBounds(2.0, bounds.max_exit_layer, bounds.max_draft_tokens)
+        specbound.controller = None
         try:
             alone = self._gap()
-            with self.specbound.disabled():
+            with specbound.disabled():
                 stock = self._gap()
         finally:
-            self.specbound.bounds = bounds
+            specbound.bounds, specbound.controller = bounds, controller
         return {("stock", None, self.context): stock, ("alone", None, self.context): alone}
 
     def _gap(self) -> float:
@@ -159,11 +163,6 @@ class _Bench:
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - started, result
-
-
-def _nothing(bounds: SpeculationBounds) -> SpeculationBounds:
-    """Bounds as wide as these, so that the same certificate holds, under which nothing is drafted."""
-    return SpeculationBounds(2.0, bounds.max_exit_layer, bounds.max_draft_tokens)
 
 
 class _Clock(BaseStreamer):

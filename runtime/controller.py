@@ -1,0 +1,111 @@
+"""`Controller`: is speculation paying? Watches rounds as they come, rests where it is not, and tries again.
+
+Decides only how much is drafted, so never which tokens come out. Time comes from a clock that tests replace.
+Knows no model.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import median
+
+from runtime.policy import SpeculationBounds
+
+# Rounds of each kind that an estimate looks back on, and the fewest that it is made from.
+WINDOW, TRIAL = 16, 6
+PLAIN_WINDOW, FIRST_PLAIN = 8, 2
+# A round without drafts now and then, while speculating, keeps the other side of the comparison fresh.
+REFRESH = 48
+# Rounds without drafts after a trial that did not pay: doubled each time, so that trials cost ever less.
+FIRST_REST, MAX_REST = 24, 768
+# Speed is noisy: a trial must not only just pay, and what pays is not dropped for a hair.
+PAYS_AGAIN, PAYS_NO_MORE = 1.02, 0.99
+# A source's record: how many observations its own confidence counts for, and how fast old ones are forgotten.
+PRIOR, KEEP = 8.0, 0.98
+
+
+class Controller:
+    """Bounds for each round of one model, call after call.
+
+    Args:
+        clock: seconds, never running backwards.
+
+    Attributes:
+        resting: rounds without drafts still to come because speculation did not pay.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self.resting = 0
+        self._rest = FIRST_REST
+        self._plain: deque[tuple[float, int]] = deque(maxlen=PLAIN_WINDOW)
+        self._drafted: deque[tuple[float, int]] = deque(maxlen=WINDOW)
+        self._since_plain = 0
+        self._on_trial = True
+        self._records: dict[int, tuple[float, float]] = {}
+        self._started = 0.0
+        self._is_plain = False
+
+    def begin(self, bounds: SpeculationBounds) -> SpeculationBounds:
+        """Start a round; what it may draft, which is never more than `bounds` say."""
+        fresh = len(self._plain) >= FIRST_PLAIN and self._since_plain < REFRESH
+        self._is_plain = self.resting > 0 or not fresh
+        allowed = replace(bounds, max_draft_tokens=0) if self._is_plain else self._corrected(bounds)
+        self._started = self.clock()
+        return allowed
+
+    def end(self, exit_layers: Sequence[int], confidences: Sequence[float], num_accepted: int) -> None:
+        """End the round.
+
+        Args:
+            exit_layers, confidences: of its drafts.
+            num_accepted: how many of them were accepted; one token more was emitted.
+        """
+        took = (self.clock() - self._started, num_accepted + 1)
+        if self._is_plain:
+            self._plain.append(took)
+            self._since_plain = 0
+            self.resting = max(0, self.resting - 1)
+            return
+        self._drafted.append(took)
+        self._since_plain += 1
+        self._observe(exit_layers, confidences, num_accepted)
+        if len(self._drafted) >= TRIAL:
+            self._judge()
+
+    def _judge(self) -> None:
+        """Go on, or rest."""
+        gain = _speed(self._drafted) / _speed(self._plain)
+        if gain < (PAYS_AGAIN if self._on_trial else PAYS_NO_MORE):
+            self.resting, self._rest = self._rest, min(2 * self._rest, MAX_REST)
+            self._drafted.clear()
+            self._on_trial = True
+        elif len(self._drafted) == WINDOW:
+            self._rest, self._on_trial = FIRST_REST, False
+
+    def _observe(self, exit_layers: Sequence[int], confidences: Sequence[float], num_accepted: int) -> None:
+        """Hold the confidences of drafts that were judged, up to the first rejected one, against what came of them."""
+        self._records = {layer: (KEEP * sure, KEEP * right) for layer, (sure, right) in self._records.items()}
+        judged = zip(exit_layers, confidences, strict=True)
+        for index, (layer, confidence) in enumerate(judged):
+            if index > num_accepted:
+                break
+            sure, right = self._records.get(layer, (0.0, 0.0))
+            self._records[layer] = (sure + confidence, right + (index < num_accepted))
+
+    def _corrected(self, bounds: SpeculationBounds) -> SpeculationBounds:
+        """The bounds with a higher threshold for each source that has been right less often than it said."""
+        own = dict(bounds.exit_thresholds)
+        for layer, (sure, right) in self._records.items():
+            honesty = (right + PRIOR) / (sure + PRIOR)
+            if honesty < 1.0:
+                own[layer] = bounds.threshold(layer) / honesty
+        return replace(bounds, exit_thresholds=own)
+
+
+def _speed(rounds: Sequence[tuple[float, int]]) -> float:
+    """Tokens a second, a round that was held up by something else counted as three ordinary ones at most."""
+    usual = median(seconds for seconds, _ in rounds)
+    spent = sum(min(seconds, 3 * usual) for seconds, _ in rounds)
+    return sum(tokens for _, tokens in rounds) / max(spent, 1e-9)
