@@ -3,7 +3,7 @@
 Not the sampling temperature. Knows nothing of models, heads or thresholds.
 
 Source: SpecBound (arXiv 2604.12247), annealed confidence threshold: `T_l = 1 + alpha (1 - l / L)`; the `fitted`
-schedule, one temperature per exit by held-out likelihood, goes beyond the paper.
+and `monotone` schedules, one temperature per exit by held-out likelihood, go beyond the paper.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from runtime.errors import ConfigError
 
-SCHEDULE_KINDS = ("none", "linear", "fitted")
+SCHEDULE_KINDS = ("none", "linear", "fitted", "monotone")
 MAX_TEMPERATURE = 1000.0
 
 
@@ -49,7 +49,8 @@ class TemperatureSchedule:
     """Exit temperatures by exit layer.
 
     Attributes:
-        kind: `none` (all 1), `linear` (the paper's, from `alpha`) or `fitted` (one per exit).
+        kind: `none` (all 1), `linear` (the paper's, from `alpha`), `fitted` (one per exit) or
+            `monotone` (one per exit, never rising with depth).
         temperatures: exit layer -> temperature.
         alpha: slope of the linear schedule; None for the other kinds.
     """

@@ -11,11 +11,10 @@ from train.calibrate import (
     Confidences,
     _confidence_grid,
     collect,
-    expected_calibration_error,
     fit_schedule,
-    report,
 )
 from train.features import Features
+from train.reliability import Texts, bounded_waste, expected_calibration_error, hoeffding_bentkus, report
 
 LAYERS, NUM_HIDDEN_LAYERS, CLASSES = (2, 4), 8, 12
 TRUE = {2: 2.5, 4: 0.6}
@@ -154,8 +153,10 @@ def test_report_counts_positions_sequences_and_thresholds():
     figures = report(found, TemperatureSchedule.none([3]))
     assert (figures["positions"], figures["sequences"]) == (400, 10)
     by_threshold = {row["threshold"]: row for row in figures["exits"]["3"]["thresholds"]}
-    assert by_threshold[0.6] == {"threshold": 0.6, "coverage": 1.0, "precision": 0.5}
-    assert by_threshold[0.7] == {"threshold": 0.7, "coverage": 0.0, "precision": None}
+    found = by_threshold[0.6]
+    assert (found["coverage"], found["precision"], found["precision_interval"]) == (1.0, 0.5, [0.5, 0.5])
+    none = {"threshold": 0.7, "coverage": 0.0, "precision": None, "precision_interval": None}
+    assert by_threshold[0.7] == none
 
 
 def test_the_grid_is_the_runtimes_confidence():
@@ -164,3 +165,53 @@ def test_the_grid_is_the_runtimes_confidence():
     for index in (0, 40, 80):
         expected = confidence(logits, float(TEMPERATURES[index])).numpy()
         assert grid[:, index] == pytest.approx(expected, rel=1e-5)
+
+
+def test_monotone_temperatures_never_rise_with_depth():
+    """Where the fitted ones do, the best that do not are taken; where they fall already, they are the same."""
+    falling = collected()
+    assert fit_schedule(falling, "monotone", NUM_HIDDEN_LAYERS)[0].temperatures == (
+        fit_schedule(falling, "fitted", NUM_HIDDEN_LAYERS)[0].temperatures
+    )
+    rising = Confidences(
+        {2: falling.grid[4], 4: falling.grid[2]},
+        {2: falling.right[4], 4: falling.right[2]},
+        falling.sequence,
+        falling.targets,
+    )
+    found, scores = fit_schedule(rising, "monotone", NUM_HIDDEN_LAYERS)
+    assert found[2] == found[4] and TRUE[4] < found[2] < TRUE[2]
+    assert scores["fitted"] < scores["monotone"] < scores["none"]
+
+
+def test_intervals_are_of_texts_and_hold_the_estimate():
+    """Each has the figure inside; copies of the same few texts do not make it narrower than texts are different."""
+    described = report(collected(number=4000), TemperatureSchedule.none(list(LAYERS)))["exits"]["2"]
+    low, high = described["agreement_interval"]
+    assert low <= described["agreement"] <= high and high - low < 0.2
+    assert described["ece_before_interval"][0] <= described["ece_before"] <= described["ece_before_interval"][1] + 0.02
+    assert 0 < described["brier_after"] < 0.35
+
+
+def test_the_bound_on_waste_is_kept():
+    """On honest confidences the threshold found wastes at most epsilon on new texts, in nearly all repetitions."""
+    broken = stated = 0
+    for seed in range(60):
+        sure = np.random.default_rng(seed).random((2, 2400)).astype(np.float32)
+        right = np.random.default_rng(1000 + seed).random((2, 2400)) < sure
+        seen = Texts.of(np.repeat(np.arange(80), 30))
+        found = bounded_waste(sure[0], right[0], seen, epsilon=0.25, delta=0.1)
+        if found["threshold"] is not None:
+            stated += 1
+            sure, right = sure[1], right[1]
+            broken += float((~right[sure >= found["threshold"]]).mean()) > 0.25
+    assert stated > 50 and broken <= 0.1 * stated
+
+
+def test_nothing_is_claimed_of_a_bad_exit_or_of_few_texts():
+    """No threshold at all."""
+    sure = np.full(600, 0.95, np.float32)
+    wrong = bounded_waste(sure, np.zeros(600, bool), Texts.of(np.repeat(np.arange(60), 10)))
+    few = bounded_waste(sure, np.ones(600, bool), Texts.of(np.repeat(np.arange(6), 100)))
+    assert wrong["threshold"] is None and few["threshold"] is None
+    assert hoeffding_bentkus(0.0, 50, 0.25) < 0.001 and hoeffding_bentkus(0.3, 50, 0.25) == 1.0

@@ -1,11 +1,12 @@
-"""Exit temperatures from text the heads have not seen, and how honest confidences are. Knows no base model.
+"""Exit temperatures from text the heads have not seen. Knows no base model.
 
 A temperature is fitted by the likelihood of "the draft is the base's choice" under the confidence it gives,
 which is what the exit rule reads; the paper's linear schedule by its one slope, the fitted schedule by one
-number per exit. Of these and T = 1 the likeliest on sequences not used to fit them is kept.
+number per exit, the monotone one by numbers that never rise with depth. Of these and T = 1 the likeliest on
+sequences not used to fit them is kept.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from train.features import Features
 TEMPERATURES = np.geomspace(0.2, 10.0, 81)
 SLOPES = np.linspace(-0.95, 9.0, 399)
 MIN_POSITIONS = 200
-THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+KINDS = ("none", "linear", "fitted", "monotone")
 
 Floats = NDArray[np.float32]
 
@@ -105,14 +106,14 @@ def fit_schedule(
     """Exit temperatures, and the mean negative log-likelihood of each kind on sequences not used to fit it.
 
     Args:
-        kind: `none`, `linear`, `fitted`, or `auto` for the likeliest of them.
+        kind: one of `KINDS`, or `auto` for the likeliest of them, the simpler one of equals.
     """
     odd = found.sequence % 2 == 1
     scores = {
         name: float(
             np.mean([_score(found, _fit(found, name, num_hidden_layers, part), ~part) for part in (odd, ~odd)])
         )
-        for name in ("none", "linear", "fitted")
+        for name in KINDS
     }
     chosen = min(scores, key=lambda name: scores[name]) if kind == "auto" else kind
     return _fit(found, chosen, num_hidden_layers, np.ones_like(odd)), scores
@@ -124,12 +125,34 @@ def _fit(found: Confidences, kind: str, num_hidden_layers: int, part: NDArray[np
     if kind == "none":
         return TemperatureSchedule.none(layers)
     if kind == "fitted":
-        return TemperatureSchedule("fitted", {layer: float(TEMPERATURES[losses[layer].argmin()]) for layer in layers})
+        return TemperatureSchedule(kind, {layer: float(TEMPERATURES[losses[layer].argmin()]) for layer in layers})
+    if kind == "monotone":
+        chosen = _non_increasing([losses[layer] for layer in layers])
+        return TemperatureSchedule(
+            kind, {layer: float(TEMPERATURES[i]) for layer, i in zip(layers, chosen, strict=True)}
+        )
     totals = [
         sum(losses[layer][_nearest(linear_temperature(slope, layer, num_hidden_layers))] for layer in layers)
         for slope in SLOPES
     ]
     return TemperatureSchedule.linear(round(float(SLOPES[int(np.argmin(totals))]), 6), layers, num_hidden_layers)
+
+
+def _non_increasing(losses: list[NDArray[np.float64]]) -> list[int]:
+    """Index of a temperature for each exit, shallowest first, never rising with depth, of least total loss."""
+    total = np.zeros(len(TEMPERATURES))
+    steps = []
+    for loss in losses:
+        # best[i]: the least total so far with every temperature at index i or above
+        order = np.minimum.accumulate(total[::-1])[::-1]
+        steps.append(np.array([i + int(total[i:].argmin()) for i in range(len(total))]))
+        total = loss + order
+    index = int(total.argmin())
+    chosen = [index]
+    for before in reversed(steps[1:]):
+        index = int(before[index])
+        chosen.append(index)
+    return chosen[::-1]
 
 
 def _score(found: Confidences, schedule: TemperatureSchedule, part: NDArray[np.bool_]) -> float:
@@ -146,39 +169,3 @@ def _losses(found: Confidences, layer: int, part: NDArray[np.bool_]) -> NDArray[
 
 def _nearest(temperature: float) -> int:
     return int(np.abs(np.log(TEMPERATURES / temperature)).argmin())
-
-
-def expected_calibration_error(sure: Floats, right: NDArray[np.bool_], *, bins: int = 15) -> float:
-    """ECE in [0, 1] over bins of equal mass: mean of |accuracy - confidence|, weighted by positions."""
-    order = np.argsort(sure, kind="stable")
-    parts = [part for part in np.array_split(order, bins) if len(part)]
-    gaps = [len(part) * abs(float(right[part].mean()) - float(sure[part].mean())) for part in parts]
-    return float(sum(gaps) / len(order))
-
-
-def report(found: Confidences, schedule: TemperatureSchedule) -> dict[str, Any]:
-    """For `calibration.json`: agreement, ECE before and after, precision and coverage by threshold."""
-    before = found.at(TemperatureSchedule.none(sorted(found.grid)))
-    after = found.at(schedule)
-    exits: Mapping[int, Any] = {
-        layer: {
-            "temperature": schedule[layer],
-            "agreement": float(right.mean()),
-            "ece_before": expected_calibration_error(before[layer], right),
-            "ece_after": expected_calibration_error(after[layer], right),
-            "thresholds": [_at_threshold(after[layer], right, threshold) for threshold in THRESHOLDS],
-        }
-        for layer, right in sorted(found.right.items())
-    }
-    return {
-        "positions": len(found.sequence),
-        "sequences": int(found.sequence[-1]) + 1,
-        "schedule": {"kind": schedule.kind, "alpha": schedule.alpha},
-        "exits": {str(layer): values for layer, values in exits.items()},
-    }
-
-
-def _at_threshold(sure: Floats, right: NDArray[np.bool_], threshold: float) -> dict[str, float | None]:
-    taken = sure >= threshold
-    precision = float(right[taken].mean()) if taken.any() else None
-    return {"threshold": threshold, "coverage": float(taken.mean()), "precision": precision}

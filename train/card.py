@@ -5,6 +5,7 @@ from typing import Any
 import yaml
 
 from runtime.config import SpecBoundConfig
+from runtime.policy import SpeculationBounds
 
 
 def card(config: SpecBoundConfig, calibrated: dict[str, Any], speed: dict[str, Any] | None = None) -> str:
@@ -24,7 +25,6 @@ def card(config: SpecBoundConfig, calibrated: dict[str, Any], speed: dict[str, A
     }
     if config.license:
         metadata["license"] = config.license
-    bounds = config.bounds
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# SpecBound exit heads for {config.base_model_name_or_path}",
@@ -41,14 +41,45 @@ def card(config: SpecBoundConfig, calibrated: dict[str, Any], speed: dict[str, A
         "the fit; ECE over 15 bins of equal mass, on the same text.\n\n"
         "![Reliability of each exit before and after calibration](reliability.png)",
         _lookup(calibrated),
-        f"Bounds: `exit_threshold` {bounds.exit_threshold:g}, `max_exit_layer` {bounds.max_exit_layer}, "
-        f"`max_draft_tokens` {bounds.max_draft_tokens}. Draft vocabulary: {config.draft_vocab_size} of "
+        "![Share of right drafts by share of positions drafted at, for each source](precision.png)",
+        "## Bounds\n\n" + _bounds(config.bounds),
+        _replay(calibrated["replay"]),
+        "![Predicted speed-up by threshold and width](speed.png)\n\n"
+        "![Drafted and accepted by source, per 100 tokens](sources.png)",
+        f"Draft vocabulary: {config.draft_vocab_size} of "
         f"{config.vocab_size} tokens, {100 * calibrated['held_out_coverage']:.1f} % of held-out text.",
         "## Limits\n\nFitted for this base (checked by fingerprint) and text like its own answers to the "
         "prompts in `run.yaml`. Other text costs speed, never correctness. Batches, beam search and other "
         "modes run as plain decoding.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _bounds(bounds: SpeculationBounds) -> str:
+    own = "".join(f", {tau:g} for layer {layer}" for layer, tau in sorted(bounds.exit_thresholds.items()) if tau <= 1)
+    off = [str(layer) for layer, tau in sorted(bounds.exit_thresholds.items()) if tau > 1]
+    return (
+        f"`exit_threshold` {bounds.exit_threshold:g}{own}"
+        + (f"; layers not asked: {', '.join(off)}" if off else "")
+        + f"; `max_exit_layer` {bounds.max_exit_layer}, `max_draft_tokens` {bounds.max_draft_tokens}, "
+        f"`min_survival` {bounds.min_survival:g}. `specbound profile` and `specbound tune` choose for your machine."
+    )
+
+
+def _replay(replayed: dict[str, Any]) -> str:
+    costs, (low, high) = replayed["costs"], replayed["predicted_speedup_interval"]
+    where = costs if isinstance(costs, str) else ", ".join(f"{name} {value}" for name, value in costs.items())
+    return (
+        f"Replay of the logged calibration text with them: mean accepted length "
+        f"{replayed['mean_accepted_length']:.2f}, acceptance rate {replayed['acceptance_rate']:.2f}, predicted "
+        f"{replayed['predicted_speedup']:.2f}x stock `generate` ({low:.2f} to {high:.2f} over texts; costs: {where})."
+    )
+
+
+def _risk(layer: str, risk: dict[str, Any]) -> str:
+    if risk["threshold"] is None:
+        return f"layer {layer}: none"
+    return f"layer {layer}: {risk['threshold']:g}"
 
 
 def _lookup(calibrated: dict[str, Any]) -> str:
@@ -74,7 +105,16 @@ def _exits(calibrated: dict[str, Any]) -> str:
             f"| {layer} | {found['temperature']:.2f} | {found['agreement']:.3f} | {found['ece_before']:.3f} "
             f"| {found['ece_after']:.3f} | {precision} / {at['coverage']:.2f} |"
         )
-    return "\n".join(rows)
+    risks = [
+        (layer, found["risk"]) for layer, found in sorted(calibrated["exits"].items(), key=lambda item: int(item[0]))
+    ]
+    epsilon, delta = risks[0][1]["epsilon"], risks[0][1]["delta"]
+    return (
+        "\n".join(rows) + f"\n\nLowest thresholds at which, with {100 * (1 - delta):.0f} % confidence, at most "
+        f"{100 * epsilon:.0f} % of an exit's drafts on new text of this kind are rejected: "
+        + "; ".join(_risk(*pair) for pair in risks)
+        + ". A bound on wasted work; what comes out is the base's either way."
+    )
 
 
 def _speed(speed: dict[str, Any] | None) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.lookup import MAX_MATCH, NUM_SUPPORTS, ContextLookup, LookupTable
-from train.calibrate import expected_calibration_error
+from train.reliability import expected_calibration_error
 
 # Positions that the prior of a cell counts for: few proposals say little.
 PRIOR_WEIGHT = 8.0

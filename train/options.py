@@ -21,7 +21,7 @@ CHOICES = {
     "chat_template": ("auto", "none"),
     "head": ("residual", "linear", "lora"),
     "features": ("online", "cache"),
-    "schedule": ("auto", "linear", "fitted", "none"),
+    "schedule": ("auto", "linear", "fitted", "monotone", "none"),
 }
 
 # Numbers that may be 0, and fractions; all others must be above 0, but for max_steps.
@@ -88,7 +88,7 @@ class FitConfig:
     resume_from_checkpoint: str | None = field(default=None, metadata=_help("latest, or a checkpoint folder"))
     report_to: list[str] = field(default_factory=list, metadata=_help("trackers, such as tensorboard"))
 
-    schedule: str = field(default="auto", metadata=_help("exit temperatures: auto, linear, fitted, none"))
+    schedule: str = field(default="auto", metadata=_help("exit temperatures: auto, linear, fitted, monotone, none"))
     exit_threshold: float | None = field(default=None, metadata=_help("default: chosen on calibration data"))
     max_exit_layer: int | None = field(default=None, metadata=_help("deepest exit used"))
     max_draft_tokens: int | None = field(default=None, metadata=_help("longest draft"))

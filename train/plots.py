@@ -1,13 +1,18 @@
 """Pictures of what was measured. Knows arrays and files, no models."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.policy import SpeculationBounds
 from runtime.temperature import TemperatureSchedule
-from train.calibrate import Confidences, expected_calibration_error
+from train.calibrate import Confidences
+from train.reliability import expected_calibration_error
+from train.replay import Replayed, Replayer
+from train.traces import Traces
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -43,6 +48,72 @@ def reliability_plot(found: Confidences, schedule: TemperatureSchedule, path: Pa
         )
         panel.legend(fontsize=8, loc="upper left", frameon=False)
     panels[0][0].set_ylabel("share of drafts that are right")
+    _save(figure, path)
+
+
+def precision_plot(traces: Traces, bounds: SpeculationBounds, path: Path) -> None:
+    """Share of drafts that are right against share of positions drafted at, one line a source, its own tau marked."""
+    figure, panel = plt.subplots(figsize=(5.2, 4.0))
+    for row, layer in enumerate(traces.layers):
+        order = np.argsort(-traces.sure[row], kind="stable")
+        right = np.cumsum(traces.right[row][order])
+        count = np.arange(1, len(order) + 1)
+        shown = count >= min(30, len(order))  # the first few say nothing
+        (line,) = panel.plot((count / len(order))[shown], (right / count)[shown], label=_source(layer))
+        taken = bounds.accepts(layer, traces.sure[row]) & (layer <= bounds.max_exit_layer)
+        if taken.any():
+            panel.plot(taken.mean(), traces.right[row][taken].mean(), "o", color=line.get_color())
+    panel.set(
+        xlabel="share of positions drafted at", ylabel="share of drafts that are right", xlim=(0, 1), ylim=(0, 1)
+    )
+    panel.legend(fontsize=8, frameon=False, title="dots: the bounds chosen", title_fontsize=8)
+    _save(figure, path)
+
+
+def speed_plot(replayer: Replayer, bounds: SpeculationBounds, path: Path) -> None:
+    """Predicted speed-up over stock by one tau for all exits and by width, the best marked."""
+    taus, widths = np.linspace(0.2, 0.95, 16), range(1, 9)
+    speed = np.array(
+        [
+            [replayer.run(SpeculationBounds(float(tau), bounds.max_exit_layer, width)).speedup for tau in taus]
+            for width in widths
+        ]
+    )
+    figure, panel = plt.subplots(figsize=(6.0, 3.4))
+    image = panel.pcolormesh(taus, list(widths), speed, cmap="viridis", shading="nearest")
+    row, column = np.unravel_index(speed.argmax(), speed.shape)
+    panel.plot(taus[column], row + 1, "r*", markersize=12)
+    chosen = replayer.run(bounds).speedup
+    panel.set(
+        xlabel="exit_threshold, the same at every exit",
+        ylabel="max_draft_tokens",
+        title=f"best here {speed.max():.2f}x; bounds chosen {chosen:.2f}x",
+    )
+    panel.title.set_fontsize(9)
+    figure.colorbar(image, label="predicted speed-up over stock")
+    _save(figure, path)
+
+
+def sources_plot(replayed: Replayed, path: Path) -> None:
+    """Drafts by source, and how many of them were accepted, per 100 tokens emitted."""
+    layers = sorted(replayed.drafted)
+    share = 100.0 / replayed.emitted
+    figure, panel = plt.subplots(figsize=(5.2, 0.5 * len(layers) + 1.4))
+    drafted = [share * replayed.drafted[layer] for layer in layers]
+    accepted = [share * replayed.accepted[layer] for layer in layers]
+    panel.barh([_source(layer) for layer in layers], drafted, color="0.82", label="drafted")
+    panel.barh([_source(layer) for layer in layers], accepted, color="tab:blue", label="accepted", height=0.5)
+    panel.invert_yaxis()
+    panel.set_xlabel("per 100 tokens emitted")
+    panel.legend(fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def _source(layer: int) -> str:
+    return "lookup" if layer == 0 else f"exit after layer {layer}"
+
+
+def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)

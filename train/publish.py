@@ -19,13 +19,14 @@ from runtime.config import VERSION, SpecBoundConfig
 from runtime.files import write_atomic
 from runtime.heads import DraftUnembedding, ExitHeads
 from runtime.identity import base_fingerprint, tokenizer_fingerprint
-from train.calibrate import Confidences, collect, fit_schedule, report
+from train.calibrate import collect, fit_schedule
 from train.card import card
 from train.costs import CostTable
 from train.lookup_traces import LookupTraces
 from train.options import FitConfig
-from train.plots import reliability_plot
-from train.replay import Replayed
+from train.plots import precision_plot, reliability_plot, sources_plot, speed_plot
+from train.reliability import report
+from train.replay import Replayed, Replayer
 from train.splits import Split
 from train.traces import TRACES_FILE, Traces
 from train.tuning import Held, tune
@@ -93,11 +94,25 @@ def publish_locally(
     adapter = Adapter(adapter_config, heads, draft_to_target)
 
     def evidence_files(path: Path) -> None:
+        (path / "run.yaml").write_text(yaml.safe_dump(_provenance(config), sort_keys=True), encoding="utf-8")
+        reliability_plot(found, schedule, path / "reliability.png")
         traces.write(path / TRACES_FILE)
-        _write_evidence(path, config, adapter_config, calibrated, found)
+        write_replayed(path, traces, costs, adapter_config, calibrated)
 
     save_adapter(adapter, folder, extra=evidence_files)
     return folder
+
+
+def write_replayed(
+    folder: Path, traces: Traces, costs: CostTable, config: SpecBoundConfig, calibrated: dict[str, Any]
+) -> None:
+    """What changes with the bounds: `calibration.json`, the pictures of the replay, and the card."""
+    replayer = Replayer(traces, costs)
+    precision_plot(traces, config.bounds, folder / "precision.png")
+    speed_plot(replayer, config.bounds, folder / "speed.png")
+    sources_plot(replayer.run(config.bounds), folder / "sources.png")
+    (folder / "calibration.json").write_text(json.dumps(calibrated, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card(config, calibrated), encoding="utf-8")
 
 
 def prediction(replayed: Replayed, costs: CostTable) -> dict[str, Any]:
@@ -130,15 +145,6 @@ def portable(name: str) -> str:
     """A base's name without a machine's path: Hub ids and relative folders as they are."""
     path = Path(name)
     return path.name if path.is_absolute() else name
-
-
-def _write_evidence(
-    folder: Path, config: FitConfig, adapter: SpecBoundConfig, calibrated: dict[str, Any], found: Confidences
-) -> None:
-    (folder / "calibration.json").write_text(json.dumps(calibrated, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / "run.yaml").write_text(yaml.safe_dump(_provenance(config), sort_keys=True), encoding="utf-8")
-    reliability_plot(found, adapter.temperatures, folder / "reliability.png")
-    (folder / "README.md").write_text(card(adapter, calibrated), encoding="utf-8")
 
 
 def _provenance(config: FitConfig) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from typing import Any
 from runtime import DataError
 from runtime.adapter import Adapter, load_adapter, save_adapter
 from runtime.policy import SpeculationBounds
-from train.card import card
 from train.costs import CostTable
-from train.publish import prediction
+from train.publish import prediction, write_replayed
 from train.replay import Replayer
 from train.traces import TRACES_FILE, Traces
 from train.tuning import Held, cross_fitted, tune
@@ -50,7 +49,7 @@ def tune_adapter(folder: Path, costs: CostTable, held: Held) -> dict[str, Any]:
         "after": _described(after, prediction(replayed, costs)),
         "cross_fitted_speedup": cross_fitted(traces, costs, held),
     }
-    _rewrite(folder, replace(adapter, config=replace(adapter.config, bounds=after)), costs, found)
+    _rewrite(folder, replace(adapter, config=replace(adapter.config, bounds=after)), traces, costs, found)
     return found
 
 
@@ -60,7 +59,7 @@ def _described(bounds: SpeculationBounds, predicted: dict[str, Any]) -> dict[str
     return {"bounds": fields} | predicted
 
 
-def _rewrite(folder: Path, adapter: Adapter, costs: CostTable, found: dict[str, Any]) -> None:
+def _rewrite(folder: Path, adapter: Adapter, traces: Traces, costs: CostTable, found: dict[str, Any]) -> None:
     """The same folder with other bounds: whole or not at all, every other file kept."""
     calibrated = json.loads((folder / CALIBRATION_FILE).read_text(encoding="utf-8"))
     calibrated |= {"replay": {key: value for key, value in found["after"].items() if key != "bounds"}, "tuned": found}
@@ -70,8 +69,6 @@ def _rewrite(folder: Path, adapter: Adapter, costs: CostTable, found: dict[str, 
             if path.is_file() and not (unfinished / path.name).exists():
                 shutil.copyfile(path, unfinished / path.name)
         costs.write(unfinished / COSTS_FILE)
-        text = json.dumps(calibrated, indent=2, sort_keys=True) + "\n"
-        (unfinished / CALIBRATION_FILE).write_text(text, encoding="utf-8")
-        (unfinished / "README.md").write_text(card(adapter.config, calibrated), encoding="utf-8")
+        write_replayed(unfinished, traces, costs, adapter.config, calibrated)
 
     save_adapter(adapter, folder, extra=others)
