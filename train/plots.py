@@ -105,7 +105,7 @@ def sources_plot(replayed: Replayed, path: Path) -> None:
     panel.barh([_source(layer) for layer in layers], accepted, color="tab:blue", label="accepted", height=0.5)
     panel.invert_yaxis()
     panel.set_xlabel("per 100 tokens emitted")
-    panel.legend(fontsize=8, frameon=False)
+    panel.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     _save(figure, path)
 
 
