@@ -1,5 +1,6 @@
 """Tuning: at least as fast as hand-set bounds, the user's settings kept, nothing drafted where nothing pays."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from runtime.errors import DataError
 from runtime.policy import SpeculationBounds
+from train.ablations import FULL, UNCALIBRATED, ablate
 from train.costs import CostTable
 from train.replay import Replayer
 from train.traces import Traces
@@ -95,6 +97,8 @@ def test_traces_on_disk(tmp_path: Path) -> None:
     (tmp_path / "bad").write_bytes(b"123")
     with pytest.raises(DataError, match="not a file of traces"):
         Traces.read(tmp_path / "bad")
+    with pytest.raises(DataError, match="no confidences at T = 1"):
+        read.without_temperatures()
     part = traces.of_sequences(np.array([False, True, True]))
     assert part.num_sequences == 2 and len(part) == 100 and part.sequence[0] == 0
     with pytest.raises(DataError, match="do not fit"):
@@ -123,3 +127,15 @@ def test_cost_tables_on_disk(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(DataError, match="specbound profile"):
             CostTable.read(path)
+
+
+def test_ablations_by_replay() -> None:
+    """Each part of the bounds taken away once; less of what pays is slower."""
+    traces = honest_traces()
+    logged = replace(traces, uncalibrated=np.sqrt(traces.sure))
+    bounds, found = tune(logged, COSTS, progress=False)
+    ablated = ablate(logged, bounds, COSTS)
+    fastest = max(one["predicted_speedup"] for one in ablated.values())
+    assert ablated[FULL]["predicted_speedup"] == found.speedup >= fastest - 0.01
+    assert ablated["lookup alone"]["predicted_speedup"] < found.speedup > ablated["heads alone"]["predicted_speedup"]
+    assert ablated[UNCALIBRATED]["acceptance_rate"] < ablated[FULL]["acceptance_rate"]

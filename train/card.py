@@ -44,6 +44,7 @@ def card(config: SpecBoundConfig, calibrated: dict[str, Any], speed: dict[str, A
         "![Share of right drafts by share of positions drafted at, for each source](precision.png)",
         "## Bounds\n\n" + _bounds(config.bounds),
         _replay(calibrated["replay"]),
+        _ablations(calibrated["ablations"]),
         "![Predicted speed-up by threshold and width](speed.png)\n\n"
         "![Drafted and accepted by source, per 100 tokens](sources.png)",
         f"Draft vocabulary: {config.draft_vocab_size} of "
@@ -74,6 +75,16 @@ def _replay(replayed: dict[str, Any]) -> str:
         f"{replayed['mean_accepted_length']:.2f}, acceptance rate {replayed['acceptance_rate']:.2f}, predicted "
         f"{replayed['predicted_speedup']:.2f}x stock `generate` ({low:.2f} to {high:.2f} over texts; costs: {where})."
     )
+
+
+def _ablations(ablations: dict[str, Any]) -> str:
+    rows = ["| replayed | mean accepted length | acceptance rate | predicted speed-up |", "|---|---:|---:|---:|"]
+    rows += [
+        f"| {name} | {found['mean_accepted_length']:.2f} | {found['acceptance_rate']:.2f} "
+        f"| {found['predicted_speedup']:.2f}x |"
+        for name, found in ablations.items()
+    ]
+    return "\n".join(rows)
 
 
 def _risk(layer: str, risk: dict[str, Any]) -> str:

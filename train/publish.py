@@ -19,13 +19,15 @@ from runtime.config import VERSION, SpecBoundConfig
 from runtime.files import write_atomic
 from runtime.heads import DraftUnembedding, ExitHeads
 from runtime.identity import base_fingerprint, tokenizer_fingerprint
+from runtime.temperature import TemperatureSchedule
+from train.ablations import ablate
 from train.calibrate import collect, fit_schedule
 from train.card import card
 from train.costs import CostTable
 from train.lookup_traces import LookupTraces
 from train.options import FitConfig
 from train.plots import precision_plot, reliability_plot, sources_plot, speed_plot
-from train.reliability import report
+from train.reliability import compare_schedules, report
 from train.replay import Replayed, Replayer
 from train.splits import Split
 from train.traces import TRACES_FILE, Traces
@@ -58,11 +60,13 @@ def publish_locally(
     schedule, scores = fit_schedule(found, config.schedule, model.config.num_hidden_layers)
     looked_up = LookupTraces.collect(calibration.sequences.rows, found.targets)
     table = looked_up.fit()
+    by_lookup = {LOOKUP_LAYER: looked_up.confidences(table)}
     traces = Traces.join(
-        found.at(schedule) | {LOOKUP_LAYER: looked_up.confidences(table)},
+        found.at(schedule) | by_lookup,
         found.right | {LOOKUP_LAYER: looked_up.right},
         found.sequence,
         np.array([len(prompt) for prompt, _ in calibration.sequences.rows]),
+        uncalibrated=found.at(TemperatureSchedule.none(config.exit_layers)) | by_lookup,
     )
     costs = counted_costs(model, heads, unembedding)
     held = Held(config.exit_threshold, config.max_exit_layer, config.max_draft_tokens)
@@ -70,7 +74,9 @@ def publish_locally(
     calibrated = report(found, schedule) | {
         "negative_log_likelihood": scores,
         "lookup": looked_up.report(table),
+        "schedules": compare_schedules(found, model.config.num_hidden_layers),
         "replay": prediction(replayed, costs),
+        "ablations": ablate(traces, bounds, costs),
     } | evidence  # fmt: skip
     adapter_config = SpecBoundConfig(
         base_model_name_or_path=portable(config.model_name_or_path),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 
 from runtime.temperature import TemperatureSchedule
-from train.calibrate import Confidences
+from train.calibrate import KINDS, Confidences, fit_schedule
 
 BINS = 15
 DRAWS = 400
@@ -105,6 +105,23 @@ def report(found: Confidences, schedule: TemperatureSchedule) -> dict[str, Any]:
             "brier_after": brier(pooled[1], pooled[2]),
         },
     }
+
+
+def compare_schedules(found: Confidences, num_hidden_layers: int) -> dict[str, Any]:
+    """Each kind of schedule side by side: its temperatures, and the calibration error of each exit under it."""
+    compared = {}
+    for kind in KINDS:
+        schedule, _ = fit_schedule(found, kind, num_hidden_layers)
+        sure = found.at(schedule)
+        compared[kind] = {
+            str(layer): {
+                "temperature": schedule[layer],
+                "ece": expected_calibration_error(sure[layer], found.right[layer]),
+                "brier": brier(sure[layer], found.right[layer]),
+            }
+            for layer in sorted(found.grid)
+        }
+    return compared
 
 
 def describe_exit(before: Floats, after: Floats, right: Flags, texts: Texts) -> dict[str, Any]:

@@ -30,8 +30,8 @@ class Replayed:
         rounds: verification passes.
         drafted, accepted: drafts by source.
         hard_tokens: rounds that ended at a token no exit was sure of.
-        emitted_by_text, ms_by_text, plain_by_text: tokens, their predicted cost, and that of stock `generate`, of
-            each text, shape [texts].
+        emitted_by_text, ms_by_text, plain_by_text: tokens after the first, their predicted cost, and that of stock
+            `generate`, of each text, shape [texts].
     """
 
     rounds: int
@@ -89,6 +89,7 @@ class Replayer:
         self.costs = costs
         self._kinds: dict[tuple[tuple[int, ...], int], tuple[Round, tuple[float, float]]] = {}
         plain = costs.plain + costs.plain_context * traces.context
+        plain[traces.starts] = 0.0  # the prompt's own forward emits the first token, in both ways
         self._plain = np.bincount(traces.sequence, weights=plain).astype(np.float64)
 
     def run(self, bounds: SpeculationBounds) -> Replayed:
@@ -215,13 +216,15 @@ def _rounds(traces: Traces, bounds: SpeculationBounds, exits: tuple[int, ...]) -
 
 
 def _chain(traces: Traces, accepted: Ints) -> Ints:
-    """Positions where a round does start: each text's first, and from there always the one after what was emitted."""
+    """Positions where a round does start: each text's second, the first token being the prompt's own forward's, and
+    from there always the one after what was emitted."""
     length = len(traces)
+    first = traces.starts[traces.remaining[traces.starts] > 1] + 1
     step = np.minimum(np.arange(length) + accepted + 1, length)
     step = np.append(np.where(step < np.arange(length) + traces.remaining, step, length), length)
     visited = np.zeros(length + 1, dtype=bool)
-    visited[traces.starts] = True
-    while bool((step[traces.starts] < length).any()):  # each time twice as many rounds further
+    visited[first] = True
+    while bool((step[first] < length).any()):  # each time twice as many rounds further
         visited[step[visited.nonzero()[0]]] = True
         step = step[step]
     return visited[:length].nonzero()[0]

@@ -13,6 +13,7 @@ from typing import Any
 from runtime import DataError
 from runtime.adapter import Adapter, load_adapter, save_adapter
 from runtime.policy import SpeculationBounds
+from train.ablations import ablate
 from train.costs import CostTable
 from train.publish import prediction, write_replayed
 from train.replay import Replayer
@@ -62,7 +63,11 @@ def _described(bounds: SpeculationBounds, predicted: dict[str, Any]) -> dict[str
 def _rewrite(folder: Path, adapter: Adapter, traces: Traces, costs: CostTable, found: dict[str, Any]) -> None:
     """The same folder with other bounds: whole or not at all, every other file kept."""
     calibrated = json.loads((folder / CALIBRATION_FILE).read_text(encoding="utf-8"))
-    calibrated |= {"replay": {key: value for key, value in found["after"].items() if key != "bounds"}, "tuned": found}
+    calibrated |= {
+        "replay": {key: value for key, value in found["after"].items() if key != "bounds"},
+        "ablations": ablate(traces, adapter.config.bounds, costs),
+        "tuned": found,
+    }
 
     def others(unfinished: Path) -> None:
         for path in folder.iterdir():

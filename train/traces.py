@@ -5,7 +5,7 @@ policy can be replayed over them, on any machine, without the model. Knows no po
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Traces:
         right: whether its draft is the base's choice, shape [sources, N], bool.
         sequence: index of each position's text, shape [N], int64, from 0, not decreasing.
         context: tokens before each position, the prompt's included, shape [N], int64.
+        uncalibrated: confidences with every exit temperature 1, shape [sources, N], float32; None if not logged.
     """
 
     layers: tuple[int, ...]
@@ -36,6 +37,7 @@ class Traces:
     right: NDArray[np.bool_]
     sequence: NDArray[np.int64]
     context: NDArray[np.int64]
+    uncalibrated: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         shape, length = (len(self.layers), len(self.sequence)), len(self.sequence)
@@ -44,6 +46,7 @@ class Traces:
             length == 0
             or self.sure.shape != shape
             or self.right.shape != shape
+            or (self.uncalibrated is not None and self.uncalibrated.shape != shape)
             or self.context.shape != (length,)
             or list(self.layers) != sorted(set(self.layers))
             or self.sequence[0] != 0
@@ -77,6 +80,7 @@ class Traces:
         right: Mapping[int, NDArray[np.bool_]],
         sequence: NDArray[np.int64],
         prompt_lengths: NDArray[np.int64],
+        uncalibrated: Mapping[int, NDArray[np.float32]] | None = None,
     ) -> "Traces":
         """From arrays by source over all positions.
 
@@ -92,6 +96,7 @@ class Traces:
             right=np.stack([right[layer] for layer in layers]),
             sequence=sequence,
             context=prompt_lengths[sequence] + offset,
+            uncalibrated=None if uncalibrated is None else np.stack([uncalibrated[layer] for layer in layers]),
         )
 
     def of_sequences(self, chosen: NDArray[np.bool_]) -> "Traces":
@@ -99,8 +104,23 @@ class Traces:
         keep = chosen[self.sequence]
         numbers = np.cumsum(chosen) - 1
         return Traces(
-            self.layers, self.sure[:, keep], self.right[:, keep], numbers[self.sequence[keep]], self.context[keep]
+            self.layers,
+            self.sure[:, keep],
+            self.right[:, keep],
+            numbers[self.sequence[keep]],
+            self.context[keep],
+            None if self.uncalibrated is None else self.uncalibrated[:, keep],
         )
+
+    def without_temperatures(self) -> "Traces":
+        """The same with confidences at T = 1.
+
+        Raises:
+            DataError: they were not logged.
+        """
+        if self.uncalibrated is None:
+            raise DataError("the traces have no confidences at T = 1: fit the adapter again, which logs them")
+        return replace(self, sure=self.uncalibrated)
 
     def write(self, path: Path) -> None:
         """Keep them in a safetensors file."""
@@ -111,6 +131,8 @@ class Traces:
             "sequence": self.sequence.astype(np.int32),
             "context": self.context.astype(np.int32),
         }
+        if self.uncalibrated is not None:
+            tensors["uncalibrated"] = np.ascontiguousarray(self.uncalibrated, dtype=np.float32)
         save_file(tensors, path)
 
     @classmethod
@@ -128,6 +150,7 @@ class Traces:
                 right=found["right"],
                 sequence=found["sequence"].astype(np.int64),
                 context=found["context"].astype(np.int64),
+                uncalibrated=found.get("uncalibrated"),
             )
         except FileNotFoundError:
             raise DataError(f"{path} is not there: fit the adapter again, which logs traces") from None
