@@ -63,7 +63,7 @@ def alone(launch):
     assert "1 process(es) on cpu" in printed
     for chatter in ("[RANK", "Saving current state", "real_accelerator"):
         assert chatter not in printed
-    for bar in ("fit", "calibrate", "bounds"):
+    for bar in ("fit", "calibrate", "tune"):
         assert f"{bar}: " in printed
     return losses
 

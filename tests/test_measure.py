@@ -5,33 +5,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from typer.testing import CliRunner
 
-from runtime import load_specbound
+from runtime import SpeculationBounds, load_specbound
 from runtime.adapter import load_adapter
+from runtime.stats import SpeculationStats
 from train.cli import app
+from train.corpus import load_split
 from train.costs import CostTable
 from train.fit_exits import main
 from train.measure import measure
 from train.options import FitConfig
+from train.replay import Replayer
 from train.traces import Traces
 
 
 @pytest.fixture
 def fitted(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An adapter folder and its base."""
+    """An adapter folder, its base, and the corpus it was fitted on."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     recipe = make_recipe(tmp_path)
     main(FitConfig(**recipe))
-    yield tmp_path / "adapter", recipe["model_name_or_path"]
+    yield tmp_path / "adapter", recipe["model_name_or_path"], Path(recipe["corpus_dir"])
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
 def test_from_profile_to_tuned_bounds(fitted: Any, tmp_path: Path) -> None:
     """The costs are positive; the bounds tuned are the adapter's, which loads, its other files kept."""
-    folder, base = fitted
+    folder, base, _ = fitted
     model: Any = load_specbound(folder, base)
     costs = measure(model, max_width=4, repeats=3, progress=False)
     assert costs.num_hidden_layers == model.config.num_hidden_layers and sorted(costs.layer) == [1, 2, 3, 4]
@@ -50,13 +54,13 @@ def test_from_profile_to_tuned_bounds(fitted: Any, tmp_path: Path) -> None:
     calibrated = json.loads((folder / "calibration.json").read_text())
     assert calibrated["tuned"]["after"]["bounds"]["max_draft_tokens"] == 3
     assert calibrated["replay"]["costs"]["threads"] == 1
-    assert Traces.read(folder / "traces.safetensors").layers[0] == 0
+    assert Traces.read(folder / "traces.safetensors", weights_sha256=tuned.weights_sha256).layers[0] == 0
     load_specbound(folder, base)
 
 
 def test_what_cannot_be_tuned_is_refused(fitted: Any, tmp_path: Path) -> None:
     """In one line, the adapter untouched."""
-    folder, _ = fitted
+    folder, _, _ = fitted
     CostTable.counted(99, head=1.0, unembedding=1.0).write(tmp_path / "other.json")
     before = (folder / "config.json").read_bytes()
     for arguments, message in (
@@ -70,3 +74,22 @@ def test_what_cannot_be_tuned_is_refused(fitted: Any, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["tune", "--adapter", str(folder), "--costs", str(tmp_path / "other.json")])
     assert result.exit_code == 1 and "fit the adapter again" in result.stderr
     assert (folder / "config.json").read_bytes() == before
+
+
+def test_replay_and_run_accept_alike(fitted: Any) -> None:
+    """Mean accepted length on the calibration texts, predicted and measured: within 2 %."""
+    folder, base, corpus = fitted
+    model: Any = load_specbound(folder, base, adaptive=False)
+    bounds = SpeculationBounds(0.05, 99, 4)
+    model.specbound.bounds = bounds
+    measured = SpeculationStats()
+    for row in load_split(corpus, "calibration"):
+        prompt = torch.tensor([row["prompt_ids"]])
+        text = model.generate(prompt, max_new_tokens=len(row["response_ids"]), do_sample=False)
+        assert text[0, prompt.shape[1] :].tolist() == row["response_ids"]
+        measured += model.specbound.stats
+    traces = Traces.read(folder / "traces.safetensors", weights_sha256=model.specbound.config.weights_sha256)
+    costs = CostTable.counted(model.config.num_hidden_layers, head=1.0, unembedding=1.0)
+    predicted = Replayer(traces, costs).run(bounds)
+    assert measured.accepted.total() > 20
+    assert predicted.mean_accepted_length == pytest.approx(measured.mean_accepted_length, rel=0.02)

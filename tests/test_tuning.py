@@ -87,16 +87,19 @@ def test_given_bounds_are_held() -> None:
 def test_traces_on_disk(tmp_path: Path) -> None:
     """Read back as written; what is no file of traces is refused."""
     traces = honest_traces(3)
-    traces.write(tmp_path / "t.safetensors")
-    read = Traces.read(tmp_path / "t.safetensors")
+    traces.write(tmp_path / "t.safetensors", weights_sha256="one")
+    read = Traces.read(tmp_path / "t.safetensors", weights_sha256="one")
     assert read.layers == traces.layers
     for name in ("sure", "right", "sequence", "context"):
         assert np.array_equal(getattr(read, name), getattr(traces, name))
-    with pytest.raises(DataError, match="is not there"):
-        Traces.read(tmp_path / "none")
     (tmp_path / "bad").write_bytes(b"123")
-    with pytest.raises(DataError, match="not a file of traces"):
-        Traces.read(tmp_path / "bad")
+    for name, heads, message in (
+        ("t.safetensors", "other", "heads of another fit"),
+        ("none", "one", "is not there"),
+        ("bad", "one", "not a file of traces"),
+    ):
+        with pytest.raises(DataError, match=message):
+            Traces.read(tmp_path / name, weights_sha256=heads)
     with pytest.raises(DataError, match="no confidences at T = 1"):
         read.without_temperatures()
     part = traces.of_sequences(np.array([False, True, True]))

@@ -12,7 +12,7 @@ import sys
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from runtime.errors import SpecBoundError
+from runtime.errors import DataError, SpecBoundError
 from runtime.heads import DraftUnembedding, ExitHeads, LinearHead
 from runtime.identity import weights_sha256
 from runtime.layers import DecoderLayers
@@ -90,6 +90,13 @@ def _load_splits(config: FitConfig, accelerator: Accelerator, layers: DecoderLay
     """The three splits; raises DataError before any fitting where there is too little to calibrate on."""
     splits = {name: Split.load(config, layers, name) for name in ("fit", "calibration", "held_out")}
     require_positions(sum(len(response) for _, response in splits["calibration"].sequences.rows))
+    seen = {tuple(prompt) for prompt, _ in splits["fit"].sequences.rows}
+    shared = sum(tuple(prompt) in seen for prompt, _ in splits["calibration"].sequences.rows)
+    if shared:
+        raise DataError(
+            f"{shared} prompts of the calibration split are in the fit split too, so confidences would flatter: "
+            "distil again into another corpus_dir"
+        )
     if config.features == "cache":
         for name, split in splits.items():
             split.fill_cache(config, accelerator, name)

@@ -14,11 +14,11 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from runtime.adapter import Adapter, load_adapter, save_adapter
+from runtime.adapter import WEIGHTS_FILE, Adapter, load_adapter, save_adapter
 from runtime.config import VERSION, SpecBoundConfig
 from runtime.files import write_atomic
 from runtime.heads import DraftUnembedding, ExitHeads
-from runtime.identity import base_fingerprint, tokenizer_fingerprint
+from runtime.identity import base_fingerprint, file_sha256, tokenizer_fingerprint
 from runtime.temperature import TemperatureSchedule
 from train.ablations import ablate
 from train.calibrate import collect, fit_schedule
@@ -102,7 +102,7 @@ def publish_locally(
     def evidence_files(path: Path) -> None:
         (path / "run.yaml").write_text(yaml.safe_dump(_provenance(config), sort_keys=True), encoding="utf-8")
         reliability_plot(found, schedule, path / "reliability.png")
-        traces.write(path / TRACES_FILE)
+        traces.write(path / TRACES_FILE, weights_sha256=file_sha256(path / WEIGHTS_FILE))
         write_replayed(path, traces, costs, adapter_config, calibrated)
 
     save_adapter(adapter, folder, extra=evidence_files)

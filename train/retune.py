@@ -38,7 +38,7 @@ def tune_adapter(folder: Path, costs: CostTable, held: Held) -> dict[str, Any]:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: give a copy of the adapter that can be written")
     adapter = load_adapter(folder)
-    traces = Traces.read(folder / TRACES_FILE)
+    traces = Traces.read(folder / TRACES_FILE, weights_sha256=adapter.config.weights_sha256)
     if set(traces.layers) - {0} != set(adapter.config.exit_layers) or costs.num_hidden_layers != (
         adapter.config.num_hidden_layers
     ):

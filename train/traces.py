@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from runtime.errors import DataError
 
@@ -122,8 +122,12 @@ class Traces:
             raise DataError("the traces have no confidences at T = 1: fit the adapter again, which logs them")
         return replace(self, sure=self.uncalibrated)
 
-    def write(self, path: Path) -> None:
-        """Keep them in a safetensors file."""
+    def write(self, path: Path, *, weights_sha256: str) -> None:
+        """Keep them in a safetensors file.
+
+        Args:
+            weights_sha256: of the heads that they were logged with.
+        """
         tensors: dict[str, NDArray[Any]] = {
             "layers": np.array(self.layers, dtype=np.int64),
             "sure": np.ascontiguousarray(self.sure, dtype=np.float32),
@@ -133,18 +137,23 @@ class Traces:
         }
         if self.uncalibrated is not None:
             tensors["uncalibrated"] = np.ascontiguousarray(self.uncalibrated, dtype=np.float32)
-        save_file(tensors, path)
+        save_file(tensors, path, metadata={"weights_sha256": weights_sha256})
 
     @classmethod
-    def read(cls, path: Path) -> "Traces":
+    def read(cls, path: Path, *, weights_sha256: str) -> "Traces":
         """Read what `write` wrote.
 
+        Args:
+            weights_sha256: of the heads that they must be of.
+
         Raises:
-            DataError: there is no such file, or it is not one of traces.
+            DataError: there is no such file, it is not one of traces, or it is of other heads.
         """
         try:
-            found = load_file(path)
-            return cls(
+            with safe_open(path, framework="np") as file:
+                heads = (file.metadata() or {}).get("weights_sha256")
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            traces = cls(
                 layers=tuple(found["layers"].tolist()),
                 sure=found["sure"],
                 right=found["right"],
@@ -156,3 +165,6 @@ class Traces:
             raise DataError(f"{path} is not there: fit the adapter again, which logs traces") from None
         except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not a file of traces ({error}): fit the adapter again") from None
+        if heads != weights_sha256:
+            raise DataError(f"{path} is of the heads of another fit: fit the adapter again, which logs its own")
+        return traces
