@@ -10,7 +10,8 @@ from runtime.errors import (
     SpecBoundError,
     UnsupportedModel,
 )
-from runtime.generate import SpecBound, detach
+from runtime.generate import detach
+from runtime.handle import SpecBound
 from runtime.loading import load_specbound
 from runtime.policy import SpeculationBounds
 from runtime.stats import SpeculationStats

@@ -12,7 +12,8 @@ from runtime.adapter import Adapter, load_adapter
 from runtime.controller import Controller
 from runtime.draft import HeadDrafter
 from runtime.errors import AdapterError, BaseModelMismatch, ConfigError
-from runtime.generate import EXACTNESS, SpecBound, attach
+from runtime.generate import attach
+from runtime.handle import EXACTNESS, SpecBound
 from runtime.heads import DraftUnembedding
 from runtime.hub import resolve_adapter
 from runtime.identity import base_fingerprint, tokenizer_fingerprint

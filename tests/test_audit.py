@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from runtime.audit import _compare, audit
 from runtime.cache import KVCache
 from runtime.errors import DataError
-from runtime.generate import SpecBound, attach, detach
+from runtime.generate import attach, detach
+from runtime.handle import SpecBound
 from runtime.policy import SpeculationBounds
 from train.audits import AuditSettings, run_audit, spread
 from train.cli import app

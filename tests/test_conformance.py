@@ -23,7 +23,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from runtime import SpecBoundError, SpeculationBounds, detach
-from runtime.generate import SpecBound, attach
+from runtime.generate import attach
+from runtime.handle import SpecBound
 
 PROMPT = torch.tensor([[5, 17, 33, 8, 5, 17, 60]])
 NEW_TOKENS = 24

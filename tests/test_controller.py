@@ -8,7 +8,8 @@ import torch
 from tests_heads import FakeHeads
 
 from runtime.controller import MAX_REST, TRIAL, Controller
-from runtime.generate import SpecBound, attach
+from runtime.generate import attach
+from runtime.handle import SpecBound
 from runtime.policy import SpeculationBounds
 
 BOUNDS = SpeculationBounds(0.4, 8, 4)

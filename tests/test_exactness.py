@@ -18,7 +18,8 @@ from runtime.certificate import Certificate
 from runtime.emitter import TargetEmitter
 from runtime.exactness import Agreement, Reference, certify, compare, linear_rows, probe
 from runtime.execution import ExecutionPolicy, call_in_rows, execution, linears
-from runtime.generate import SpecBound, attach
+from runtime.generate import attach
+from runtime.handle import SpecBound
 
 
 @pytest.fixture

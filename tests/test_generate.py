@@ -26,7 +26,8 @@ import runtime.decode
 from runtime import SpeculationBounds, UnsupportedModel, detach
 from runtime.accept import Accepted
 from runtime.cache import KVCache
-from runtime.generate import SpecBound, attach
+from runtime.generate import attach
+from runtime.handle import SpecBound
 from runtime.layers import DecoderLayers
 
 VOCABULARY = 96

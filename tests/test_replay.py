@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from runtime.errors import ConfigError
-from runtime.generate import SpecBound, attach
+from runtime.generate import attach
+from runtime.handle import SpecBound
 from runtime.policy import SpeculationBounds
 from train.costs import CostTable
 from train.replay import Replayed, Replayer

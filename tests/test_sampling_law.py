@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import runtime.decode
 from runtime import SpeculationBounds, detach
 from runtime.accept import Accepted, accept
-from runtime.generate import SpecBound, attach
+from runtime.generate import attach
+from runtime.handle import SpecBound
 
 VOCABULARY, LENGTH, SAMPLES = 8, 4, 1500
 PROMPT = torch.tensor([[1, 4, 2]])

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from runtime import SpeculationBounds, detach
 from runtime.exactness import Reference, compare
 from runtime.execution import ExecutionPolicy
-from runtime.generate import SpecBound, attach
+from runtime.generate import attach
+from runtime.handle import SpecBound
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "outputs/base/smollm2-135m-instruct"

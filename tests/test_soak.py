@@ -8,7 +8,8 @@ import torch
 from tests_heads import FakeHeads
 
 from runtime import SpeculationBounds
-from runtime.generate import SpecBound, attach
+from runtime.generate import attach
+from runtime.handle import SpecBound
 
 TOKENS = 2000
 

@@ -8,9 +8,11 @@ corpus is made first where it is not there.
 import json
 import logging
 import sys
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import Tensor
 
 from runtime.errors import DataError, SpecBoundError
 from runtime.heads import DraftUnembedding, ExitHeads, LinearHead
@@ -50,10 +52,7 @@ def main(config: FitConfig) -> None:
     splits = _load_splits(config, accelerator, layers)
 
     # 2) the heads, on the tokens the base uses most
-    responses = {name: [response for _, response in split.sequences.rows] for name, split in splits.items()}
-    keep = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    vocabulary = draft_vocabulary(responses["fit"], size=config.draft_vocab_size, vocab_size=vocab_size, keep=keep)
-    covered = coverage(responses["held_out"], vocabulary)
+    vocabulary, covered = _vocabulary(config, tokenizer, splits, vocab_size)
     accelerator.print(f"draft vocabulary: {len(vocabulary)} tokens, {100 * covered:.1f} % of held-out text")
     unembedding = DraftUnembedding(layers, vocabulary)
     inverse = target_to_draft(vocabulary, vocab_size).to(accelerator.device)
@@ -84,6 +83,14 @@ def main(config: FitConfig) -> None:
         logger.info("adapter: %s (base unchanged, sha256 %s)", folder, before[:16])
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def _vocabulary(config: FitConfig, tokenizer: Any, splits: dict[str, Split], vocab_size: int) -> tuple[Tensor, float]:
+    """Target id of each draft id, and the share of held-out tokens among them."""
+    responses = {name: [response for _, response in split.sequences.rows] for name, split in splits.items()}
+    keep = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    vocabulary = draft_vocabulary(responses["fit"], size=config.draft_vocab_size, vocab_size=vocab_size, keep=keep)
+    return vocabulary, coverage(responses["held_out"], vocabulary)
 
 
 def _load_splits(config: FitConfig, accelerator: Accelerator, layers: DecoderLayers) -> dict[str, Split]:

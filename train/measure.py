@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from runtime.benchmark import hardware
 from runtime.cache import KVCache
 from runtime.execution import execution
-from runtime.generate import SpecBound
+from runtime.handle import SpecBound
 from runtime.policy import SpeculationBounds
 from runtime.state import DecodeState
 from train.costs import CostTable

@@ -8,6 +8,7 @@ the text's own confidences. Knows no model and does not search.
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +75,19 @@ class Replayed:
         ratios = self.plain_by_text[chosen].sum(axis=1) / self.ms_by_text[chosen].sum(axis=1)
         low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
+
+    def describe(self, costs: CostTable) -> dict[str, Any]:
+        """As JSON values, for `calibration.json`; `costs` are those it was predicted with."""
+        low, high = self.speedup_interval()
+        return {
+            "mean_accepted_length": self.mean_accepted_length,
+            "acceptance_rate": self.acceptance_rate,
+            "drafted": {str(layer): count for layer, count in sorted(self.drafted.items())},
+            "accepted": {str(layer): count for layer, count in sorted(self.accepted.items())},
+            "predicted_speedup": self.speedup,
+            "predicted_speedup_interval": [low, high],
+            "costs": dict(costs.conditions) or "layer counts, not measured times",
+        }
 
 
 class Replayer:

@@ -15,7 +15,7 @@ from runtime.adapter import Adapter, load_adapter, save_adapter
 from runtime.policy import SpeculationBounds
 from train.ablations import ablate
 from train.costs import CostTable
-from train.publish import prediction, write_replayed
+from train.publish import write_replayed
 from train.replay import Replayer
 from train.traces import TRACES_FILE, Traces
 from train.tuning import Held, cross_fitted, tune
@@ -46,8 +46,8 @@ def tune_adapter(folder: Path, costs: CostTable, held: Held) -> dict[str, Any]:
     before = adapter.config.bounds
     after, replayed = tune(traces, costs, held)
     found = {
-        "before": _described(before, prediction(Replayer(traces, costs).run(before), costs)),
-        "after": _described(after, prediction(replayed, costs)),
+        "before": _described(before, Replayer(traces, costs).run(before).describe(costs)),
+        "after": _described(after, replayed.describe(costs)),
         "cross_fitted_speedup": cross_fitted(traces, costs, held),
     }
     _rewrite(folder, replace(adapter, config=replace(adapter.config, bounds=after)), traces, costs, found)

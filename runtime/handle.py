@@ -1,0 +1,122 @@
+"""`SpecBound`: what `model.specbound` is, the adapter at work on one model. Knows no loop of `generate`."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from runtime.certificate import Certificate
+from runtime.config import SpecBoundConfig
+from runtime.controller import Controller
+from runtime.draft import Drafter
+from runtime.errors import ConfigError, SpecBoundError
+from runtime.exactness import certify
+from runtime.execution import ExecutionPolicy
+from runtime.identity import base_fingerprint
+from runtime.layers import DecoderLayers
+from runtime.policy import SpeculationBounds
+from runtime.stats import SpeculationStats
+
+logger = logging.getLogger(__name__)
+
+EXACTNESS = ("bitwise", "batched")
+
+
+class SpecBound:
+    """What `model.specbound` is: the adapter at work on one model.
+
+    Attributes:
+        config: what the adapter's `config.json` says; None where a drafter was attached by hand.
+        bounds: may be replaced between calls.
+        certificate: what the exactness probe checked and found; None before it ran.
+        controller: rests where speculation does not pay; None speculates always, and reproducibly so.
+        stats: counts of the last `generate` call that speculated.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        drafter: Drafter,
+        bounds: SpeculationBounds,
+        *,
+        exactness: str = "bitwise",
+        config: SpecBoundConfig | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        if exactness not in EXACTNESS:
+            raise ConfigError(f"exactness is {exactness!r}: expected one of {', '.join(EXACTNESS)}")
+        self.layers = DecoderLayers(model)
+        self.drafter = drafter
+        self.bounds = bounds
+        self.exactness = exactness
+        self.config = config
+        self.fingerprint = fingerprint or base_fingerprint(model)
+        self.certificate: Certificate | None = None
+        self.controller: Controller | None = None
+        self.stats = SpeculationStats()
+        self.enabled = True
+        self._lock = threading.RLock()
+        self._speculating = False
+        self._warned: set[str] = set()
+        self._certified_for: tuple[object, ...] = ()
+        self._drafter_on: tuple[object, ...] = ()
+
+    def prepare(self, model: PreTrainedModel) -> tuple[ExecutionPolicy, SpeculationBounds]:
+        """How to run and how far to draft on the model as it is now; probes it where that was not done yet.
+
+        Bits depend on device, dtype, threads and attention, any of which the user may change between calls.
+        """
+        where = (model.device, model.dtype)
+        if where != self._drafter_on:
+            self.drafter = self.drafter.on(self.layers)
+            self._drafter_on = where
+        width = self.bounds.max_draft_tokens + 1
+        attention = model.config._attn_implementation
+        now = (*where, torch.get_num_threads(), attention, width)
+        if self.certificate is None or now != self._certified_for:
+            self.certificate = certify(model, self.fingerprint, max_width=width, exactness=self.exactness)
+            self._certified_for = now
+            if self.certificate.max_width < width:
+                logger.warning("SpecBound: nothing is drafted on this machine. %s.", self.certificate)
+        limit = self.certificate.max_width - 1
+        return self.certificate.policy, replace(self.bounds, max_draft_tokens=limit)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """While open, `generate` is plain decoding."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    @contextmanager
+    def exclusive(self, *, speculating: bool) -> Iterator[None]:
+        """Hold the model: while it speculates, its modules run blocks their own way, so nobody else may use them.
+
+        Plain modes may call `generate` again, as assisted decoding does for its drafts.
+
+        Raises:
+            SpecBoundError: another thread generates, or this one does from inside a speculating call.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise SpecBoundError("this model is generating already: give each thread its own model, or wait")
+        if self._speculating:
+            self._lock.release()
+            raise SpecBoundError("this model is generating already: call generate again after it returns")
+        self._speculating = speculating
+        try:
+            yield
+        finally:
+            self._speculating = False
+            self._lock.release()
+
+    def warn_plain(self, reason: str) -> None:
+        """Say once why a call runs as plain decoding."""
+        if reason not in self._warned:
+            self._warned.add(reason)
+            logger.warning("SpecBound: plain decoding for this call, because %s.", reason)
