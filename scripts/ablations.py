@@ -17,17 +17,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from runtime.benchmark import hardware
 from runtime.files import write_atomic
 from runtime.stats import SpeculationStats
 from runtime.temperature import TemperatureSchedule
 from train.ablations import UNCALIBRATED, ablate, variants
-from train.attached import load_attached
-from train.audits import encode, spread
+from train.attached import load_attached, read_spread, to_ids
 from train.costs import CostTable
-from train.prompts import read_prompts
 from train.traces import TRACES_FILE, Traces
 
 
@@ -42,11 +39,10 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the figures in this file.")] = None,
 ) -> None:
     """Measure, print a table, keep the figures; exit code 1 if any id differs."""
+    chosen = read_spread(prompts, limit)
     model = load_attached(str(adapter), None, dtype=dtype, threads=threads)
     model.specbound.controller = None
-    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-    ids = [encode(tokenizer, prompt).to(model.device) for prompt in spread(read_prompts(prompts), limit)]
-    found = measure(model, ids, max_new_tokens)
+    found = measure(model, to_ids(model, chosen), max_new_tokens)
     traces = Traces.read(adapter / TRACES_FILE, weights_sha256=model.specbound.config.weights_sha256)
     replayed = ablate(traces, model.specbound.bounds, CostTable.read(costs))
     for name, one in found["variants"].items():

@@ -17,7 +17,8 @@ from runtime.errors import DataError
 from runtime.generate import attach, detach
 from runtime.handle import SpecBound
 from runtime.policy import SpeculationBounds
-from train.audits import AuditSettings, run_audit, spread
+from train.attached import spread
+from train.audits import AuditSettings, run_audit
 from train.cli import app
 
 

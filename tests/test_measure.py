@@ -20,6 +20,7 @@ from train.measure import measure
 from train.options import FitConfig
 from train.replay import Replayer
 from train.traces import Traces
+from train.workload import log_workload
 
 
 @pytest.fixture
@@ -93,3 +94,27 @@ def test_replay_and_run_accept_alike(fitted: Any) -> None:
     predicted = Replayer(traces, costs).run(bounds)
     assert measured.accepted.total() > 20
     assert predicted.mean_accepted_length == pytest.approx(measured.mean_accepted_length, rel=0.02)
+
+
+def test_bounds_for_a_workload(fitted: Any, tmp_path: Path) -> None:
+    """Its traces are those that the fit would have logged on the same text; the bounds are tuned on them."""
+    folder, base, corpus = fitted
+    model: Any = load_specbound(folder, base)
+    rows = [row for row in load_split(corpus, "calibration") if len(row["response_ids"]) == 16]
+    traces = log_workload(model, [torch.tensor([row["prompt_ids"]]) for row in rows], max_new_tokens=16)
+    assert traces.layers == (0, 2, 4) and traces.num_sequences == len(rows)
+    logged = Traces.read(folder / "traces.safetensors", weights_sha256=model.specbound.config.weights_sha256)
+    if len(rows) == logged.num_sequences:
+        assert (traces.right == logged.right).mean() > 0.99
+        assert abs(traces.sure - logged.sure).max() < 0.01
+    CostTable.counted(6, head=0.1, unembedding=1.0).write(tmp_path / "costs.json")
+    (tmp_path / "mine.jsonl").write_text("".join(f'{{"prompt": "w{n} w{n + 3} w{2 * n}"}}\n' for n in range(30)))
+    options = ["--costs", str(tmp_path / "costs.json"), "--prompts", str(tmp_path / "mine.jsonl"), "--limit", "20"]
+    result = CliRunner().invoke(
+        app,
+        ["tune", "--adapter", str(folder), *options, "--model", base, "--dtype", "float32", "--max-new-tokens", "16"],
+    )
+    assert result.exit_code == 0, result.output
+    few = [*options[:-1], "2"]
+    result = CliRunner().invoke(app, ["tune", "--adapter", str(folder), *few, "--model", base, "--dtype", "float32"])
+    assert result.exit_code in (0, 1) and "Traceback" not in result.stderr

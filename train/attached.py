@@ -1,11 +1,14 @@
-"""An adapter on its base, as the options of the command line say. Knows no verbs."""
+"""An adapter on its base, and prompts for it, as the options of the command line say. Knows no verbs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from runtime import ConfigError, load_specbound
+from runtime import ConfigError, DataError, load_specbound
+from train.prompts import Prompt, read_prompts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -24,3 +27,48 @@ def load_attached(
     if threads is not None:
         torch.set_num_threads(threads)
     return load_specbound(adapter, base_model, dtype=DTYPES[dtype], exactness=exactness)
+
+
+def read_spread(prompts: str, limit: int | None) -> list[Prompt]:
+    """Prompts of a file or data set.
+
+    Args:
+        limit: this many, spread evenly over the file; None for all.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    return spread(read_prompts(prompts), limit)
+
+
+def to_ids(model: Any, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
+    """Token ids [1, T] of each prompt's first turn, on the model's device.
+
+    Raises:
+        DataError: nothing is left of one.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    return [encode(tokenizer, prompt).to(model.device) for prompt in prompts]
+
+
+def spread(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+    """`limit` of the prompts at even distances, so that a file sorted by subject is seen whole."""
+    if limit is None or limit >= len(prompts):
+        return list(prompts)
+    return [prompts[index * len(prompts) // limit] for index in range(limit)]
+
+
+def encode(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
+    """Token ids [1, T] of a prompt's first turn, through the chat template where there is one.
+
+    Raises:
+        DataError: nothing is left of it.
+    """
+    if tokenizer.chat_template is None:
+        ids = tokenizer("\n".join(message.content for message in prompt.messages))["input_ids"]
+    else:
+        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    if not ids:
+        raise DataError("a prompt has no tokens: remove it from the file")
+    return torch.tensor([ids])

@@ -5,7 +5,6 @@ comparison rule: that is `runtime.audit`'s.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,12 @@ from typing import Any
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from runtime import DataError
 from runtime.audit import audit
 from runtime.benchmark import hardware
 from runtime.files import write_atomic
-from train.attached import load_attached
-from train.prompts import Prompt, read_prompts
+from train.attached import load_attached, read_spread, to_ids
 
 FORMAT = 1
 
@@ -61,7 +58,7 @@ def run_audit(settings: AuditSettings, *, report: Path | None = None, resume: bo
     Raises:
         SpecBoundError: wrong options, prompts, adapter or base; a report to resume that is of another audit.
     """
-    prompts = spread(read_prompts(settings.prompts), settings.limit)
+    prompts = read_spread(settings.prompts, settings.limit)  # before the model, which takes longer
     model = load_attached(
         settings.adapter,
         settings.base_model,
@@ -69,8 +66,7 @@ def run_audit(settings: AuditSettings, *, report: Path | None = None, resume: bo
         threads=settings.threads,
         exactness=settings.exactness,
     )
-    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-    ids = [encode(tokenizer, prompt).to(model.device) for prompt in prompts]
+    ids = to_ids(model, prompts)
     model.specbound.prepare(model)  # the probe is no prompt's time
     conditions = _conditions(settings, model)
     findings: list[dict[str, Any]] = _earlier(report, conditions) if report is not None and resume else []
@@ -101,29 +97,6 @@ def summary(findings: list[dict[str, Any]], total: int, conditions: dict[str, An
         "certificate": str(model.specbound.certificate),
         "findings": findings,
     }
-
-
-def spread(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
-    """`limit` of the prompts at even distances, so that a file sorted by subject is seen whole."""
-    if limit is None or limit >= len(prompts):
-        return list(prompts)
-    return [prompts[index * len(prompts) // limit] for index in range(limit)]
-
-
-def encode(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
-    """Token ids [1, T] of a prompt's first turn, through the chat template where there is one.
-
-    Raises:
-        DataError: nothing is left of it.
-    """
-    if tokenizer.chat_template is None:
-        ids = tokenizer("\n".join(message.content for message in prompt.messages))["input_ids"]
-    else:
-        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    if not ids:
-        raise DataError("a prompt has no tokens: remove it from the file")
-    return torch.tensor([ids])
 
 
 def _conditions(settings: AuditSettings, model: Any) -> dict[str, Any]:

@@ -124,8 +124,13 @@ def tune_command(
     exit_threshold: Annotated[float | None, typer.Option(help="Held; by default chosen.")] = None,
     max_exit_layer: Annotated[int | None, typer.Option(help="Held; by default chosen.")] = None,
     max_draft_tokens: Annotated[int | None, typer.Option(help="Held; by default chosen.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Tune on answers to these; by default on logged text.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="This many prompts, spread over the file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 128,
+    model: Annotated[str | None, typer.Option(help="The base, for answers; by default the adapter's.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base, for answers.")] = "bfloat16",
 ) -> None:
-    """Choose the bounds that replay of logged text says are fastest on this machine.
+    """Choose the bounds that replay says are fastest on this machine, for logged text or for a workload.
 
     Example: specbound tune --adapter outputs/demo/adapter --costs costs.json
     """
@@ -135,7 +140,16 @@ def tune_command(
     from train.tuning import Held
 
     try:
-        found = tune_adapter(adapter, CostTable.read(costs), Held(exit_threshold, max_exit_layer, max_draft_tokens))
+        table, held = CostTable.read(costs), Held(exit_threshold, max_exit_layer, max_draft_tokens)
+        traces = None
+        if prompts is not None:
+            from train.attached import load_attached, read_spread, to_ids
+            from train.workload import log_workload
+
+            chosen = read_spread(prompts, limit)
+            attached = load_attached(str(adapter), model, dtype=dtype, threads=table.conditions.get("threads"))
+            traces = log_workload(attached, to_ids(attached, chosen), max_new_tokens=max_new_tokens)
+        found = tune_adapter(adapter, table, held, traces=traces)
     except (SpecBoundError, OSError) as error:
         _fail(error, None)
     for name in ("before", "after"):

@@ -24,8 +24,11 @@ CALIBRATION_FILE = "calibration.json"
 COSTS_FILE = "costs.json"
 
 
-def tune_adapter(folder: Path, costs: CostTable, held: Held) -> dict[str, Any]:
+def tune_adapter(folder: Path, costs: CostTable, held: Held, *, traces: Traces | None = None) -> dict[str, Any]:
     """Choose bounds for these costs and write them, the evidence and the card into an adapter's folder.
+
+    Args:
+        traces: of a workload; by default those logged when the adapter was fitted.
 
     Returns:
         JSON values: `before` and `after`, each with its `bounds` and what replay predicts of them, and
@@ -38,7 +41,8 @@ def tune_adapter(folder: Path, costs: CostTable, held: Held) -> dict[str, Any]:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: give a copy of the adapter that can be written")
     adapter = load_adapter(folder)
-    traces = Traces.read(folder / TRACES_FILE, weights_sha256=adapter.config.weights_sha256)
+    if traces is None:
+        traces = Traces.read(folder / TRACES_FILE, weights_sha256=adapter.config.weights_sha256)
     if set(traces.layers) - {0} != set(adapter.config.exit_layers) or costs.num_hidden_layers != (
         adapter.config.num_hidden_layers
     ):

@@ -1,0 +1,57 @@
+"""Traces of a workload of one's own: the base answers the prompts, and every source is asked at every position.
+
+Knows no bounds: those the adapter has only make the answers come faster.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from runtime.draft import HeadDrafter
+from runtime.errors import ConfigError
+from runtime.temperature import TemperatureSchedule
+from train.calibrate import collect
+from train.calibrated import LOOKUP_LAYER
+from train.features import FeatureExtractor
+from train.lookup_traces import LookupTraces
+from train.traces import Traces
+from train.vocabulary import target_to_draft
+
+
+@torch.no_grad()
+def log_workload(model: Any, prompts: Sequence[Tensor], *, max_new_tokens: int) -> Traces:
+    """Traces of the base's own greedy answers.
+
+    Args:
+        model: as `load_specbound` returns it.
+        prompts: token ids, each of shape [1, T], int64.
+
+    Raises:
+        DataError: too little text comes of it.
+        ConfigError: the model drafts with something other than an adapter's heads.
+    """
+    drafter, layers = model.specbound.drafter, model.specbound.layers
+    if not isinstance(drafter, HeadDrafter):
+        raise ConfigError("traces are logged of an adapter's heads: load the model with load_specbound")
+    rows = []
+    for prompt in tqdm(prompts, "answer", unit="prompt"):
+        text = model.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)[0].tolist()
+        rows.append((text[: prompt.shape[1]], text[prompt.shape[1] :]))
+    exits = drafter.heads.exit_layers
+    extract = FeatureExtractor(layers, exits, top_k=1)
+    vocab_size = model.specbound.config.vocab_size
+    known = torch.arange(vocab_size) if drafter.draft_to_target is None else torch.tensor(drafter.draft_to_target)
+    features = (extract([row]) for row in tqdm(rows, "trace", unit="text"))
+    found = collect(features, drafter.heads, drafter.unembedding, target_to_draft(known, vocab_size).to(layers.device))
+    sure, uncalibrated = (found.at(kind) for kind in (drafter.temperatures, TemperatureSchedule.none(exits)))
+    right = dict(found.right)
+    if drafter.lookup is not None:
+        looked_up = LookupTraces.collect(rows, found.targets)
+        by_lookup = {LOOKUP_LAYER: looked_up.confidences(drafter.lookup)}
+        sure, uncalibrated, right = sure | by_lookup, uncalibrated | by_lookup, right | {LOOKUP_LAYER: looked_up.right}
+    lengths = np.array([len(prompt) for prompt, _ in rows])
+    return Traces.join(sure, right, found.sequence, lengths, uncalibrated)
