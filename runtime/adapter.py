@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from runtime.config import MAX_CONFIG_BYTES, VERSION, SpecBoundConfig
+from runtime.config import MAX_CONFIG_BYTES, SpecBoundConfig
 from runtime.errors import AdapterError, SpecBoundError
 from runtime.heads import ExitHeads
 from runtime.identity import file_sha256
@@ -102,7 +102,7 @@ def _write(adapter: Adapter, folder: Path) -> SpecBoundConfig:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.heads.state_dict().items()}
     tensors[DRAFT_TO_TARGET] = adapter.draft_to_target.cpu().to(torch.int64).contiguous()
     path = folder / WEIGHTS_FILE
-    save_file(tensors, path, metadata={"format": "pt", "specbound_version": VERSION})
+    save_file(tensors, path, metadata={"format": "pt"})  # one key: several are written in any order, and bytes differ
     path.chmod(0o644)  # safetensors lets only the owner read it
     config = replace(adapter.config, weights_sha256=file_sha256(path))
     (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")

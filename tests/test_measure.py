@@ -34,11 +34,12 @@ def fitted(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     GradientState._reset_state()
 
 
-def test_from_profile_to_tuned_bounds(fitted: Any, tmp_path: Path) -> None:
+def test_from_profile_to_tuned_bounds(fitted: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The costs are positive; the bounds tuned are the adapter's, which loads, its other files kept."""
     folder, base, _ = fitted
     model: Any = load_specbound(folder, base)
     costs = measure(model, max_width=4, repeats=3, progress=False)
+    assert not any("plain decoding" in record.message for record in caplog.records)
     assert costs.num_hidden_layers == model.config.num_hidden_layers and sorted(costs.layer) == [1, 2, 3, 4]
     assert min(costs.plain, costs.head, costs.lookup, *costs.layer.values(), *costs.unembedding.values()) > 0
     assert costs.conditions["exactness"] == "bitwise" and "stock generate" in str(costs)
