@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole road on a small real model: get it, distil, fit, calibrate, publish to a folder, load, generate, compare.
+# The whole road on a small real model: get it, distil, fit, calibrate, publish to a folder, tune, generate, compare.
 # Everything lands in outputs/; stopped half-way, run it again: finished stages are kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,11 +11,14 @@ export OMP_NUM_THREADS
 recipe=configs/fit/smollm2-demo.yaml
 launch="accelerate launch --config_file configs/accelerate/cpu.yaml"
 
-echo "1/4 the base model"
+echo "1/5 the base model"
 python scripts/fetch_smollm2.py
-echo "2/4 its own answers to 540 prompts"
+echo "2/5 its own answers to 540 prompts"
 $launch train/distil.py --config $recipe
-echo "3/4 exit heads: fit, calibrate, publish to outputs/demo/adapter"
+echo "3/5 exit heads: fit, calibrate, publish to outputs/demo/adapter"
 $launch train/fit_exits.py --config $recipe --resume_from_checkpoint latest
-echo "4/4 plain decoding against SpecBound"
+echo "4/5 what rounds cost on this machine, and the bounds for it"
+specbound profile --adapter outputs/demo/adapter --json outputs/demo/costs.json
+specbound tune --adapter outputs/demo/adapter --costs outputs/demo/costs.json
+echo "5/5 plain decoding against SpecBound"
 python scripts/demo.py
