@@ -142,3 +142,6 @@ def test_ablations_by_replay() -> None:
     assert ablated[FULL]["predicted_speedup"] == found.speedup >= fastest - 0.01
     assert ablated["lookup alone"]["predicted_speedup"] < found.speedup > ablated["heads alone"]["predicted_speedup"]
     assert ablated[UNCALIBRATED]["acceptance_rate"] < ablated[FULL]["acceptance_rate"]
+    idle = SpeculationBounds(OFF, 6, 4)
+    assert ablate(logged, idle, COSTS)[FULL]["layer_passes_per_token"] == 12
+    assert ablated[FULL]["layer_passes_per_token"] < 12

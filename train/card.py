@@ -78,10 +78,13 @@ def _replay(replayed: dict[str, Any]) -> str:
 
 
 def _ablations(ablations: dict[str, Any]) -> str:
-    rows = ["| replayed | mean accepted length | acceptance rate | predicted speed-up |", "|---|---:|---:|---:|"]
+    rows = [
+        "| replayed | mean accepted length | acceptance rate | layer passes a token | predicted speed-up |",
+        "|---|---:|---:|---:|---:|",
+    ]
     rows += [
         f"| {name} | {found['mean_accepted_length']:.2f} | {found['acceptance_rate']:.2f} "
-        f"| {found['predicted_speedup']:.2f}x |"
+        f"| {found['layer_passes_per_token']:.1f} | {found['predicted_speedup']:.2f}x |"
         for name, found in ablations.items()
     ]
     return "\n".join(rows)

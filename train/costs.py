@@ -65,6 +65,22 @@ class CostTable:
             plain_context=0.0,
         )
 
+    @classmethod
+    def layer_passes(cls, num_hidden_layers: int) -> "CostTable":
+        """Counts passes of a decoder layer, whatever the width, and nothing else; plain decoding makes L a token."""
+        free = dict.fromkeys((1, 2), 0.0)
+        return cls(
+            num_hidden_layers=num_hidden_layers,
+            layer=dict.fromkeys((1, 2), 1.0),
+            layer_context=free,
+            unembedding=free,
+            head=0.0,
+            lookup=0.0,
+            token=0.0,
+            plain=float(num_hidden_layers),
+            plain_context=0.0,
+        )
+
     def block(self, table: Mapping[int, float], width: int) -> float:
         """An entry; between and beyond the widths measured along the line through the nearest two."""
         if width in table:

@@ -59,9 +59,14 @@ class Replayed:
         return self.accepted.total() / max(1, self.drafted.total())
 
     @property
+    def ms_per_token(self) -> float:
+        """Predicted milliseconds a token."""
+        return float(self.ms_by_text.sum()) / self.emitted
+
+    @property
     def tokens_per_second(self) -> float:
         """Predicted."""
-        return 1000.0 * self.emitted / float(self.ms_by_text.sum())
+        return 1000.0 / self.ms_per_token
 
     @property
     def speedup(self) -> float:
