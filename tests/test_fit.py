@@ -77,6 +77,7 @@ def test_each_head_learns_and_gives_an_adapter_that_loads(fit, tmp_path, tiny_ba
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert lines[-1]["fit/loss"] < 0.9 * lines[0]["fit/loss"], losses(lines)
     assert {"held_out/agreement/layer_02", "held_out/acceptance/layer_04"} <= lines[-1].keys()
+    assert lines[-1]["held_out/accepted_length"] >= 1.0 and lines[-1]["held_out/predicted_speedup"] > 0.5
     adapter = load_adapter(folder / "adapter")
     assert adapter.config.head == head
     assert {tensor.dtype for name, tensor in weights(folder).items() if name != "draft_to_target"} == {torch.float32}

@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 
 from runtime.temperature import confidence
 from train.features import Features
 from train.losses import Targets, distillation_loss, expected_acceptance
+from train.simulate import Simulation
 
 THRESHOLD = 0.8
 
@@ -20,13 +22,16 @@ def evaluate(
     target_to_draft: torch.Tensor,
     *,
     kl_weight: float,
+    simulation: Simulation | None = None,
 ) -> dict[str, float]:
     """Means over all positions, by exit, under the keys `held_out/<figure>/layer_<NN>`.
 
     Figures: `loss`; `agreement` with the base's choice; `acceptance`, the chance that a sampled draft is
-    accepted; `precision` and `coverage` of drafts whose confidence (at T = 1) is at least 0.8.
+    accepted; `precision` and `coverage` of drafts whose confidence (at T = 1) is at least 0.8. With a simulation
+    also what replay says of these heads.
     """
     sums: dict[str, float] = {}
+    log = _Log()
     positions = 0
     for batch in batches:
         targets = Targets.of(batch.target, batch.top_ids, batch.top_log_probs, target_to_draft)
@@ -34,7 +39,9 @@ def evaluate(
         positions += number
         for layer, logits in heads(batch.hidden, batch.embedding, unembedding).items():
             right = logits.argmax(-1) == targets.choice
-            sure = confidence(logits, 1.0) >= THRESHOLD
+            confidences = confidence(logits, 1.0)
+            sure = confidences >= THRESHOLD
+            log.add(layer, confidences, right)
             values = {
                 "loss": float(distillation_loss(logits, targets, kl_weight=kl_weight)) * number,
                 "agreement": float(right.sum()),
@@ -45,7 +52,30 @@ def evaluate(
             for name, value in values.items():
                 key = f"held_out/{name}/layer_{layer:02d}"
                 sums[key] = sums.get(key, 0.0) + value
-    return _means(sums, positions)
+        log.targets.append(batch.target.cpu().numpy())
+    means = _means(sums, positions)
+    return means if simulation is None else means | log.simulate(simulation)
+
+
+class _Log:
+    """Confidence and correctness of each exit, and the base's choices, batch after batch."""
+
+    def __init__(self) -> None:
+        self.sure: dict[int, list[Any]] = {}
+        self.right: dict[int, list[Any]] = {}
+        self.targets: list[Any] = []
+
+    def add(self, layer: int, confidences: torch.Tensor, right: torch.Tensor) -> None:
+        """One exit's drafts in one batch, both of shape [N]."""
+        self.sure.setdefault(layer, []).append(confidences.cpu().numpy())
+        self.right.setdefault(layer, []).append(right.cpu().numpy())
+
+    def simulate(self, simulation: Simulation) -> dict[str, float]:
+        """What replay says of all of it."""
+        sure, right = (
+            {layer: np.concatenate(parts) for layer, parts in by_layer.items()} for by_layer in (self.sure, self.right)
+        )
+        return simulation.figures(sure, right, np.concatenate(self.targets))
 
 
 def show(step: int, values: dict[str, float]) -> str:
@@ -58,6 +88,9 @@ def show(step: int, values: dict[str, float]) -> str:
             f"{of['acceptance']:.3f}, at confidence {THRESHOLD} precision {of['precision']:.3f} "
             f"coverage {of['coverage']:.3f}"
         )
+    if "held_out/accepted_length" in values:
+        length, speed = values["held_out/accepted_length"], values["held_out/predicted_speedup"]
+        lines.append(f"step {step} by replay: mean accepted length {length:.2f}, {speed:.2f}x by layer counts")
     return "\n".join(lines)
 
 

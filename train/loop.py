@@ -10,11 +10,13 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 
 from runtime.heads import DraftUnembedding, ExitHeads
+from train.calibrated import counted_costs
 from train.checkpoints import MetricsLog, load_checkpoint, save_checkpoint
 from train.evaluate import evaluate, show
 from train.losses import Targets, distillation_loss
 from train.options import FitConfig
 from train.plan import Plan, StepText
+from train.simulate import Simulation
 from train.splits import Split
 
 # Settings that may differ between a run and its continuation: they do not change what is learnt.
@@ -55,6 +57,9 @@ def fit(
     step = load_checkpoint(accelerator, config.resume_from_checkpoint, output_dir, settings)
     if step >= plan.total:
         accelerator.print(f"the fit is already complete: {step} of {plan.total} steps are done")
+    base = splits["held_out"].extract.layers.model
+    held_out = splits["held_out"].sequences.rows[:EVALUATION_SEQUENCES]
+    simulation = Simulation(held_out, counted_costs(base, heads, unembedding))
     log = MetricsLog(output_dir / "metrics.jsonl", step=step) if accelerator.is_main_process else None
     learner = _Learner(config, accelerator, wrapped, optimizer, unembedding, inverse, splits["fit"])
     for text in _progress(plan, step, learner):
@@ -64,7 +69,9 @@ def fit(
         if plan.ends_epoch(step):
             batches = splits["held_out"].batches(config.per_device_train_batch_size, limit=EVALUATION_SEQUENCES)
             wrapped.eval()  # on its own line: DeepSpeed's engine returns None
-            values |= evaluate(batches, wrapped, unembedding, inverse, kl_weight=config.kl_weight)
+            values |= evaluate(
+                batches, wrapped, unembedding, inverse, kl_weight=config.kl_weight, simulation=simulation
+            )
             accelerator.print(show(step, values))
         if log is not None:
             log.write(step, values | {"fit/learning_rate": rate})

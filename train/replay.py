@@ -61,12 +61,12 @@ class Replayed:
     @property
     def ms_per_token(self) -> float:
         """Predicted milliseconds a token."""
-        return float(self.ms_by_text.sum()) / self.emitted
+        return float(self.ms_by_text.sum()) / max(1, self.emitted)
 
     @property
     def tokens_per_second(self) -> float:
         """Predicted."""
-        return 1000.0 / self.ms_per_token
+        return 1000.0 / max(1e-9, self.ms_per_token)
 
     @property
     def speedup(self) -> float:
