@@ -81,6 +81,7 @@ class DecoderLayers:
     """
 
     def __init__(self, model: Any) -> None:
+        settle_kernels()
         family = check_supported(model)
         body = getattr(model, family.body)
         self.model: PreTrainedModel = model
@@ -157,6 +158,17 @@ class DecoderLayers:
         """Target logits, shape [1, T, V], of a block at the top: final norm, unembedding, the family's scaling."""
         logits: Tensor = self.unembedding(self.norm(hidden))
         return logits / self.logits_scaling if self.logits_scaling != 1.0 else logits
+
+
+def settle_kernels() -> None:
+    """Let the CPU's vector maths choose its kernels, from one thread.
+
+    It chooses in the first call of a process, and where two threads make that call together one of them may get
+    another kernel, for that call only: rotary tables, and with them all of the first forward, then have other bits
+    than ever after (38 of 300 processes; torch 2.13 with MKL, 2 threads).
+    """
+    for function in (torch.cos, torch.sin):
+        function(torch.ones(1))
 
 
 def _position_ids(position: int, length: int, device: torch.device) -> Tensor:

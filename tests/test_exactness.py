@@ -1,5 +1,8 @@
 """The probe finds what must run row by row, keeps what it found, and says so; a policy that fails is not certified."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,3 +233,28 @@ def test_modules_are_as_they_were_after_an_error(make_model: Any) -> None:
     assert hooked.__dict__["forward"] is hook
     assert "forward" not in model.model.layers[0].mlp.down_proj.__dict__
     assert model.config._attn_implementation == "sdpa"
+
+
+FIRST_CALLS = """
+import os, torch
+from runtime.layers import settle_kernels
+torch.set_num_threads(2)
+differing = 0
+for _ in range(40):
+    child = os.fork()
+    if child == 0:
+        settle_kernels()
+        angles = torch.arange(53 * 64).float() * 0.37
+        same = all(torch.equal(function(angles), function(angles)) for function in (torch.cos, torch.sin))
+        os._exit(0 if same else 1)
+    differing += os.waitpid(child, 0)[1] != 0
+print(differing)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_the_first_forward_of_a_process_has_the_bits_of_all_others() -> None:
+    """Rotary tables are computed by two threads; without settling, some processes of 40 get them wrong at first."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "0", done.stderr
