@@ -40,8 +40,7 @@ def main(
 ) -> None:
     """Measure, print a table, keep the figures; exit code 1 if any id differs."""
     chosen = read_spread(prompts, limit)
-    model = load_attached(str(adapter), None, dtype=dtype, threads=threads)
-    model.specbound.controller = None
+    model = load_attached(str(adapter), None, dtype=dtype, threads=threads, adaptive=False)
     found = measure(model, to_ids(model, chosen), max_new_tokens)
     traces = Traces.read(adapter / TRACES_FILE, weights_sha256=model.specbound.config.weights_sha256)
     replayed = ablate(traces, model.specbound.bounds, CostTable.read(costs))

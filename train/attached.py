@@ -14,9 +14,18 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch
 
 
 def load_attached(
-    adapter: str, base_model: str | None, *, dtype: str, threads: int | None, exactness: str = "bitwise"
+    adapter: str,
+    base_model: str | None,
+    *,
+    dtype: str,
+    threads: int | None,
+    exactness: str = "bitwise",
+    adaptive: bool = True,
 ) -> Any:
     """The model with `generate` bound, in this dtype; torch's threads are set for the whole process.
+
+    Args:
+        adaptive: as `load_specbound` takes it; False where speculation itself is what is looked at.
 
     Raises:
         SpecBoundError: wrong options, adapter or base.
@@ -26,7 +35,7 @@ def load_attached(
     transformers_logging.set_verbosity_error()
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_specbound(adapter, base_model, dtype=DTYPES[dtype], exactness=exactness)
+    return load_specbound(adapter, base_model, dtype=DTYPES[dtype], exactness=exactness, adaptive=adaptive)
 
 
 def read_spread(prompts: str, limit: int | None) -> list[Prompt]:

@@ -65,6 +65,7 @@ def run_audit(settings: AuditSettings, *, report: Path | None = None, resume: bo
         dtype=settings.dtype,
         threads=settings.threads,
         exactness=settings.exactness,
+        adaptive=False,  # a model at rest would show little
     )
     ids = to_ids(model, prompts)
     model.specbound.prepare(model)  # the probe is no prompt's time
