@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runtime.errors import ConfigError, SpecBoundError
 from runtime.identity import base_fingerprint
+from runtime.layers import settle_kernels
 from train.corpus import CorpusOptions, distil
 from train.options import FitConfig, parse_config, validate
 from train.prompts import read_prompts
@@ -68,6 +69,7 @@ def load_base(config: FitConfig) -> tuple[Any, Any]:
     Raises:
         ConfigError: it cannot be loaded.
     """
+    settle_kernels()
     name, revision = config.model_name_or_path, config.model_revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
