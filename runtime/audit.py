@@ -90,13 +90,12 @@ def _compare(stock: Any, specbound: Any, prompt_length: int, seconds: dict[str, 
     length = max(len(ours), len(theirs))
     differing = [index for index in range(length) if ours[index : index + 1] != theirs[index : index + 1]]
     first = differing[0] if differing else length
-    rows = list(zip(stock.logits, specbound.logits, strict=False))[
-        : first + 1
-    ]  # afterwards the texts are not the same
+    pairs = list(zip(stock.logits, specbound.logits, strict=False))
+    same_text = pairs[: first + 1]  # afterwards each way has a text of its own
     return AuditedPrompt(
         tokens=length,
         differing=len(differing),
-        differing_logits=sum(not torch.equal(one, other) for one, other in rows),
+        differing_logits=sum(not torch.equal(one, other) for one, other in same_text),
         stock_seconds=seconds["stock"],
         specbound_seconds=seconds["specbound"],
         divergence=_explain(stock, specbound, ours, theirs, first) if differing else None,

@@ -240,7 +240,7 @@ import os, torch
 from runtime.layers import settle_kernels
 torch.set_num_threads(2)
 differing = 0
-for _ in range(40):
+for _ in range(150):
     child = os.fork()
     if child == 0:
         settle_kernels()
@@ -254,7 +254,7 @@ print(differing)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_the_first_forward_of_a_process_has_the_bits_of_all_others() -> None:
-    """Rotary tables are computed by two threads; without settling, some processes of 40 get them wrong at first."""
+    """Rotary tables are computed by two threads; without settling, some processes of 150 get them wrong at first."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "0", done.stderr

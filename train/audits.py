@@ -68,7 +68,6 @@ def run_audit(settings: AuditSettings, *, report: Path | None = None, resume: bo
         adaptive=False,  # a model at rest would show little
     )
     ids = to_ids(model, prompts)
-    model.specbound.prepare(model)  # the probe is no prompt's time
     conditions = _conditions(settings, model)
     findings: list[dict[str, Any]] = _earlier(report, conditions) if report is not None and resume else []
     found = summary(findings, len(ids), conditions, model)

@@ -143,10 +143,9 @@ def _non_increasing(losses: list[NDArray[np.float64]]) -> list[int]:
     total = np.zeros(len(TEMPERATURES))
     steps = []
     for loss in losses:
-        # best[i]: the least total so far with every temperature at index i or above
-        order = np.minimum.accumulate(total[::-1])[::-1]
+        # The shallower exit's best index for each index of this one: at it or above.
         steps.append(np.array([i + int(total[i:].argmin()) for i in range(len(total))]))
-        total = loss + order
+        total = loss + total[steps[-1]]
     index = int(total.argmin())
     chosen = [index]
     for before in reversed(steps[1:]):
