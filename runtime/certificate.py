@@ -65,9 +65,12 @@ def _describe(policy: ExecutionPolicy) -> str:
     by_row += [f"Linear {_size(shape)}" for shape, rows in sorted(policy.linear_rows.items()) if rows == 1]
     by_row += ["every Linear"] if policy.other_rows == 1 else []
     padded = [f"Linear {_size(shape)} to {rows}" for shape, rows in sorted(policy.linear_rows.items()) if rows > 1]
+    by_row += [f"packed Linear {_size(shape)}" for shape, rows in sorted(policy.packed_rows.items()) if rows == 1]
     parts = [f"row by row: {', '.join(by_row) or 'nothing'}"]
     if padded:
         parts.append(f"padded rows: {', '.join(padded)}")
+    if policy.packed_rows:
+        parts.append(f"packed: Linear {', '.join(_size(shape) for shape in sorted(policy.packed_rows))}")
     return "; ".join(parts)
 
 
@@ -106,7 +109,8 @@ def read_certificate(path: Path) -> Certificate | None:
         fields = json.loads(path.read_text(encoding="utf-8"))
         stored = fields["policy"]
         rows = {tuple(shape): count for shape, count in stored["linear_rows"]}
-        fields["policy"] = ExecutionPolicy(stored["rowwise_attention"], rows, stored["other_rows"])
+        packed = {tuple(shape): count for shape, count in stored["packed_rows"]}
+        fields["policy"] = ExecutionPolicy(stored["rowwise_attention"], rows, stored["other_rows"], packed)
         return Certificate(**(fields | {"seconds": 0.0}))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -120,6 +124,7 @@ def write_certificate(path: Path, certificate: Certificate) -> None:
         "rowwise_attention": policy.rowwise_attention,
         "linear_rows": sorted(policy.linear_rows.items()),
         "other_rows": policy.other_rows,
+        "packed_rows": sorted(policy.packed_rows.items()),
     }
     try:
         write_atomic(path, json.dumps(fields).encode())

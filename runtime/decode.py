@@ -50,12 +50,15 @@ def speculate_round(
     settled = state.length
     if controller is not None:
         bounds = controller.begin(bounds)
-    state.push(newest)
-    limit = bounds.draft_limit(emitter.remaining)
-    draft = draft_tokens(state, drafter, bounds, limit=limit, stop_tokens=emitter.stop_tokens)
-    logits_TV = state.verify()[0]
-    result = accept(draft.tokens, lambda row: emitter.emit(logits_TV[row : row + 1]))
-    state.crop(settled + len(result.tokens))
+    with stats.timing("draft"):
+        state.push(newest)
+        limit = bounds.draft_limit(emitter.remaining)
+        draft = draft_tokens(state, drafter, bounds, limit=limit, stop_tokens=emitter.stop_tokens)
+    with stats.timing("verify"):
+        logits_TV = state.verify()[0]
+    with stats.timing("emit"):
+        result = accept(draft.tokens, lambda row: emitter.emit(logits_TV[row : row + 1]))
+        state.crop(settled + len(result.tokens))
     stats.record_round(draft.exit_layers, result.num_accepted, len(result.tokens), hard=draft.hard)
     if controller is not None:
         controller.end(draft.exit_layers, draft.confidences, result.num_accepted)

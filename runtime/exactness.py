@@ -9,74 +9,75 @@ device, dtype, thread count and set of versions. Knows nothing of drafting.
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from runtime.cache import KVCache
 from runtime.certificate import Certificate, environment, read_certificate, write_certificate
-from runtime.execution import ExecutionPolicy, Shape, call_in_rows, execution, linears
+from runtime.execution import ExecutionPolicy, Shape, execution, in_rows
 from runtime.layers import DecoderLayers
+from runtime.packed import JointLinear, PackedLinears
+from runtime.reference import Reference
 
-PROBE_FORMAT = 2
-PROMPT_TOKENS = 24
-PROBE_TOKENS = 32
-TEXT_TEMPERATURE = 0.6
-# Attention splits its work by the number of keys: rows far into a text are compared too.
-FAR_CONTEXT = 2048
-FAR_TOKENS = 16
+PROBE_FORMAT = 3
 # Cheapest first: one call for the block, one call at a steady number of rows, one call a row.
 LINEAR_ROWS = (None, 8, 16, 32, 1)
 
 
-def certify(model: PreTrainedModel, fingerprint: str, *, max_width: int, exactness: str = "bitwise") -> Certificate:
+def certify(
+    model: PreTrainedModel,
+    fingerprint: str,
+    *,
+    max_width: int,
+    exactness: str = "bitwise",
+    packed: PackedLinears | None = None,
+) -> Certificate:
     """The cheapest policy that keeps every bit for blocks of up to `max_width` tokens, probed or read from disk.
 
     Args:
         fingerprint: names the base's weights; part of what a stored certificate holds for.
         max_width: `max_draft_tokens + 1`.
         exactness: with `batched` nothing is sought: the certificate says how far batched blocks are off.
+        packed: of the model, used where it keeps every bit.
     """
     where = environment(model)
     key = {**where, "base": fingerprint, "attention": model.config._attn_implementation}
-    key |= {"max_width": max_width, "exactness": exactness, "format": PROBE_FORMAT}
+    key |= {"max_width": max_width, "exactness": exactness, "packed": packed is not None, "format": PROBE_FORMAT}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(constants.HF_HOME) / "specbound" / f"certificate-{digest}.json"
     stored = read_certificate(path)
     if stored is not None:
         return stored
     with torch.autocast(model.device.type, enabled=False):
-        certificate = probe(model, max_width=max_width, exactness=exactness)
+        certificate = probe(model, max_width=max_width, exactness=exactness, packed=packed)
     if certificate.bitwise or exactness == "batched":  # a failure is looked at anew: it may have been of the moment
         write_certificate(path, certificate)
     return certificate
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel, *, max_width: int, exactness: str = "bitwise") -> Certificate:
+def probe(
+    model: PreTrainedModel, *, max_width: int, exactness: str = "bitwise", packed: PackedLinears | None = None
+) -> Certificate:
     """Find and confirm the cheapest policy, or measure the batched one; see `certify`."""
     started = time.perf_counter()
     near = Reference.near(model)
     far = Reference.far(model, near)
     widths = range(2, max_width + 1)
     whole = exactness == "batched"
-    if whole:
-        policies = [ExecutionPolicy.batched()]
-    else:
-        found = linear_rows(near, widths)
-        policies = [ExecutionPolicy(False, found), ExecutionPolicy(True, found), ExecutionPolicy.rowwise()]
+    policies = _batched(packed) if whole else _candidates(near, packed, widths)
     agreement = Agreement()
     policy = policies[0]
     for policy in policies:
-        agreement = compare(model, near, policy, widths, whole=whole)
+        agreement = compare(model, near, policy, widths, packed=packed, whole=whole)
         if far is not None and (agreement.differing == 0 or whole):
-            agreement += compare(model, far, policy, sorted({2, max_width} & set(widths)), whole=whole)
+            agreement += compare(model, far, policy, sorted({2, max_width} & set(widths)), packed=packed, whole=whole)
         if agreement.differing == 0:
             break
     bitwise = agreement.differing == 0
@@ -93,76 +94,41 @@ def probe(model: PreTrainedModel, *, max_width: int, exactness: str = "bitwise")
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """One text decoded one token at a time by the stock forward.
-
-    Attributes:
-        first: cache rows before the tokens compared.
-        token_ids: the tokens compared, shape [1, N], int64.
-        logits: at each of them, [1, V].
-        cache: keys and values of all positions.
-        rows: each Linear's inputs at those positions, [1, in] each, and outputs.
-    """
-
-    first: int
-    token_ids: Tensor
-    logits: list[Tensor]
-    cache: Any
-    rows: Mapping[nn.Module, list[tuple[Tensor, Tensor]]]
-
-    @property
-    def length(self) -> int:
-        """Tokens of the whole text."""
-        return self.first + len(self.logits)
-
-    @classmethod
-    def near(cls, model: PreTrainedModel) -> "Reference":
-        """A text of the base's own, from the token that begins one."""
-        cache = DynamicCache()
-        start = torch.tensor([[model.config.bos_token_id or 0]], device=model.device)
-        prompt, _ = _write(model, cache, start, PROMPT_TOKENS)
-        rows: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {module: [] for module in linears(model)}
-
-        def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            rows[module].append((args[0].reshape(-1, args[0].shape[-1]), output.reshape(-1, output.shape[-1])))
-
-        hooks = [module.register_forward_hook(record) for module in rows]
-        try:
-            token_ids, logits = _write(model, cache, prompt[:, -1:], PROBE_TOKENS)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return cls(PROMPT_TOKENS, token_ids[:, :-1], logits, cache, rows)
-
-    @classmethod
-    def far(cls, model: PreTrainedModel, near: "Reference") -> "Reference | None":
-        """More of that text after its own cache rows many times over; None where the model takes no long text."""
-        longest = getattr(model.config, "max_position_embeddings", None) or FAR_CONTEXT + FAR_TOKENS
-        first = min(FAR_CONTEXT, longest - FAR_TOKENS)
-        if first <= near.length:
-            return None
-        cache = DynamicCache()
-        for index, layer in enumerate(near.cache.layers):
-            repeats = [1, 1, -(-first // near.length), 1]
-            keys, values = (rows.repeat(repeats)[:, :, :first].clone() for rows in (layer.keys, layer.values))
-            cache.update(keys, values, index)
-        token_ids, logits = _write(model, cache, near.token_ids[:, -1:], FAR_TOKENS)
-        return cls(first, token_ids[:, :-1], logits, cache, {})
+def _batched(packed: PackedLinears | None) -> list[ExecutionPolicy]:
+    """The one policy of `batched`: nothing by rows, everything packed that can be."""
+    joint: dict[Shape, int | None] = {} if packed is None else {joint.shape: None for joint in packed.joint}
+    return [replace(ExecutionPolicy.batched(), packed_rows=joint)]
 
 
-def _write(model: PreTrainedModel, cache: DynamicCache, newest: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
-    """Decode `count` tokens from `newest` [1, 1], one forward each: ids [1, count + 1] and logits, each [1, V]."""
-    generator = torch.Generator().manual_seed(0)
-    token_ids, logits = newest, []
-    for _ in range(count):
-        output = model(input_ids=token_ids[:, -1:], past_key_values=cache, use_cache=True)
-        logits.append(output.logits[:, -1])
-        # Drawn, and not too wildly: neither a loop of one phrase nor noise has the activations of text.
-        probs = (logits[-1].float().cpu() / TEXT_TEMPERATURE).softmax(-1)
-        drawn = torch.multinomial(probs, 1, generator=generator)
-        token_ids = torch.cat([token_ids, drawn.to(newest.device)], dim=1)
-    return token_ids, logits
+def _candidates(reference: Reference, packed: PackedLinears | None, widths: Sequence[int]) -> list[ExecutionPolicy]:
+    """Policies under which every Linear, alone, has its bits; cheapest first, the last with nothing left to chance."""
+    rows = linear_rows(reference, widths)
+    joint = {} if packed is None else packed_rows(reference, packed, [1, *widths])
+    found = [ExecutionPolicy(rowwise, rows, packed_rows=joint) for rowwise in (False, True)]
+    plain = [ExecutionPolicy(True, rows)] if joint else []
+    return [*found, *plain, ExecutionPolicy.rowwise()]
+
+
+def packed_rows(reference: Reference, packed: PackedLinears, widths: Sequence[int]) -> dict[Shape, int | None]:
+    """Rows in one call of the packed Linears, by shape; shapes that have other bits than the model's are left out."""
+    by_shape: dict[Shape, list[JointLinear]] = {}
+    for joint in packed.joint:
+        by_shape.setdefault(joint.shape, []).append(joint)
+    found = {}
+    for shape, joints in by_shape.items():
+        recorded = [(joint, _joint_rows(reference, joint.modules)) for joint in joints]
+        for rows in LINEAR_ROWS:
+            if all(_same_rows(joint, given, rows, widths) for joint, given in recorded):
+                found[shape] = rows
+                break
+    return found
+
+
+def _joint_rows(reference: Reference, modules: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """The recorded inputs of Linears that share them, with all their outputs side by side."""
+    inputs = [given for given, _ in reference.rows[modules[0]]]
+    outputs = zip(*([output for _, output in reference.rows[module]] for module in modules), strict=True)
+    return [(given, torch.cat(parts, dim=-1)) for given, parts in zip(inputs, outputs, strict=True)]
 
 
 def linear_rows(reference: Reference, widths: Sequence[int]) -> dict[Shape, int]:
@@ -181,13 +147,13 @@ def linear_rows(reference: Reference, widths: Sequence[int]) -> dict[Shape, int]
 
 
 def _same_rows(
-    module: nn.Module, recorded: list[tuple[Tensor, Tensor]], rows: int | None, widths: Sequence[int]
+    forward: Callable[..., Tensor], recorded: list[tuple[Tensor, Tensor]], rows: int | None, widths: Sequence[int]
 ) -> bool:
     """Whether blocks of these widths give every recorded row its own bits, with `rows` rows a call."""
     for width in widths:
         for start in range(0, len(recorded) - width + 1, width):
             given, expected = (torch.cat(part) for part in zip(*recorded[start : start + width], strict=True))
-            if not torch.equal(call_in_rows(module, rows or width, given.unsqueeze(0))[0], expected):
+            if not torch.equal(in_rows(forward, rows)(given.unsqueeze(0))[0], expected):
                 return False
     return True
 
@@ -212,6 +178,7 @@ def compare(
     policy: ExecutionPolicy,
     widths: Sequence[int],
     *,
+    packed: PackedLinears | None = None,
     whole: bool = False,
 ) -> Agreement:
     """Decode the reference's tokens again, in blocks of each width, each block on the rows the last one left.
@@ -222,7 +189,7 @@ def compare(
     layers = DecoderLayers(model)
     cache = KVCache.from_dynamic(reference.cache, reference.length + max(widths, default=0))
     found = Agreement()
-    with execution(model, policy):
+    with execution(model, policy, packed):
         for width in widths:
             cache.crop(reference.first)
             for block in _blocks(layers, reference, width, cache):

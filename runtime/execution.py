@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from runtime.attention import block_attention
+from runtime.packed import PackedLinears
 
 Shape = tuple[int, ...]
 
@@ -30,11 +31,13 @@ class ExecutionPolicy:
         linear_rows: weight shape -> rows in one call of these Linears: 1 is row by row; with more, the block is
             padded with zeros to a multiple of it.
         other_rows: the same for Linears of any other shape; None gives them the whole block in one call.
+        packed_rows: shape of packed Linears -> rows in one call; these run packed, where a packed copy is at hand.
     """
 
     rowwise_attention: bool
     linear_rows: Mapping[Shape, int] = field(default_factory=dict)
     other_rows: int | None = None
+    packed_rows: Mapping[Shape, int | None] = field(default_factory=dict)
 
     @classmethod
     def rowwise(cls) -> "ExecutionPolicy":
@@ -52,18 +55,14 @@ class ExecutionPolicy:
 
 
 @contextmanager
-def execution(model: PreTrainedModel, policy: ExecutionPolicy) -> Iterator[None]:
+def execution(model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None = None) -> Iterator[None]:
     """While open, `model` computes blocks by `policy`; afterwards its modules are as they were."""
     patched: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
     with block_attention(model, rowwise=policy.rowwise_attention):
         try:
-            for module in linears(model):
-                rows = policy.rows_of(module)
-                if rows is not None:
-                    hooked = module.__dict__.get("forward")  # another library's hook: it runs in each call
-                    patched.append((module, hooked))
-                    forward = hooked or partial(type(module).forward, module)
-                    module.__dict__["forward"] = partial(call_in_rows, forward, rows)
+            for module, forward in _forwards(model, policy, packed):
+                patched.append((module, module.__dict__.get("forward")))
+                module.__dict__["forward"] = forward
             yield
         finally:
             for module, hooked in patched:
@@ -73,9 +72,31 @@ def execution(model: PreTrainedModel, policy: ExecutionPolicy) -> Iterator[None]
                     module.__dict__["forward"] = hooked
 
 
+def _forwards(
+    model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None
+) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+    """The Linears that compute otherwise than by themselves, and how."""
+    taken: set[nn.Module] = set()
+    for joint in packed.joint if packed is not None else ():
+        if joint.shape in policy.packed_rows:
+            rows = policy.packed_rows[joint.shape]
+            yield from zip(joint.modules, joint.forwards(in_rows(joint, rows)), strict=True)
+            taken.update(joint.modules)
+    for module in linears(model):
+        rows = policy.rows_of(module)
+        if rows is not None and module not in taken:
+            # another library's hook, where there is one, runs in each call
+            yield module, in_rows(module.__dict__.get("forward") or partial(type(module).forward, module), rows)
+
+
 def linears(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that multiply by a weight matrix, in the model's order."""
     return [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def in_rows(forward: Callable[..., Tensor], rows: int | None) -> Callable[..., Tensor]:
+    """`forward` on so many rows a call; itself where `rows` is None."""
+    return forward if rows is None else partial(call_in_rows, forward, rows)
 
 
 def call_in_rows(forward: Callable[..., Tensor], rows: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

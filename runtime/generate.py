@@ -126,7 +126,8 @@ def _speculate(
     emitter.largest_shift = specbound.certificate.largest_shift
     started = time.perf_counter()
     specbound.stats = SpeculationStats()
-    outputs = model._prefill(emitter.input_ids, generation_config, model_kwargs)
+    with specbound.stats.timing("prompt"):
+        outputs = model._prefill(emitter.input_ids, generation_config, model_kwargs)
     stock_cache: DynamicCache = outputs.past_key_values
     capacity = stock_cache.get_seq_length() + min(emitter.remaining, 1024) + bounds.max_draft_tokens
     cache = KVCache.from_dynamic(stock_cache, capacity)
@@ -134,7 +135,7 @@ def _speculate(
     offset = 0 if positions is None else int(positions[0, -1]) + 1 - cache.get_seq_length()
     known = emitter.input_ids[0].tolist()
     state = DecodeState(specbound.layers, cache, known, position_offset=offset)
-    with execution(model, policy):
+    with execution(model, policy, specbound.packed):
         decode(state, outputs.logits[:, -1], specbound.drafter, bounds, emitter, specbound.stats, specbound.controller)
     if generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False):
         cache.copy_to(stock_cache)

@@ -18,6 +18,7 @@ from runtime.exactness import certify
 from runtime.execution import ExecutionPolicy
 from runtime.identity import base_fingerprint
 from runtime.layers import DecoderLayers
+from runtime.packed import PackedLinears
 from runtime.policy import SpeculationBounds
 from runtime.stats import SpeculationStats
 
@@ -33,6 +34,7 @@ class SpecBound:
         config: what the adapter's `config.json` says; None where a drafter was attached by hand.
         bounds: may be replaced between calls.
         certificate: what the exactness probe checked and found; None before it ran.
+        packed: copies of the Linears that run in another layout; None where nothing is packed.
         controller: rests where speculation does not pay; None speculates always, and reproducibly so.
         stats: counts of the last `generate` call that speculated.
     """
@@ -56,6 +58,7 @@ class SpecBound:
         self.config = config
         self.fingerprint = fingerprint or base_fingerprint(model)
         self.certificate: Certificate | None = None
+        self.packed: PackedLinears | None = None
         self.controller: Controller | None = None
         self.stats = SpeculationStats()
         self.enabled = True
@@ -63,6 +66,7 @@ class SpecBound:
         self._speculating = False
         self._warned: set[str] = set()
         self._certified_for: tuple[object, ...] = ()
+        self._certified_width = 0
         self._drafter_on: tuple[object, ...] = ()
 
     def prepare(self, model: PreTrainedModel) -> tuple[ExecutionPolicy, SpeculationBounds]:
@@ -75,14 +79,19 @@ class SpecBound:
             self.drafter = self.drafter.on(self.layers)
             self._drafter_on = where
         width = self.bounds.max_draft_tokens + 1
-        attention = model.config._attn_implementation
-        now = (*where, torch.get_num_threads(), attention, width)
-        if self.certificate is None or now != self._certified_for:
-            self.certificate = certify(model, self.fingerprint, max_width=width, exactness=self.exactness)
-            self._certified_for = now
+        now = (*where, torch.get_num_threads(), model.config._attn_implementation)
+        if self.packed is not None and not self.packed.current():
+            self._certified_for = ()  # the weights are no longer those that were copied
+        if self.certificate is None or now != self._certified_for or width > self._certified_width:
+            packed = PackedLinears.of(model)
+            self.certificate = certify(
+                model, self.fingerprint, max_width=width, exactness=self.exactness, packed=packed
+            )
+            self.packed = packed if self.certificate.policy.packed_rows else None
+            self._certified_for, self._certified_width = now, width
             if self.certificate.max_width < width:
                 logger.warning("SpecBound: nothing is drafted on this machine. %s.", self.certificate)
-        limit = self.certificate.max_width - 1
+        limit = min(width, self.certificate.max_width) - 1
         return self.certificate.policy, replace(self.bounds, max_draft_tokens=limit)
 
     @contextmanager

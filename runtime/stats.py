@@ -1,6 +1,9 @@
 """Counts of one `generate` call. Knows nothing of how they come about."""
 
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -18,6 +21,7 @@ class SpeculationStats:
         resting_rounds: rounds in which nothing was drafted because it did not pay.
         unpromised: tokens that plain decoding may have chosen otherwise; 0 unless blocks are not exact.
         seconds: wall-clock time of the call, prompt included.
+        parts: the same by part: prompt, draft, verify, emit.
     """
 
     emitted: int = 0
@@ -29,6 +33,14 @@ class SpeculationStats:
     resting_rounds: int = 0
     unpromised: int = 0
     seconds: float = 0.0
+    parts: Counter[str] = field(default_factory=Counter)
+
+    @contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        """Count what is done inside as time of this part."""
+        started = time.perf_counter()
+        yield
+        self.parts[part] += time.perf_counter() - started  # type: ignore[assignment]
 
     def record_round(self, exit_layers: list[int], num_accepted: int, num_emitted: int, *, hard: bool) -> None:
         """Add one round: the exit layer of each draft, how many were accepted, how many tokens came out."""
@@ -49,6 +61,7 @@ class SpeculationStats:
         self.resting_rounds += other.resting_rounds
         self.unpromised += other.unpromised
         self.seconds += other.seconds
+        self.parts += other.parts
         return self
 
     @property

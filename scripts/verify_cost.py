@@ -26,6 +26,7 @@ from runtime.execution import ExecutionPolicy, execution
 from runtime.files import write_atomic
 from runtime.identity import base_fingerprint
 from runtime.layers import DecoderLayers
+from runtime.packed import PackedLinears
 
 
 def main(
@@ -52,7 +53,8 @@ def main(
 @torch.no_grad()
 def measure(model: Any, context: int, widths: list[int], repeats: int) -> dict[str, Any]:
     """Milliseconds of a forward: `stock` for one token, `bitwise` and `batched` by width."""
-    certificate = certify(model, base_fingerprint(model), max_width=max(widths))
+    packed = PackedLinears.of(model)
+    certificate = certify(model, base_fingerprint(model), max_width=max(widths), packed=packed)
     stock = DynamicCache()
     token_ids = torch.randint(model.config.vocab_size, (1, context + max(widths)), device=model.device)
     model(input_ids=token_ids[:, :context], past_key_values=stock, use_cache=True)
@@ -64,7 +66,7 @@ def measure(model: Any, context: int, widths: list[int], repeats: int) -> dict[s
         stock.crop(-1)
 
     def block(width: int, policy: ExecutionPolicy) -> None:
-        with execution(model, policy):
+        with execution(model, policy, packed):
             hidden = layers.embed(token_ids[:, context : context + width], context)
             layers.logits(layers.run(hidden, 0, layers.num_layers, context, cache))
         cache.crop(context)

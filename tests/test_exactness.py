@@ -106,8 +106,8 @@ def test_attention_runs_as_a_block_where_that_keeps_every_bit(
     """It does not on a CPU, so here the batched form is made to: the probe takes it, being cheaper."""
     assert probe(make_model(), max_width=3).policy.rowwise_attention
 
-    def steady(model: Any, policy: ExecutionPolicy) -> Any:
-        return execution(model, replace(policy, rowwise_attention=True))
+    def steady(model: Any, policy: ExecutionPolicy, packed: Any) -> Any:
+        return execution(model, replace(policy, rowwise_attention=True), packed)
 
     monkeypatch.setattr(runtime.exactness, "execution", steady)
     certificate = probe(make_model(), max_width=3)

@@ -161,6 +161,48 @@ def tune_command(
     print(f"on texts that bounds were not chosen on: {found['cross_fitted_speedup']:.2f}x")
 
 
+@app.command("bench")
+def bench_command(
+    adapter: Annotated[str, typer.Option(help="The adapter's folder, or its Hub id.")],
+    prompts: Annotated[str, typer.Option(help="Prompts: a .jsonl file, or a data set's name.")],
+    json_file: Annotated[Path, typer.Option("--json", help="Keep figures and records in this file.")],
+    model: Annotated[str | None, typer.Option(help="The base; by default the one the adapter names.")] = None,
+    methods: Annotated[
+        str, typer.Option(help="Out of stock, plain, specbound, steady, heads, lookup, hand, paper, ...")
+    ] = "stock,plain,specbound,prompt_lookup,early_exit",
+    limit: Annotated[int | None, typer.Option(min=1, help="This many prompts, spread over the file.")] = None,
+    per_task: Annotated[int | None, typer.Option(min=1, help="This many prompts of each category.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated from each prompt.")] = 128,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's own choice.")] = None,
+    exactness: Annotated[str, typer.Option(help="bitwise or batched.")] = "bitwise",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what the --json file holds.")] = False,
+) -> None:
+    """Run methods side by side on the same prompts, and compare speeds and ids. Exit code 1 if SpecBound's differ.
+
+    Example: specbound bench --adapter outputs/demo/adapter --prompts prompts.jsonl --limit 16 --json bench.json
+    Beside FILE.json it writes FILE.md, a table, and FILE.png, a picture.
+    """
+    from runtime.errors import SpecBoundError
+    from train.bench import BenchSettings, run_bench
+    from train.bench_report import markdown, picture
+
+    names = tuple(name.strip() for name in methods.split(",") if name.strip())
+    settings = BenchSettings(
+        adapter, prompts, names, model, limit, per_task, max_new_tokens, dtype, threads, exactness
+    )
+    try:
+        found = run_bench(settings, report=json_file, resume=resume)
+        json_file.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
+        picture(found, json_file.with_suffix(".png"))
+    except (SpecBoundError, OSError) as error:
+        _fail(error, None)
+    print(markdown(found), end="")
+    ours = found["methods"].get("specbound", found["methods"]["stock"])
+    if exactness == "bitwise" and ours["identical_prompts"] != ours["prompts"]:
+        raise typer.Exit(1)
+
+
 def _fail(error: Exception, as_json: dict[str, Any] | None) -> NoReturn:
     """End with exit code 1: one line on stderr, or these fields and the error as JSON on stdout."""
     if as_json is None:

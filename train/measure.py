@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import trange
 from transformers import DynamicCache
@@ -23,7 +24,7 @@ from runtime.policy import SpeculationBounds
 from runtime.state import DecodeState
 from train.costs import CostTable
 
-CONTEXTS = (64, 768)
+CONTEXTS = (64, 384, 1024)
 REPEATS = 7
 WARM_UP = 2
 GENERATED = 8
@@ -44,9 +45,9 @@ def measure(model: Any, *, max_width: int = 9, repeats: int = REPEATS, progress:
     seconds: dict[Any, list[float]] = defaultdict(list)
     for number in trange(WARM_UP + repeats, desc="profile", unit="round", disable=not progress):
         for bench in benches:
-            timed = bench.gaps() | bench.sources()
-            with execution(model, policy):
-                timed |= bench.blocks()
+            timed = bench.gaps()
+            with execution(model, policy, specbound.packed):
+                timed |= bench.sources() | bench.blocks()
             if number >= WARM_UP:
                 for key, taken in timed.items():
                     seconds[key].append(taken)
@@ -55,21 +56,28 @@ def measure(model: Any, *, max_width: int = 9, repeats: int = REPEATS, progress:
 
 
 def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound: SpecBound, model: Any) -> CostTable:
-    """Straight lines through two contexts; per layer, per token."""
-    near, far = contexts
+    """Straight lines through the contexts; per layer, per token."""
     num_layers = specbound.layers.num_layers
     widths = range(1, max_width + 1)
 
     def line(name: str, width: int | None = None) -> tuple[float, float]:
-        low, high = ms[name, width, near], ms[name, width, far]
-        slope = max(0.0, (high - low) / max(1, far - near))
-        return max(0.0, low - slope * near), slope
+        slope, base = np.polyfit(contexts, [ms[name, width, context] for context in contexts], 1)
+        if slope < 0:  # noise: cost does not fall as a text grows
+            slope, base = 0.0, statistics.mean(ms[name, width, context] for context in contexts)
+        return max(0.0, float(base)), float(slope)
 
     layers = {width: line("layers", width) for width in widths}
-    unembedding = {width: (ms["unembedding", width, near] + ms["unembedding", width, far]) / 2 for width in widths}
+    unembedding = {
+        width: statistics.mean(ms["unembedding", width, context] for context in contexts) for width in widths
+    }
     alone, _ = line("alone")
     plain, plain_context = line("stock")
-    heads = [value for (name, *_), value in ms.items() if name == "head"]
+    # A head as a draft pays for it: everything between two drafts but the layers.
+    heads = [
+        step - ms["push", None, context] - layer * (layers[1][0] + layers[1][1] * context) / num_layers
+        for (name, layer, context), step in ms.items()
+        if name == "step"
+    ]
     lookups = [value for (name, *_), value in ms.items() if name == "lookup"]
     certificate = specbound.certificate
     assert certificate is not None
@@ -78,7 +86,7 @@ def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound:
         layer={width: base / num_layers for width, (base, _) in layers.items()},
         layer_context={width: slope / num_layers for width, (_, slope) in layers.items()},
         unembedding=unembedding,
-        head=statistics.mean(heads) if heads else 0.0,
+        head=max(0.0, statistics.mean(heads)) if heads else 0.0,
         lookup=statistics.mean(lookups) if lookups else 0.0,
         token=max(0.0, alone - layers[1][0] - unembedding[1]),
         plain=plain,
@@ -121,15 +129,20 @@ class _Bench:
         return found
 
     def sources(self) -> dict[Any, float]:
-        """Asking each exit once."""
+        """Making a token pending, and then asking each exit for a draft, on the way through the layers below it."""
         state = DecodeState(self.layers, self.cache, self.token_ids[0, : self.context].tolist())
-        state.push(int(self.token_ids[0, self.context]))
-        found = {}
-        for layer in self.specbound.drafter.exit_layers:
-            state.advance(layer)
-            taken, _ = self._timed(partial(self.specbound.drafter.propose, layer, state))
-            found["lookup" if layer == 0 else "head", layer, self.context] = taken
-        state.crop(self.context)
+        drafter, newest = self.specbound.drafter, int(self.token_ids[0, self.context])
+        found: dict[Any, float] = {}
+        for layer in drafter.exit_layers:
+            push, _ = self._timed(partial(state.push, newest))
+            climb, _ = self._timed(partial(state.advance, layer))
+            ask, _ = self._timed(partial(drafter.propose, layer, state))
+            state.crop(self.context)
+            found["push", None, self.context] = push
+            if layer == 0:
+                found["lookup", layer, self.context] = ask
+            else:
+                found["step", layer, self.context] = push + climb + ask
         return found
 
     def gaps(self) -> dict[Any, float]:

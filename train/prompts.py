@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """`messages` end with a user's; each of `later_turns` is asked after the answer to the turn before."""
+    """`messages` end with a user's; each of `later_turns` is asked after the answer to the turn before.
+
+    `task` is what a benchmark calls the prompt's kind; it is no part of the prompt.
+    """
 
     messages: tuple[Message, ...]
     later_turns: tuple[str, ...] = ()
+    task: str = field(default="", compare=False)
 
     @property
     def hash(self) -> str:
@@ -81,7 +85,8 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
     for where, row in rows:
         if limit is not None and len(prompts) >= limit:
             break
-        prompts.append(_to_prompt(row, where=where))
+        prompt = _to_prompt(row, where=where)
+        prompts.append(replace(prompt, task=str(row.get("category") or "")))
     if not prompts:
         raise DataError(f"{source}: no prompts in it (limit {limit}); expected rows with {_EXPECTED}")
     return prompts

@@ -1,0 +1,152 @@
+"""Linears in the layout that oneDNN multiplies from, packed once instead of in every call.
+
+Linears that read the same input (query, key and value; gate and up) run as one. Whether the rows have the bits of
+the model's own Linears is the probe's business; what packs is bfloat16 on a CPU. The operators are torch's own, but
+not public: where they are missing nothing is packed. Knows no policy and no probe.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# The layout is chosen for calls of about so many rows; for one row oneDNN would keep the unpacked layout.
+LAYOUT_ROWS = 8
+# Packed weights are copies, since prompts run on the model's own: at most this part of the memory that is free.
+MEMORY_SHARE = 0.25
+
+Forward = Callable[..., Tensor]
+Key = tuple[tuple[int, int], ...]
+
+
+class JointLinear:
+    """One Linear, or several that read the same input, as one packed multiplication.
+
+    Args:
+        modules: in the order in which the model calls them.
+    """
+
+    def __init__(self, modules: Sequence[nn.Linear]) -> None:
+        self.modules = tuple(modules)
+        self.sizes = [module.weight.shape[0] for module in modules]
+        self.shape = (sum(self.sizes), modules[0].weight.shape[1])
+        weight = torch.cat([module.weight.detach() for module in modules])
+        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, LAYOUT_ROWS)
+        self._bias = None if modules[0].bias is None else torch.cat([module.bias.detach() for module in modules])
+        self._input: Tensor | None = None
+        self._outputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Outputs of all modules, shape [..., sum of their sizes], of hidden states [..., in]."""
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._weight, self._bias, "none", [], "")
+        return output
+
+    def forwards(self, call: Forward) -> list[Forward]:
+        """A `forward` for each module, of which one call of `call` (this object, maybe in rows) serves all."""
+        if len(self.modules) == 1:
+            return [call]
+        return [lambda hidden, index=index: self._part(call, index, hidden) for index in range(len(self.modules))]
+
+    def _part(self, call: Forward, index: int, hidden: Tensor) -> Tensor:
+        if hidden is not self._input:
+            self._input, self._outputs = hidden, torch.split_with_sizes(call(hidden), self.sizes, dim=-1)
+        output = self._outputs[index]
+        if index == len(self.modules) - 1:
+            self._input, self._outputs = None, ()
+        return output
+
+
+class PackedLinears:
+    """The Linears of a model, packed. `current` says whether they still are the model's."""
+
+    def __init__(self, groups: Sequence[Sequence[nn.Linear]]) -> None:
+        self.joint = [JointLinear(group) for group in groups]
+        self._key = _key(groups)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "PackedLinears | None":
+        """All Linears of the model that can be packed; None where there are none, or no room for a copy."""
+        groups = packable(model)
+        needed = sum(module.weight.nbytes for group in groups for module in group)
+        free = _free_memory()
+        if not groups:
+            return None
+        if needed > MEMORY_SHARE * free:
+            logger.info("nothing is packed: it would take %d of %d free MiB", needed >> 20, free >> 20)
+            return None
+        return cls(groups)
+
+    def current(self) -> bool:
+        """Whether the model's weights are where and what they were."""
+        return _key([joint.modules for joint in self.joint]) == self._key
+
+
+def packable(model: PreTrainedModel) -> list[list[nn.Linear]]:
+    """The model's Linears that can be packed, those that read the same input together."""
+    if model.device.type != "cpu" or not _has_operators():
+        return []
+    return [group for group in _by_input(model) if all(map(_is_packable, group))]
+
+
+def _is_packable(module: nn.Module) -> bool:
+    """A Linear of torch's own class and forward, its weight a plain bfloat16 tensor."""
+    return (
+        type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and module.weight.dtype == torch.bfloat16
+        and module.weight.device.type == "cpu"
+        and not module.weight.is_inference()
+    )
+
+
+@torch.no_grad()
+def _by_input(model: PreTrainedModel) -> list[list[nn.Linear]]:
+    """The Linears in the order of one forward; those called in a row with the very same tensor are together."""
+    calls: list[tuple[nn.Linear, Tensor]] = []
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        calls.append((cast(nn.Linear, module), args[0]))
+
+    hooks = [module.register_forward_pre_hook(record) for module in linears]
+    try:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: list[list[nn.Linear]] = []
+    last: Tensor | None = None
+    for module, given in calls:
+        if given is last and (module.bias is None) == (groups[-1][0].bias is None):
+            groups[-1].append(module)
+        else:
+            groups.append([module])
+        last = given
+    return groups if len(calls) == len({module for module, _ in calls}) else []  # one called twice fits no group
+
+
+def _has_operators() -> bool:
+    names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
+    if not all(hasattr(torch.ops.mkldnn, name) for name in names):
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _key(groups: Sequence[Sequence[nn.Linear]]) -> Key:
+    """Where the weights lie and how often they were written."""
+    return tuple((module.weight.data_ptr(), module.weight._version) for group in groups for module in group)
+
+
+def _free_memory() -> int:
+    """Bytes that can be had; 0 where that is not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+    except (OSError, StopIteration, ValueError):
+        return 0

@@ -1,0 +1,217 @@
+"""The benchmark: prompts through several methods in turn, in one process, ids compared with stock's in every run.
+
+What each generation took is a record; the report is rewritten after every prompt, and can be resumed. Knows no
+statistics: those are `train.bench_report`'s.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers.generation.streamers import BaseStreamer
+
+from runtime import DataError
+from runtime.benchmark import hardware
+from runtime.config import VERSION
+from runtime.files import write_atomic
+from train.attached import load_attached, spread, to_ids
+from train.bench_report import summarize
+from train.methods import Method, make_methods
+from train.prompts import Prompt, read_prompts
+
+# Spec-Bench counts the eight categories of MT-bench as one task.
+MT_BENCH = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
+WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSettings:
+    """What is run.
+
+    Attributes:
+        prompts: a .jsonl file or the name of a data set; the first turn of each is asked.
+        limit, per_task: this many prompts, of all or of each task, spread evenly over the file.
+        methods: names out of `train.methods.METHODS`; `stock` always runs, the others are held against it.
+    """
+
+    adapter: str
+    prompts: str
+    methods: tuple[str, ...]
+    base_model: str | None = None
+    limit: int | None = None
+    per_task: int | None = None
+    max_new_tokens: int = 128
+    dtype: str = "bfloat16"
+    threads: int | None = None
+    exactness: str = "bitwise"
+
+
+def run_bench(settings: BenchSettings, *, report: Path | None = None, resume: bool = False) -> dict[str, Any]:
+    """Run every method on every prompt.
+
+    Args:
+        report: written anew after every prompt.
+        resume: go on from what `report` holds, which must be of the same settings and machine.
+
+    Raises:
+        SpecBoundError: wrong options, prompts, adapter or base; a report to resume that is of another benchmark.
+    """
+    prompts = choose(read_prompts(settings.prompts), settings.limit, settings.per_task)
+    started = time.perf_counter()
+    model = load_attached(
+        settings.adapter,
+        settings.base_model,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        exactness=settings.exactness,
+    )
+    names = ["stock", *(name for name in settings.methods if name != "stock")]
+    methods = make_methods(model, names)
+    loading = time.perf_counter() - started
+    conditions = _conditions(settings, model, methods)
+    records = _earlier(report, conditions) if report is not None and resume else []
+    ids = to_ids(model, prompts)
+    _warm_up(model, methods, ids[0])
+    found: dict[str, Any] = {}
+    with tqdm(total=len(ids), initial=len(records), desc="bench", unit="prompt") as bar:
+        for number in range(len(records), len(ids)):
+            records.append(_record(model, methods, prompts[number], ids[number], number, settings.max_new_tokens))
+            found = {"complete": len(records) == len(ids), **conditions, **summarize(records)}
+            found |= {"loading_seconds": round(loading, 1), "peak_memory_mib": _peak_memory(), "records": records}
+            if report is not None:
+                write_atomic(report, (json.dumps(found, indent=1) + "\n").encode())
+            bar.set_postfix_str(" ".join(f"{k} {v['speedup_over_stock']:.2f}x" for k, v in found["methods"].items()))
+            bar.update()
+    return found or {"complete": True, **conditions, **summarize(records), "records": records}
+
+
+def choose(prompts: Sequence[Prompt], limit: int | None, per_task: int | None) -> list[Prompt]:
+    """Prompts spread evenly over the file, or over each task of it."""
+    if per_task is None:
+        return spread(prompts, limit)
+    by_task: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_task.setdefault(task_of(prompt), []).append(prompt)
+    chosen = [spread(group, per_task) for group in by_task.values()]
+    # In turn, so that a benchmark cut short has seen every task.
+    turns = max(map(len, chosen), default=0)
+    return [group[turn] for turn in range(turns) for group in chosen if turn < len(group)]
+
+
+def task_of(prompt: Prompt) -> str:
+    """The task that Spec-Bench counts a prompt under."""
+    return "mt_bench" if prompt.task in MT_BENCH else prompt.task or "all"
+
+
+def _record(
+    model: Any, methods: dict[str, Method], prompt: Prompt, ids: torch.Tensor, number: int, max_new_tokens: int
+) -> dict[str, Any]:
+    """One prompt through every method, the order turned round by one each time."""
+    names = list(methods)
+    turn = number % len(names)
+    outputs, runs = {}, {}
+    for name in names[turn:] + names[:turn]:
+        outputs[name], runs[name] = _generate(model, methods[name], ids, max_new_tokens)
+    for name, run in runs.items():
+        run["identical"] = torch.equal(outputs[name], outputs["stock"])
+    return {"task": task_of(prompt), "prompt_tokens": ids.shape[1], "runs": {name: runs[name] for name in names}}
+
+
+def _generate(
+    model: Any, method: Method, ids: torch.Tensor, max_new_tokens: int
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Ids, and what the generation took."""
+    clock = FirstToken()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    clock.started = time.perf_counter()
+    output = method.generate(model, ids, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
+    seconds = time.perf_counter() - clock.started
+    run: dict[str, Any] = {"seconds": seconds, "first_token": clock.seconds, "tokens": output.shape[1] - ids.shape[1]}
+    if model.device.type == "cuda":
+        run["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20
+    if method.bounds is not None:
+        stats = model.specbound.stats
+        run |= {"rounds": stats.rounds, "resting_rounds": stats.resting_rounds, "parts": dict(stats.parts)}
+        run |= {"drafted": dict(stats.drafted), "accepted": dict(stats.accepted)}
+    return output, run
+
+
+def _warm_up(model: Any, methods: dict[str, Method], ids: torch.Tensor) -> None:
+    """The first calls pay for allocations."""
+    for method in methods.values():
+        method.generate(model, ids, max_new_tokens=WARM_UP_TOKENS, do_sample=False)
+
+
+class FirstToken(BaseStreamer):
+    """When the first token came, in seconds after `started`."""
+
+    def __init__(self) -> None:
+        self.started = 0.0
+        self.seconds = 0.0
+        self._calls = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt, then tokens."""
+        self._calls += 1
+        if self._calls == 2:
+            self.seconds = time.perf_counter() - self.started
+
+    def end(self) -> None:
+        """Nothing."""
+
+
+def _conditions(settings: BenchSettings, model: Any, methods: dict[str, Method]) -> dict[str, Any]:
+    """What the figures hold for; names of files without their folders."""
+    specbound = model.specbound
+    return {
+        "settings": {
+            **asdict(settings),
+            "methods": list(methods),
+            "adapter": Path(settings.adapter).name if Path(settings.adapter).exists() else settings.adapter,
+            "prompts": Path(settings.prompts).name,
+            "base_model": specbound.config.base_model_name_or_path,
+        },
+        "adapter_sha256": specbound.config.weights_sha256,
+        "titles": {name: method.title for name, method in methods.items()},
+        "hardware": hardware(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "specbound": VERSION,
+        },
+        "certificate": str(specbound.certificate),
+    }
+
+
+def _peak_memory() -> int:
+    """MiB that the process held at most, all methods together."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> 20 if sys.platform == "darwin" else peak >> 10
+
+
+def _earlier(report: Path, conditions: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records of an earlier, cut-off benchmark of the same conditions; none where there is no report yet."""
+    if not report.exists():
+        return []
+    try:
+        found = json.loads(report.read_text(encoding="utf-8"))
+        differing = sorted(key for key in conditions if found[key] != conditions[key])
+        records = list(found["records"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{report} is not a benchmark's report: remove it, or run without --resume") from error
+    if differing:
+        raise DataError(f"{report} is of another benchmark ({', '.join(differing)} differ): run without --resume")
+    return records

@@ -1,0 +1,154 @@
+"""What a benchmark's records say: figures by method and task, a table in Spec-Bench's layout, a picture.
+
+Knows no model.
+"""
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+Record = dict[str, Any]
+
+
+def summarize(records: Sequence[Record]) -> dict[str, Any]:
+    """Figures overall (`methods`) and `by_task`; intervals are of prompts drawn again, 95 %."""
+    tasks = list(dict.fromkeys(record["task"] for record in records))
+    names = list(records[0]["runs"]) if records else []
+    by_task = {
+        task: {name: _figures([one for one in records if one["task"] == task], name) for name in names}
+        for task in tasks
+    }
+    return {"methods": {name: _figures(records, name) for name in names}, "by_task": by_task}
+
+
+def _figures(records: Sequence[Record], name: str) -> dict[str, Any]:
+    """One method over these prompts. Speed-ups are medians over prompts of the ratio of seconds a token."""
+    runs = [record["runs"][name] for record in records]
+    tokens, seconds = (np.array([run[key] for run in runs], dtype=float) for key in ("tokens", "seconds"))
+    low, high = _interval(len(runs), lambda chosen: tokens[chosen].sum() / seconds[chosen].sum())
+    found: dict[str, Any] = {
+        "tokens_per_second": round(float(tokens.sum() / seconds.sum()), 3),
+        "tokens_per_second_interval": [round(low, 3), round(high, 3)],
+        "prompts": len(runs),
+        "identical_prompts": sum(run["identical"] for run in runs),
+        "tokens": int(tokens.sum()),
+        "first_token_seconds": round(statistics.median(run["first_token"] for run in runs), 4),
+    }
+    for other in ("stock", "plain"):
+        if other in records[0]["runs"]:
+            ratios = np.array([_pace(record["runs"][other]) / _pace(record["runs"][name]) for record in records])
+            low, high = _interval(len(runs), lambda chosen, ratios=ratios: float(np.median(ratios[chosen])))
+            found[f"speedup_over_{other}"] = round(float(np.median(ratios)), 4)
+            found[f"speedup_over_{other}_interval"] = [round(low, 4), round(high, 4)]
+    if "rounds" in runs[0]:
+        found |= _speculation(runs)
+    if "peak_memory_mib" in runs[0]:
+        found["peak_memory_mib"] = max(run["peak_memory_mib"] for run in runs)
+    return found
+
+
+def _speculation(runs: Sequence[Record]) -> dict[str, Any]:
+    """What our own loop counted."""
+    drafted, accepted, parts = (_sum(run[key] for run in runs) for key in ("drafted", "accepted", "parts"))
+    rounds, tokens = (sum(run[key] for run in runs) for key in ("rounds", "tokens"))
+    spent = sum(parts.values())
+    return {
+        "mean_accepted_length": round((tokens - len(runs)) / rounds, 4) if rounds else 0.0,
+        "acceptance_rate": round(accepted.total() / drafted.total(), 4) if drafted else 0.0,
+        "exits": {
+            str(layer): {"drafted": drafted[layer], "accepted": accepted[layer]} for layer in sorted(drafted, key=int)
+        },
+        "resting_rounds": sum(run["resting_rounds"] for run in runs),
+        "rounds": rounds,
+        "time_split": {part: round(seconds / spent, 4) for part, seconds in parts.items()} if spent else {},
+    }
+
+
+def _sum(counts: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    """Counts added up; a JSON file has made their keys text."""
+    total: Counter[str] = Counter()
+    for one in counts:
+        for key, value in one.items():
+            total[str(key)] += value
+    return total
+
+
+def _pace(run: Record) -> float:
+    """Seconds a token."""
+    return float(run["seconds"] / max(1, run["tokens"]))
+
+
+def _interval(number: int, statistic: Callable[..., float]) -> tuple[float, float]:
+    """Bounds that hold the statistic in 95 of 100 draws of as many prompts, each maybe several times."""
+    generator = np.random.default_rng(0)
+    draws = [statistic(generator.integers(number, size=number)) for _ in range(RESAMPLES)]
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table of speed-ups over stock, methods by tasks, and what it was taken on."""
+    tasks, methods = found["by_task"], found["methods"]
+    lines = [
+        f"{found['hardware']}, {found['dtype']}, {found['threads']} threads, torch {found['versions']['torch']},"
+        f" transformers {found['versions']['transformers']}; {found['settings']['prompts']}, greedy, up to"
+        f" {found['settings']['max_new_tokens']} tokens, {methods['stock']['prompts']} prompts. Times stock"
+        " `generate`'s speed, medians over prompts; in brackets 95 % intervals.",
+        "",
+        "| method | " + " | ".join(tasks) + " | overall | tokens/s | accepted length | identical |",
+        "|---|" + "---:|" * (len(tasks) + 4),
+    ]
+    for name, figures in methods.items():
+        cells = [f"{tasks[task][name]['speedup_over_stock']:.2f}" for task in tasks]
+        low, high = figures["speedup_over_stock_interval"]
+        length = f"{figures['mean_accepted_length']:.2f}" if "mean_accepted_length" in figures else ""
+        same = f"{figures['identical_prompts']} of {figures['prompts']}"
+        same = same if figures["identical_prompts"] == figures["prompts"] else f"**{same}**"
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {figures['speedup_over_stock']:.2f} ({low:.2f} to {high:.2f})"
+            f" | {figures['tokens_per_second']:.1f} | {length} | {same} |"
+        )
+    lines += ["", *(f"- `{name}`: {title}" for name, title in found["titles"].items())]
+    return "\n".join(lines) + "\n"
+
+
+def picture(found: dict[str, Any], path: Path) -> None:
+    """Speed-up over stock by task, one bar a method; a method that changed ids is hatched."""
+    names = [name for name in found["methods"] if name != "stock"]
+    groups = {**found["by_task"], "overall": found["methods"]}
+    figure, panel = plt.subplots(figsize=(max(7.0, 1.5 * len(groups)), 4.0))
+    width = 0.85 / max(1, len(names))
+    for index, name in enumerate(names):
+        speed = [group[name]["speedup_over_stock"] for group in groups.values()]
+        bounds = [group[name]["speedup_over_stock_interval"] for group in groups.values()]
+        error = [[max(0.0, v - low) for v, (low, _) in zip(speed, bounds, strict=True)]]
+        error.append([max(0.0, high - v) for v, (_, high) in zip(speed, bounds, strict=True)])
+        whole = found["methods"][name]["identical_prompts"] == found["methods"][name]["prompts"]
+        panel.bar(
+            np.arange(len(groups)) + (index - (len(names) - 1) / 2) * width,
+            speed,
+            width,
+            yerr=error,
+            label=name if whole else f"{name} (ids differ)",
+            hatch=None if whole else "//",
+            error_kw={"linewidth": 0.7},
+        )
+    panel.axhline(1.0, color="0.4", linewidth=1)
+    panel.set_xticks(np.arange(len(groups)), list(groups))
+    panel.set_ylabel("times stock generate's speed")
+    panel.set_title(f"{found['hardware']}, {found['dtype']}, {found['threads']} threads", fontsize=9)
+    panel.legend(fontsize=8, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
