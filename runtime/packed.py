@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # The layout is chosen for calls of about so many rows; for one row oneDNN would keep the unpacked layout.
 LAYOUT_ROWS = 8
+# Stock sends products of few numbers past oneDNN, which adds in another order: bits then differ, if seldom.
+MIN_WEIGHTS = 2**14
 # Packed weights are copies, since prompts run on the model's own: at most this part of the memory that is free.
 MEMORY_SHARE = 0.25
 
@@ -95,13 +97,14 @@ def packable(model: PreTrainedModel) -> list[list[nn.Linear]]:
 
 
 def _is_packable(module: nn.Module) -> bool:
-    """A Linear of torch's own class and forward, its weight a plain bfloat16 tensor."""
+    """A Linear of torch's own class and forward, its weight a plain bfloat16 tensor, and large enough."""
     return (
         type(module) is nn.Linear
         and "forward" not in module.__dict__
         and module.weight.dtype == torch.bfloat16
         and module.weight.device.type == "cpu"
         and not module.weight.is_inference()
+        and module.weight.numel() >= MIN_WEIGHTS
     )
 
 

@@ -1,6 +1,7 @@
 """From a fitted adapter to bounds for this machine: `specbound profile`, `specbound tune`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from typer.testing import CliRunner
 
-from runtime import SpeculationBounds, load_specbound
+from runtime import SpecBoundError, SpeculationBounds, load_specbound
 from runtime.adapter import load_adapter
 from runtime.stats import SpeculationStats
+from train.agreement import check_agreement
 from train.cli import app
 from train.corpus import load_split
 from train.costs import CostTable
@@ -95,6 +97,20 @@ def test_replay_and_run_accept_alike(fitted: Any) -> None:
     predicted = Replayer(traces, costs).run(bounds)
     assert measured.accepted.total() > 20
     assert predicted.mean_accepted_length == pytest.approx(measured.mean_accepted_length, rel=0.02)
+
+
+def test_an_adapter_that_replay_misjudges_is_not_published(fitted: Any) -> None:
+    """On forced text the two agree; with traces that say otherwise they do not, and that is an error."""
+    folder, base, corpus = fitted
+    model: Any = load_specbound(folder, base, adaptive=False)
+    specbound, bounds = model.specbound, SpeculationBounds(0.05, 99, 4)
+    rows = [(row["prompt_ids"], row["response_ids"]) for row in load_split(corpus, "calibration")]
+    traces = Traces.read(folder / "traces.safetensors", weights_sha256=specbound.config.weights_sha256)
+    found = check_agreement(specbound.layers, specbound.drafter, bounds, rows, traces)
+    assert found["by_run"] == pytest.approx(found["by_replay"], rel=0.02) and found["by_run"] > 1.02
+    assert json.loads((folder / "calibration.json").read_text())["agreement"]["tokens"] > 0
+    with pytest.raises(SpecBoundError, match="not published"):
+        check_agreement(specbound.layers, specbound.drafter, bounds, rows, replace(traces, right=~traces.right))
 
 
 def test_bounds_for_a_workload(fitted: Any, tmp_path: Path) -> None:

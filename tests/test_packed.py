@@ -17,6 +17,7 @@ from runtime.generate import attach
 from runtime.handle import SpecBound
 from runtime.packed import JointLinear, PackedLinears
 
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
 GREEDY = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
 
 
@@ -31,8 +32,8 @@ def able(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def model(make_model: Any) -> Any:
-    """A tiny base in bfloat16."""
-    return make_model().to(torch.bfloat16)
+    """A tiny base in bfloat16, just wide enough."""
+    return make_model(**WIDE).to(torch.bfloat16)
 
 
 def test_linears_that_read_the_same_input_go_together(model: Any) -> None:
@@ -49,7 +50,7 @@ def test_linears_that_read_the_same_input_go_together(model: Any) -> None:
 def test_each_part_gets_its_own_output(bias: bool) -> None:
     """Whoever calls first; with another input in between nothing is mixed up; nothing is kept after the last."""
     torch.manual_seed(0)
-    modules = [nn.Linear(32, size, bias=bias, dtype=torch.bfloat16) for size in (16, 48)]
+    modules = [nn.Linear(32, size, bias=bias, dtype=torch.bfloat16) for size in (512, 1024)]
     joint = JointLinear(modules)
     first, second = joint.forwards(joint)
     one, other = torch.randn(2, 1, 3, 32).to(torch.bfloat16)
@@ -120,9 +121,10 @@ def test_generation_follows_weights_that_change(model: Any) -> None:
 
 def test_nothing_is_packed_without_room_or_in_another_dtype(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the model's own Linears run."""
-    assert PackedLinears.of(make_model()) is None  # float32
+    assert PackedLinears.of(make_model(**WIDE)) is None  # float32
+    assert PackedLinears.of(make_model().to(torch.bfloat16)) is None  # too small
     monkeypatch.setattr(packed, "_free_memory", lambda: 0)
-    assert PackedLinears.of(make_model().to(torch.bfloat16)) is None
+    assert PackedLinears.of(make_model(**WIDE).to(torch.bfloat16)) is None
 
 
 def test_a_hooked_or_unusual_linear_is_left_alone(model: Any) -> None:

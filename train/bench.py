@@ -24,7 +24,7 @@ from runtime.config import VERSION
 from runtime.files import write_atomic
 from train.attached import load_attached, spread, to_ids
 from train.bench_report import summarize
-from train.methods import Method, make_methods
+from train.methods import Method, make_methods, require_known
 from train.prompts import Prompt, read_prompts
 
 # Spec-Bench counts the eight categories of MT-bench as one task.
@@ -64,6 +64,7 @@ def run_bench(settings: BenchSettings, *, report: Path | None = None, resume: bo
     Raises:
         SpecBoundError: wrong options, prompts, adapter or base; a report to resume that is of another benchmark.
     """
+    require_known(settings.methods)
     prompts = choose(read_prompts(settings.prompts), settings.limit, settings.per_task)
     started = time.perf_counter()
     model = load_attached(

@@ -3,7 +3,7 @@
 Each keeps its own controller, so that one does not learn from another's rounds. Knows no prompts and no clocks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -65,9 +65,7 @@ def make_methods(model: Any, names: list[str], *, alpha: float = DEFAULT_ALPHA) 
     Raises:
         ConfigError: an unknown name.
     """
-    unknown = [name for name in names if name not in METHODS]
-    if unknown:
-        raise ConfigError(f"method {unknown[0]!r} is unknown: expected some of {', '.join(METHODS)}")
+    require_known(names)
     specbound: SpecBound = model.specbound
     specbound.prepare(model)  # so that the drafter is on the model's device
     methods = {name: METHODS[name](specbound, alpha) for name in names}
@@ -77,6 +75,13 @@ def make_methods(model: Any, names: list[str], *, alpha: float = DEFAULT_ALPHA) 
     specbound.prepare(model)  # one certificate for all
     specbound.bounds = own
     return methods
+
+
+def require_known(names: Iterable[str]) -> None:
+    """Raise ConfigError for a name that is not a method's."""
+    for name in names:
+        if name not in METHODS:
+            raise ConfigError(f"method {name!r} is unknown: expected some of {', '.join(METHODS)}")
 
 
 def _stock(specbound: SpecBound, alpha: float) -> Method:

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from runtime.adapter import WEIGHTS_FILE, Adapter, load_adapter, save_adapter
 from runtime.config import VERSION, SpecBoundConfig
+from runtime.draft import HeadDrafter
 from runtime.files import write_atomic
 from runtime.heads import DraftUnembedding, ExitHeads
 from runtime.identity import base_fingerprint, file_sha256, tokenizer_fingerprint
+from runtime.layers import DecoderLayers
+from train.agreement import check_agreement
 from train.calibrated import calibrate
 from train.card import card
 from train.costs import CostTable
@@ -45,10 +48,15 @@ def publish_locally(
 
     Raises:
         DataError: too little calibration text, or logits that are not finite.
+        SpecBoundError: replay and runtime accept differently on the same text.
         AdapterError: the folder cannot be written.
     """
     calibrated = calibrate(config, model, heads, unembedding, target_to_draft, calibration)
-    figures = calibrated.figures | evidence
+    drafter = HeadDrafter(heads, unembedding, draft_to_target.tolist(), calibrated.schedule, lookup=calibrated.lookup)
+    agreement = check_agreement(
+        DecoderLayers(model), drafter, calibrated.bounds, calibration.sequences.rows, calibrated.traces
+    )
+    figures = calibrated.figures | {"agreement": agreement} | evidence
     adapter_config = SpecBoundConfig(
         base_model_name_or_path=portable(config.model_name_or_path),
         base_model_revision=getattr(model.config, "_commit_hash", None),
