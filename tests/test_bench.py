@@ -12,6 +12,7 @@ from runtime import load_specbound
 from train.bench import choose, task_of
 from train.bench_report import markdown, picture, summarize
 from train.cli import app
+from train.costs import CostTable
 from train.methods import METHODS, make_methods
 from train.prompts import Message, Prompt
 
@@ -36,7 +37,9 @@ def bench(prompts: Path, *options: str) -> Any:
 def test_every_method_of_our_own_loop_gives_stocks_ids(prompts: Path) -> None:
     """And the report has what was promised: figures overall and by task, hardware, a table, a picture."""
     ours = [name for name in METHODS if name not in ("early_exit", "prompt_lookup")]
-    result = bench(prompts, "--methods", ",".join([*ours, "prompt_lookup"]), "--per-task", "2")
+    CostTable.counted(6, head=0.1, unembedding=1.0).write(Path("costs.json"))
+    options = ["--per-task", "2", "--costs", "costs.json"]
+    result = bench(prompts, "--methods", ",".join([*ours, "prompt_lookup"]), *options)
     assert result.exit_code == 0, result.output
     found = json.loads(Path("bench.json").read_text())
     assert found["complete"] and {"hardware", "dtype", "threads", "versions"} <= found.keys()
@@ -51,6 +54,9 @@ def test_every_method_of_our_own_loop_gives_stocks_ids(prompts: Path) -> None:
             assert {"mean_accepted_length", "acceptance_rate", "exits", "time_split"} <= figures.keys()
             assert figures["speedup_over_plain"] > 0
     assert found["methods"]["plain"]["mean_accepted_length"] == 1.0
+    steady = found["methods"]["steady"]
+    assert steady["predicted_mean_accepted_length"] == pytest.approx(steady["mean_accepted_length"], rel=0.05)
+    assert steady["predicted_speedup"] > 0 and "predicted_speedup" not in found["methods"]["paper"]
     assert "0" not in found["methods"]["heads"]["exits"] and set(found["methods"]["lookup"]["exits"]) <= {"0"}
     assert Path("bench.png").stat().st_size > 1000 and "| specbound |" in Path("bench.md").read_text()
 

@@ -12,6 +12,7 @@ from train.calibrate import (
     _confidence_grid,
     collect,
     fit_schedule,
+    require_positions,
 )
 from train.features import Features
 from train.reliability import Texts, bounded_waste, expected_calibration_error, hoeffding_bentkus, report
@@ -128,9 +129,9 @@ def test_logits_that_are_not_finite_name_their_layer(value):
 
 
 def test_too_few_positions_are_refused():
-    whole, draws = features(190, torch.Generator().manual_seed(0))
+    require_positions(200)
     with pytest.raises(DataError, match="only 190 positions to calibrate on: expected at least 200"):
-        collect([whole], FakeHeads(draws), None, torch.arange(CLASSES))
+        require_positions(190)
 
 
 def test_a_choice_outside_the_draft_vocabulary_is_never_right():

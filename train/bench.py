@@ -24,7 +24,9 @@ from runtime.config import VERSION
 from runtime.files import write_atomic
 from train.attached import load_attached, spread, to_ids
 from train.bench_report import summarize
+from train.costs import CostTable
 from train.methods import Method, make_methods, require_known
+from train.predicted import predict
 from train.prompts import Prompt, read_prompts
 
 # Spec-Bench counts the eight categories of MT-bench as one task.
@@ -40,6 +42,7 @@ class BenchSettings:
         prompts: a .jsonl file or the name of a data set; the first turn of each is asked.
         limit, per_task: this many prompts, of all or of each task, spread evenly over the file.
         methods: names out of `train.methods.METHODS`; `stock` always runs, the others are held against it.
+        costs: of this machine, to set what replay predicts for the same texts beside what was measured.
     """
 
     adapter: str
@@ -52,6 +55,7 @@ class BenchSettings:
     dtype: str = "bfloat16"
     threads: int | None = None
     exactness: str = "bitwise"
+    costs: Path | None = None
 
 
 def run_bench(settings: BenchSettings, *, report: Path | None = None, resume: bool = False) -> dict[str, Any]:
@@ -91,7 +95,12 @@ def run_bench(settings: BenchSettings, *, report: Path | None = None, resume: bo
                 write_atomic(report, (json.dumps(found, indent=1) + "\n").encode())
             bar.set_postfix_str(" ".join(f"{k} {v['speedup_over_stock']:.2f}x" for k, v in found["methods"].items()))
             bar.update()
-    return found or {"complete": True, **conditions, **summarize(records), "records": records}
+    found = found or {"complete": True, **conditions, **summarize(records), "records": records}
+    if settings.costs is not None:
+        predict(model, methods, ids, records, CostTable.read(settings.costs), found)
+        if report is not None:
+            write_atomic(report, (json.dumps(found, indent=1) + "\n").encode())
+    return found
 
 
 def choose(prompts: Sequence[Prompt], limit: int | None, per_task: int | None) -> list[Prompt]:
@@ -123,7 +132,13 @@ def _record(
         outputs[name], runs[name] = _generate(model, methods[name], ids, max_new_tokens)
     for name, run in runs.items():
         run["identical"] = torch.equal(outputs[name], outputs["stock"])
-    return {"task": task_of(prompt), "prompt_tokens": ids.shape[1], "runs": {name: runs[name] for name in names}}
+    response = outputs["stock"][0, ids.shape[1] :].tolist()
+    return {
+        "task": task_of(prompt),
+        "prompt_tokens": ids.shape[1],
+        "response": response,
+        "runs": {name: runs[name] for name in names},
+    }
 
 
 def _generate(
@@ -178,6 +193,7 @@ def _conditions(settings: BenchSettings, model: Any, methods: dict[str, Method])
         "settings": {
             **asdict(settings),
             "methods": list(methods),
+            "costs": None if settings.costs is None else settings.costs.name,
             "adapter": Path(settings.adapter).name if Path(settings.adapter).exists() else settings.adapter,
             "prompts": Path(settings.prompts).name,
             "base_model": specbound.config.base_model_name_or_path,

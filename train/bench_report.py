@@ -47,10 +47,13 @@ def _figures(records: Sequence[Record], name: str) -> dict[str, Any]:
     }
     for other in ("stock", "plain"):
         if other in records[0]["runs"]:
-            ratios = np.array([_pace(record["runs"][other]) / _pace(record["runs"][name]) for record in records])
+            pairs = [(record["runs"][other], record["runs"][name]) for record in records]
+            ratios = np.array([_pace(theirs) / _pace(ours) for theirs, ours in pairs])
             low, high = _interval(len(runs), lambda chosen, ratios=ratios: float(np.median(ratios[chosen])))
             found[f"speedup_over_{other}"] = round(float(np.median(ratios)), 4)
             found[f"speedup_over_{other}_interval"] = [round(low, 4), round(high, 4)]
+            after = [_pace(theirs, prompt=False) / _pace(ours, prompt=False) for theirs, ours in pairs]
+            found[f"speedup_over_{other}_after_the_prompt"] = round(statistics.median(after), 4)
     if "rounds" in runs[0]:
         found |= _speculation(runs)
     if "peak_memory_mib" in runs[0]:
@@ -84,9 +87,11 @@ def _sum(counts: Iterable[Mapping[str, Any]]) -> Counter[str]:
     return total
 
 
-def _pace(run: Record) -> float:
-    """Seconds a token."""
-    return float(run["seconds"] / max(1, run["tokens"]))
+def _pace(run: Record, *, prompt: bool = True) -> float:
+    """Seconds a token; with `prompt=False` those after the first, which comes from the prompt's own forward."""
+    if prompt or run["tokens"] < 2:
+        return float(run["seconds"] / max(1, run["tokens"]))
+    return float((run["seconds"] - run["first_token"]) / (run["tokens"] - 1))
 
 
 def _interval(number: int, statistic: Callable[..., float]) -> tuple[float, float]:

@@ -56,7 +56,7 @@ def collect(batches: Iterable[Features], heads: Any, unembedding: Any, target_to
         heads: an `ExitHeads` or what wraps it: called with hidden states, embedding and unembedding.
 
     Raises:
-        DataError: logits that are not numbers (naming the exit layer), or too few positions.
+        DataError: logits that are not numbers (naming the exit layer).
     """
     grids: dict[int, list[Floats]] = {}
     right: dict[int, list[NDArray[np.bool_]]] = {}
@@ -71,7 +71,6 @@ def collect(batches: Iterable[Features], heads: Any, unembedding: Any, target_to
                 raise DataError(f"the head of exit layer {layer} gives logits that are not finite: fit it again")
             grids.setdefault(layer, []).append(_confidence_grid(logits))
             right.setdefault(layer, []).append((logits.argmax(-1) == choice).cpu().numpy())
-    require_positions(sum(lengths))
     return Confidences(
         grid={layer: np.concatenate(parts) for layer, parts in grids.items()},
         right={layer: np.concatenate(parts) for layer, parts in right.items()},

@@ -12,7 +12,7 @@ from runtime.lookup import LookupTable
 from runtime.policy import SpeculationBounds
 from runtime.temperature import TemperatureSchedule
 from train.ablations import ablate
-from train.calibrate import Confidences, collect, fit_schedule
+from train.calibrate import Confidences, collect, fit_schedule, require_positions
 from train.costs import CostTable
 from train.lookup_traces import LookupTraces
 from train.options import FitConfig
@@ -62,6 +62,7 @@ def calibrate(
     """
     batches = calibration.batches(config.per_device_train_batch_size)
     found = collect(tqdm(batches, "calibrate", unit="batch"), heads, unembedding, target_to_draft)
+    require_positions(len(found.sequence))
     schedule, scores = fit_schedule(found, config.schedule, model.config.num_hidden_layers)
     looked_up = LookupTraces.collect(calibration.sequences.rows, found.targets)
     table = looked_up.fit()

@@ -176,6 +176,7 @@ def bench_command(
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's own choice.")] = None,
     exactness: Annotated[str, typer.Option(help="bitwise or batched.")] = "bitwise",
+    costs: Annotated[Path | None, typer.Option(help="Of `specbound profile`: sets predictions beside.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what the --json file holds.")] = False,
 ) -> None:
     """Run methods side by side on the same prompts, and compare speeds and ids. Exit code 1 if SpecBound's differ.
@@ -189,7 +190,7 @@ def bench_command(
 
     names = tuple(name.strip() for name in methods.split(",") if name.strip())
     settings = BenchSettings(
-        adapter, prompts, names, model, limit, per_task, max_new_tokens, dtype, threads, exactness
+        adapter, prompts, names, model, limit, per_task, max_new_tokens, dtype, threads, exactness, costs
     )
     try:
         found = run_bench(settings, report=json_file, resume=resume)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from runtime.draft import HeadDrafter
 from runtime.errors import ConfigError
 from runtime.temperature import TemperatureSchedule
-from train.calibrate import collect
+from train.calibrate import collect, require_positions
 from train.calibrated import LOOKUP_LAYER
 from train.features import FeatureExtractor
 from train.lookup_traces import LookupTraces
@@ -22,7 +22,6 @@ from train.traces import Traces
 from train.vocabulary import target_to_draft
 
 
-@torch.no_grad()
 def log_workload(model: Any, prompts: Sequence[Tensor], *, max_new_tokens: int) -> Traces:
     """Traces of the base's own greedy answers.
 
@@ -34,13 +33,28 @@ def log_workload(model: Any, prompts: Sequence[Tensor], *, max_new_tokens: int) 
         DataError: too little text comes of it.
         ConfigError: the model drafts with something other than an adapter's heads.
     """
-    drafter, layers = model.specbound.drafter, model.specbound.layers
-    if not isinstance(drafter, HeadDrafter):
-        raise ConfigError("traces are logged of an adapter's heads: load the model with load_specbound")
     rows = []
     for prompt in tqdm(prompts, "answer", unit="prompt"):
         text = model.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)[0].tolist()
         rows.append((text[: prompt.shape[1]], text[prompt.shape[1] :]))
+    require_positions(sum(len(response) for _, response in rows))
+    return log_texts(model, rows)
+
+
+@torch.no_grad()
+def log_texts(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Traces:
+    """Traces of texts that are the base's own.
+
+    Args:
+        model: as `load_specbound` returns it.
+        rows: (prompt ids, response ids) of each.
+
+    Raises:
+        ConfigError: the model drafts with something other than an adapter's heads.
+    """
+    drafter, layers = model.specbound.drafter, model.specbound.layers
+    if not isinstance(drafter, HeadDrafter):
+        raise ConfigError("traces are logged of an adapter's heads: load the model with load_specbound")
     exits = drafter.heads.exit_layers
     extract = FeatureExtractor(layers, exits, top_k=1)
     vocab_size = model.specbound.config.vocab_size
