@@ -71,6 +71,8 @@ def _describe(policy: ExecutionPolicy) -> str:
         parts.append(f"padded rows: {', '.join(padded)}")
     if policy.packed_rows:
         parts.append(f"packed: Linear {', '.join(_size(shape) for shape in sorted(policy.packed_rows))}")
+    if policy.fused:
+        parts.append("layers fused")
     return "; ".join(parts)
 
 
@@ -110,7 +112,8 @@ def read_certificate(path: Path) -> Certificate | None:
         stored = fields["policy"]
         rows = {tuple(shape): count for shape, count in stored["linear_rows"]}
         packed = {tuple(shape): count for shape, count in stored["packed_rows"]}
-        fields["policy"] = ExecutionPolicy(stored["rowwise_attention"], rows, stored["other_rows"], packed)
+        how = (stored["rowwise_attention"], rows, stored["other_rows"], packed, stored["fused"])
+        fields["policy"] = ExecutionPolicy(*how)
         return Certificate(**(fields | {"seconds": 0.0}))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -125,6 +128,7 @@ def write_certificate(path: Path, certificate: Certificate) -> None:
         "linear_rows": sorted(policy.linear_rows.items()),
         "other_rows": policy.other_rows,
         "packed_rows": sorted(policy.packed_rows.items()),
+        "fused": policy.fused,
     }
     try:
         write_atomic(path, json.dumps(fields).encode())

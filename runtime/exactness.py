@@ -25,7 +25,7 @@ from runtime.layers import DecoderLayers
 from runtime.packed import JointLinear, PackedLinears
 from runtime.reference import Reference
 
-PROBE_FORMAT = 3
+PROBE_FORMAT = 4
 # Cheapest first: one call for the block, one call at a steady number of rows, one call a row.
 LINEAR_ROWS = (None, 8, 16, 32, 1)
 
@@ -97,7 +97,7 @@ def probe(
 def _batched(packed: PackedLinears | None) -> list[ExecutionPolicy]:
     """The one policy of `batched`: nothing by rows, everything packed that can be."""
     joint: dict[Shape, int | None] = {} if packed is None else {joint.shape: None for joint in packed.joint}
-    return [replace(ExecutionPolicy.batched(), packed_rows=joint)]
+    return [replace(ExecutionPolicy.batched(), packed_rows=joint, fused=bool(joint))]
 
 
 def _candidates(reference: Reference, packed: PackedLinears | None, widths: Sequence[int]) -> list[ExecutionPolicy]:
@@ -105,8 +105,9 @@ def _candidates(reference: Reference, packed: PackedLinears | None, widths: Sequ
     rows = linear_rows(reference, widths)
     joint = {} if packed is None else packed_rows(reference, packed, [1, *widths])
     found = [ExecutionPolicy(rowwise, rows, packed_rows=joint) for rowwise in (False, True)]
+    fused = [replace(policy, fused=True) for policy in found] if joint else []
     plain = [ExecutionPolicy(True, rows)] if joint else []
-    return [*found, *plain, ExecutionPolicy.rowwise()]
+    return [*fused, *found, *plain, ExecutionPolicy.rowwise()]
 
 
 def packed_rows(reference: Reference, packed: PackedLinears, widths: Sequence[int]) -> dict[Shape, int | None]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from runtime.attention import block_attention
+from runtime.fused import fused_layers
 from runtime.packed import PackedLinears
 
 Shape = tuple[int, ...]
@@ -32,12 +33,14 @@ class ExecutionPolicy:
             padded with zeros to a multiple of it.
         other_rows: the same for Linears of any other shape; None gives them the whole block in one call.
         packed_rows: shape of packed Linears -> rows in one call; these run packed, where a packed copy is at hand.
+        fused: layers of the Llama kind whose Linears all run packed run as one function.
     """
 
     rowwise_attention: bool
     linear_rows: Mapping[Shape, int] = field(default_factory=dict)
     other_rows: int | None = None
     packed_rows: Mapping[Shape, int | None] = field(default_factory=dict)
+    fused: bool = False
 
     @classmethod
     def rowwise(cls) -> "ExecutionPolicy":
@@ -75,12 +78,17 @@ def execution(model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLin
 def _forwards(
     model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None
 ) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
-    """The Linears that compute otherwise than by themselves, and how."""
+    """The modules that compute otherwise than by themselves, and how."""
     taken: set[nn.Module] = set()
-    for joint in packed.joint if packed is not None else ():
-        if joint.shape in policy.packed_rows:
-            rows = policy.packed_rows[joint.shape]
-            yield from zip(joint.modules, joint.forwards(in_rows(joint, rows)), strict=True)
+    joints = [] if packed is None else [joint for joint in packed.joint if joint.shape in policy.packed_rows]
+    calls = {joint.modules: in_rows(joint, policy.packed_rows[joint.shape]) for joint in joints}
+    if policy.fused:
+        for layer, fused in fused_layers(model, calls, rowwise=policy.rowwise_attention):
+            yield layer, fused
+            taken.update(layer.modules())
+    for joint in joints:
+        if taken.isdisjoint(joint.modules):
+            yield from zip(joint.modules, joint.forwards(calls[joint.modules]), strict=True)
             taken.update(joint.modules)
     for module in linears(model):
         rows = policy.rows_of(module)

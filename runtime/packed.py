@@ -8,7 +8,7 @@ not public: where they are missing nothing is packed. Knows no policy and no pro
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 # The layout is chosen for calls of about so many rows; for one row oneDNN would keep the unpacked layout.
 LAYOUT_ROWS = 8
-# Stock sends products of few numbers past oneDNN, which adds in another order: bits then differ, if seldom.
+# Stock takes products of up to 4,096 weights past oneDNN and adds in another order: bits then differ, if seldom.
 MIN_WEIGHTS = 2**14
 # Packed weights are copies, since prompts run on the model's own: at most this part of the memory that is free.
 MEMORY_SHARE = 0.25
@@ -35,7 +35,7 @@ class JointLinear:
     """
 
     def __init__(self, modules: Sequence[nn.Linear]) -> None:
-        self.modules = tuple(modules)
+        self.modules: tuple[nn.Module, ...] = tuple(modules)
         self.sizes = [module.weight.shape[0] for module in modules]
         self.shape = (sum(self.sizes), modules[0].weight.shape[1])
         weight = torch.cat([module.weight.detach() for module in modules])
@@ -141,7 +141,7 @@ def _has_operators() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _key(groups: Sequence[Sequence[nn.Linear]]) -> Key:
+def _key(groups: Sequence[Sequence[Any]]) -> Key:
     """Where the weights lie and how often they were written."""
     return tuple((module.weight.data_ptr(), module.weight._version) for group in groups for module in group)
 

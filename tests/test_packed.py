@@ -1,6 +1,7 @@
-"""Packed Linears: which go together, that they follow the model, and that none is used that has other bits."""
+"""Packed Linears and fused layers: what goes together, follows the model, and is not used where bits differ."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from tests_heads import FakeHeads
 from torch import nn
 
 from runtime import SpeculationBounds, packed
+from runtime.cache import KVCache
 from runtime.exactness import Reference, compare, packed_rows, probe
 from runtime.execution import ExecutionPolicy, execution
+from runtime.fused import FusedLayer
 from runtime.generate import attach
 from runtime.handle import SpecBound
+from runtime.layers import DecoderLayers
 from runtime.packed import JointLinear, PackedLinears
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -141,3 +145,68 @@ def test_a_hooked_or_unusual_linear_is_left_alone(model: Any) -> None:
     taken = {module for joint in found.joint for module in joint.modules}
     assert model.model.layers[0].mlp.down_proj not in taken
     assert hooked not in taken and model.model.layers[2].mlp.down_proj in taken
+
+
+def fused_policy(found: PackedLinears) -> ExecutionPolicy:
+    """Everything packed, attention row by row, layers fused."""
+    return ExecutionPolicy(True, packed_rows={joint.shape: None for joint in found.joint}, fused=True)
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_a_fused_layer_computes_what_its_modules_do(make_model: Any, shared: int) -> None:
+    """Blocks and single rows, heads shared or not, on a cache that is not empty; the cache gets the same rows."""
+    model = make_model(**WIDE | {"num_key_value_heads": 4 // shared, "head_dim": 64}).to(torch.bfloat16)
+    found = PackedLinears.of(model)
+    assert found is not None
+    layers, policy = DecoderLayers(model), fused_policy(found)
+    token_ids = torch.arange(1, 9)[None]
+    outputs, caches = [], []
+    for fused in (True, False):
+        cache = KVCache(layers.num_layers, 16)
+        with torch.no_grad(), execution(model, replace(policy, fused=fused), found):
+            patched = [layer for layer in model.model.layers if "forward" in layer.__dict__]
+            assert len(patched) == (layers.num_layers if fused else 0)
+            parts = []
+            for start, stop in ((0, 4), (4, 5), (5, 8)):
+                hidden = layers.embed(token_ids[:, start:stop], start)
+                parts.append(layers.run(hidden, 0, layers.num_layers, start, cache))
+        outputs.append(torch.cat(parts, dim=1))
+        caches.append(cache)
+    assert torch.allclose(outputs[0], outputs[1], rtol=0.05, atol=0.05)
+    for index in range(layers.num_layers):
+        for mine, theirs in zip(caches[0].rows(index, 0), caches[1].rows(index, 0), strict=True):
+            assert mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=0.05, atol=0.05)
+
+
+def test_a_layer_that_is_listened_to_or_of_another_kind_is_not_fused(model: Any) -> None:
+    """Hooks of the user's run; a layer that is not as expected runs its own forward."""
+    found = PackedLinears.of(model)
+    assert found is not None
+    calls = []
+    handle = model.model.layers[2].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    model.model.layers[3].mlp.act_fn = nn.GELU()
+    with execution(model, fused_policy(found), found):
+        fused = ["forward" in layer.__dict__ for layer in model.model.layers]
+        assert fused == [True, True, False, False, True, True]
+        layers = DecoderLayers(model)
+        with torch.no_grad():
+            layers.run(layers.embed(torch.tensor([[1, 2]]), 0), 0, 6, 0, KVCache(6, 8))
+    handle.remove()
+    assert calls == [1]
+    model.config.model_type = "granite"
+    with execution(model, fused_policy(found), found):
+        assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+
+
+def test_fused_layers_with_other_bits_are_not_certified(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe goes on to the form without them."""
+    found = PackedLinears.of(model)
+    assert found is not None
+    stock = FusedLayer._norm
+
+    def shifted(self: FusedLayer, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        return stock(self, index, hidden) * 1.01
+
+    monkeypatch.setattr(FusedLayer, "_norm", shifted)
+    certificate = probe(model, max_width=3, packed=found)
+    assert certificate.bitwise and not certificate.policy.fused

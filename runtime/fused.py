@@ -1,0 +1,138 @@
+"""A decoder layer of the Llama kind in few calls: the same sums as its modules', without what surrounds them.
+
+In one-token decoding of a small model, calls between the multiplications take as long as those. Only layers whose
+Linears run packed are fused, and only where the probe finds that every bit is kept. Knows no policy and no probe.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+# Families whose layers are: norm, attention with rotary positions, residual, norm, gated SiLU, residual.
+FUSABLE = ("llama", "mistral", "qwen2")
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class FusedLayer:
+    """What a layer's `forward` does to a block of one request's tokens.
+
+    Shape suffixes: T tokens of the block, D hidden size, H query heads, G heads of keys and as many of values,
+    E head size, S tokens so far.
+
+    Args:
+        layer: the module; its norms are read as they are.
+        query_key_value, output, gate_up, down: its Linears on [1, T, in], those that share an input side by side.
+        rowwise: attention row by row, each on its own keys, as one-token decoding computes it.
+    """
+
+    def __init__(
+        self,
+        layer: Any,
+        query_key_value: Forward,
+        output: Forward,
+        gate_up: Forward,
+        down: Forward,
+        *,
+        rowwise: bool,
+    ) -> None:
+        attention = layer.self_attn
+        self.query_key_value, self.output, self.gate_up, self.down = query_key_value, output, gate_up, down
+        self.norms = [(norm.weight, norm.variance_epsilon) for norm in _norms(layer)]
+        self.head_size: int = attention.head_dim
+        self.num_queries = attention.q_proj.weight.shape[0] // self.head_size
+        self.num_keys = attention.k_proj.weight.shape[0] // self.head_size
+        self.scaling: float = attention.scaling
+        self.layer_idx: int = attention.layer_idx
+        self.rowwise = rowwise
+
+    def __call__(
+        self, hidden: Tensor, *, position_embeddings: tuple[Tensor, Tensor], past_key_values: Any, **ignored: Any
+    ) -> Tensor:
+        """Hidden states [1, T, D] one layer further; appends to the cache."""
+        length = hidden.shape[1]
+        heads = self.query_key_value(self._norm(0, hidden)).view(1, length, -1, self.head_size).transpose(1, 2)
+        turning, value = heads.split_with_sizes([self.num_queries + self.num_keys, self.num_keys], 1)
+        turned = _rotate(turning, *position_embeddings)
+        query, key = turned.split_with_sizes([self.num_queries, self.num_keys], 1)
+        keys, values = past_key_values.update(key, value, self.layer_idx)
+        attended = self._attend(query, keys, values).transpose(1, 2).reshape(1, length, -1)
+        hidden = hidden + self.output(attended)
+        gate, up = self.gate_up(self._norm(1, hidden)).chunk(2, -1)
+        further: Tensor = hidden + self.down(functional.silu(gate) * up)
+        return further
+
+    def _norm(self, index: int, hidden: Tensor) -> Tensor:
+        weight, epsilon = self.norms[index]
+        return weight * functional.rms_norm(hidden, weight.shape, None, epsilon)
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Queries [1, H, T, E] on keys and values [1, G, S, E], row t of T on the first S - T + t + 1."""
+        rows, seen = query.shape[2], keys.shape[2]
+        attend = functional.scaled_dot_product_attention
+        if rows == 1:
+            return attend(query, keys, values, scale=self.scaling, enable_gqa=True)
+        if not self.rowwise:
+            mask = torch.ones(rows, seen, dtype=torch.bool, device=query.device).tril(seen - rows)
+            return attend(query, keys, values, attn_mask=mask, scale=self.scaling, enable_gqa=True)
+        shared = self.num_queries // self.num_keys  # every row would spread the heads anew
+        keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
+        attended = []
+        for row in range(rows):
+            end = seen - rows + row + 1
+            own = query[:, :, row : row + 1], keys[:, :, :end], values[:, :, :end]
+            attended.append(attend(*own, scale=self.scaling))
+        return torch.cat(attended, 2)
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions for [1, heads, T, E]; tables [1, T, E]."""
+    first, second = heads.chunk(2, -1)
+    return heads * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
+
+
+def fused_layers(
+    model: PreTrainedModel, joint: Mapping[tuple[nn.Module, ...], Forward], *, rowwise: bool
+) -> Iterator[tuple[nn.Module, FusedLayer]]:
+    """The model's layers that can be fused.
+
+    Args:
+        joint: the Linears that run packed, by the modules that each stands for.
+    """
+    if model.config.model_type not in FUSABLE or model.config._attn_implementation == "eager":
+        return
+    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    for layer in decoder.layers:
+        parts = _parts(layer)
+        forwards = [joint[part] for part in parts if part in joint]
+        if forwards and len(forwards) == len(parts):
+            yield layer, FusedLayer(layer, *forwards, rowwise=rowwise)
+
+
+def _parts(layer: Any) -> list[tuple[nn.Module, ...]]:
+    """The Linears of a layer of that kind, by shared input; none where it is of another, or somebody listens in."""
+    try:
+        attention, mlp = layer.self_attn, layer.mlp
+        parts: list[tuple[nn.Module, ...]] = [
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        ]
+        plain = all(hasattr(norm, "variance_epsilon") and hasattr(norm, "weight") for norm in _norms(layer))
+    except AttributeError:
+        return []
+    plain = plain and "silu" in type(mlp.act_fn).__name__.lower()
+    listened = any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+        for module in layer.modules()
+    )
+    return parts if plain and not listened else []
+
+
+def _norms(layer: Any) -> tuple[Any, Any]:
+    return layer.input_layernorm, layer.post_attention_layernorm
