@@ -68,7 +68,8 @@ class FusedLayer:
 
     def _norm(self, index: int, hidden: Tensor) -> Tensor:
         weight, epsilon = self.norms[index]
-        return weight * functional.rms_norm(hidden, weight.shape, None, epsilon)
+        normed: Tensor = weight * functional.rms_norm(hidden, weight.shape, None, epsilon)
+        return normed
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Queries [1, H, T, E] on keys and values [1, G, S, E], row t of T on the first S - T + t + 1."""
