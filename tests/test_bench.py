@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from runtime import load_specbound
 from train.bench import choose, task_of
-from train.bench_report import markdown, picture, summarize
+from train.bench_picture import picture
+from train.bench_report import markdown, summarize
 from train.cli import app
 from train.costs import CostTable
 from train.methods import METHODS, make_methods

@@ -1,19 +1,11 @@
-"""What a benchmark's records say: figures by method and task, a table in Spec-Bench's layout, a picture.
-
-Knows no model.
-"""
+"""What a benchmark's records say: figures by method and task, and a table in Spec-Bench's layout. Knows no model."""
 
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -124,36 +116,20 @@ def markdown(found: dict[str, Any]) -> str:
             f"| {name} | {' | '.join(cells)} | {figures['speedup_over_stock']:.2f} ({low:.2f} to {high:.2f})"
             f" | {figures['tokens_per_second']:.1f} | {length} | {same} |"
         )
+    predicted = [name for name, figures in methods.items() if "predicted_speedup" in figures]
+    if predicted:
+        lines += [
+            "",
+            "Replay of the same texts with measured costs, beside the run (after the prompt, over stock):",
+            "",
+            "| method | predicted | measured | accepted length predicted | measured |",
+            "|---|---:|---:|---:|---:|",
+        ]
+    for name in predicted:
+        one = methods[name]
+        lines.append(
+            f"| {name} | {one['predicted_speedup']:.2f} | {one['speedup_over_stock_after_the_prompt']:.2f}"
+            f" | {one['predicted_mean_accepted_length']:.2f} | {one['mean_accepted_length']:.2f} |"
+        )
     lines += ["", *(f"- `{name}`: {title}" for name, title in found["titles"].items())]
     return "\n".join(lines) + "\n"
-
-
-def picture(found: dict[str, Any], path: Path) -> None:
-    """Speed-up over stock by task, one bar a method; a method that changed ids is hatched."""
-    names = [name for name in found["methods"] if name != "stock"]
-    groups = {**found["by_task"], "overall": found["methods"]}
-    figure, panel = plt.subplots(figsize=(max(7.0, 1.5 * len(groups)), 4.0))
-    width = 0.85 / max(1, len(names))
-    for index, name in enumerate(names):
-        speed = [group[name]["speedup_over_stock"] for group in groups.values()]
-        bounds = [group[name]["speedup_over_stock_interval"] for group in groups.values()]
-        error = [[max(0.0, v - low) for v, (low, _) in zip(speed, bounds, strict=True)]]
-        error.append([max(0.0, high - v) for v, (_, high) in zip(speed, bounds, strict=True)])
-        whole = found["methods"][name]["identical_prompts"] == found["methods"][name]["prompts"]
-        panel.bar(
-            np.arange(len(groups)) + (index - (len(names) - 1) / 2) * width,
-            speed,
-            width,
-            yerr=error,
-            label=name if whole else f"{name} (ids differ)",
-            hatch=None if whole else "//",
-            error_kw={"linewidth": 0.7},
-        )
-    panel.axhline(1.0, color="0.4", linewidth=1)
-    panel.set_xticks(np.arange(len(groups)), list(groups))
-    panel.set_ylabel("times stock generate's speed")
-    panel.set_title(f"{found['hardware']}, {found['dtype']}, {found['threads']} threads", fontsize=9)
-    panel.legend(fontsize=8, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

@@ -186,7 +186,8 @@ def bench_command(
     """
     from runtime.errors import SpecBoundError
     from train.bench import BenchSettings, run_bench
-    from train.bench_report import markdown, picture
+    from train.bench_picture import picture
+    from train.bench_report import markdown
 
     names = tuple(name.strip() for name in methods.split(",") if name.strip())
     settings = BenchSettings(
