@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from speculating import NEW_TOKENS, PROMPT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -62,6 +63,20 @@ def make_model() -> Callable[..., LlamaForCausalLM]:
             return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
 
     return make
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., Any]) -> Any:
+    """A tiny Llama whose greedy output wanders."""
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def plain(model: Any) -> list[int]:
+    """Its plain greedy tokens after the prompt."""
+    found: list[int] = model.generate(PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False)[0, 7:].tolist()
+    assert len(set(found)) > 12
+    return found
 
 
 @pytest.fixture(scope="session")

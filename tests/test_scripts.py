@@ -1,6 +1,8 @@
 """The measuring scripts, on a tiny base: they run, and say what they measured."""
 
 import importlib.util
+import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 
 from runtime import load_specbound
 from train.ablations import FULL, UNCALIBRATED
+from train.prompts import read_prompts
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -57,3 +60,34 @@ def test_adversarial(adapted: Any) -> None:
     assert all(not torch.equal(before, after) for before, after in pairs)
     ratio, same = adversarial.compare(adapted, torch.arange(3, 12)[None], 12)
     assert same and ratio > 0
+
+
+def test_prompts_of_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kind of row becomes a prompt that is read back; the same rows every time; what is missing is named."""
+    mix = script("make_mix_prompts")
+    rows = {
+        "question": " Why? ", "prompt": "Sum it up.", "instruction": "Write", "input": "a poem",
+        "turns": [{"speaker": who, "text": f"t{n}"} for n, who in enumerate(["USER", "SYSTEM"] * 3)],
+        "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}],
+    }  # fmt: skip
+    for name, _, _ in mix.SOURCES:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps([rows]) if path.suffix == ".json" else json.dumps(rows) + "\n")
+    (tmp_path / "ntrex").mkdir()
+    for name in ("src.eng", "ref.deu", "ref.fra", "ref.spa"):
+        (tmp_path / "ntrex" / f"newstest2019-{name}.txt").write_text("Ein Satz.\nA sentence.\n")
+    texts = []
+    for out in (tmp_path / "one.jsonl", tmp_path / "two.jsonl"):
+        monkeypatch.setattr(sys, "argv", ["make_mix_prompts.py", str(tmp_path), str(out)])
+        mix.main()
+        texts.append(out.read_text())
+    assert texts[0] == texts[1]
+    prompts = read_prompts(str(tmp_path / "one.jsonl"))
+    assert {message.role for prompt in prompts for message in prompt.messages} == {"user", "assistant"}
+    assert all(prompt.messages[-1].role == "user" for prompt in prompts)
+    asked = {prompt.messages[0].content for prompt in prompts}
+    assert {"Why?", "Write\na poem", "hi", "Translate German to English: Ein Satz."} <= asked
+    (tmp_path / "gsm8k/train.jsonl").unlink()
+    with pytest.raises(SystemExit, match=r"train.jsonl cannot be read"):
+        mix.main()
