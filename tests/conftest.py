@@ -194,5 +194,6 @@ def demo_outputs(tmp_path, make_model, make_tokenizer, make_adapter) -> Path:
     model = make_model()
     model.save_pretrained(tmp_path / base)
     adapter = make_adapter(model, tokenizer, base_model_name_or_path=base)
-    save_adapter(adapter, tmp_path / "outputs/demo/adapter")
+    for folder in ("outputs/demo/adapter", "adapters/smollm2-135m-instruct"):
+        save_adapter(adapter, tmp_path / folder)
     return tmp_path

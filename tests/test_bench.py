@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import train.bench
 from runtime import load_specbound
 from train.bench import choose, task_of
 from train.bench_picture import picture
@@ -75,6 +76,20 @@ def test_a_benchmark_goes_on_where_it_was_cut(prompts: Path) -> None:
     assert result.exit_code == 1 and last.startswith("error: bench.json is of another benchmark")
     result = bench(prompts, "--methods", "fastest")
     assert result.exit_code == 1 and result.stderr.startswith("error: method 'fastest' is unknown")
+
+
+def test_a_benchmark_that_is_interrupted_keeps_what_it_has(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at the third prompt: a report on two, an exit code that says so."""
+    record = train.bench._record
+    monkeypatch.setattr(train.bench, "_record", lambda *given: record(*given) if given[4] < 2 else interrupt())
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    result = bench(prompts, "--methods", "plain", "--limit", "5")
+    assert result.exit_code == 130 and "--resume" in result.stderr.splitlines()[-1]
+    found = json.loads(Path("bench.json").read_text())
+    assert not found["complete"] and len(found["records"]) == 2 and Path("bench.png").exists()
 
 
 def test_methods_leave_the_adapter_as_it_was(prompts: Path) -> None:

@@ -67,6 +67,7 @@ def run_bench(settings: BenchSettings, *, report: Path | None = None, resume: bo
 
     Raises:
         SpecBoundError: wrong options, prompts, adapter or base; a report to resume that is of another benchmark.
+        KeyboardInterrupt: before the first prompt was through; later it ends the run with what there is.
     """
     require_known(settings.methods)
     prompts = choose(read_prompts(settings.prompts), settings.limit, settings.per_task)
@@ -85,22 +86,40 @@ def run_bench(settings: BenchSettings, *, report: Path | None = None, resume: bo
     records = _earlier(report, conditions) if report is not None and resume else []
     ids = to_ids(model, prompts)
     _warm_up(model, methods, ids[0])
-    found: dict[str, Any] = {}
-    with tqdm(total=len(ids), initial=len(records), desc="bench", unit="prompt") as bar:
-        for number in range(len(records), len(ids)):
-            records.append(_record(model, methods, prompts[number], ids[number], number, settings.max_new_tokens))
-            found = {"complete": len(records) == len(ids), **conditions, **summarize(records)}
-            found |= {"loading_seconds": round(loading, 1), "peak_memory_mib": _peak_memory(), "records": records}
-            if report is not None:
-                write_atomic(report, (json.dumps(found, indent=1) + "\n").encode())
-            bar.set_postfix_str(" ".join(f"{k} {v['speedup_over_stock']:.2f}x" for k, v in found["methods"].items()))
-            bar.update()
-    found = found or {"complete": True, **conditions, **summarize(records), "records": records}
+    try:
+        with tqdm(total=len(ids), initial=len(records), desc="bench", unit="prompt") as bar:
+            for number in range(len(records), len(ids)):
+                records.append(_record(model, methods, prompts[number], ids[number], number, settings.max_new_tokens))
+                found = _report(records, len(ids), conditions, loading)
+                _write(found, report)
+                speeds = (f"{name} {one['speedup_over_stock']:.2f}x" for name, one in found["methods"].items())
+                bar.set_postfix_str(" ".join(speeds))
+                bar.update()
+    except KeyboardInterrupt:  # what there is, is worth having
+        if not records:
+            raise
+    found = _report(records, len(ids), conditions, loading)
     if settings.costs is not None:
         predict(model, methods, ids, records, CostTable.read(settings.costs), found)
-        if report is not None:
-            write_atomic(report, (json.dumps(found, indent=1) + "\n").encode())
+        _write(found, report)
     return found
+
+
+def _report(records: list[dict[str, Any]], total: int, conditions: dict[str, Any], loading: float) -> dict[str, Any]:
+    """The report on the prompts run so far, of `total`."""
+    return {
+        "complete": len(records) == total,
+        **conditions,
+        **summarize(records),
+        "loading_seconds": round(loading, 1),
+        "peak_memory_mib": _peak_memory(),
+        "records": records,
+    }
+
+
+def _write(found: dict[str, Any], report: Path | None) -> None:
+    if report is not None:
+        write_atomic(report, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def choose(prompts: Sequence[Prompt], limit: int | None, per_task: int | None) -> list[Prompt]:

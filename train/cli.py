@@ -200,6 +200,9 @@ def bench_command(
     except (SpecBoundError, OSError) as error:
         _fail(error, None)
     print(markdown(found), end="")
+    if not found["complete"]:
+        print("error: interrupted; --resume goes on with the other prompts", file=sys.stderr)
+        raise typer.Exit(130)
     ours = found["methods"].get("specbound", found["methods"]["stock"])
     if exactness == "bitwise" and ours["identical_prompts"] != ours["prompts"]:
         raise typer.Exit(1)
