@@ -101,9 +101,9 @@ def write_replayed(
 
 
 def portable(name: str) -> str:
-    """A base's name without a machine's path: Hub ids and relative folders as they are."""
+    """A name without a machine's path: Hub ids, and folders below this one, as they are."""
     path = Path(name)
-    return path.name if path.is_absolute() else name
+    return path.name if path.is_absolute() or ".." in path.parts else name
 
 
 def _provenance(config: FitConfig) -> dict[str, Any]:
