@@ -214,7 +214,7 @@ def _conditions(settings: BenchSettings, model: Any, methods: dict[str, Method])
             "methods": list(methods),
             "costs": None if settings.costs is None else settings.costs.name,
             "adapter": Path(settings.adapter).name if Path(settings.adapter).exists() else settings.adapter,
-            "prompts": Path(settings.prompts).name,
+            "prompts": "/".join(Path(settings.prompts).parts[-2:]),
             "base_model": specbound.config.base_model_name_or_path,
         },
         "adapter_sha256": specbound.config.weights_sha256,
