@@ -4,7 +4,7 @@ In one-token decoding of a small model, calls between the multiplications take a
 Linears run packed are fused, and only where the probe finds that every bit is kept. Knows no policy and no probe.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-# Families whose layers are: norm, attention with rotary positions, residual, norm, gated SiLU, residual.
-FUSABLE = ("llama", "mistral", "qwen2")
-
-Forward = Callable[[Tensor], Tensor]
+from runtime.layers import FAMILIES
+from runtime.packed import Forward
 
 
 class FusedLayer:
@@ -104,7 +102,7 @@ def fused_layers(
     Args:
         joint: the Linears that run packed, by the modules that each stands for.
     """
-    if model.config.model_type not in FUSABLE or model.config._attn_implementation == "eager":
+    if not FAMILIES[model.config.model_type].fusable or model.config._attn_implementation.endswith("eager"):
         return
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     for layer in decoder.layers:

@@ -80,10 +80,10 @@ class SpecBound:
             self._drafter_on = where
         width = self.bounds.max_draft_tokens + 1
         now = (*where, torch.get_num_threads(), model.config._attn_implementation)
-        if self.packed is not None and not self.packed.current():
-            self._certified_for = ()  # the weights are no longer those that were copied
+        if self.packed is not None and not self.packed.current():  # the weights are no longer those copied
+            self.packed, self._certified_for = None, ()
         if self.certificate is None or now != self._certified_for or width > self._certified_width:
-            packed = PackedLinears.of(model)
+            packed = self.packed or PackedLinears.of(model)
             self.certificate = certify(
                 model, self.fingerprint, max_width=width, exactness=self.exactness, packed=packed
             )

@@ -1,6 +1,6 @@
 """`DecoderLayers`: the base's own embedding, decoder layers, final norm and unembedding, one at a time.
 
-The only file that knows a model family. No modeling code is copied: a family is a line that says where its
+The only file that knows the model families. No modeling code is copied: a family is a line that says where its
 modules are and what its layers call the cache; masks are not needed, because `attention.py` gives each query row
 its own keys. Knows nothing of drafting, exits or files.
 """
@@ -18,7 +18,11 @@ from runtime.errors import UnsupportedModel
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Where a model family keeps the parts that generation runs through."""
+    """Where a model family keeps the parts that generation runs through.
+
+    `fusable` says that a layer is what `runtime/fused.py` computes: norm, attention with rotary positions, residual,
+    norm, gated SiLU, residual.
+    """
 
     body: str = "model"
     embedding: str = "embed_tokens"
@@ -27,12 +31,13 @@ class Family:
     rotary: str | None = "rotary_emb"
     positions: str | None = None
     cache_argument: str = "past_key_values"
+    fusable: bool = False
 
 
 FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
+    "llama": Family(fusable=True),
+    "mistral": Family(fusable=True),
+    "qwen2": Family(fusable=True),
     "qwen3": Family(),
     "smollm3": Family(),
     "olmo2": Family(),

@@ -110,7 +110,7 @@ def test_a_cut_audit_is_resumed(demo_outputs: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(DataError, match="seed differ"):
         run_audit(replace(settings, seed=1), report=report, resume=True)
     report.write_text("[]")
-    with pytest.raises(DataError, match="not an audit's report"):
+    with pytest.raises(DataError, match="not a report of this kind"):
         run_audit(settings, report=report, resume=True)
 
 

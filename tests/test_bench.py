@@ -73,7 +73,7 @@ def test_a_benchmark_goes_on_where_it_was_cut(prompts: Path) -> None:
     assert found["records"][:2] == whole["records"][:2] and len(found["records"]) == 3
     result = bench(prompts, "--methods", "heads", "--limit", "3", "--resume")
     last = result.stderr.splitlines()[-1]
-    assert result.exit_code == 1 and last.startswith("error: bench.json is of another benchmark")
+    assert result.exit_code == 1 and last.startswith("error: bench.json is of another run")
     result = bench(prompts, "--methods", "fastest")
     assert result.exit_code == 1 and result.stderr.startswith("error: method 'fastest' is unknown")
 

@@ -193,6 +193,10 @@ def test_a_layer_that_is_listened_to_or_of_another_kind_is_not_fused(model: Any)
             layers.run(layers.embed(torch.tensor([[1, 2]]), 0), 0, 6, 0, KVCache(6, 8))
     handle.remove()
     assert calls == [1]
+    model.config._attn_implementation = "eager"  # a fused layer knows scaled dot product attention only
+    with execution(model, fused_policy(found), found):
+        assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+    model.config._attn_implementation = "sdpa"
     model.config.model_type = "granite"
     with execution(model, fused_policy(found), found):
         assert not any("forward" in layer.__dict__ for layer in model.model.layers)

@@ -4,7 +4,6 @@ The report is rewritten after every prompt, so that hours of work survive a cut,
 comparison rule: that is `runtime.audit`'s.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from runtime import DataError
 from runtime.audit import audit
 from runtime.benchmark import hardware
-from runtime.files import write_atomic
 from train.attached import load_attached, read_spread, to_ids
+from train.reports import earlier_entries, write_report
 
 FORMAT = 1
 
@@ -69,14 +67,16 @@ def run_audit(settings: AuditSettings, *, report: Path | None = None, resume: bo
     )
     ids = to_ids(model, prompts)
     conditions = _conditions(settings, model)
-    findings: list[dict[str, Any]] = _earlier(report, conditions) if report is not None and resume else []
+    findings: list[dict[str, Any]] = []
+    if report is not None and resume:
+        findings = earlier_entries(report, "findings", conditions, under="conditions")
     found = summary(findings, len(ids), conditions, model)
     with tqdm(total=len(ids), initial=len(findings), desc="audit", unit="prompt") as bar:
         for finding in audit(model, ids[len(findings) :], seed=settings.seed, **settings.options):
             findings.append(finding.to_dict())
             found = summary(findings, len(ids), conditions, model)
             if report is not None:
-                write_atomic(report, (json.dumps(found, indent=1) + "\n").encode())
+                write_report(report, found)
             bar.set_postfix_str(f"{found['differing_tokens']} differing tokens")
             bar.update()
     return found
@@ -113,18 +113,3 @@ def _conditions(settings: AuditSettings, model: Any) -> dict[str, Any]:
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "format": FORMAT,
     }
-
-
-def _earlier(report: Path, conditions: dict[str, Any]) -> list[dict[str, Any]]:
-    """Findings of an earlier, cut-off audit of the same conditions; none where there is no report yet."""
-    if not report.exists():
-        return []
-    try:
-        found = json.loads(report.read_text(encoding="utf-8"))
-        earlier, findings = found["conditions"], list(found["findings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{report} is not an audit's report: remove it, or audit without --resume") from error
-    differing = sorted(key for key in conditions.keys() | earlier.keys() if conditions.get(key) != earlier.get(key))
-    if differing:
-        raise DataError(f"{report} is of another audit ({', '.join(differing)} differ): audit without --resume")
-    return findings

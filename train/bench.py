@@ -4,7 +4,6 @@ What each generation took is a record; the report is rewritten after every promp
 statistics: those are `train.bench_report`'s.
 """
 
-import json
 import resource
 import sys
 import time
@@ -18,16 +17,15 @@ import transformers
 from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
-from runtime import DataError
 from runtime.benchmark import hardware
 from runtime.config import VERSION
-from runtime.files import write_atomic
 from train.attached import load_attached, spread, to_ids
 from train.bench_report import summarize
 from train.costs import CostTable
 from train.methods import Method, make_methods, require_known
 from train.predicted import predict
 from train.prompts import Prompt, read_prompts
+from train.reports import earlier_entries, write_report
 
 # Spec-Bench counts the eight categories of MT-bench as one task.
 MT_BENCH = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
@@ -83,7 +81,7 @@ def run_bench(settings: BenchSettings, *, report: Path | None = None, resume: bo
     methods = make_methods(model, names)
     loading = time.perf_counter() - started
     conditions = _conditions(settings, model, methods)
-    records = _earlier(report, conditions) if report is not None and resume else []
+    records = earlier_entries(report, "records", conditions) if report is not None and resume else []
     ids = to_ids(model, prompts)
     _warm_up(model, methods, ids[0])
     try:
@@ -91,7 +89,8 @@ def run_bench(settings: BenchSettings, *, report: Path | None = None, resume: bo
             for number in range(len(records), len(ids)):
                 records.append(_record(model, methods, prompts[number], ids[number], number, settings.max_new_tokens))
                 found = _report(records, len(ids), conditions, loading)
-                _write(found, report)
+                if report is not None:
+                    write_report(report, found)
                 speeds = (f"{name} {one['speedup_over_stock']:.2f}x" for name, one in found["methods"].items())
                 bar.set_postfix_str(" ".join(speeds))
                 bar.update()
@@ -101,7 +100,8 @@ def run_bench(settings: BenchSettings, *, report: Path | None = None, resume: bo
     found = _report(records, len(ids), conditions, loading)
     if settings.costs is not None:
         predict(model, methods, ids, records, CostTable.read(settings.costs), found)
-        _write(found, report)
+        if report is not None:
+            write_report(report, found)
     return found
 
 
@@ -115,11 +115,6 @@ def _report(records: list[dict[str, Any]], total: int, conditions: dict[str, Any
         "peak_memory_mib": _peak_memory(),
         "records": records,
     }
-
-
-def _write(found: dict[str, Any], report: Path | None) -> None:
-    if report is not None:
-        write_atomic(report, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def choose(prompts: Sequence[Prompt], limit: int | None, per_task: int | None) -> list[Prompt]:
@@ -236,18 +231,3 @@ def _peak_memory() -> int:
     """MiB that the process held at most, all methods together."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak >> 20 if sys.platform == "darwin" else peak >> 10
-
-
-def _earlier(report: Path, conditions: dict[str, Any]) -> list[dict[str, Any]]:
-    """Records of an earlier, cut-off benchmark of the same conditions; none where there is no report yet."""
-    if not report.exists():
-        return []
-    try:
-        found = json.loads(report.read_text(encoding="utf-8"))
-        differing = sorted(key for key in conditions if found[key] != conditions[key])
-        records = list(found["records"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{report} is not a benchmark's report: remove it, or run without --resume") from error
-    if differing:
-        raise DataError(f"{report} is of another benchmark ({', '.join(differing)} differ): run without --resume")
-    return records

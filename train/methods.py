@@ -3,7 +3,7 @@
 Each keeps its own controller, so that one does not learn from another's rounds. Knows no prompts and no clocks.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,8 +21,7 @@ from train.tuning import OFF
 LOOKUP_TOKENS = 10
 EARLY_EXIT_SHARE = 0.25
 # Bounds as one would set them by hand, for the paper's policy and for ours; the paper names no values.
-HAND_THRESHOLD, HAND_WIDTH = 0.6, 4
-DEFAULT_ALPHA = 0.5
+HAND_THRESHOLD, HAND_WIDTH, HAND_ALPHA = 0.6, 4, 0.5
 
 
 @dataclass(slots=True)
@@ -56,11 +55,8 @@ class Method:
             specbound.enabled, specbound.bounds, specbound.drafter, specbound.controller = before
 
 
-def make_methods(model: Any, names: list[str], *, alpha: float = DEFAULT_ALPHA) -> dict[str, Method]:
+def make_methods(model: Any, names: Sequence[str]) -> dict[str, Method]:
     """The methods of these names, for a model as `load_specbound` returns it.
-
-    Args:
-        alpha: slope of the paper's linear temperatures.
 
     Raises:
         ConfigError: an unknown name.
@@ -68,7 +64,7 @@ def make_methods(model: Any, names: list[str], *, alpha: float = DEFAULT_ALPHA) 
     require_known(names)
     specbound: SpecBound = model.specbound
     specbound.prepare(model)  # so that the drafter is on the model's device
-    methods = {name: METHODS[name](specbound, alpha) for name in names}
+    methods = {name: METHODS[name](specbound) for name in names}
     own = specbound.bounds
     widest = max((one.bounds.max_draft_tokens for one in methods.values() if one.bounds), default=0)
     specbound.bounds = replace(own, max_draft_tokens=max(widest, own.max_draft_tokens))
@@ -84,49 +80,49 @@ def require_known(names: Iterable[str]) -> None:
             raise ConfigError(f"method {name!r} is unknown: expected some of {', '.join(METHODS)}")
 
 
-def _stock(specbound: SpecBound, alpha: float) -> Method:
+def _stock(specbound: SpecBound) -> Method:
     return Method("transformers' generate")
 
 
-def _plain(specbound: SpecBound, alpha: float) -> Method:
+def _plain(specbound: SpecBound) -> Method:
     return Method("our loop, nothing drafted", SpeculationBounds(OFF, 0, 0), specbound.drafter)
 
 
-def _specbound(specbound: SpecBound, alpha: float) -> Method:
+def _specbound(specbound: SpecBound) -> Method:
     return Method("the adapter as it is", specbound.bounds, specbound.drafter, Controller())
 
 
-def _steady(specbound: SpecBound, alpha: float) -> Method:
+def _steady(specbound: SpecBound) -> Method:
     return Method("the adapter, speculating always", specbound.bounds, specbound.drafter)
 
 
-def _heads(specbound: SpecBound, alpha: float) -> Method:
+def _heads(specbound: SpecBound) -> Method:
     bounds = replace(specbound.bounds, exit_thresholds={**specbound.bounds.exit_thresholds, 0: OFF})
     return Method("exit heads alone", bounds, specbound.drafter, Controller())
 
 
-def _lookup(specbound: SpecBound, alpha: float) -> Method:
+def _lookup(specbound: SpecBound) -> Method:
     off = {layer: OFF for layer in specbound.drafter.exit_layers if layer > 0}
     bounds = replace(specbound.bounds, exit_thresholds={**specbound.bounds.exit_thresholds, **off})
     return Method("lookup alone", bounds, specbound.drafter, Controller())
 
 
-def _hand(specbound: SpecBound, alpha: float) -> Method:
+def _hand(specbound: SpecBound) -> Method:
     deepest = max(specbound.drafter.exit_layers)
     bounds = SpeculationBounds(HAND_THRESHOLD, deepest, HAND_WIDTH)
     return Method(f"bounds set by hand: tau {HAND_THRESHOLD}, every exit", bounds, specbound.drafter, Controller())
 
 
-def _paper(specbound: SpecBound, alpha: float) -> Method:
+def _paper(specbound: SpecBound) -> Method:
     drafter: HeadDrafter = specbound.drafter  # type: ignore[assignment]
     layers = drafter.heads.exit_layers
-    linear = TemperatureSchedule.linear(alpha, layers, specbound.layers.num_layers)
+    linear = TemperatureSchedule.linear(HAND_ALPHA, layers, specbound.layers.num_layers)
     bounds = SpeculationBounds(HAND_THRESHOLD, max(layers), HAND_WIDTH)
-    title = f"the paper's policy: linear temperatures (alpha {alpha:.2f}), one tau, heads alone"
+    title = f"the paper's policy: linear temperatures (alpha {HAND_ALPHA}), one tau, heads alone"
     return Method(title, bounds, replace(drafter, temperatures=linear, lookup=None))
 
 
-def _fixed_exit(specbound: SpecBound, alpha: float) -> Method:
+def _fixed_exit(specbound: SpecBound) -> Method:
     drafter: HeadDrafter = specbound.drafter  # type: ignore[assignment]
     layer = max(drafter.heads.exit_layers)
     thresholds = {other: OFF for other in drafter.heads.exit_layers if other != layer}
@@ -134,16 +130,16 @@ def _fixed_exit(specbound: SpecBound, alpha: float) -> Method:
     return Method(f"LayerSkip's policy: {HAND_WIDTH} drafts at layer {layer}", bounds, replace(drafter, lookup=None))
 
 
-def _prompt_lookup(specbound: SpecBound, alpha: float) -> Method:
+def _prompt_lookup(specbound: SpecBound) -> Method:
     return Method("transformers' prompt lookup", options={"prompt_lookup_num_tokens": LOOKUP_TOKENS})
 
 
-def _early_exit(specbound: SpecBound, alpha: float) -> Method:
+def _early_exit(specbound: SpecBound) -> Method:
     layer = max(1, round(specbound.layers.num_layers * EARLY_EXIT_SHARE))
     return Method(f"transformers' early exit at layer {layer}", options={"assistant_early_exit": layer})
 
 
-METHODS: dict[str, Callable[[SpecBound, float], Method]] = {
+METHODS: dict[str, Callable[[SpecBound], Method]] = {
     "stock": _stock,
     "plain": _plain,
     "specbound": _specbound,
