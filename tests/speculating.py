@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tests_heads import FakeHeads
+from fake_heads import FakeHeads
 
 from runtime import SpeculationBounds, detach
 from runtime.generate import attach

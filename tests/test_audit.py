@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests_heads import FakeHeads
+from fake_heads import FakeHeads
 from typer.testing import CliRunner
 
 from runtime.audit import _compare, audit

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from speculating import NEW_TOKENS, PROMPT, both, with_speculation
-from tests_heads import FakeHeads
+from fake_heads import FakeHeads
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DynamicCache,

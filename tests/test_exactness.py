@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
-from tests_heads import FakeHeads
+from fake_heads import FakeHeads
 from torch import nn
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from speculating import NEW_TOKENS, PROMPT, with_speculation
-from tests_heads import FakeHeads
+from fake_heads import FakeHeads
 from transformers import TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 

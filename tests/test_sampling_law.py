@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
-from tests_heads import FakeHeads
+from fake_heads import FakeHeads
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import runtime.decode

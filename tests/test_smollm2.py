@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests_heads import FakeHeads
+from fake_heads import FakeHeads
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runtime import SpeculationBounds, detach

@@ -5,7 +5,7 @@ import resource
 from typing import Any
 
 import torch
-from tests_heads import FakeHeads
+from fake_heads import FakeHeads
 
 from runtime import SpeculationBounds
 from runtime.generate import attach
