@@ -61,7 +61,7 @@ class Certificate:
 
 def _describe(policy: ExecutionPolicy) -> str:
     """What runs row by row or padded, in words."""
-    by_row = ["attention"] if policy.rowwise_attention else []
+    by_row = ["attention"] if policy.attention == "rowwise" else []
     by_row += [f"Linear {_size(shape)}" for shape, rows in sorted(policy.linear_rows.items()) if rows == 1]
     by_row += ["every Linear"] if policy.other_rows == 1 else []
     padded = [f"Linear {_size(shape)} to {rows}" for shape, rows in sorted(policy.linear_rows.items()) if rows > 1]
@@ -71,6 +71,8 @@ def _describe(policy: ExecutionPolicy) -> str:
         parts.append(f"padded rows: {', '.join(padded)}")
     if policy.packed_rows:
         parts.append(f"packed: Linear {', '.join(_size(shape) for shape in sorted(policy.packed_rows))}")
+    if policy.attention == "grouped":
+        parts.append("attention in groups of rows")
     if policy.fused:
         parts.append("layers fused")
     return "; ".join(parts)
@@ -112,7 +114,7 @@ def read_certificate(path: Path) -> Certificate | None:
         stored = fields["policy"]
         rows = {tuple(shape): count for shape, count in stored["linear_rows"]}
         packed = {tuple(shape): count for shape, count in stored["packed_rows"]}
-        how = (stored["rowwise_attention"], rows, stored["other_rows"], packed, stored["fused"])
+        how = (stored["attention"], rows, stored["other_rows"], packed, stored["fused"])
         fields["policy"] = ExecutionPolicy(*how)
         return Certificate(**(fields | {"seconds": 0.0}))
     except (OSError, ValueError, KeyError, TypeError):
@@ -124,7 +126,7 @@ def write_certificate(path: Path, certificate: Certificate) -> None:
     policy = certificate.policy
     fields = {name: getattr(certificate, name) for name in Certificate.__slots__}
     fields["policy"] = {
-        "rowwise_attention": policy.rowwise_attention,
+        "attention": policy.attention,
         "linear_rows": sorted(policy.linear_rows.items()),
         "other_rows": policy.other_rows,
         "packed_rows": sorted(policy.packed_rows.items()),

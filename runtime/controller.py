@@ -15,12 +15,14 @@ from runtime.policy import SpeculationBounds
 # Rounds of each kind that an estimate looks back on, and the fewest that it is made from.
 WINDOW, TRIAL = 16, 6
 PLAIN_WINDOW, FIRST_PLAIN = 8, 2
+# A trial ends sooner where so few rounds already are so much slower.
+GLANCE, HOPELESS = 3, 0.8
 # A round without drafts now and then, while speculating, keeps the other side of the comparison fresh.
 REFRESH = 48
-# Rounds without drafts after a trial that did not pay: doubled each time, so that trials cost ever less.
-FIRST_REST, MAX_REST = 24, 768
-# Speed is noisy: a trial must not only just pay, and what pays is not dropped for a hair.
-PAYS_AGAIN, PAYS_NO_MORE = 1.02, 0.99
+# Rounds without drafts after a trial that did not pay: longer each time, so that trials cost ever less.
+FIRST_REST, REST_GROWTH, MAX_REST = 16, 3, 768
+# Speed is noisy: what pays is not dropped for a hair.
+PAYS_AGAIN, PAYS_NO_MORE = 1.0, 0.97
 # A source's record: how many observations its own confidence counts for, and how fast old ones are forgotten.
 PRIOR, KEEP = 8.0, 0.98
 
@@ -71,14 +73,15 @@ class Controller:
         self._drafted.append(took)
         self._since_plain += 1
         self._observe(exit_layers, confidences, num_accepted)
-        if len(self._drafted) >= TRIAL:
+        if len(self._drafted) >= GLANCE:
             self._judge()
 
     def _judge(self) -> None:
         """Go on, or rest."""
         gain = _speed(self._drafted) / _speed(self._plain)
-        if gain < (PAYS_AGAIN if self._on_trial else PAYS_NO_MORE):
-            self.resting, self._rest = self._rest, min(2 * self._rest, MAX_REST)
+        needed = PAYS_AGAIN if self._on_trial else PAYS_NO_MORE
+        if gain <= (HOPELESS if len(self._drafted) < TRIAL else needed):
+            self.resting, self._rest = self._rest, min(REST_GROWTH * self._rest, MAX_REST)
             self._drafted.clear()
             self._on_trial = True
         elif len(self._drafted) == WINDOW:

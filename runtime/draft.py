@@ -10,9 +10,10 @@ from typing import Protocol
 
 import torch
 
-from runtime.heads import DraftUnembedding, ExitHeads
+from runtime.heads import MAX_AGE, DraftUnembedding, ExitHeads, HeadContext
 from runtime.layers import DecoderLayers
 from runtime.lookup import LookupTable
+from runtime.packed import pack_in_place
 from runtime.policy import SpeculationBounds
 from runtime.state import DecodeState
 from runtime.temperature import TemperatureSchedule, confidence
@@ -59,14 +60,15 @@ class HeadDrafter:
         """The heads in the base's device and dtype, the borrowed rows taken anew."""
         rows = None if self.draft_to_target is None else torch.tensor(self.draft_to_target)
         heads = self.heads.to(device=layers.device, dtype=layers.dtype)
-        return replace(self, heads=heads, unembedding=DraftUnembedding(layers, rows))
+        unembedding = DraftUnembedding(layers, rows)
+        pack_in_place([*heads.modules(), *([] if rows is None else [unembedding.rows])])  # else the base's own
+        return replace(self, heads=heads, unembedding=unembedding)
 
     def propose(self, layer: int, state: DecodeState) -> tuple[int, float]:
         """What the lookup proposes at depth 0; elsewhere the head's most likely token, at its exit's temperature."""
         if layer == 0:
             return self._look_up(state)
-        assert state.embedding is not None
-        logits = self.heads.logits(layer, state.newest[0, 0], state.embedding[0, 0], self.unembedding).float()
+        logits = self.heads.logits(layer, state.newest[0], head_context(state), self.unembedding)[0].float()
         best = logits.argmax()
         sure, index = torch.stack([confidence(logits, self.temperatures[layer]), best.float()]).tolist()
         token = int(index)
@@ -77,6 +79,15 @@ class HeadDrafter:
         if proposal is None or self.lookup is None:
             return 0, 0.0
         return proposal.token, self.lookup.confidence(proposal)
+
+
+def head_context(state: DecodeState) -> HeadContext:
+    """What heads may read of the newest pending token, N = 1; the settled text ends so many positions before it."""
+    assert state.embedding is not None
+    embedding, age = state.embedding[0], len(state.pending)
+    if state.deep is None or age > MAX_AGE:
+        return HeadContext(embedding, torch.zeros_like(embedding), torch.tensor([0], device=embedding.device))
+    return HeadContext(embedding, state.deep[None].to(embedding.device), torch.tensor([age], device=embedding.device))
 
 
 @dataclass(slots=True)

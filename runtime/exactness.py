@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from runtime.attention import KINDS
 from runtime.cache import KVCache
 from runtime.certificate import Certificate, environment, read_certificate, write_certificate
 from runtime.execution import ExecutionPolicy, Shape, execution, in_rows
@@ -25,7 +26,7 @@ from runtime.layers import DecoderLayers
 from runtime.packed import JointLinear, PackedLinears
 from runtime.reference import Reference
 
-PROBE_FORMAT = 4
+PROBE_FORMAT = 5
 # Cheapest first: one call for the block, one call at a steady number of rows, one call a row.
 LINEAR_ROWS = (None, 8, 16, 32, 1)
 
@@ -104,9 +105,9 @@ def _candidates(reference: Reference, packed: PackedLinears | None, widths: Sequ
     """Policies under which every Linear, alone, has its bits; cheapest first, the last with nothing left to chance."""
     rows = linear_rows(reference, widths)
     joint = {} if packed is None else packed_rows(reference, packed, [1, *widths])
-    found = [ExecutionPolicy(rowwise, rows, packed_rows=joint) for rowwise in (False, True)]
+    found = [ExecutionPolicy(kind, rows, packed_rows=joint) for kind in KINDS]
     fused = [replace(policy, fused=True) for policy in found] if joint else []
-    plain = [ExecutionPolicy(True, rows)] if joint else []
+    plain = [ExecutionPolicy("rowwise", rows)] if joint else []
     return [*fused, *found, *plain, ExecutionPolicy.rowwise()]
 
 

@@ -28,7 +28,7 @@ class ExecutionPolicy:
     """How many rows of a block each operation sees in one call.
 
     Attributes:
-        rowwise_attention: attention runs once for each query row, on that row's own keys.
+        attention: how a block attends, one of `attention.KINDS`.
         linear_rows: weight shape -> rows in one call of these Linears: 1 is row by row; with more, the block is
             padded with zeros to a multiple of it.
         other_rows: the same for Linears of any other shape; None gives them the whole block in one call.
@@ -36,7 +36,7 @@ class ExecutionPolicy:
         fused: layers of the Llama kind whose Linears all run packed run as one function.
     """
 
-    rowwise_attention: bool
+    attention: str
     linear_rows: Mapping[Shape, int] = field(default_factory=dict)
     other_rows: int | None = None
     packed_rows: Mapping[Shape, int | None] = field(default_factory=dict)
@@ -45,12 +45,12 @@ class ExecutionPolicy:
     @classmethod
     def rowwise(cls) -> "ExecutionPolicy":
         """Everything that may depend on the number of rows runs row by row."""
-        return cls(rowwise_attention=True, other_rows=1)
+        return cls("rowwise", other_rows=1)
 
     @classmethod
     def batched(cls) -> "ExecutionPolicy":
         """Every operation sees the whole block."""
-        return cls(rowwise_attention=False)
+        return cls("batched")
 
     def rows_of(self, module: nn.Module) -> int | None:
         """Rows in one call of this Linear; None for the whole block."""
@@ -61,7 +61,7 @@ class ExecutionPolicy:
 def execution(model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None = None) -> Iterator[None]:
     """While open, `model` computes blocks by `policy`; afterwards its modules are as they were."""
     patched: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
-    with block_attention(model, rowwise=policy.rowwise_attention):
+    with block_attention(model, policy.attention):
         try:
             for module, forward in _forwards(model, policy, packed):
                 patched.append((module, module.__dict__.get("forward")))
@@ -83,7 +83,7 @@ def _forwards(
     joints = [] if packed is None else [joint for joint in packed.joint if joint.shape in policy.packed_rows]
     calls = {joint.modules: in_rows(joint, policy.packed_rows[joint.shape]) for joint in joints}
     if policy.fused:
-        for layer, fused in fused_layers(model, calls, rowwise=policy.rowwise_attention):
+        for layer, fused in fused_layers(model, calls, attention=policy.attention):
             yield layer, fused
             taken.update(layer.modules())
     for joint in joints:

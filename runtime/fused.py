@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from runtime.attention import attend_in_groups
 from runtime.layers import FAMILIES
 from runtime.packed import Forward
 
@@ -25,7 +26,7 @@ class FusedLayer:
     Args:
         layer: the module; its norms are read as they are.
         query_key_value, output, gate_up, down: its Linears on [1, T, in], those that share an input side by side.
-        rowwise: attention row by row, each on its own keys, as one-token decoding computes it.
+        attention: how a block attends, one of `attention.KINDS`.
     """
 
     def __init__(
@@ -36,17 +37,17 @@ class FusedLayer:
         gate_up: Forward,
         down: Forward,
         *,
-        rowwise: bool,
+        attention: str,
     ) -> None:
-        attention = layer.self_attn
+        module = layer.self_attn
         self.query_key_value, self.output, self.gate_up, self.down = query_key_value, output, gate_up, down
         self.norms = [(norm.weight, norm.variance_epsilon) for norm in _norms(layer)]
-        self.head_size: int = attention.head_dim
-        self.num_queries = attention.q_proj.weight.shape[0] // self.head_size
-        self.num_keys = attention.k_proj.weight.shape[0] // self.head_size
-        self.scaling: float = attention.scaling
-        self.layer_idx: int = attention.layer_idx
-        self.rowwise = rowwise
+        self.head_size: int = module.head_dim
+        self.num_queries = module.q_proj.weight.shape[0] // self.head_size
+        self.num_keys = module.k_proj.weight.shape[0] // self.head_size
+        self.scaling: float = module.scaling
+        self.layer_idx: int = module.layer_idx
+        self.attention = attention
 
     def __call__(
         self, hidden: Tensor, *, position_embeddings: tuple[Tensor, Tensor], past_key_values: Any, **ignored: Any
@@ -75,7 +76,9 @@ class FusedLayer:
         attend = functional.scaled_dot_product_attention
         if rows == 1:
             return attend(query, keys, values, scale=self.scaling, enable_gqa=True)
-        if not self.rowwise:
+        if self.attention == "grouped":
+            return attend_in_groups(query, keys, values, self.scaling)
+        if self.attention == "batched":
             mask = torch.ones(rows, seen, dtype=torch.bool, device=query.device).tril(seen - rows)
             return attend(query, keys, values, attn_mask=mask, scale=self.scaling, enable_gqa=True)
         shared = self.num_queries // self.num_keys  # every row would spread the heads anew
@@ -95,7 +98,7 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def fused_layers(
-    model: PreTrainedModel, joint: Mapping[tuple[nn.Module, ...], Forward], *, rowwise: bool
+    model: PreTrainedModel, joint: Mapping[tuple[nn.Module, ...], Forward], *, attention: str
 ) -> Iterator[tuple[nn.Module, FusedLayer]]:
     """The model's layers that can be fused.
 
@@ -109,7 +112,7 @@ def fused_layers(
         parts = _parts(layer)
         forwards = [joint[part] for part in parts if part in joint]
         if forwards and len(forwards) == len(parts):
-            yield layer, FusedLayer(layer, *forwards, rowwise=rowwise)
+            yield layer, FusedLayer(layer, *forwards, attention=attention)
 
 
 def _parts(layer: Any) -> list[tuple[nn.Module, ...]]:

@@ -126,7 +126,7 @@ def _speculate(
     emitter.largest_shift = specbound.certificate.largest_shift
     started = time.perf_counter()
     specbound.stats = SpeculationStats()
-    with specbound.stats.timing("prompt"):
+    with specbound.stats.timing("prompt"), specbound.layers.watching_top() as top:
         outputs = model._prefill(emitter.input_ids, generation_config, model_kwargs)
     stock_cache: DynamicCache = outputs.past_key_values
     capacity = stock_cache.get_seq_length() + min(emitter.remaining, 1024) + bounds.max_draft_tokens
@@ -134,7 +134,8 @@ def _speculate(
     positions = model_kwargs.get("position_ids")
     offset = 0 if positions is None else int(positions[0, -1]) + 1 - cache.get_seq_length()
     known = emitter.input_ids[0].tolist()
-    state = DecodeState(specbound.layers, cache, known, position_offset=offset)
+    deep = top[-1] if top else None
+    state = DecodeState(specbound.layers, cache, known, deep=deep, position_offset=offset)
     with execution(model, policy, specbound.packed):
         decode(state, outputs.logits[:, -1], specbound.drafter, bounds, emitter, specbound.stats, specbound.controller)
     if generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False):

@@ -5,6 +5,8 @@ modules are and what its layers call the cache; masks are not needed, because `a
 its own keys. Knows nothing of drafting, exits or files.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,8 +163,22 @@ class DecoderLayers:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Target logits, shape [1, T, V], of a block at the top: final norm, unembedding, the family's scaling."""
-        logits: Tensor = self.unembedding(self.norm(hidden))
+        return self.unembed(self.norm(hidden))
+
+    def unembed(self, normed: Tensor) -> Tensor:
+        """Target logits, shape [1, T, V], of normed top states, shape [1, T, D]."""
+        logits: Tensor = self.unembedding(normed)
         return logits / self.logits_scaling if self.logits_scaling != 1.0 else logits
+
+    @contextmanager
+    def watching_top(self) -> Iterator[list[Tensor]]:
+        """While open, forwards of the model leave their last position's normed top state here, shape [D]."""
+        seen: list[Tensor] = []
+        hook = self.unembedding.register_forward_pre_hook(lambda module, args: seen.append(args[0][0, -1]))
+        try:
+            yield seen
+        finally:
+            hook.remove()
 
 
 def settle_kernels() -> None:

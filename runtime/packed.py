@@ -6,7 +6,7 @@ not public: where they are missing nothing is packed. Knows no policy and no pro
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,6 +87,15 @@ class PackedLinears:
     def current(self) -> bool:
         """Whether the model's weights are where and what they were."""
         return _key([joint.modules for joint in self.joint]) == self._key
+
+
+def pack_in_place(modules: Iterable[nn.Module]) -> None:
+    """Let these Linears run from packed copies of their weights, where that can be; again after they changed."""
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            module.__dict__.pop("forward", None)
+            if _is_packable(module) and _has_operators():
+                module.__dict__["forward"] = JointLinear([module])
 
 
 def packable(model: PreTrainedModel) -> list[list[nn.Linear]]:

@@ -32,11 +32,18 @@ class DecodeState:
         layers: the base.
         token_ids: the settled tokens as far as they are known, for the lookup.
         cache: holds the same number of rows in every layer, those of the settled tokens.
+        deep: the base's normed top state at the last settled token, shape [D]; None where it is not known.
         position_offset: position of the first token; not 0 where the caller numbers positions another way.
     """
 
     def __init__(
-        self, layers: DecoderLayers, cache: KVCache, token_ids: Sequence[int], *, position_offset: int = 0
+        self,
+        layers: DecoderLayers,
+        cache: KVCache,
+        token_ids: Sequence[int],
+        *,
+        deep: Tensor | None = None,
+        position_offset: int = 0,
     ) -> None:
         self.layers = layers
         self.cache = cache
@@ -46,6 +53,8 @@ class DecodeState:
         self.pending: list[int] = []
         self.lookup = ContextLookup(token_ids)
         self.embedding: Tensor | None = None
+        self.deep = deep
+        self._top: Tensor | None = None
 
     def push(self, token: int) -> None:
         """Make a token the newest pending one, at depth 0."""
@@ -81,12 +90,17 @@ class DecodeState:
         """Bring all pending tokens to the top; target logits of each of them, shape [1, T, V]."""
         self.advance(self.layers.num_layers)
         assert len(self.segments) == 1
-        return self.layers.logits(self.segments[0].hidden)
+        self._top = self.layers.norm(self.segments[0].hidden)
+        return self.layers.unembed(self._top)
 
     def crop(self, length: int) -> None:
         """Settle the first `length` tokens, keep their cache rows in every layer; nothing is pending."""
         self.cache.crop(length)
-        self.lookup.extend(self.pending[: len(self.pending) - (self.length - length)])
+        settled = length - (self.length - len(self.pending))
+        if self._top is not None and settled > 0:
+            self.deep = self._top[0, settled - 1]
+        self._top = None
+        self.lookup.extend(self.pending[:settled])
         self.pending.clear()
         self.segments.clear()
         self.length = length

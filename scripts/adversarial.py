@@ -1,6 +1,7 @@
-"""Where speculation cannot pay: random strings, languages in turn, heads of noise. Tokens a second against stock.
+"""Where speculation cannot pay: random strings, languages in turn, heads of noise. Tokens a second against our own
+plain loop and stock.
 
-The controller should rest, so the ratio should stay near 1, and ids are compared. Example:
+The controller should rest, so the ratio to the plain loop should stay near 1, and ids are compared. Example:
 python scripts/adversarial.py outputs/demo/adapter --threads 2
 """
 
@@ -23,6 +24,7 @@ from runtime.benchmark import hardware
 from runtime.controller import Controller
 from runtime.files import write_atomic
 from train.attached import load_attached
+from train.tuning import OFF
 
 SENTENCES = (
     "The river was high that spring.",
@@ -51,16 +53,18 @@ def main(
         model.specbound.controller = Controller()
         noisy = kind == "heads of noise"
         model.specbound.drafter = replace(drafter, heads=noise(drafter.heads), lookup=None) if noisy else drafter
-        ratios, identical, rested = [], 0, 0
+        ratios, over_plain, identical, rested = [], [], 0, 0
         for text in tqdm(list(texts(kind, prompts)), desc=kind, unit="prompt"):
             ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
-            ratio, same = compare(model, ids, max_new_tokens)
-            ratios.append(ratio)
+            stock, plain, ours, same = compare(model, ids, max_new_tokens, sample=noisy)
+            ratios.append(stock / ours)
+            over_plain.append(plain / ours)
             identical += same
             rested += model.specbound.stats.resting_rounds
         found[kind] = {
-            "median": round(statistics.median(ratios), 4),
-            "lowest": round(min(ratios), 4),
+            "speedup_over_plain": round(statistics.median(over_plain), 4),
+            "lowest_over_plain": round(min(over_plain), 4),
+            "speedup_over_stock": round(statistics.median(ratios), 4),
             "identical_prompts": identical,
             "prompts": prompts,
             "resting_rounds": rested,
@@ -92,16 +96,24 @@ def noise(heads: torch.nn.Module) -> torch.nn.Module:
     return noisy
 
 
-def compare(model: Any, ids: torch.Tensor, max_new_tokens: int) -> tuple[float, bool]:
-    """Stock's seconds over SpecBound's, and whether the ids are the same."""
-    options = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens, "do_sample": False}
+def compare(model: Any, ids: torch.Tensor, max_new_tokens: int, *, sample: bool) -> tuple[float, float, float, bool]:
+    """Seconds of stock, of the loop without drafts and of SpecBound, and whether the ids are the same."""
+    options = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens, "do_sample": sample}
+    specbound = model.specbound
+    bounds, controller = specbound.bounds, specbound.controller
+    ways = {
+        "stock": (False, bounds, None),
+        "plain": (True, replace(bounds, exit_threshold=OFF, exit_thresholds={}), None),
+        "ours": (True, bounds, controller),
+    }
     outputs, seconds = [], []
-    for speculate in (False, True):
-        model.specbound.enabled = speculate
+    for specbound.enabled, specbound.bounds, specbound.controller in ways.values():
+        torch.manual_seed(0)
         started = time.perf_counter()
         outputs.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options))
         seconds.append(time.perf_counter() - started)
-    return seconds[0] / seconds[1], torch.equal(outputs[0], outputs[1])
+    same = all(torch.equal(output, outputs[0]) for output in outputs)
+    return seconds[0], seconds[1], seconds[2], same
 
 
 if __name__ == "__main__":

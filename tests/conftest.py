@@ -114,7 +114,7 @@ def make_adapter(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> Call
             "hidden_size": model.config.hidden_size,
             "vocab_size": model.config.vocab_size,
             "exit_layers": layers,
-            "head": "residual",
+            "head": "deep",
             "head_rank": 8,
             "draft_vocab_size": 64,
             "temperatures": TemperatureSchedule.linear(0.5, list(layers), model.config.num_hidden_layers),

@@ -18,6 +18,7 @@ import runtime.adapter as module
 from runtime import AdapterError, ConfigError, load_adapter, save_adapter
 from runtime.adapter import Adapter
 from runtime.config import SpecBoundConfig
+from runtime.heads import HEAD_KINDS
 from runtime.hub import resolve_adapter
 from runtime.identity import file_sha256
 
@@ -62,7 +63,7 @@ def rewrite(folder, change):
     (folder / "config.json").write_text(config.to_json())
 
 
-@pytest.mark.parametrize("head", ["residual", "linear", "lora"])
+@pytest.mark.parametrize("head", HEAD_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip_is_equal_bit_for_bit(make_model, make_adapter, tmp_path, head, dtype):
     made = make_adapter(make_model(), head=head, draft_vocab_size=128 if head == "lora" else 64)

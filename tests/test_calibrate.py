@@ -30,7 +30,7 @@ def features(number: int, generator: torch.Generator, *, temperatures=TRUE) -> t
     }
     zeros = torch.zeros(number, 1)
     lengths = [number // 10] * 10
-    whole = Features(logits, zeros, draws[2], zeros.long(), zeros, lengths)
+    whole = Features(logits, zeros, zeros, draws[2], zeros.long(), zeros, lengths)
     return whole, draws
 
 
@@ -40,8 +40,8 @@ class FakeHeads:
     def __init__(self, draws: dict) -> None:
         self.draws = draws
 
-    def __call__(self, hidden, embedding, unembedding):
-        rows = torch.arange(len(embedding))
+    def __call__(self, hidden, context, unembedding):
+        rows = torch.arange(len(context.embedding))
         moved = {}
         for layer, logits in hidden.items():
             moved[layer] = logits.clone()
@@ -109,12 +109,13 @@ def test_a_single_class_is_always_sure_and_works():
     one = Features(
         {layer: torch.zeros(400, 1) for layer in LAYERS},
         whole.embedding,
+        whole.deep,
         torch.zeros(400, dtype=torch.int64),
         whole.top_ids,
         whole.top_log_probs,
         whole.lengths,
     )
-    found = collect([one], lambda hidden, embedding, unembedding: hidden, None, torch.zeros(1, dtype=torch.int64))
+    found = collect([one], lambda hidden, context, unembedding: hidden, None, torch.zeros(1, dtype=torch.int64))
     schedule, _ = fit_schedule(found, "auto", NUM_HIDDEN_LAYERS)
     assert found.at(schedule)[2].min() == 1.0
     assert report(found, schedule)["exits"]["2"]["agreement"] == 1.0

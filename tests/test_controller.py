@@ -52,10 +52,8 @@ def test_what_pays_goes_on() -> None:
 def test_what_does_not_pay_costs_little(cost: float) -> None:
     """Nothing is ever accepted: at least 0.97 of plain decoding within 500 tokens, more and more after."""
     world = World(cost=lambda _: cost, accepted=lambda _: 0)
-    first = world.run(500)
-    later = world.run(5000)
-    assert first > 0.94 and later > 0.985
-    assert world.run(2000) >= 0.98
+    assert world.run(500) >= 0.97
+    assert world.run(5000) >= 0.99
 
 
 def test_it_comes_back_when_things_change() -> None:

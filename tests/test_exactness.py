@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from fake_heads import FakeHeads
+from huggingface_hub import constants
 from torch import nn
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
@@ -68,7 +68,7 @@ def test_a_linear_that_depends_on_rows_is_found(make_model: Any, kept: Path) -> 
     assert certificate.policy.rows_of(model.model.layers[0].mlp.down_proj) == 1
     others = {tuple(module.weight.shape): 1 for module in linears(model)}
     del others[shape]
-    assert compare(model, near, ExecutionPolicy(True, others), [3]).differing > 0
+    assert compare(model, near, ExecutionPolicy("rowwise", others), [3]).differing > 0
     assert compare(model, near, ExecutionPolicy.rowwise(), [3]) == Agreement(rows=30)
 
 
@@ -104,14 +104,14 @@ def test_attention_runs_as_a_block_where_that_keeps_every_bit(
     make_model: Any, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does not on a CPU, so here the batched form is made to: the probe takes it, being cheaper."""
-    assert probe(make_model(), max_width=3).policy.rowwise_attention
+    assert probe(make_model(), max_width=3).policy.attention == "rowwise"
 
     def steady(model: Any, policy: ExecutionPolicy, packed: Any) -> Any:
-        return execution(model, replace(policy, rowwise_attention=True), packed)
+        return execution(model, replace(policy, attention="rowwise"), packed)
 
     monkeypatch.setattr(runtime.exactness, "execution", steady)
     certificate = probe(make_model(), max_width=3)
-    assert certificate.bitwise and not certificate.policy.rowwise_attention
+    assert certificate.bitwise and certificate.policy.attention == "batched"
 
 
 def test_rows_far_into_a_text_are_compared(make_model: Any, kept: Path) -> None:

@@ -1,5 +1,7 @@
 """Features: what transformers gives for the same text, padded batches, truncation, and the cache on disk."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -34,7 +36,7 @@ def assert_equal(first: Features, second: Features) -> None:
     assert first.hidden.keys() == second.hidden.keys()
     for layer, hidden in first.hidden.items():
         assert torch.equal(hidden, second.hidden[layer])
-    for name in ("embedding", "target", "top_ids", "top_log_probs"):
+    for name in ("embedding", "deep", "target", "top_ids", "top_log_probs"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
 
 
@@ -47,9 +49,25 @@ def test_one_row_gives_the_states_and_choices_of_the_base(model, extract):
             assert torch.equal(found.hidden[layer], states[layer])
         assert torch.equal(found.target, logits.argmax(-1))
         assert found.lengths == [len(row[1])]
+        torch.testing.assert_close(found.deep, states[-1])
         best = logits.log_softmax(-1).topk(TOP)
         assert torch.equal(found.top_ids, best.indices)
         torch.testing.assert_close(found.top_log_probs, best.values)
+
+
+def test_a_verified_state_of_each_age_is_of_its_own_text(extract):
+    found = extract(ROWS)
+    firsts = [0, *torch.tensor(found.lengths).cumsum(0).tolist()]
+    for age in (0, 1, 2, 4):
+        context = found.context(age)
+        for first, stop in pairwise(firsts):
+            for position in range(first, stop):
+                known = 0 < age <= position - first
+                deep = found.deep[position - age] if known else torch.zeros_like(found.deep[0])
+                assert torch.equal(context.deep[position], deep)
+                assert context.age[position] == (age if known else 0)
+    mixed = [found.context(turn=turn).age.tolist() for turn in range(10)]
+    assert {age for ages in mixed for age in ages} == {0, 1, 2, 3} and mixed[0] != mixed[1]
 
 
 def test_a_padded_batch_takes_the_right_positions(model, extract):

@@ -14,6 +14,7 @@ import train.loop
 from runtime import load_specbound
 from runtime.adapter import load_adapter
 from runtime.errors import ConfigError
+from runtime.heads import HEAD_KINDS
 from train.checkpoints import MetricsLog, find_checkpoints
 from train.fit_exits import main
 from train.options import FitConfig
@@ -70,7 +71,7 @@ def stop_after(step: int, monkeypatch) -> None:
     monkeypatch.setattr(train.loop, "save_checkpoint", save_and_stop)
 
 
-@pytest.mark.parametrize("head", ["residual", "linear", "lora"])
+@pytest.mark.parametrize("head", HEAD_KINDS)
 def test_each_head_learns_and_gives_an_adapter_that_loads(fit, tmp_path, tiny_base, head):
     large = {"head_rank": 32, "per_device_train_batch_size": 96, "learning_rate": 0.03}
     folder, lines = fit(tmp_path / "out", head=head, max_steps=20, **large)

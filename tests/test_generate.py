@@ -26,9 +26,12 @@ import runtime.decode
 from runtime import SpeculationBounds, UnsupportedModel, detach
 from runtime.accept import Accepted
 from runtime.cache import KVCache
+from runtime.draft import head_context
 from runtime.generate import attach
 from runtime.handle import SpecBound
+from runtime.heads import MAX_AGE
 from runtime.layers import DecoderLayers
+from runtime.state import DecodeState
 
 VOCABULARY = 96
 LAYERS = 4
@@ -128,6 +131,30 @@ def test_every_family_greedy_and_sampled(family: str, dtype: torch.dtype) -> Non
         assert specbound.stats.accepted.total() > 5
         assert specbound.stats.drafted.total() > specbound.stats.accepted.total()
         assert len(specbound.stats.drafted) == 3
+
+
+class WatchingHeads(FakeHeads):
+    """Keeps what the newest token's age and the verified state's own choice were, at every proposal."""
+
+    def propose(self, layer: int, state: DecodeState) -> tuple[int, float]:
+        context = head_context(state)
+        choice = state.layers.unembed(context.deep).argmax() if context.age else None
+        self.seen.append((int(context.age), choice is None or int(choice) == state.pending[0], len(state.pending)))
+        return super().propose(layer, state)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_heads_read_the_state_that_the_last_emitted_token_came_from(family: str) -> None:
+    """Of the prompt's forward in the first round, of verification afterwards; too old beyond four drafts."""
+    model = tiny(family)
+    stock = model.generate(prompt(), max_new_tokens=40, do_sample=False)
+    heads = WatchingHeads("mixed", [1, 2], stock[0].tolist())
+    heads.seen = []
+    found, _ = run(model, heads, SpeculationBounds(0.4, 2, 8), inputs=prompt(), max_new_tokens=40, do_sample=False)
+    assert torch.equal(found, stock)
+    assert all(right for _, right, _ in heads.seen)
+    assert all(age == (pending if pending <= MAX_AGE else 0) for age, _, pending in heads.seen)
+    assert {age for age, _, _ in heads.seen} >= {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("max_draft_tokens", [1, 2, 4, 8, 16])

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from fake_heads import FakeHeads
+from huggingface_hub import constants
 from torch import nn
 
 from runtime import SpeculationBounds, packed
+from runtime.attention import attend_in_groups
 from runtime.cache import KVCache
 from runtime.exactness import Reference, compare, packed_rows, probe
 from runtime.execution import ExecutionPolicy, execution
@@ -19,7 +20,9 @@ from runtime.fused import FusedLayer
 from runtime.generate import attach
 from runtime.handle import SpecBound
 from runtime.layers import DecoderLayers
+from runtime.loading import make_specbound
 from runtime.packed import JointLinear, PackedLinears
+from runtime.state import DecodeState
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
 GREEDY = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
@@ -71,7 +74,7 @@ def test_execution_leaves_the_modules_as_they_were(model: Any) -> None:
     """After a block, and after an exception in one."""
     found = PackedLinears.of(model)
     assert found is not None
-    policy = ExecutionPolicy(True, packed_rows={joint.shape: None for joint in found.joint})
+    policy = ExecutionPolicy("rowwise", packed_rows={joint.shape: None for joint in found.joint})
     token_ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         before = model(token_ids).logits
@@ -98,7 +101,7 @@ def test_what_has_other_bits_is_not_packed(model: Any, monkeypatch: pytest.Monke
     assert down not in packed_rows(near, found, [1, 2, 3])
     certificate = probe(model, max_width=3, packed=found)
     assert certificate.bitwise and down not in certificate.policy.packed_rows
-    everything = ExecutionPolicy(True, packed_rows={joint.shape: None for joint in found.joint})
+    everything = ExecutionPolicy("rowwise", packed_rows={joint.shape: None for joint in found.joint})
     assert compare(model, near, everything, [1, 2], packed=found).differing > 0  # negative control
 
 
@@ -149,7 +152,7 @@ def test_a_hooked_or_unusual_linear_is_left_alone(model: Any) -> None:
 
 def fused_policy(found: PackedLinears) -> ExecutionPolicy:
     """Everything packed, attention row by row, layers fused."""
-    return ExecutionPolicy(True, packed_rows={joint.shape: None for joint in found.joint}, fused=True)
+    return ExecutionPolicy("rowwise", packed_rows={joint.shape: None for joint in found.joint}, fused=True)
 
 
 @pytest.mark.parametrize("shared", [1, 2])
@@ -200,6 +203,45 @@ def test_a_layer_that_is_listened_to_or_of_another_kind_is_not_fused(model: Any)
     model.config.model_type = "granite"
     with execution(model, fused_policy(found), found):
         assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+
+
+def test_heads_run_packed_and_follow_the_base(model: Any, make_adapter: Any) -> None:
+    """In bfloat16 from copies, in float32 from their own weights again; the same drafts either way."""
+    attached = make_specbound(model, make_adapter(model, head_rank=64, draft_vocab_size=127), exactness="bitwise")
+    drafter, layers = attached.drafter, attached.layers
+    state = DecodeState(layers, KVCache(6, 8), [1, 2])
+    with torch.no_grad():
+        state.push(3)
+        state.advance(2)
+        unpacked = drafter.propose(2, state)
+        drafter = drafter.on(layers)
+        linears = [module for module in drafter.heads.modules() if isinstance(module, nn.Linear)]
+        assert all("forward" in module.__dict__ for module in linears if module.weight.numel() >= packed.MIN_WEIGHTS)
+        assert any("forward" in module.__dict__ for module in linears)
+        token, sure = drafter.propose(2, state)
+        assert token == unpacked[0] and abs(sure - unpacked[1]) < 0.02
+        drafter = drafter.on(DecoderLayers(model.float()))
+        assert not any("forward" in module.__dict__ for module in drafter.heads.modules())
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 32), (6, 2, 64)])
+def test_attention_in_groups_has_the_bits_of_row_by_row(shape: tuple[int, int, int]) -> None:
+    """Around multiples of the vector length, where groups end, and with one row more than a group holds."""
+    heads, shared, size = shape
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 1, shared, 200, size).to(torch.bfloat16)
+    attend = nn.functional.scaled_dot_product_attention
+    for length in (9, 15, 16, 17, 31, 33, 48, 64, 127, 130, 200):
+        for rows in (2, 5, 9):
+            query = torch.randn(1, heads, rows, size).to(torch.bfloat16)
+            expected = [
+                attend(query[:, :, row : row + 1], keys[:, :, :seen], values[:, :, :seen], enable_gqa=True)
+                for row, seen in enumerate(range(length - rows + 1, length + 1))
+            ]
+            found = attend_in_groups(query, keys[:, :, :length], values[:, :, :length], None)
+            torch.testing.assert_close(found, torch.cat(expected, 2))
+            if torch.backends.cpu.get_cpu_capability() == "AVX512":
+                assert torch.equal(found, torch.cat(expected, 2)), (length, rows)
 
 
 def test_fused_layers_with_other_bits_are_not_certified(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

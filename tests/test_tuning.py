@@ -30,8 +30,8 @@ def honest_traces(texts: int = 24, seed: int = 0) -> Traces:
     ).astype(np.float32)
     return Traces(
         layers=(0, 2, 6),
-        sure=sure,
-        right=numbers.random(sure.shape) < sure,
+        sure=sure[:, None],
+        right=(numbers.random(sure.shape) < sure)[:, None],
         sequence=np.repeat(np.arange(texts), 50),
         context=np.tile(np.arange(50), texts),
     )
@@ -39,7 +39,7 @@ def honest_traces(texts: int = 24, seed: int = 0) -> Traces:
 
 def constant(*, sure: float, right: bool) -> Traces:
     """Every source alike at every position."""
-    shape = (3, 90)
+    shape = (3, 1, 90)
     return Traces((0, 2, 6), np.full(shape, sure, np.float32), np.full(shape, right), np.zeros(90, int), np.arange(90))
 
 
@@ -116,7 +116,7 @@ def test_traces_are_joined_by_source() -> None:
     assert traces.layers == (0, 4)
     assert traces.context.tolist() == [10, 11, 12, 3, 4]
     assert traces.remaining.tolist() == [3, 2, 1, 2, 1]
-    assert traces.sure[0, 0] == np.float32(0.1)
+    assert traces.sure[0, 0, 0] == np.float32(0.1)
 
 
 def test_cost_tables_on_disk(tmp_path: Path) -> None:

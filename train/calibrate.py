@@ -22,6 +22,7 @@ from train.features import Features
 TEMPERATURES = np.geomspace(0.2, 10.0, 81)
 SLOPES = np.linspace(-0.95, 9.0, 399)
 MIN_POSITIONS = 200
+CACHED_ROWS = 32
 KINDS = ("none", "linear", "fitted", "monotone")
 
 Floats = NDArray[np.float32]
@@ -53,7 +54,7 @@ def collect(batches: Iterable[Features], heads: Any, unembedding: Any, target_to
     """Run the heads over features.
 
     Args:
-        heads: an `ExitHeads` or what wraps it: called with hidden states, embedding and unembedding.
+        heads: an `ExitHeads` or what wraps it: called with hidden states, context and unembedding.
 
     Raises:
         DataError: logits that are not numbers (naming the exit layer).
@@ -66,7 +67,7 @@ def collect(batches: Iterable[Features], heads: Any, unembedding: Any, target_to
         lengths += batch.lengths
         targets += batch.target.tolist()
         choice = target_to_draft[batch.target]
-        for layer, logits in heads(batch.hidden, batch.embedding, unembedding).items():
+        for layer, logits in heads(batch.hidden, batch.context(), unembedding).items():
             if not bool(torch.isfinite(logits).all()):
                 raise DataError(f"the head of exit layer {layer} gives logits that are not finite: fit it again")
             grids.setdefault(layer, []).append(_confidence_grid(logits))
@@ -80,14 +81,16 @@ def collect(batches: Iterable[Features], heads: Any, unembedding: Any, target_to
 
 
 def _confidence_grid(logits: torch.Tensor) -> Floats:
-    """`confidence` of logits [N, V] at each of `TEMPERATURES`, shape [N, temperatures]; one pass a temperature."""
-    below = logits.float() - logits.float().amax(dim=-1, keepdim=True)
-    buffer = torch.empty_like(below)
-    columns = [
-        torch.div(below, float(temperature), out=buffer).exp_().sum(dim=-1).reciprocal()
-        for temperature in TEMPERATURES
-    ]
-    return torch.stack(columns, dim=1).cpu().numpy()
+    """`confidence` of logits [N, V] at each of `TEMPERATURES`, shape [N, temperatures]; so few rows at a time that
+    they stay in the processor's cache."""
+    found = torch.empty(len(logits), len(TEMPERATURES))
+    for rows, into in zip(logits.split(CACHED_ROWS), found.split(CACHED_ROWS), strict=True):
+        below = rows.float() - rows.float().amax(dim=-1, keepdim=True)
+        buffer = torch.empty_like(below)
+        for column, temperature in enumerate(TEMPERATURES):
+            total = torch.div(below, float(temperature), out=buffer).exp_().sum(dim=-1)
+            into[:, column] = total.reciprocal()
+    return found.numpy()
 
 
 def require_positions(number: int) -> None:

@@ -14,6 +14,7 @@ from runtime.temperature import TemperatureSchedule
 from train.ablations import ablate
 from train.calibrate import Confidences, collect, fit_schedule, require_positions
 from train.costs import CostTable
+from train.logged import Logged
 from train.lookup_traces import LookupTraces
 from train.options import FitConfig
 from train.reliability import compare_schedules, report
@@ -60,19 +61,28 @@ def calibrate(
     Raises:
         DataError: too little text, or logits that are not finite.
     """
-    batches = calibration.batches(config.per_device_train_batch_size)
+    size = config.per_device_train_batch_size
+    batches = calibration.batches(size)
     found = collect(tqdm(batches, "calibrate", unit="batch"), heads, unembedding, target_to_draft)
     require_positions(len(found.sequence))
     schedule, scores = fit_schedule(found, config.schedule, model.config.num_hidden_layers)
     looked_up = LookupTraces.collect(calibration.sequences.rows, found.targets)
     table = looked_up.fit()
     by_lookup = {LOOKUP_LAYER: looked_up.confidences(table)}
+    logged = Logged.collect(
+        tqdm(calibration.batches(size), "log", unit="batch"),
+        heads,
+        unembedding,
+        target_to_draft,
+        temperatures=schedule.temperatures,
+        ages=heads.ages,
+    )
     traces = Traces.join(
-        found.at(schedule) | by_lookup,
-        found.right | {LOOKUP_LAYER: looked_up.right},
+        logged.sure | by_lookup,
+        logged.right | {LOOKUP_LAYER: looked_up.right},
         found.sequence,
         np.array([len(prompt) for prompt, _ in calibration.sequences.rows]),
-        uncalibrated=found.at(TemperatureSchedule.none(config.exit_layers)) | by_lookup,
+        uncalibrated=logged.uncalibrated | by_lookup,
     )
     costs = counted_costs(model, heads, unembedding)
     bounds, replayed = tune(traces, costs, Held(config.exit_threshold, config.max_exit_layer, config.max_draft_tokens))

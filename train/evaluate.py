@@ -1,13 +1,13 @@
 """Figures of exit heads on text: agreement, expected acceptance, precision and coverage. Knows no files."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from runtime.temperature import confidence
 from train.features import Features
+from train.logged import Logged
 from train.losses import Targets, distillation_loss, expected_acceptance
 from train.simulate import Simulation
 
@@ -22,26 +22,33 @@ def evaluate(
     target_to_draft: torch.Tensor,
     *,
     kl_weight: float,
+    ages: Sequence[int],
     simulation: Simulation | None = None,
 ) -> dict[str, float]:
-    """Means over all positions, by exit, under the keys `held_out/<figure>/layer_<NN>`.
+    """Means over all positions, by exit, under the keys `held_out/<figure>/layer_<NN>`: as a round's first draft.
 
     Figures: `loss`; `agreement` with the base's choice; `acceptance`, the chance that a sampled draft is
     accepted; `precision` and `coverage` of drafts whose confidence (at T = 1) is at least 0.8. With a simulation
     also what replay says of these heads.
+
+    Args:
+        ages: those of the heads.
     """
     sums: dict[str, float] = {}
-    log = _Log()
+    logged: Logged | None = None
     positions = 0
     for batch in batches:
         targets = Targets.of(batch.target, batch.top_ids, batch.top_log_probs, target_to_draft)
         number = len(batch.target)
         positions += number
-        for layer, logits in heads(batch.hidden, batch.embedding, unembedding).items():
+        by_age = [heads(batch.hidden, batch.context(age), unembedding) for age in ages]
+        if simulation is not None:
+            logged = logged or Logged(dict.fromkeys(by_age[0], 1.0), ages)
+            logged.add(batch, by_age, targets.choice)
+        for layer, logits in by_age[0].items():
             right = logits.argmax(-1) == targets.choice
             confidences = confidence(logits, 1.0)
             sure = confidences >= THRESHOLD
-            log.add(layer, confidences, right)
             values = {
                 "loss": float(distillation_loss(logits, targets, kl_weight=kl_weight)) * number,
                 "agreement": float(right.sum()),
@@ -52,30 +59,10 @@ def evaluate(
             for name, value in values.items():
                 key = f"held_out/{name}/layer_{layer:02d}"
                 sums[key] = sums.get(key, 0.0) + value
-        log.targets.append(batch.target.cpu().numpy())
     means = _means(sums, positions)
-    return means if simulation is None else means | log.simulate(simulation)
-
-
-class _Log:
-    """Confidence and correctness of each exit, and the base's choices, batch after batch."""
-
-    def __init__(self) -> None:
-        self.sure: dict[int, list[Any]] = {}
-        self.right: dict[int, list[Any]] = {}
-        self.targets: list[Any] = []
-
-    def add(self, layer: int, confidences: torch.Tensor, right: torch.Tensor) -> None:
-        """One exit's drafts in one batch, both of shape [N]."""
-        self.sure.setdefault(layer, []).append(confidences.cpu().numpy())
-        self.right.setdefault(layer, []).append(right.cpu().numpy())
-
-    def simulate(self, simulation: Simulation) -> dict[str, float]:
-        """What replay says of all of it."""
-        sure, right = (
-            {layer: np.concatenate(parts) for layer, parts in by_layer.items()} for by_layer in (self.sure, self.right)
-        )
-        return simulation.figures(sure, right, np.concatenate(self.targets))
+    if simulation is None or logged is None:
+        return means
+    return means | simulation.figures(logged.sure, logged.right, logged.targets)
 
 
 def show(step: int, values: dict[str, float]) -> str:

@@ -18,10 +18,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from runtime.errors import DataError
+from runtime.heads import HeadContext
 from runtime.layers import DecoderLayers
 
 CHUNK = 512
 SHARD = 256
+# Ages of the verified state that heads are fitted and calibrated on, in turn: about what drafting meets.
+AGE_PATTERN = (1, 1, 2, 1, 1, 3, 1, 2, 4, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Features:
     Attributes:
         hidden: exit layer -> hidden states, shape [N, D], the base's dtype.
         embedding: hidden states at depth 0, shape [N, D].
+        deep: the base's top states, normed, shape [N, D].
         target: the base's most likely next token, shape [N], int64.
         top_ids: its most likely next tokens, shape [N, K], int64.
         top_log_probs: their log-probabilities under the whole vocabulary, shape [N, K], float32.
@@ -39,10 +43,25 @@ class Features:
 
     hidden: dict[int, Tensor]
     embedding: Tensor
+    deep: Tensor
     target: Tensor
     top_ids: Tensor
     top_log_probs: Tensor
     lengths: list[int]
+
+    def context(self, age: int | None = None, *, turn: int = 0) -> HeadContext:
+        """What heads read besides hidden states, the verified state being `age` positions old.
+
+        Args:
+            age: for all positions, 0 for none; by default ages change from position to position and with `turn`.
+        """
+        offset = torch.cat([torch.arange(length) for length in self.lengths]).to(self.deep.device)
+        pattern = torch.tensor(AGE_PATTERN if age is None else [age], device=self.deep.device)
+        ages = pattern[(offset + turn) % len(pattern)]
+        ages = torch.where(ages <= offset, ages, 0)  # before a response nothing is drafted
+        positions = torch.arange(len(offset), device=self.deep.device) - ages
+        deep = torch.where((ages > 0)[:, None], self.deep[positions], 0)
+        return HeadContext(self.embedding, deep, ages)
 
     @classmethod
     def join(cls, parts: Sequence["Features"]) -> "Features":
@@ -136,10 +155,12 @@ class FeatureExtractor:
         finally:
             for hook in hooks:
                 hook.remove()
-        target, ids, log_probs = self._teacher(top.last_hidden_state[chosen])
+        deep = top.last_hidden_state[chosen]
+        target, ids, log_probs = self._teacher(deep)
         return Features(
             hidden={depth: taken[depth] for depth in self.exit_layers},
             embedding=taken[0],
+            deep=deep,
             target=target,
             top_ids=ids,
             top_log_probs=log_probs,

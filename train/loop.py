@@ -25,7 +25,7 @@ FREE_TO_CHANGE = {
     "license", "schedule", "exit_threshold", "max_exit_layer", "max_draft_tokens", "sources", "output_dir",
     "corpus_dir", "features",
 }  # fmt: skip
-EVALUATION_SEQUENCES = 200
+EVALUATION_SEQUENCES = 64
 
 
 def fit(
@@ -50,6 +50,7 @@ def fit(
     plan = Plan(config, lengths, rank=accelerator.process_index, world_size=accelerator.num_processes)
     learned = [parameter for parameter in heads.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=config.learning_rate, weight_decay=config.weight_decay)
+    ages = heads.ages
     wrapped, optimizer = accelerator.prepare(heads, optimizer)
     settings = {key: value for key, value in asdict(config).items() if key not in FREE_TO_CHANGE}
     settings["num_processes"] = accelerator.num_processes
@@ -64,13 +65,19 @@ def fit(
     learner = _Learner(config, accelerator, wrapped, optimizer, unembedding, inverse, splits["fit"])
     for text in _progress(plan, step, learner):
         rate = plan.learning_rate(step)
-        values = {"fit/loss": learner.learn(text, learning_rate=rate)}
+        values = {"fit/loss": learner.learn(text, learning_rate=rate, turn=step)}
         step += 1
         if plan.ends_epoch(step):
             batches = splits["held_out"].batches(config.per_device_train_batch_size, limit=EVALUATION_SEQUENCES)
             wrapped.eval()  # on its own line: DeepSpeed's engine returns None
             values |= evaluate(
-                batches, wrapped, unembedding, inverse, kl_weight=config.kl_weight, simulation=simulation
+                batches,
+                wrapped,
+                unembedding,
+                inverse,
+                kl_weight=config.kl_weight,
+                ages=ages,
+                simulation=simulation,
             )
             accelerator.print(show(step, values))
         if log is not None:
@@ -102,24 +109,24 @@ class _Learner:
         self.unembedding, self.inverse = unembedding, inverse
         self.loss, self.positions = float("nan"), 0
 
-    def learn(self, text: StepText, *, learning_rate: float) -> float:
-        """Do one step; returns the mean loss over its positions, those of all processes."""
+    def learn(self, text: StepText, *, learning_rate: float, turn: int) -> float:
+        """Do one step, the `turn`-th; returns the mean loss over its positions, those of all processes."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.wrapped.train()
         total = torch.zeros((), device=self.accelerator.device)
         for batch in text.batches:
             with self.accelerator.accumulate(self.wrapped):
-                total += self._micro_step(batch, text)
+                total += self._micro_step(batch, text, turn)
         self.positions += text.num_positions
         self.loss = float(self.accelerator.reduce(total, "sum"))
         return self.loss
 
-    def _micro_step(self, batch: list[int], text: StepText) -> torch.Tensor:
+    def _micro_step(self, batch: list[int], text: StepText, turn: int) -> torch.Tensor:
         """One micro-batch; returns its part of the step's mean loss."""
         features = self.split.features(batch)
         targets = Targets.of(features.target, features.top_ids, features.top_log_probs, self.inverse)
-        logits = self.wrapped(features.hidden, features.embedding, self.unembedding)
+        logits = self.wrapped(features.hidden, features.context(turn=turn), self.unembedding)
         losses = [distillation_loss(z, targets, kl_weight=self.config.kl_weight) for z in logits.values()]
         part = torch.stack(losses).mean() * (len(features.target) / text.num_positions)
         # What follows averages over processes and micro-batches; the parts are to be summed.

@@ -14,12 +14,13 @@ from typing import NoReturn, get_type_hints
 from transformers import HfArgumentParser
 
 from runtime.errors import ConfigError
+from runtime.heads import HEAD_KINDS
 from train.recipe import nearest, read_recipe, refuse_unknown
 
 CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "chat_template": ("auto", "none"),
-    "head": ("residual", "linear", "lora"),
+    "head": HEAD_KINDS,
     "features": ("online", "cache"),
     "schedule": ("auto", "linear", "fitted", "monotone", "none"),
 }
@@ -64,7 +65,7 @@ class FitConfig:
     chat_template: str = field(default="auto", metadata=_help("auto (the tokenizer's) or none (plain text)"))
 
     exit_layers: list[int] = field(metadata=_help("exits after so many decoder layers"))
-    head: str = field(default="residual", metadata=_help("residual, linear or lora"))
+    head: str = field(default="deep", metadata=_help("deep, residual, linear or lora"))
     head_rank: int = field(default=256, metadata=_help("inner width of a head"))
     draft_vocab_size: int = field(default=8192, metadata=_help("tokens a head can draft; 0: all"))
 

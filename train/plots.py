@@ -55,14 +55,15 @@ def precision_plot(traces: Traces, bounds: SpeculationBounds, path: Path) -> Non
     """Share of drafts that are right against share of positions drafted at, one line a source, its own tau marked."""
     figure, panel = plt.subplots(figsize=(5.2, 4.0))
     for row, layer in enumerate(traces.layers):
-        order = np.argsort(-traces.sure[row], kind="stable")
-        right = np.cumsum(traces.right[row][order])
+        sure, hits = traces.sure[row, 0], traces.right[row, 0]  # as the first draft of a round
+        order = np.argsort(-sure, kind="stable")
+        right = np.cumsum(hits[order])
         count = np.arange(1, len(order) + 1)
         shown = count >= min(30, len(order))  # the first few say nothing
         (line,) = panel.plot((count / len(order))[shown], (right / count)[shown], label=_source(layer))
-        taken = bounds.accepts(layer, traces.sure[row]) & (layer <= bounds.max_exit_layer)
+        taken = bounds.accepts(layer, sure) & (layer <= bounds.max_exit_layer)
         if taken.any():
-            panel.plot(taken.mean(), traces.right[row][taken].mean(), "o", color=line.get_color())
+            panel.plot(taken.mean(), hits[taken].mean(), "o", color=line.get_color())
     panel.set(
         xlabel="share of positions drafted at", ylabel="share of drafts that are right", xlim=(0, 1), ylim=(0, 1)
     )

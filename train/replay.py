@@ -205,8 +205,9 @@ class Round:
 def _rounds(traces: Traces, bounds: SpeculationBounds, exits: tuple[int, ...]) -> Ints:
     """The round that would start at each position, as a number that `Round.decode` reads, shape [N]."""
     length, hard = len(traces), len(exits)
-    level = np.full(length, hard)
-    sure, right = np.zeros(length), np.zeros(length, dtype=bool)
+    drafts = traces.sure.shape[1]  # what differs from the first draft of a round to the last
+    level = np.full((drafts, length), hard)
+    sure, right = np.zeros((drafts, length)), np.zeros((drafts, length), dtype=bool)
     for index in reversed(range(hard)):  # the shallowest that is sure has the last word
         row = traces.layers.index(exits[index])
         fires = bounds.accepts(exits[index], traces.sure[row])
@@ -224,7 +225,7 @@ def _rounds(traces: Traces, bounds: SpeculationBounds, exits: tuple[int, ...]) -
     position = np.arange(length)
     drafting = limit > 0
     for step in range(most):
-        at = np.minimum(position + step, length - 1)
+        at = min(step, drafts - 1), np.minimum(position + step, length - 1)
         drafting = drafting & (step < limit) & bounds.continues(survival)
         codes = np.where(drafting, codes * (hard + 2) + level[at] + 1, codes)
         drafting &= level[at] < hard

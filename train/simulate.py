@@ -36,8 +36,8 @@ class Simulation:
         """`held_out/accepted_length` and `held_out/predicted_speedup` under the best single threshold.
 
         Args:
-            sure: exit layer -> confidence at T = 1, shape [N]. (Temperatures are fitted after the heads.)
-            right: exit layer -> whether the draft is the base's choice, shape [N].
+            sure: exit layer -> confidence at T = 1, shape [ages, N]. (Temperatures are fitted after the heads.)
+            right: exit layer -> whether the draft is the base's choice, shape [ages, N].
             targets: the base's choice, shape [N].
         """
         if self._lookup is None:

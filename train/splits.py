@@ -42,6 +42,7 @@ class Split:
     def fill_cache(self, config: FitConfig, accelerator: Accelerator, name: str) -> None:
         """Compute features not on disk yet, shared over the processes; then read from disk."""
         settings = {
+            "format": 2,
             "base": base_fingerprint(self.extract.layers.model),
             "dtype": config.dtype,
             "exits": config.exit_layers,
@@ -68,7 +69,7 @@ class Split:
             return self.extract([self.sequences[index] for index in indices])
         device = self.extract.layers.device
         joined = Features.join([self.cache[index] for index in indices])
-        names = ("embedding", "target", "top_ids", "top_log_probs")
+        names = ("embedding", "deep", "target", "top_ids", "top_log_probs")
         return replace(
             joined,
             hidden={layer: tensor.to(device) for layer, tensor in joined.hidden.items()},

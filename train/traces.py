@@ -4,7 +4,7 @@ The cache of a right prefix is exact, so confidences logged on plain text are th
 policy can be replayed over them, on any machine, without the model. Knows no policy and no costs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ class Traces:
 
     Attributes:
         layers: sources of drafts, ascending; 0 is the lookup, others are exit layers.
-        sure: calibrated confidence of each source, shape [sources, N], float32.
-        right: whether its draft is the base's choice, shape [sources, N], bool.
+        sure: calibrated confidence of each source, shape [sources, A, N], float32: as the first, second, ... draft of
+            a round, the last of these for all further drafts. (Heads may read a verified state, which gets older.)
+        right: whether its draft is the base's choice, shape [sources, A, N], bool.
         sequence: index of each position's text, shape [N], int64, from 0, not decreasing.
         context: tokens before each position, the prompt's included, shape [N], int64.
-        uncalibrated: confidences with every exit temperature 1, shape [sources, N], float32; None if not logged.
+        uncalibrated: `sure` with every exit temperature 1; None if not logged.
     """
 
     layers: tuple[int, ...]
@@ -40,7 +41,8 @@ class Traces:
     uncalibrated: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        shape, length = (len(self.layers), len(self.sequence)), len(self.sequence)
+        length = len(self.sequence)
+        shape = (len(self.layers), *self.sure.shape[1:2], length)
         steps = np.diff(self.sequence)
         if (
             length == 0
@@ -82,7 +84,7 @@ class Traces:
         prompt_lengths: NDArray[np.int64],
         uncalibrated: Mapping[int, NDArray[np.float32]] | None = None,
     ) -> "Traces":
-        """From arrays by source over all positions.
+        """From arrays by source over all positions, each of shape [N] or [A, N].
 
         Args:
             prompt_lengths: tokens of each text's prompt, shape [texts].
@@ -92,11 +94,11 @@ class Traces:
         offset = np.arange(len(sequence)) - first[sequence]
         return cls(
             layers=layers,
-            sure=np.stack([sure[layer] for layer in layers]).astype(np.float32),
-            right=np.stack([right[layer] for layer in layers]),
+            sure=_stack(sure, layers).astype(np.float32),
+            right=_stack(right, layers),
             sequence=sequence,
             context=prompt_lengths[sequence] + offset,
-            uncalibrated=None if uncalibrated is None else np.stack([uncalibrated[layer] for layer in layers]),
+            uncalibrated=None if uncalibrated is None else _stack(uncalibrated, layers).astype(np.float32),
         )
 
     def of_sequences(self, chosen: NDArray[np.bool_]) -> "Traces":
@@ -105,11 +107,11 @@ class Traces:
         numbers = np.cumsum(chosen) - 1
         return Traces(
             self.layers,
-            self.sure[:, keep],
-            self.right[:, keep],
+            self.sure[..., keep],
+            self.right[..., keep],
             numbers[self.sequence[keep]],
             self.context[keep],
-            None if self.uncalibrated is None else self.uncalibrated[:, keep],
+            None if self.uncalibrated is None else self.uncalibrated[..., keep],
         )
 
     def without_temperatures(self) -> "Traces":
@@ -168,3 +170,10 @@ class Traces:
         if heads != weights_sha256:
             raise DataError(f"{path} is of the heads of another fit: fit the adapter again, which logs its own")
         return traces
+
+
+def _stack(by_layer: Mapping[int, NDArray[Any]], layers: Sequence[int]) -> NDArray[Any]:
+    """Shape [sources, A, N]; what is alike for all drafts of a round is repeated."""
+    parts = [np.atleast_2d(by_layer[layer]) for layer in layers]
+    shape = (max(len(part) for part in parts), parts[0].shape[1])
+    return np.stack([np.broadcast_to(part, shape) for part in parts])

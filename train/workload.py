@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from runtime.draft import HeadDrafter
 from runtime.errors import ConfigError
-from runtime.temperature import TemperatureSchedule
-from train.calibrate import collect, require_positions
+from train.calibrate import require_positions
 from train.calibrated import LOOKUP_LAYER
 from train.features import FeatureExtractor
+from train.logged import Logged
 from train.lookup_traces import LookupTraces
 from train.traces import Traces
 from train.vocabulary import target_to_draft
@@ -60,11 +60,17 @@ def log_texts(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Traces
     vocab_size = model.specbound.config.vocab_size
     known = torch.arange(vocab_size) if drafter.draft_to_target is None else torch.tensor(drafter.draft_to_target)
     features = (extract([row]) for row in tqdm(rows, "trace", unit="text"))
-    found = collect(features, drafter.heads, drafter.unembedding, target_to_draft(known, vocab_size).to(layers.device))
-    sure, uncalibrated = (found.at(kind) for kind in (drafter.temperatures, TemperatureSchedule.none(exits)))
-    right = dict(found.right)
+    found = Logged.collect(
+        features,
+        drafter.heads,
+        drafter.unembedding,
+        target_to_draft(known, vocab_size).to(layers.device),
+        temperatures=drafter.temperatures.temperatures,
+        ages=drafter.heads.ages,
+    )
+    sure, uncalibrated, right = found.sure, found.uncalibrated, found.right
     if drafter.lookup is not None:
-        looked_up = LookupTraces.collect(rows, found.targets)
+        looked_up = LookupTraces.collect(rows, found.targets.tolist())
         by_lookup = {LOOKUP_LAYER: looked_up.confidences(drafter.lookup)}
         sure, uncalibrated, right = sure | by_lookup, uncalibrated | by_lookup, right | {LOOKUP_LAYER: looked_up.right}
     lengths = np.array([len(prompt) for prompt, _ in rows])
