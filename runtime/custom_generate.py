@@ -5,7 +5,6 @@ that the next one need not load and probe again: `model.generate` without `custo
 """
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -44,7 +43,7 @@ def generate_with(adapter: str | os.PathLike[str] | None, model: PreTrainedModel
         held = load_specbound(adapter, model, tokenizer=arguments.get("tokenizer"), **hub).specbound
         held.source, held.enabled = source, False
     before, held.enabled = held.enabled, True
-    generate: Callable[..., Any] = model.generate
+    generate: Any = model.generate
     try:
         return generate(**rest)
     finally:

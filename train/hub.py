@@ -13,7 +13,7 @@ from runtime.errors import AdapterError, ConfigError, SpecBoundError
 from runtime.loading import check_base, from_pretrained
 from train.options import FitConfig
 from train.staging import Claims, base_is_local, stage
-from train.upload import TRANSPORT_ERROR, Published, first_line
+from train.upload import TRANSPORT_ERROR, Published, Upload, first_line
 
 
 def publish(
@@ -53,9 +53,8 @@ def publish(
         if claims.base_model is not None or claims.base_revision is not None:
             _check_claim(target, token)
         try:
-            return _Upload(target, repo_id, revision or "main", token).run(
-                private=private, create_pr=create_pr, tag=tag
-            )
+            upload = Upload(target, repo_id, revision or "main", token)
+            return upload.run(private=private, create_pr=create_pr, tag=tag)
         except (TRANSPORT_ERROR, RuntimeError, ValueError, OSError) as error:
             if isinstance(error, SpecBoundError):
                 raise
