@@ -35,7 +35,8 @@ class Repository:
     proposals: dict[str, str] = field(default_factory=dict)
 
     def add(self, files: Files, parent: str | None) -> str:
-        oid = hashlib.sha1(f"{len(self.commits)} {sorted(files)} {parent}".encode()).hexdigest()
+        content = sorted((path, hashlib.sha256(data).hexdigest()) for path, data in files.items())
+        oid = hashlib.sha1(f"{len(self.commits)} {content} {parent}".encode()).hexdigest()
         self.commits[oid], self.parents[oid] = files, parent
         return oid
 

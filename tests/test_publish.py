@@ -4,15 +4,13 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import time
 
 import huggingface_hub
 import pytest
 import yaml
 from accelerate.state import AcceleratorState, GradientState
-from huggingface_hub import ModelCard, constants
-from huggingface_hub.utils import close_session, disable_progress_bars, enable_progress_bars
-from loopback_hub import TOKEN, loopback_hub
+from huggingface_hub import ModelCard
+from loopback_hub import TOKEN
 from typer.testing import CliRunner
 
 from runtime import AdapterError, BaseModelMismatch, ConfigError, load_adapter, save_adapter
@@ -32,37 +30,14 @@ NAME, BASE = "some-org/tiny-specbound", "some-org/tiny-base"
 
 
 @pytest.fixture(scope="module")
-def server():
-    with loopback_hub() as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(server, monkeypatch):
-    """The server, empty, with the client of this process pointed at it; what it sleeps is noted and not slept."""
-    server.restart()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    server.slept = []
-    monkeypatch.setattr(time, "sleep", server.slept.append)
-    disable_progress_bars()
-    yield server
-    enable_progress_bars()
-    close_session()
-
-
-@pytest.fixture(scope="module")
 def fitted(tmp_path_factory, make_recipe):
     """Folder of a fitted adapter, its base a folder of this machine."""
     folder = tmp_path_factory.mktemp("publish")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        fit(FitConfig(**make_recipe(folder, license="apache-2.0")))
+        config = FitConfig(**make_recipe(folder, license="apache-2.0"))
+        config.sources.update(dict.fromkeys(make_recipe(folder), "flag"))
+        fit(config)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return folder / "adapter"
