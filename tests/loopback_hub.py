@@ -1,7 +1,7 @@
 """A Hub on 127.0.0.1 for the real huggingface_hub client: repositories in memory, and a script of faults.
 
 It speaks what publishing and loading need: create, refs, branch, tag, validate-yaml, preupload, LFS batch, upload and
-verify, commit with parent and pull request, info, tree, and resolve with ETag, redirect and ranges. A commit is one
+verify, commit with parent and pull request, info, tree, and resolve with ETag and ranges. A commit is one
 assignment under a lock: half of one cannot be seen. Writes, and private repositories, need the token.
 """
 
@@ -208,8 +208,6 @@ class Handler(BaseHTTPRequestHandler):
     def route(self, path: str, query: dict[str, list[str]], body: bytes) -> tuple[int, bytes, dict[str, str]]:
         if self.command in ("GET", "HEAD") and (match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(.+?)/(.+)", path)):
             return self.resolve(*match.groups())
-        if self.command in ("GET", "HEAD") and (match := re.fullmatch(r"/cdn/(\w+)", path)):
-            return self.ranged(self.server.blobs[match[1]], match[1])
         for method, pattern, action in ROUTES:
             if method == self.command and (match := re.fullmatch(pattern, path)):
                 answer = action(self, *match.groups(), query=query, body=body)
@@ -226,14 +224,11 @@ class Handler(BaseHTTPRequestHandler):
         if not is_large(path):
             return self.ranged(content, git_oid(content), headers)
         sha256 = hashlib.sha256(content).hexdigest()
-        self.server.blobs[sha256] = content
-        headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content))}
-        return 302, b"", headers | {"Location": f"{self.server.url.replace('127.0.0.1', 'localhost')}/cdn/{sha256}"}
+        linked = {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content))}
+        return self.ranged(content, sha256, headers | linked)
 
-    def ranged(
-        self, content: bytes, etag: str, headers: dict[str, str] | None = None
-    ) -> tuple[int, bytes, dict[str, str]]:
-        headers = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes"} | (headers or {})
+    def ranged(self, content: bytes, etag: str, headers: dict[str, str]) -> tuple[int, bytes, dict[str, str]]:
+        headers = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes"} | headers
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(wanted[1]), min(int(wanted[2] or len(content) - 1), len(content) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"

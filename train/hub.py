@@ -13,7 +13,7 @@ from runtime.errors import AdapterError, ConfigError, SpecBoundError
 from runtime.loading import check_base, from_pretrained
 from train.options import FitConfig
 from train.staging import Claims, base_is_local, stage
-from train.upload import TRANSPORT_ERROR, Published, Upload, first_line
+from train.upload import TRANSPORT_ERROR, Published, Upload, one_line
 
 
 def publish(
@@ -104,9 +104,9 @@ def _check_claim(target: Path, token: str | None) -> None:
 def _explain(error: Exception, token: str | None) -> str:
     """One line that says what to do, and never a token."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    message = first_line(error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error)
+    message = one_line(error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error)
     if status in (401, 403):
-        message = f"{message} Log in with `hf auth login`, with a token that may write there"
+        message = f"{message}; log in with `hf auth login`, with a token that may write there"
     for secret in (token, get_token()):
         message = message.replace(secret, "[token]") if secret else message
     return message

@@ -181,7 +181,7 @@ def _patiently(call: Callable[[], Answer], landed: Callable[[], Answer | None] |
             pause = _pause(error, wait)
             if pause is None:
                 raise
-            logger.info("the Hub failed (%s), next try in %g s", first_line(error), pause)
+            logger.info("the Hub failed (%s), next try in %g s", one_line(error), pause)
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")
 
@@ -195,6 +195,6 @@ def _pause(error: Exception, wait: float | None) -> float | None:
     return min(float(asked), LONGEST_WAIT) if asked.isdecimal() else wait
 
 
-def first_line(error: BaseException) -> str:
-    """What a library's error says, without its advice."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def one_line(error: BaseException) -> str:
+    """What a library's error says, on one line and not too long."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
