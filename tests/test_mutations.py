@@ -39,7 +39,7 @@ class Bomb:
         return (Path.touch, (self.path,))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def original(tmp_path_factory, make_model, make_adapter):
     """Bytes of config and weights of a tiny adapter, and what decides what it does."""
     made = make_adapter(make_model(), draft_vocab_size=16, head_rank=2)

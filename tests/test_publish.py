@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from functools import partial
 
 import huggingface_hub
 import pytest
@@ -20,7 +21,7 @@ from train.fit_exits import main as fit
 from train.hub import publish
 from train.options import FitConfig
 from train.retune import tune_adapter
-from train.staging import Claims
+from train.staging import Claims, stage
 from train.tuning import Held
 
 # huggingface_hub's own call of its HTTP library.
@@ -246,47 +247,69 @@ def test_a_commit_of_somebody_else_in_between_is_not_overwritten(hub, folder, mo
     assert hub.files(NAME) == {"README.md": b"theirs"}
 
 
+@pytest.fixture
+def small(folder, tmp_path, monkeypatch):
+    """The same folder without pictures and traces, staged once: each test of many faults publishes it often."""
+    for path in (*folder.glob("*.png"), folder / "traces.safetensors"):
+        path.unlink()
+    (tmp_path / "staged").mkdir()
+    stage(folder, tmp_path / "staged", NAME, Claims())
+    copy = partial(shutil.copytree, tmp_path / "staged", dirs_exist_ok=True)
+    monkeypatch.setattr("train.hub.stage", lambda _, target, *rest: copy(target))
+    return folder
+
+
+@pytest.fixture
+def requests(hub, small):
+    """What one undisturbed publication asks of the Hub, in order, and what is there afterwards."""
+    publish(small, "some-org/first", tag="v1")  # the client asks some things only once
+    hub.restart()
+    publish(small, NAME, tag="v1")
+    found, files = list(hub.log), hub.files(NAME)
+    assert (
+        len(found) > 15
+        and "PUT" in str(found)
+        and found[-1].startswith("POST /api/models/some-org/tiny-specbound/tag")
+    )
+    return found, files
+
+
 @pytest.mark.parametrize("fault", ["503", "429", "408", "drop", "lost"])
-def test_a_fault_at_each_request_is_outlived(hub, folder, fault):
-    publish(folder, NAME, tag="v1")
-    requests, wanted, before = len(hub.log), hub.files(NAME), hashes(folder)
-    assert requests > 15
-    for number in range(1, requests + 1):
+def test_a_fault_at_each_request_is_outlived(hub, small, requests, fault):
+    before = hashes(small)
+    for number, request in enumerate(requests[0], start=1):
         hub.restart()
         hub.slept.clear()
         hub.faults = {number: fault}
-        found = publish(folder, NAME, tag="v1")
-        assert hub.files(NAME) == wanted and len(hub.repositories[NAME].commits) == 2, hub.log[number - 1]
-        assert hub.repositories[NAME].tags == {"v1": found.commit}
-        assert hub.slept or fault == "lost"
-        assert fault != "429" or "validate-yaml" in hub.log[number - 1] or max(hub.slept) >= 7, hub.log[number - 1]
-        assert hashes(folder) == before
+        found = publish(small, NAME, tag="v1")
+        assert hub.files(NAME) == requests[1] and len(hub.repositories[NAME].commits) == 2, request
+        assert hub.repositories[NAME].tags == {"v1": found.commit}, request
+        assert hub.slept or fault == "lost", request
+        assert fault != "429" or "validate-yaml" in request or max(hub.slept) >= 7, request
+    assert hashes(small) == before
 
 
 @pytest.mark.parametrize("status", [500, 403])
-def test_a_hub_that_goes_on_failing_from_any_request_on_has_all_or_nothing(hub, folder, status):
-    publish(folder, NAME, tag="v1")
-    requests, wanted, before = len(hub.log), hub.files(NAME), hashes(folder)
-    for number in range(1, requests + 1):
+def test_a_hub_that_goes_on_failing_from_any_request_on_has_all_or_nothing(hub, small, requests, status):
+    before = hashes(small)
+    for number, request in enumerate(requests[0], start=1):
         hub.restart()
         hub.hard = (number, status)
-        message = refusal(folder, NAME, tag="v1")
-        assert "the same command goes on" in message and hashes(folder) == before
-        assert status != 403 or "hf auth login" in message or hub.log[number - 1].startswith("PUT")
+        message = refusal(small, NAME, tag="v1")
+        assert "the same command goes on" in message and hashes(small) == before
+        assert status != 403 or "hf auth login" in message or request.startswith("PUT"), request
         there = hub.files(NAME) if NAME in hub.repositories else {}
-        assert there in ({}, wanted) or list(there) == [".gitattributes"], hub.log[number - 1]
+        assert there in ({}, requests[1]) or list(there) == [".gitattributes"], request
         hub.hard = None
-        publish(folder, NAME, tag="v1")
-        assert hub.files(NAME) == wanted and len(hub.repositories[NAME].commits) == 2
+        publish(small, NAME, tag="v1")
+        assert hub.files(NAME) == requests[1] and len(hub.repositories[NAME].commits) == 2
 
 
-def test_a_pull_request_whose_answer_is_lost_is_not_made_twice(hub, folder):
-    publish(folder, NAME, create_pr=True)
-    requests = len(hub.log)
-    for number in range(1, requests + 1):
+def test_a_pull_request_whose_answer_is_lost_is_not_made_twice(hub, small, requests):
+    for number in range(1, len(requests[0]) + 2):
         hub.restart()
         hub.faults = {number: "lost"}
-        publish(folder, NAME, create_pr=True)
+        publish(small, NAME, create_pr=True)
         assert len(hub.repositories[NAME].proposals) == 1
 
 
