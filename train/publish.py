@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from runtime.adapter import WEIGHTS_FILE, Adapter, load_adapter, save_adapter
@@ -60,7 +61,7 @@ def publish_locally(
     figures = calibrated.figures | {"agreement": agreement, "datasets": _datasets(config)} | evidence
     adapter_config = SpecBoundConfig(
         base_model_name_or_path=portable(config.model_name_or_path),
-        base_model_revision=getattr(model.config, "_commit_hash", None),
+        base_model_revision=base_commit(config.model_name_or_path, config.model_revision),
         base_model_fingerprint=base_fingerprint(model),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         num_hidden_layers=model.config.num_hidden_layers,
@@ -106,6 +107,14 @@ def portable(name: str) -> str:
     """A name without a machine's path: Hub ids, and folders below this one, as they are."""
     path = Path(name)
     return path.name if path.is_absolute() or ".." in path.parts else name
+
+
+def base_commit(name: str, revision: str | None) -> str | None:
+    """Commit of a base that was loaded from the Hub just now, by where the cache has it; None for a folder."""
+    if Path(name).exists():
+        return None
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _datasets(config: FitConfig) -> list[str]:
