@@ -86,7 +86,7 @@ class SpecBoundConfig:
                 f"exit_layers is {shown(layers)}: expected different layers in ascending order, each from 1 to {last}"
             )
         if self.head not in HEAD_KINDS:
-            raise ConfigError(f"head is {self.head!r}: expected one of {', '.join(HEAD_KINDS)}")
+            raise ConfigError(f"head is {shown(self.head)}: expected one of {', '.join(HEAD_KINDS)}")
         for name in ("hidden_size", "vocab_size", "head_rank", "draft_vocab_size"):
             value = getattr(self, name)
             if not 1 <= value <= MAX_DIMENSION:

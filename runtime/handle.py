@@ -35,6 +35,7 @@ class SpecBound:
         bounds: may be replaced between calls.
         certificate: what the exactness probe checked and found; None before it ran.
         packed: copies of the Linears that run in another layout; None where nothing is packed.
+        source: adapter and revision, where `custom_generate` loaded it; None where `load_specbound` did.
         controller: rests where speculation does not pay; None speculates always, and reproducibly so.
         stats: counts of the last `generate` call that speculated.
     """
@@ -62,6 +63,7 @@ class SpecBound:
         self.controller: Controller | None = None
         self.stats = SpeculationStats()
         self.enabled = True
+        self.source: tuple[str, str | None] | None = None
         self._lock = threading.RLock()
         self._speculating = False
         self._warned: set[str] = set()

@@ -74,9 +74,9 @@ def load_specbound(
         source = str(loaded.config.base_model_name_or_path if base_model is None else base_model)
         hub["revision"] = loaded.config.base_model_revision if base_model is None else None
         if tokenizer is None:
-            tokenizer = _from_pretrained(AutoTokenizer, source, hub)
+            tokenizer = from_pretrained(AutoTokenizer, source, hub)
         options = {"dtype": dtype or "auto", "device_map": device_map}
-        model = _from_pretrained(AutoModelForCausalLM, source, hub | options)
+        model = from_pretrained(AutoModelForCausalLM, source, hub | options)
     check_supported(model)
     check_base(model, tokenizer, loaded)
     specbound = make_specbound(model, loaded, exactness=exactness)
@@ -131,7 +131,8 @@ def check_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         )
 
 
-def _from_pretrained(auto: Any, source: str, options: dict[str, Any]) -> Any:
+def from_pretrained(auto: Any, source: str, options: dict[str, Any]) -> Any:
+    """A base or its tokenizer, as the class of transformers' `auto` gives it; raises AdapterError where it cannot."""
     try:
         return auto.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:

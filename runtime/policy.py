@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.errors import ConfigError
+from runtime.fields import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,9 @@ class SpeculationBounds:
             if not threshold >= 0.0:
                 raise ConfigError(f"{name} is {threshold}: expected a number of at least 0")
         if self.max_exit_layer < 0:
-            raise ConfigError(f"max_exit_layer is {self.max_exit_layer}: expected at least 0")
+            raise ConfigError(f"max_exit_layer is {shown(self.max_exit_layer)}: expected at least 0")
         if self.max_draft_tokens < 0:
-            raise ConfigError(f"max_draft_tokens is {self.max_draft_tokens}: expected at least 0")
+            raise ConfigError(f"max_draft_tokens is {shown(self.max_draft_tokens)}: expected at least 0")
         if not 0.0 <= self.min_survival <= 1.0:
             raise ConfigError(f"min_survival is {self.min_survival}: expected a number from 0 to 1")
 

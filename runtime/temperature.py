@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import ConfigError
+from runtime.fields import shown
 
 SCHEDULE_KINDS = ("none", "linear", "fitted", "monotone")
 MAX_TEMPERATURE = 1000.0
@@ -61,7 +62,7 @@ class TemperatureSchedule:
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULE_KINDS:
-            raise ConfigError(f"temperature schedule {self.kind!r} is unknown: expected one of {SCHEDULE_KINDS}")
+            raise ConfigError(f"temperature schedule {shown(self.kind)} is unknown: expected one of {SCHEDULE_KINDS}")
         for layer, value in self.temperatures.items():
             if not (math.isfinite(value) and 0.0 < value <= MAX_TEMPERATURE):
                 raise ConfigError(

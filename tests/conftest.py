@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 
 # Before huggingface_hub is imported, which reads them once. Certificates are kept under HF_HOME.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session, disable_progress_bars, enable_progress_bars
+from loopback_hub import TOKEN, LoopbackHub, loopback_hub
 from speculating import NEW_TOKENS, PROMPT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -197,3 +201,29 @@ def demo_outputs(tmp_path, make_model, make_tokenizer, make_adapter) -> Path:
     for folder in ("outputs/demo/adapter", "adapters/smollm2-135m-instruct"):
         save_adapter(adapter, tmp_path / folder)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[LoopbackHub]:
+    """A Hub on the loopback that runs as long as the tests."""
+    with loopback_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(hub_server, monkeypatch) -> Iterator[LoopbackHub]:
+    """The server, empty, with the client of this process pointed at it; what it sleeps is noted and not slept."""
+    hub_server.restart()
+    monkeypatch.setattr(constants, "ENDPOINT", hub_server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub_server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub_server.slept = []
+    monkeypatch.setattr(time, "sleep", hub_server.slept.append)
+    disable_progress_bars()
+    yield hub_server
+    enable_progress_bars()
+    close_session()

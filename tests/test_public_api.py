@@ -105,7 +105,8 @@ def test_nothing_that_runs_what_it_reads(path):
     assert {use for use in uses if use.startswith("pickle.")} <= {"pickle.PickleError"}
     calls = called(tree)
     assert not UNSAFE_CALLS & calls
-    assert "trust_remote_code" not in path.read_text(encoding="utf-8")
+    keywords = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+    assert "trust_remote_code" not in keywords
 
 
 @pytest.mark.parametrize("path", RUNTIME + TRAIN, ids=name)

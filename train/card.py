@@ -2,37 +2,36 @@
 
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from runtime.config import SpecBoundConfig
 from runtime.policy import SpeculationBounds
 
+TAGS = ["self-speculative-decoding", "speculative-decoding", "early-exit", "custom_generate"]
 
-def card(config: SpecBoundConfig, calibrated: dict[str, Any], speed: dict[str, Any] | None = None) -> str:
+
+def card(
+    config: SpecBoundConfig,
+    calibrated: dict[str, Any],
+    speed: dict[str, Any] | None = None,
+    *,
+    repo_id: str | None = None,
+) -> str:
     """Text of the card.
 
     Args:
         config: the adapter.
         calibrated: what `calibration.json` holds.
         speed: a benchmark report (keys as in the demo's `report.json`); without it the card claims no speed.
+        repo_id: where it is published; None while it is in a folder.
     """
-    metadata: dict[str, Any] = {
-        "library_name": "specbound",
-        "base_model": config.base_model_name_or_path,
-        "base_model_relation": "adapter",
-        "pipeline_tag": "text-generation",
-        "tags": ["self-speculative-decoding", "speculative-decoding", "early-exit"],
-    }
-    if config.license:
-        metadata["license"] = config.license
+    name = repo_id or "THIS_ADAPTER"
     sections = [
-        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
+        f"---\n{_metadata(config, calibrated, speed, repo_id)}\n---",
         f"# SpecBound exit heads for {config.base_model_name_or_path}",
         "Exit heads that let the base model draft with its own shallow layers. The output is the base "
         "model's own, token for token; only the speed changes.",
-        "```python\nfrom runtime import load_specbound\n\n"
-        f'model = load_specbound("THIS_ADAPTER", "{config.base_model_name_or_path}")\n'
-        "output = model.generate(**inputs, max_new_tokens=128)\nprint(model.specbound.stats)\n```",
+        _use(name, config.base_model_name_or_path),
         "## Speed\n\n" + _speed(speed),
         "## Calibration\n\n" + _exits(calibrated),
         f"Schedule `{config.temperatures.kind}`"
@@ -49,11 +48,71 @@ def card(config: SpecBoundConfig, calibrated: dict[str, Any], speed: dict[str, A
         "![Drafted and accepted by source, per 100 tokens](sources.png)",
         f"Draft vocabulary: {config.draft_vocab_size} of "
         f"{config.vocab_size} tokens, {100 * calibrated['held_out_coverage']:.1f} % of held-out text.",
+        _provenance(config, calibrated),
         "## Limits\n\nFitted for this base (checked by fingerprint) and text like its own answers to the "
         "prompts in `run.yaml`. Other text costs speed, never correctness. Batches, beam search and other "
         "modes run as plain decoding.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _metadata(
+    config: SpecBoundConfig, calibrated: dict[str, Any], speed: dict[str, Any] | None, repo_id: str | None
+) -> str:
+    """The YAML block that the Hub reads."""
+    data = ModelCardData(
+        library_name="specbound",
+        base_model=config.base_model_name_or_path,
+        base_model_relation="adapter",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+        license=config.license,
+        datasets=calibrated.get("datasets") or None,
+        model_name=repo_id or f"SpecBound exit heads for {config.base_model_name_or_path}",
+        eval_results=_results(calibrated, speed),
+    )
+    return data.to_yaml()
+
+
+def _results(calibrated: dict[str, Any], speed: dict[str, Any] | None) -> list[EvalResult]:
+    """The figures of the card's tables, as the Hub lists them; replayed ones say so."""
+
+    def result(kind: str, value: float, name: str, text: str) -> EvalResult:
+        return EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=text,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(float(value), 4),
+        )
+
+    held_out = f"the base's own answers, {calibrated['positions']} tokens kept out of the fit"
+    replay = calibrated["replay"]
+    found = [
+        result("mean_accepted_length", replay["mean_accepted_length"], "mean accepted length, replayed", held_out),
+        result("acceptance_rate", replay["acceptance_rate"], "acceptance rate, replayed", held_out),
+    ]
+    for layer, exit_ in sorted(calibrated["exits"].items(), key=lambda item: int(item[0])):
+        found.append(result("agreement", exit_["agreement"], f"agreement with the base, layer {layer}", held_out))
+        found.append(result("ece", exit_["ece_after"], f"calibration error, layer {layer}", held_out))
+    if speed is not None:
+        where = f"{speed['prompts']} held-out prompts on {speed['hardware']}, {speed['dtype']}, batch 1, greedy"
+        share = speed["identical_prompts"] / speed["prompts"]
+        found.append(result("speedup", speed["speedup"], "times stock generate", where))
+        found.append(result("exact_match", share, "prompts with ids identical to stock generate", where))
+    return found
+
+
+def _use(name: str, base: str) -> str:
+    return (
+        "```python\nfrom runtime import load_specbound\n\n"
+        f'model = load_specbound("{name}", "{base}")\n'
+        "output = model.generate(**inputs, max_new_tokens=128)\nprint(model.specbound.stats)\n```\n\n"
+        "`pip install specbound` brings the package, whose modules are named `runtime` and `train`. On a model of "
+        "transformers that is loaded already, one call is enough:\n\n"
+        f'```python\noutput = model.generate(**inputs, custom_generate="{name}", trust_remote_code=True)\n```'
+    )
 
 
 def _bounds(bounds: SpeculationBounds) -> str:
@@ -88,6 +147,23 @@ def _ablations(ablations: dict[str, Any]) -> str:
         for name, found in ablations.items()
     ]
     return "\n".join(rows)
+
+
+def _provenance(config: SpecBoundConfig, calibrated: dict[str, Any]) -> str:
+    found = calibrated.get("agreement")
+    return (
+        "## Exactness and provenance\n\nThe ids are those of `generate` of the base alone, on the same device, dtype, "
+        "threads and versions; which bits allow that is probed where it is loaded (`model.specbound.certificate`). "
+        f"Base: `{config.base_model_name_or_path}` at revision `{config.base_model_revision or 'not stated'}`, "
+        f"fingerprint `{config.base_model_fingerprint}`. Settings and versions of the fit: `run.yaml`; all figures: "
+        "`calibration.json`."
+        + (
+            f" On the same {found['tokens']} tokens the runtime accepted {found['by_run']:.2f} tokens a round and "
+            f"replay predicted {found['by_replay']:.2f}."
+            if found
+            else ""
+        )
+    )
 
 
 def _risk(layer: str, risk: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ corpus is made first where it is not there.
 import json
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from runtime.identity import weights_sha256
 from runtime.layers import DecoderLayers
 from train.calibrate import require_positions
 from train.distil import load_base, make_corpus
+from train.hub import check_can_push, publish
 from train.launch import check_output_dir, make_accelerator, quiet_logs, show_settings, start_trackers
 from train.loop import fit
 from train.lora import use_peft, without_peft
@@ -39,6 +41,8 @@ def main(config: FitConfig) -> None:
     """
     validate(config)
     check_output_dir(config)
+    if config.push_to_hub:
+        check_can_push(config)
     accelerator = make_accelerator(config)
     show_settings(accelerator, config)
 
@@ -83,6 +87,9 @@ def main(config: FitConfig) -> None:
         logger.info("adapter: %s (base unchanged, sha256 %s)", folder, before[:16])
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if config.push_to_hub and accelerator.is_main_process:  # last: whatever the Hub does, all else is done
+        found = publish(Path(config.output_dir) / "adapter", str(config.hub_model_id))
+        logger.info("published: %s commit %s", found.url, found.commit)
 
 
 def _vocabulary(config: FitConfig, tokenizer: Any, splits: dict[str, Split], vocab_size: int) -> tuple[Tensor, float]:

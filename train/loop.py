@@ -23,7 +23,7 @@ from train.splits import Split
 FREE_TO_CHANGE = {
     "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to",
     "license", "schedule", "exit_threshold", "max_exit_layer", "max_draft_tokens", "sources", "output_dir",
-    "corpus_dir", "features",
+    "corpus_dir", "features", "push_to_hub", "hub_model_id",
 }  # fmt: skip
 EVALUATION_SEQUENCES = 64
 

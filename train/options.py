@@ -95,6 +95,8 @@ class FitConfig:
     max_draft_tokens: int | None = field(default=None, metadata=_help("longest draft"))
 
     license: str | None = field(default=None, metadata=_help("licence of the adapter"))
+    push_to_hub: bool = field(default=False, metadata=_help("publish the adapter, privately, when it is done"))
+    hub_model_id: str | None = field(default=None, metadata=_help("where to: ORG/NAME"))
 
     sources: dict[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -155,7 +157,7 @@ def validate(config: FitConfig) -> None:
         _require(value in choices, name, value, f"one of {', '.join(choices)}{nearest(value, choices)}")
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and not isinstance(value, bool):
             _require(math.isfinite(value), entry.name, value, "a finite number")
             if entry.name in _RANGES:
                 low, high = _RANGES[entry.name]
@@ -169,6 +171,7 @@ def validate(config: FitConfig) -> None:
     _require(config.top_p <= 1, "top_p", config.top_p, "at most 1")
     parts = (config.calibration_fraction, config.held_out_fraction)
     _require(sum(parts) < 1, "calibration_fraction and held_out_fraction", parts, "a sum below 1")
+    _require(not config.push_to_hub or bool(config.hub_model_id), "hub_model_id", None, "ORG/NAME, with push_to_hub")
     layers = config.exit_layers
     right = bool(layers) and layers[0] >= 1 and layers == sorted(set(layers))
     _require(right, "exit_layers", layers, "layers from 1 on, each once, in rising order, such as [4, 8]")

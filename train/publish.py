@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from runtime.adapter import WEIGHTS_FILE, Adapter, load_adapter, save_adapter
@@ -22,6 +23,7 @@ from runtime.layers import DecoderLayers
 from train.agreement import check_agreement
 from train.calibrated import calibrate
 from train.card import card
+from train.contents import CALIBRATION_FILE, CARD_FILE, RUN_FILE, SPEED_FILE, write_custom_generate
 from train.costs import CostTable
 from train.options import FitConfig
 from train.plots import precision_plot, reliability_plot, sources_plot, speed_plot
@@ -56,10 +58,10 @@ def publish_locally(
     agreement = check_agreement(
         DecoderLayers(model), drafter, calibrated.bounds, calibration.sequences.rows, calibrated.traces
     )
-    figures = calibrated.figures | {"agreement": agreement} | evidence
+    figures = calibrated.figures | {"agreement": agreement, "datasets": _datasets(config)} | evidence
     adapter_config = SpecBoundConfig(
         base_model_name_or_path=portable(config.model_name_or_path),
-        base_model_revision=getattr(model.config, "_commit_hash", None),
+        base_model_revision=base_commit(config.model_name_or_path, config.model_revision),
         base_model_fingerprint=base_fingerprint(model),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         num_hidden_layers=model.config.num_hidden_layers,
@@ -79,7 +81,8 @@ def publish_locally(
     adapter = Adapter(adapter_config, heads, draft_to_target)
 
     def evidence_files(path: Path) -> None:
-        (path / "run.yaml").write_text(yaml.safe_dump(_provenance(config), sort_keys=True), encoding="utf-8")
+        (path / RUN_FILE).write_text(yaml.safe_dump(_provenance(config), sort_keys=True), encoding="utf-8")
+        write_custom_generate(path)
         reliability_plot(calibrated.found, calibrated.schedule, path / "reliability.png")
         calibrated.traces.write(path / TRACES_FILE, weights_sha256=file_sha256(path / WEIGHTS_FILE))
         write_replayed(path, calibrated.traces, calibrated.costs, adapter_config, figures)
@@ -96,14 +99,28 @@ def write_replayed(
     precision_plot(traces, config.bounds, folder / "precision.png")
     speed_plot(replayer, config.bounds, folder / "speed.png")
     sources_plot(replayer.run(config.bounds), folder / "sources.png")
-    (folder / "calibration.json").write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card(config, figures), encoding="utf-8")
+    (folder / CALIBRATION_FILE).write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text(card(config, figures), encoding="utf-8")
 
 
 def portable(name: str) -> str:
     """A name without a machine's path: Hub ids, and folders below this one, as they are."""
     path = Path(name)
     return path.name if path.is_absolute() or ".." in path.parts else name
+
+
+def base_commit(name: str, revision: str | None) -> str | None:
+    """Commit of a base that was loaded from the Hub just now, by where the cache has it; None for a folder."""
+    if Path(name).exists():
+        return None
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _datasets(config: FitConfig) -> list[str]:
+    """The prompts' data sets on the Hub, without their splits; files are nobody else's to find."""
+    names = [source.split(":")[0] for source in config.prompts if not source.endswith((".json", ".jsonl"))]
+    return [name for name in names if not Path(name).exists()]
 
 
 def _provenance(config: FitConfig) -> dict[str, Any]:
@@ -135,7 +152,8 @@ def versions() -> dict[str, str]:
 
 
 def add_speed(folder: Path, speed: dict[str, Any]) -> None:
-    """Write an adapter's card anew, with figures measured by `runtime.benchmark`."""
+    """Keep figures measured by `runtime.benchmark` in an adapter's folder, and write its card anew."""
     config = load_adapter(folder).config
-    calibrated = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
-    write_atomic(folder / "README.md", card(config, calibrated, speed).encode())
+    calibrated = json.loads((folder / CALIBRATION_FILE).read_text(encoding="utf-8"))
+    write_atomic(folder / SPEED_FILE, (json.dumps(speed, indent=2, sort_keys=True) + "\n").encode())
+    write_atomic(folder / CARD_FILE, card(config, calibrated, speed).encode())

@@ -13,7 +13,7 @@ from runtime.errors import ConfigError
 
 
 def read_recipe(path: Path, *, types: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in the file, each as its type of `types`: str, int, float, a list of these, or optional.
+    """The settings in the file, each as its type of `types`: str, int, float, bool, a list of these, or optional.
 
     Raises:
         ConfigError: the file cannot be read, is not YAML, or a setting is unknown, repeated or wrongly typed.
@@ -63,8 +63,10 @@ def _convert(value: Any, kind: Any, *, where: str) -> Any:
         if not isinstance(value, list):
             raise ConfigError(f"{where}: expected a list, such as [{value!r}]; got {value!r}")
         return [_convert(entry, get_args(kind)[0], where=where) for entry in value]
+    if kind is bool and isinstance(value, bool):
+        return value
     # YAML takes 1e-4 for text, so numbers are read from text too; and it takes yes, no, on and off for bool.
-    allowed = {str: (str,), int: (int, str), float: (int, float, str)}[kind]
+    allowed = {str: (str,), int: (int, str), float: (int, float, str), bool: ()}[kind]
     if isinstance(value, allowed) and not isinstance(value, bool):
         try:
             return kind(value)

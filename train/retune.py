@@ -14,13 +14,13 @@ from runtime import DataError
 from runtime.adapter import Adapter, load_adapter, save_adapter
 from runtime.policy import SpeculationBounds
 from train.ablations import ablate
+from train.contents import CALIBRATION_FILE, SPEED_FILE, write_custom_generate
 from train.costs import CostTable
 from train.publish import write_replayed
 from train.replay import Replayer
 from train.traces import TRACES_FILE, Traces
 from train.tuning import Held, cross_fitted, tune
 
-CALIBRATION_FILE = "calibration.json"
 COSTS_FILE = "costs.json"
 
 
@@ -65,7 +65,7 @@ def _described(bounds: SpeculationBounds, predicted: dict[str, Any]) -> dict[str
 
 
 def _rewrite(folder: Path, adapter: Adapter, traces: Traces, costs: CostTable, found: dict[str, Any]) -> None:
-    """The same folder with other bounds: whole or not at all, every other file kept."""
+    """The same folder with other bounds: whole or not at all; speeds measured with the old ones go."""
     calibrated = json.loads((folder / CALIBRATION_FILE).read_text(encoding="utf-8"))
     calibrated |= {
         "replay": {key: value for key, value in found["after"].items() if key != "bounds"},
@@ -75,8 +75,9 @@ def _rewrite(folder: Path, adapter: Adapter, traces: Traces, costs: CostTable, f
 
     def others(unfinished: Path) -> None:
         for path in folder.iterdir():
-            if path.is_file() and not (unfinished / path.name).exists():
+            if path.is_file() and path.name != SPEED_FILE and not (unfinished / path.name).exists():
                 shutil.copyfile(path, unfinished / path.name)
+        write_custom_generate(unfinished)
         costs.write(unfinished / COSTS_FILE)
         write_replayed(unfinished, traces, costs, adapter.config, calibrated)
 

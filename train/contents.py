@@ -1,0 +1,13 @@
+"""What lies in an adapter's folder beside config and weights: names of files, and the one for transformers."""
+
+from pathlib import Path
+
+CALIBRATION_FILE, RUN_FILE, SPEED_FILE, CARD_FILE = "calibration.json", "run.yaml", "speed.json", "README.md"
+CUSTOM_GENERATE = Path("custom_generate") / "generate.py"
+
+
+def write_custom_generate(folder: Path) -> None:
+    """Write the file that transformers runs for `custom_generate=ADAPTER`; see `runtime.custom_generate`."""
+    target = folder / CUSTOM_GENERATE
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes((Path(__file__).parent / CUSTOM_GENERATE).read_bytes())
