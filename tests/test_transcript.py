@@ -93,9 +93,7 @@ def test_equal_to_stock(speculating: Any, make_tokenizer: Any, options: dict[str
     for speculate in (True, False):
         events: list[Any] = []
         transcript = Transcript(tokenizer, listener=events.append)
-        written = write(
-            speculating, PROMPT, transcript, seed=3, speculate=speculate, max_new_tokens=24, **options
-        )
+        written = write(speculating, PROMPT, transcript, seed=3, speculate=speculate, max_new_tokens=24, **options)
         assert transcript.ids == stock
         assert transcript.text == tokenizer.decode(stock, skip_special_tokens=True)
         assert [event.id for event in events if isinstance(event, Token) and event.id is not None] == stock
@@ -109,6 +107,23 @@ def test_equal_to_stock(speculating: Any, make_tokenizer: Any, options: dict[str
             assert len(one.drafts) == len(one.exit_layers)
             seen += one.num_tokens
         assert sum(one.num_accepted for one in rounds) == written.stats.accepted.total()
+
+
+@pytest.mark.parametrize("position", [4, 9, 17])
+def test_stop_strings_end_where_stock_ends(make_model: Any, byte_tokenizer: Any, position: int) -> None:
+    """The ids of stock's own `stop_strings`; the text without the stop string."""
+    model = make_model(vocab_size=256)
+    attach(model, SpecBound(model, FakeHeads("random", [2, 4], vocabulary=256), SpeculationBounds(0.2, 4, 4)))
+    with model.specbound.disabled():
+        free = model.generate(PROMPT, max_new_tokens=24, do_sample=False)[0, 7:].tolist()
+        stop = byte_tokenizer.decode(free[position : position + 2])
+        how: Any = {"stop_strings": [stop], "tokenizer": byte_tokenizer}
+        found = model.generate(PROMPT, max_new_tokens=24, do_sample=False, **how)
+    transcript = Transcript(byte_tokenizer, stop=[stop])
+    write(model, PROMPT, transcript, max_new_tokens=24, do_sample=False)
+    assert transcript.ids == found[0, 7:].tolist()
+    text = byte_tokenizer.decode(free)
+    assert transcript.text == (text.partition(stop)[0] if "\ufffd" not in stop else transcript.text)
 
 
 def test_unseeded_calls_differ(speculating: Any, make_tokenizer: Any) -> None:

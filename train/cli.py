@@ -4,12 +4,16 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+from train import cli_serve, cli_text
+from train.cli_errors import fail as _fail
+from train.cli_errors import one_line as _one_line
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def main() -> None:
@@ -22,7 +26,15 @@ def main() -> None:
 
 @app.callback()
 def root() -> None:
-    """SpecBound: exit heads that let a transformer draft for itself."""
+    """SpecBound: exit heads that let a transformer draft for itself.
+
+    Exit codes: 0 done, 1 an error or ids that differ, 2 wrong usage, 130 interrupted.
+    """
+
+
+app.command("generate")(cli_text.generate_command)
+app.command("chat")(cli_text.chat_command)
+app.command("serve")(cli_serve.serve_command)
 
 
 @app.command("inspect")
@@ -206,19 +218,6 @@ def bench_command(
     ours = found["methods"].get("specbound", found["methods"]["stock"])
     if exactness == "bitwise" and ours["identical_prompts"] != ours["prompts"]:
         raise typer.Exit(1)
-
-
-def _fail(error: Exception, as_json: dict[str, Any] | None) -> NoReturn:
-    """End with exit code 1: one line on stderr, or these fields and the error as JSON on stdout."""
-    if as_json is None:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-    else:
-        print(json.dumps(as_json | {"error": _one_line(error)}, indent=2))
-    raise typer.Exit(1)
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
 
 
 if __name__ == "__main__":

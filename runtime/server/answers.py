@@ -78,7 +78,9 @@ def token_limit(body: ChatRequest | CompletionRequest, prompt_tokens: int, conte
             param="messages" if isinstance(body, ChatRequest) else "prompt",
         )
     if (asked or 0) > limits.max_tokens:
-        raise ApiError(400, f"max_tokens is {asked}: this server takes at most {limits.max_tokens}", param="max_tokens")
+        raise ApiError(
+            400, f"max_tokens is {asked}: this server takes at most {limits.max_tokens}", param="max_tokens"
+        )
     return asked or min(room, limits.max_tokens)
 
 
