@@ -1,6 +1,8 @@
 """The server as the real `openai` client sees it: its text is stock `generate`'s, streamed or whole."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -158,3 +160,11 @@ def test_many_at_once_are_answered_alike(served: Any, client: openai.OpenAI) -> 
         seed: served[2].decode(stock(served, [20, 63], seed=seed, max_new_tokens=8, do_sample=True)) for seed in seeds
     }
     assert texts == [alone[seed] for seed in seeds]
+
+
+def test_the_documented_snippet(served: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/serving.md, at this server's address."""
+    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(snippet.replace("http://127.0.0.1:8000", served[0]), "serving.md", "exec"), {})
+    assert "mean_accepted_length" in capsys.readouterr().out

@@ -14,11 +14,13 @@ from runtime.generate import attach
 from runtime.handle import SpecBound
 from runtime.transcript import Round, Token, Transcript, write
 
+ASCII = {"\u0120", *map(chr, range(33, 127))}  # as byte-level tokenizers write it: the space is another sign
+
 
 @pytest.fixture(scope="module")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, so that most characters take several: ids 0 to 127 are bytes of multi-byte characters too."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    """A token a byte, so that most characters take several; ids 0 to 94 are those of ASCII."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda symbol: (symbol not in ASCII, symbol))
     inner = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -112,18 +114,18 @@ def test_equal_to_stock(speculating: Any, make_tokenizer: Any, options: dict[str
 @pytest.mark.parametrize("position", [4, 9, 17])
 def test_stop_strings_end_where_stock_ends(make_model: Any, byte_tokenizer: Any, position: int) -> None:
     """The ids of stock's own `stop_strings`; the text without the stop string."""
-    model = make_model(vocab_size=256)
-    attach(model, SpecBound(model, FakeHeads("random", [2, 4], vocabulary=256), SpeculationBounds(0.2, 4, 4)))
+    model = make_model(vocab_size=95)
+    attach(model, SpecBound(model, FakeHeads("random", [2, 4], vocabulary=95), SpeculationBounds(0.2, 4, 4)))
     with model.specbound.disabled():
         free = model.generate(PROMPT, max_new_tokens=24, do_sample=False)[0, 7:].tolist()
-        stop = byte_tokenizer.decode(free[position : position + 2])
+        text = byte_tokenizer.decode(free)
+        stop = text[position : position + 2]
         how: Any = {"stop_strings": [stop], "tokenizer": byte_tokenizer}
         found = model.generate(PROMPT, max_new_tokens=24, do_sample=False, **how)
     transcript = Transcript(byte_tokenizer, stop=[stop])
     write(model, PROMPT, transcript, max_new_tokens=24, do_sample=False)
     assert transcript.ids == found[0, 7:].tolist()
-    text = byte_tokenizer.decode(free)
-    assert transcript.text == (text.partition(stop)[0] if "\ufffd" not in stop else transcript.text)
+    assert len(text) == 24 and transcript.text == text.partition(stop)[0]
 
 
 def test_unseeded_calls_differ(speculating: Any, make_tokenizer: Any) -> None:

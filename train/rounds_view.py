@@ -108,6 +108,7 @@ class RoundsView:
 
     def _struck(self, text: str) -> tuple[str, str]:
         """A draft that is not in the text; marked by signs where there are no colours."""
+        text = text.replace("\n", "\u21b5")  # a line break that is not one
         return (text, REJECTED) if self.console.is_terminal else (f"~{text}~", "")
 
     def _name(self, layer: int) -> str:

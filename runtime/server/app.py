@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from runtime.errors import SpecBoundError
@@ -18,7 +19,10 @@ from runtime.server.schema import ApiError, ChatRequest, CompletionRequest
 from runtime.server.worker import Unavailable, Worker
 
 # The page is one file and asks nobody but this server.
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self';"
+    " img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
 
 
 def make_app(worker: Worker, *, model_id: str, limits: Limits, api_key: str | None = None) -> FastAPI:
@@ -74,7 +78,9 @@ def make_app(worker: Worker, *, model_id: str, limits: Limits, api_key: str | No
         answer.submit()
         if body.stream:
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # for proxies that collect
-            return StreamingResponse(answer.stream(), media_type="text/event-stream", headers=headers)
+            # A client may leave before the stream begins, whose own end then never comes.
+            last = BackgroundTask(answer.cancel)
+            return StreamingResponse(answer.stream(), 200, headers, "text/event-stream", last)
         return await _unless_gone(request, answer)
 
     app.add_middleware(Gate, api_key=api_key, max_body_bytes=limits.max_body_bytes)
@@ -127,7 +133,8 @@ def _add_error_forms(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
+        path = [] if first["type"] == "json_invalid" else first["loc"][1:]
+        place = ".".join(str(part) for part in path)
         return answer(ApiError(400, f"{place or 'body'}: {first['msg']}", param=place or None))
 
     @app.exception_handler(HTTPException)

@@ -43,7 +43,7 @@ def serve(
     """
     if not (api_key or is_local(host)):
         raise ConfigError(f"{host} can be reached from other machines: set an API key, or bind 127.0.0.1")
-    limits = limits or Limits()
+    api_key, limits = api_key or None, limits or Limits()
     interrupted = False
     with _bound(host, port) as listener:
         worker = Worker(load, max_waiting=limits.max_waiting, on_change=lambda: server.on_change())
