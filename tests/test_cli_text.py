@@ -1,4 +1,4 @@
-"""`specbound generate` and `specbound chat`: stock's text, for people, programs and pipes; interruptions; completion."""
+"""`specbound generate` and `specbound chat`: stock's text, for people, programs and pipes; Ctrl-C; completion."""
 
 import json
 import os
@@ -65,7 +65,9 @@ def test_generate(folders: Any, make_tokenizer: Any) -> None:
     assert found["finish_reason"] == "length" and found["statistics"]["emitted"] == 12
     assert found["certificate"].startswith("bit for bit equal")
     words = text.split()
-    result = run(folders, "generate", "--max-new-tokens", "12", *sampling, "--stop", f"{words[4]} ", "--raw", "w9 w3 w77")
+    result = run(
+        folders, "generate", "--max-new-tokens", "12", *sampling, "--stop", f"{words[4]} ", "--raw", "w9 w3 w77"
+    )
     assert result.stdout == text.partition(f"{words[4]} ")[0] + "\n"
 
 

@@ -102,7 +102,9 @@ def test_stop_strings(served: Any, client: openai.OpenAI, position: int) -> None
 def test_completions(served: Any, client: openai.OpenAI, prompt: Any) -> None:
     """Text, a list of one, or ids; 16 tokens unless told."""
     tokenizer = served[2]
-    text = tokenizer.decode(stock(served, [20, 63, 6], seed=4, max_new_tokens=16, do_sample=True), skip_special_tokens=True)
+    text = tokenizer.decode(
+        stock(served, [20, 63, 6], seed=4, max_new_tokens=16, do_sample=True), skip_special_tokens=True
+    )
     arguments: Any = {"model": MODEL_ID, "prompt": prompt, "seed": 4, "temperature": 1}
     assert client.completions.create(**arguments).choices[0].text == text
     assert "".join(chunk.choices[0].text for chunk in client.completions.create(stream=True, **arguments)) == text

@@ -13,9 +13,7 @@ from train.cli_text import Adapter, Dtype, Exactness, Model, Threads
 def serve_command(
     adapter: Adapter,
     model: Model = None,
-    host: Annotated[
-        str, typer.Option(help="Address to bind; public ones need an API key.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to bind; public ones need an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's id for clients; by default the base's name.")] = None,
     api_key: Annotated[
