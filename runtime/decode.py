@@ -3,14 +3,14 @@
 Source: SpecBound (arXiv 2604.12247). Knows nothing of transformers' `generate`, of files or of text.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from torch import Tensor
 
 from runtime.accept import Accepted, accept
 from runtime.controller import Controller
-from runtime.draft import Drafter, draft_tokens
+from runtime.draft import Draft, Drafter, draft_tokens
 from runtime.policy import SpeculationBounds
 from runtime.state import DecodeState
 from runtime.stats import SpeculationStats
@@ -39,6 +39,7 @@ def speculate_round(
     emitter: Emitter,
     stats: SpeculationStats,
     controller: Controller | None = None,
+    on_round: Callable[[Draft, Accepted], None] | None = None,
 ) -> Accepted:
     """One round: emits at least one token and leaves nothing pending.
 
@@ -46,6 +47,7 @@ def speculate_round(
         state: settled up to, but not including, `newest`.
         newest: the last emitted token.
         controller: may allow less than `bounds`.
+        on_round: told what was drafted and what became of it, after the round's tokens were emitted.
     """
     settled = state.length
     if controller is not None:
@@ -63,6 +65,8 @@ def speculate_round(
     if controller is not None:
         controller.end(draft.exit_layers, draft.confidences, result.num_accepted)
         stats.resting_rounds += controller.resting > 0
+    if on_round is not None:
+        on_round(draft, result)
     return result
 
 
@@ -74,15 +78,17 @@ def decode(
     emitter: Emitter,
     stats: SpeculationStats,
     controller: Controller | None = None,
+    on_round: Callable[[Draft, Accepted], None] | None = None,
 ) -> None:
     """Emit tokens until the emitter stops.
 
     Args:
         state: holds the prompt.
         prompt_logits: target logits [1, V] after the prompt.
+        on_round: as `speculate_round` takes it.
     """
     newest, stopped = emitter.emit(prompt_logits)
     stats.emitted += 1
     while not stopped:
-        result = speculate_round(state, newest, drafter, bounds, emitter, stats, controller)
+        result = speculate_round(state, newest, drafter, bounds, emitter, stats, controller, on_round)
         newest, stopped = result.tokens[-1], result.stopped

@@ -137,7 +137,9 @@ def _speculate(
     deep = top[-1] if top else None
     state = DecodeState(specbound.layers, cache, known, deep=deep, position_offset=offset)
     with execution(model, policy, specbound.packed):
-        decode(state, outputs.logits[:, -1], specbound.drafter, bounds, emitter, specbound.stats, specbound.controller)
+        drafter, stats, controller = specbound.drafter, specbound.stats, specbound.controller
+        on_round = getattr(emitter.streamer, "end_round", None)  # a streamer may ask what became of the drafts
+        decode(state, outputs.logits[:, -1], drafter, bounds, emitter, stats, controller, on_round)
     if generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False):
         cache.copy_to(stock_cache)
     specbound.stats.unpromised = emitter.unpromised

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -63,6 +64,22 @@ class SpeculationStats:
         self.seconds += other.seconds
         self.parts += other.parts
         return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: the counts, by exit layer where they are so kept, and the rates."""
+        return {
+            "emitted": self.emitted,
+            "rounds": self.rounds,
+            "drafted": {str(layer): count for layer, count in sorted(self.drafted.items())},
+            "accepted": {str(layer): count for layer, count in sorted(self.accepted.items())},
+            "acceptance_rate": round(self.acceptance_rate, 4),
+            "mean_accepted_length": round(self.mean_accepted_length, 4),
+            "hard_tokens": self.hard_tokens,
+            "resting_rounds": self.resting_rounds,
+            "unpromised": self.unpromised,
+            "seconds": round(self.seconds, 4),
+            "tokens_per_second": round(self.emitted / self.seconds, 2) if self.seconds else None,
+        }
 
     @property
     def acceptance_rate(self) -> float:

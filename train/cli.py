@@ -4,14 +4,15 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from train.cli_publish import publish_command
+from train import cli_publish, cli_serve, cli_text
+from train.cli_errors import fail, one_line
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def main() -> None:
@@ -24,7 +25,16 @@ def main() -> None:
 
 @app.callback()
 def root() -> None:
-    """SpecBound: exit heads that let a transformer draft for itself."""
+    """SpecBound: exit heads that let a transformer draft for itself.
+
+    Exit codes: 0 done, 1 an error or ids that differ, 2 wrong usage, 130 interrupted.
+    """
+
+
+app.command("generate")(cli_text.generate_command)
+app.command("chat")(cli_text.chat_command)
+app.command("serve")(cli_serve.serve_command)
+app.command("publish")(cli_publish.publish_command)
 
 
 @app.command("inspect")
@@ -42,8 +52,8 @@ def inspect_command(
             warnings.simplefilter("always", UserWarning)
             found = describe(adapter, revision=revision)
     except SpecBoundError as error:
-        _fail(error, {"adapter": adapter, "valid": False} if as_json else None)
-    found["warnings"] += [_one_line(entry.message) for entry in caught if entry.category is UserWarning]
+        fail(error, {"adapter": adapter, "valid": False} if as_json else None)
+    found["warnings"] += [one_line(entry.message) for entry in caught if entry.category is UserWarning]
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -82,7 +92,7 @@ def audit_command(
     try:
         found = run_audit(settings, report=json_file, resume=resume)
     except (SpecBoundError, OSError) as error:
-        _fail(error, None)
+        fail(error, None)
     for number, prompt in enumerate(found["findings"]):
         if prompt["divergence"] is not None:
             print(f"prompt {number}: {prompt['divergence']}")
@@ -115,7 +125,7 @@ def profile_command(
         costs = measure(attached)
         costs.write(json_file)
     except (SpecBoundError, OSError) as error:
-        _fail(error, None)
+        fail(error, None)
     print(costs)
 
 
@@ -153,7 +163,7 @@ def tune_command(
             traces = log_workload(attached, to_ids(attached, chosen), max_new_tokens=max_new_tokens)
         found = tune_adapter(adapter, table, held, traces=traces)
     except (SpecBoundError, OSError) as error:
-        _fail(error, None)
+        fail(error, None)
     for name in ("before", "after"):
         one = found[name]
         print(
@@ -200,7 +210,7 @@ def bench_command(
         json_file.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
         picture(found, json_file.with_suffix(".png"))
     except (SpecBoundError, OSError) as error:
-        _fail(error, None)
+        fail(error, None)
     print(markdown(found), end="")
     if not found["complete"]:
         print("error: interrupted; --resume goes on with the other prompts", file=sys.stderr)
@@ -208,22 +218,6 @@ def bench_command(
     ours = found["methods"].get("specbound", found["methods"]["stock"])
     if exactness == "bitwise" and ours["identical_prompts"] != ours["prompts"]:
         raise typer.Exit(1)
-
-
-app.command("publish")(publish_command)
-
-
-def _fail(error: Exception, as_json: dict[str, Any] | None) -> NoReturn:
-    """End with exit code 1: one line on stderr, or these fields and the error as JSON on stdout."""
-    if as_json is None:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-    else:
-        print(json.dumps(as_json | {"error": _one_line(error)}, indent=2))
-    raise typer.Exit(1)
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
 
 
 if __name__ == "__main__":

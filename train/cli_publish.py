@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from train.cli_errors import fail
+
 
 def publish_command(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder; it stays as it is.", show_default=False)],
@@ -24,7 +26,6 @@ def publish_command(
     Example: specbound publish outputs/demo/adapter my-org/smollm2-135m-specbound --license apache-2.0
     """
     from runtime.errors import SpecBoundError
-    from train.cli import _fail
     from train.hub import publish
     from train.staging import Claims
 
@@ -39,7 +40,7 @@ def publish_command(
             claims=Claims(base_model, base_revision, license),
         )
     except (SpecBoundError, OSError) as error:
-        _fail(error, {"adapter": str(adapter), "repo_id": repo_id} if as_json else None)
+        fail(error, {"adapter": str(adapter), "repo_id": repo_id} if as_json else None)
     if as_json:
         print(json.dumps({"repo_id": repo_id, "url": found.url, "commit": found.commit, "changed": found.changed}))
         return

@@ -1,0 +1,89 @@
+"""`Gate`: what a request must pass before it is read: host, key, size. Plain ASGI; knows no routes but their names."""
+
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from runtime.server.schema import ApiError
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# What needs the key, where there is one; the page and /health tell nothing of anybody's.
+GUARDED = ("/v1/", "/metrics")
+LOCAL_HOSTS = {"127.0.0.1", "localhost", "[::1]"}
+
+
+class Gate:
+    """Refuses in OpenAI's form.
+
+    Args:
+        api_key: asked for as a bearer token; None asks for none. Without one only local names of this server are
+            answered to, so that no web page can reach it under a name of its own.
+        max_body_bytes: of a request.
+    """
+
+    def __init__(self, app: App, *, api_key: str | None, max_body_bytes: int) -> None:
+        self.app = app
+        self.api_key = api_key
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand the request on, or refuse it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        error = self._refusal(scope["path"], {key.decode("latin-1"): value for key, value in scope["headers"]})
+        body = b""
+        if error is None:
+            body, error = await self._read(receive)
+        if error is not None:
+            await refuse(error, send)
+            return
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def replay() -> MutableMapping[str, Any]:
+            return next(messages, None) or await receive()
+
+        await self.app(scope, replay, send)
+
+    def _refusal(self, path: str, headers: dict[str, bytes]) -> ApiError | None:
+        if self.api_key is None:
+            host = headers.get("host", b"").decode("latin-1")
+            if not {host, host.rpartition(":")[0]} & LOCAL_HOSTS:
+                return ApiError(403, "this server answers to local names only, unless it has an API key")
+        elif path.startswith(GUARDED):
+            given = headers.get("authorization", b"")
+            if not hmac.compare_digest(given, b"Bearer " + self.api_key.encode()):
+                return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+        if int(headers.get("content-length", b"0")) > self.max_body_bytes:  # uvicorn lets only numbers through
+            return self._too_large()
+        return None
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the request is larger than {self.max_body_bytes} bytes, the most this server takes")
+
+    async def _read(self, receive: Receive) -> tuple[bytes, ApiError | None]:
+        """The whole body, which is small."""
+        parts: list[bytes] = []
+        size, more = 0, True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return b"", ApiError(400, "the request was cut short")
+            parts.append(message.get("body", b""))
+            size, more = size + len(parts[-1]), message.get("more_body", False)
+            if size > self.max_body_bytes:
+                return b"", self._too_large()
+        return b"".join(parts), None
+
+
+async def refuse(error: ApiError, send: Send) -> None:
+    """Answer with the error and close: the rest of the request is not read."""
+    headers = {"content-type": "application/json", "connection": "close"} | error.headers()
+    raw = [(key.lower().encode(), value.encode()) for key, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": json.dumps(error.body()).encode()})
