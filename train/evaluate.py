@@ -27,8 +27,8 @@ def evaluate(
     """Means over all positions, by exit, under the keys `held_out/<figure>/layer_<NN>`.
 
     Figures: `loss`; `agreement` with the base's choice; `acceptance`, the chance that a sampled draft is
-    accepted; `precision` and `coverage` of drafts whose confidence (at T = 1) is at least 0.8. With a simulation
-    also what replay says of these heads.
+    accepted; `precision` and `coverage` of drafts whose confidence (at T = 1) is at least 0.8. Also `held_out/chance`,
+    the agreement of always the same token; and with a simulation what replay says of these heads.
     """
     sums: dict[str, float] = {}
     log = _Log()
@@ -53,7 +53,7 @@ def evaluate(
                 key = f"held_out/{name}/layer_{layer:02d}"
                 sums[key] = sums.get(key, 0.0) + value
         log.targets.append(batch.target.cpu().numpy())
-    means = _means(sums, positions)
+    means = _means(sums, positions) | {"held_out/chance": log.chance()}
     return means if simulation is None else means | log.simulate(simulation)
 
 
@@ -69,6 +69,11 @@ class _Log:
         """One exit's drafts in one batch, both of shape [N]."""
         self.sure.setdefault(layer, []).append(confidences.cpu().numpy())
         self.right.setdefault(layer, []).append(right.cpu().numpy())
+
+    def chance(self) -> float:
+        """Agreement of always drafting the token that the base says most."""
+        said = np.concatenate(self.targets) if self.targets else np.zeros(0, dtype=np.int64)
+        return float(np.bincount(said).max() / len(said)) if len(said) else 0.0
 
     def simulate(self, simulation: Simulation) -> dict[str, float]:
         """What replay says of all of it."""

@@ -20,6 +20,7 @@ from runtime.identity import weights_sha256
 from runtime.layers import DecoderLayers
 from train.calibrate import require_positions
 from train.distil import load_base, make_corpus
+from train.interrupts import StopSignals
 from train.launch import check_output_dir, make_accelerator, quiet_logs, show_settings, start_trackers
 from train.loop import fit
 from train.lora import use_peft, without_peft
@@ -36,7 +37,13 @@ def main(config: FitConfig) -> None:
 
     Raises:
         SpecBoundError: bad settings, prompts, base or output folder; nothing half-written is left.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM; in the fit itself only after the step is saved.
     """
+    with StopSignals() as stop:
+        _main(config, stop)
+
+
+def _main(config: FitConfig, stop: StopSignals) -> None:
     validate(config)
     check_output_dir(config)
     accelerator = make_accelerator(config)
@@ -61,7 +68,7 @@ def main(config: FitConfig) -> None:
 
     # 3) fit, calibrate, publish
     start_trackers(accelerator, config)
-    heads = without_peft(fit(config, accelerator, heads, unembedding, inverse, splits))
+    heads = without_peft(fit(config, accelerator, heads, unembedding, inverse, splits, stop))
     if weights_sha256(model) != before:
         raise SpecBoundError("the base's weights changed while fitting: this adapter is not to be trusted")
     if accelerator.is_main_process:
