@@ -225,6 +225,21 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_one(quick_fit, tm
     assert not (folder / ".checkpoint-9").exists()
 
 
+def test_a_kill_at_every_write_of_a_checkpoint_leaves_the_old_or_the_new_state(tmp_path):
+    program = [sys.executable, str(Path(__file__).parent / "kill_points.py"), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=400, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    found = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert found[-1]["point"] == "whole" and all(entry["status"] == 9 for entry in found[:-1])
+    assert {"half of model.safetensors", "replace", "os.rename .checkpoint-2"} <= {entry["point"] for entry in found}
+    assert len(found) > 20
+    steps = [entry["step"] for entry in found]
+    assert steps == sorted(steps) and set(steps) == {1, 2}  # the old one first, and then the new one
+    assert all(entry["weight"] == [entry["step"]] for entry in found)
+    assert all(entry["left"] == ["checkpoint-3"] for entry in found)  # the next save clears up
+
+
 def test_latest_without_a_checkpoint_starts_at_the_first_step(quick_fit, tmp_path):
     assert_same_fit(quick_fit(tmp_path / "a"), quick_fit(tmp_path / "b", resume_from_checkpoint="latest"))
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from train.cli_plan import plan_command
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -206,6 +208,9 @@ def bench_command(
     ours = found["methods"].get("specbound", found["methods"]["stock"])
     if exactness == "bitwise" and ours["identical_prompts"] != ours["prompts"]:
         raise typer.Exit(1)
+
+
+app.command("plan")(plan_command)
 
 
 def _fail(error: Exception, as_json: dict[str, Any] | None) -> NoReturn:

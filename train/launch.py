@@ -3,9 +3,12 @@
 Knows no model and no text.
 """
 
+import fcntl
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,6 +58,36 @@ def check_output_dir(config: FitConfig) -> None:
             f"output_dir {config.output_dir!r} holds {found[-1].name} of an earlier run: continue it with"
             " --resume_from_checkpoint latest, or name another output_dir"
         )
+
+
+@contextmanager
+def sole_writer(config: FitConfig) -> Iterator[None]:
+    """Hold the output folder against other fits while this one lives; the lock goes with the process.
+
+    An empty folder is removed at the end: a fit that fails at its base or its prompts leaves none behind.
+
+    Raises:
+        ConfigError: another fit that is alive holds it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    path = Path(config.output_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise ConfigError(
+            f"output_dir {config.output_dir!r} is in use by another fit: wait for it, or name another output_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(folder)
+        with suppress(OSError):
+            path.rmdir()
 
 
 def make_accelerator(config: FitConfig) -> Accelerator:

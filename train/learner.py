@@ -110,13 +110,15 @@ class Learner:
 
 
 def _norms(heads: Any) -> dict[int, float]:
-    """Exit layer -> norm of its head's gradient, where this process holds it (DeepSpeed and FSDP keep their own)."""
-    found = {}
-    for layer, head in heads.heads.items():
-        gradients = [parameter.grad for parameter in head.parameters() if parameter.requires_grad]
-        if all(type(gradient) is torch.Tensor for gradient in gradients):
-            found[int(layer)] = torch.nn.utils.get_total_norm(gradients)
-    return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
+    """Exit layer -> norm of its head's gradient; nothing where DeepSpeed or FSDP keep gradients to themselves."""
+    learned = {int(layer): [p for p in head.parameters() if p.requires_grad] for layer, head in heads.heads.items()}
+    gradients = {layer: [p.grad for p in found if p.grad is not None] for layer, found in learned.items()}
+    if not all(type(gradient) is torch.Tensor for found in gradients.values() for gradient in found):
+        return {}
+    if not any(gradients.values()):
+        return {}
+    norms = torch.stack([torch.nn.utils.get_total_norm(found) for found in gradients.values()])
+    return dict(zip(gradients, norms.tolist(), strict=True))
 
 
 def _fault(features: Features) -> str:
