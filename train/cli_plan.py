@@ -53,8 +53,9 @@ def show(found: Any, devices: Any, name: str, *, num_prompts: int) -> list[str]:
         + ", ".join(f"{what} {size:.1f}" for what, size in gib.items()),
         f"disk        checkpoint {readable(found.checkpoint)}"
         + (f", cached features {readable(found.cache)}" if found.cache else ""),
-        f"corpus      {num_prompts:,} prompts, at most {found.tokens:,} answer tokens: {found.corpus_hours:.1f} h",
+        f"corpus      {num_prompts:,} prompts, at most {found.tokens:,} answer tokens: {found.corpus_hours:.1f} h"
+        + (f", {found.generation / 2**30:.1f} GiB" if found.generation else ", by a --generator"),
         f"fit         {found.fit_hours:.1f} h; {found.times_forward:.2f} times the base's forward",
-        f"hours take {devices.utilisation:.0%} of {devices.tflops:g} TFLOP/s and of {devices.bandwidth:g} GB/s a device",
+        f"hours take {devices.utilisation:.0%} of {devices.tflops:g} TFLOP/s and {devices.bandwidth:g} GB/s a device",
     ]
     return lines

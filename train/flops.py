@@ -39,27 +39,28 @@ class FitFlops:
     heads_per_position: int
 
     @classmethod
-    def of(cls, model: Any, heads: nn.Module, *, draft_vocab_size: int, full_head: bool) -> "FitFlops":
-        """Of a base with its heads.
-
-        Args:
-            full_head: whether a head holds its own rows of the unembedding (`linear`); others run through the
-                base's, which are frozen: forward, and backward to their input alone.
-        """
+    def of(cls, model: Any, heads: nn.Module, *, head: str, draft_vocab_size: int) -> "FitFlops":
+        """Of a base with its heads, of a kind of `HEAD_KINDS`."""
         hidden, vocab_size = model.config.hidden_size, model.config.vocab_size
         matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
         matrices -= sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding))
         tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
         body = matrices - (0 if tied else model.get_output_embeddings().weight.numel())
-        learned = sum(parameter.numel() for parameter in heads.parameters() if parameter.requires_grad)
-        rows = 0 if full_head else len(heads.exit_layers) * hidden * draft_vocab_size  # type: ignore[arg-type]
+        # Forward and to the weight; to the input as well where something learned lies below.
+        inner = sum(
+            (6 if ".down." in name or "lora_B" in name else 4) * parameter.numel()
+            for name, parameter in heads.named_parameters()
+            if parameter.requires_grad
+        )
+        # The base's rows are frozen: forward, and to the input below a residual head; a linear head has its own.
+        rows = {"residual": 4, "lora": 2, "linear": 0}[head] * len(heads.exit_layers)  # type: ignore[arg-type]
         heads_of = getattr(model.config, "num_attention_heads", 1)
         width = heads_of * (getattr(model.config, "head_dim", None) or hidden // heads_of)
         return cls(
             base_per_token=2 * body,
             attention_per_pair=4 * width * model.config.num_hidden_layers,
             choice_per_position=2 * hidden * vocab_size,
-            heads_per_position=6 * learned + 4 * rows,
+            heads_per_position=inner + rows * hidden * draft_vocab_size,
         )
 
     def base(self, tokens: int, positions: int, pairs: int) -> int:

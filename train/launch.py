@@ -16,6 +16,7 @@ import datasets
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedType
 from transformers.utils import logging as transformers_logging
 
 from runtime.errors import ConfigError
@@ -108,6 +109,7 @@ def make_accelerator(config: FitConfig) -> Accelerator:
         project_dir=config.output_dir,
         kwargs_handlers=handlers or None,
     )
+    _refuse_spread_base(accelerator)
     # The launcher's environment would win over the recipe.
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     if accelerator.state.deepspeed_plugin is not None:  # DeepSpeed accumulates and clips by its own settings
@@ -116,6 +118,18 @@ def make_accelerator(config: FitConfig) -> Accelerator:
         settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
         settings["gradient_clipping"] = config.max_grad_norm
     return accelerator
+
+
+def _refuse_spread_base(accelerator: Accelerator) -> None:
+    """Where the launcher would spread the base: the heads' rows, the corpus and the calibration read it whole."""
+    plugin = accelerator.state.deepspeed_plugin
+    kind = "FSDP" if accelerator.distributed_type == DistributedType.FSDP else None
+    kind = "DeepSpeed ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else kind
+    if kind is not None:
+        raise ConfigError(
+            f"{kind} would spread the base over the processes, which a fit cannot read yet: use"
+            " configs/accelerate/multi_gpu.yaml or zero2.yaml, where every GPU holds the base whole"
+        )
 
 
 def _check_trackers(names: list[str]) -> None:

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, tqdm
 
-from runtime.heads import DraftUnembedding, ExitHeads, LinearHead
+from runtime.heads import DraftUnembedding, ExitHeads
 from runtime.identity import file_sha256
 from train.calibrated import counted_costs
 from train.checkpoints import FitState, load_checkpoint, save_checkpoint
@@ -27,6 +27,7 @@ from train.splits import Split
 # Settings that may differ between a run and its continuation: they do not change what is learnt.
 FREE_TO_CHANGE = {
     "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to", "max_skipped_batches",
+    "generator",
     "license", "schedule", "exit_threshold", "max_exit_layer", "max_draft_tokens", "sources", "output_dir",
     "corpus_dir", "features",
 }  # fmt: skip
@@ -58,9 +59,11 @@ def fit(
     lengths = [(len(prompt), len(response)) for prompt, response in splits["fit"].sequences.rows]
     responses = [response for _, response in lengths]
     plan = Plan(config, responses, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    speed = Speed(_flops(heads, unembedding, splits), lengths, accelerator.device)
+    base = splits["fit"].extract.layers.model
+    flops = FitFlops.of(base, heads, head=config.head, draft_vocab_size=unembedding.weight.shape[0])
+    speed = Speed(flops, lengths, accelerator.device)
     accelerator.print(f"{plan.total} steps; with its heads the fit costs {speed.cost():.2f} times the base's forward")
-    costs = counted_costs(splits["held_out"].extract.layers.model, heads, unembedding)
+    costs = counted_costs(base, heads, unembedding)
     learned = [parameter for parameter in heads.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=config.learning_rate, weight_decay=config.weight_decay)
     wrapped, optimizer = accelerator.prepare(heads, optimizer)
@@ -116,12 +119,6 @@ def _steps(
                 accelerator.end_training()
                 raise SystemExit(exit_code(signal))
             speed.pause()
-
-
-def _flops(heads: ExitHeads, unembedding: DraftUnembedding, splits: dict[str, Split]) -> FitFlops:
-    full_head = isinstance(next(iter(heads.heads.values())), LinearHead)
-    base = splits["fit"].extract.layers.model
-    return FitFlops.of(base, heads, draft_vocab_size=unembedding.weight.shape[0], full_head=full_head)
 
 
 def _agreed(accelerator: Accelerator, signal: int) -> int:

@@ -51,6 +51,7 @@ class FitConfig:
     dtype: str = field(default="bfloat16", metadata=_help("of the base: float32, bfloat16 or float16"))
     prompts: list[str] = field(metadata=_help("files (.jsonl, .json) or data sets (name or name:split)"))
     prompt_limit: int | None = field(default=None, metadata=_help("most prompts read from each source"))
+    generator: str | None = field(default=None, metadata=_help("URL of an OpenAI-compatible engine that answers"))
     evaluation_files: list[str] = field(default_factory=list, metadata=_help("drop prompts like theirs"))
     corpus_dir: str | None = field(default=None, metadata=_help("default: output_dir/corpus"))
     calibration_fraction: float = field(default=0.1, metadata=_help("of the prompts, by hash"))

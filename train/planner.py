@@ -4,7 +4,6 @@ Parameters are counted on models without memory, so they are exact. Memory adds 
 moment of a step; hours divide operations and bytes by what the devices are said to do.
 """
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +48,8 @@ class Estimate:
     Attributes:
         base_parameters, head_parameters: exact.
         sharded: whether the base's decoder layers are spread over the devices.
-        memory: what for -> bytes.
+        memory: what for -> bytes, while fitting.
+        generation: bytes while the base answers prompts; 0 where it is spread, for then another engine answers.
         cache, checkpoint: bytes of disk, of `features: cache` and of one checkpoint.
         tokens: response tokens of the corpus.
         corpus_hours, fit_hours: under the devices' figures.
@@ -60,6 +60,7 @@ class Estimate:
     head_parameters: int
     sharded: bool
     memory: dict[str, float]
+    generation: float
     cache: float
     checkpoint: float
     tokens: int
@@ -109,12 +110,8 @@ def estimate(config: FitConfig, model: Any, devices: Devices, *, num_prompts: in
     if sharded:
         base = {"base": _sharded_base(model, devices.number) * itemsize}
         base |= _sharing(learned, devices.number, sharded=True)
-    flops = FitFlops.of(
-        model,
-        heads,
-        draft_vocab_size=config.draft_vocab_size or model.config.vocab_size,
-        full_head=config.head == "linear",
-    )
+    draft = config.draft_vocab_size or model.config.vocab_size
+    flops = FitFlops.of(model, heads, head=config.head, draft_vocab_size=draft)
     tokens = num_prompts * responses
     forward = flops.base(num_prompts * length, tokens, num_prompts * length * (length + 1) // 2)
     fitted = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -127,6 +124,7 @@ def estimate(config: FitConfig, model: Any, devices: Devices, *, num_prompts: in
         head_parameters=learned,
         sharded=sharded,
         memory=base | memory,
+        generation=0.0 if sharded else parameters * itemsize + _generation_bytes(config, model, prompt_tokens),
         cache=tokens * position_bytes(config, model) if config.features == "cache" else 0.0,
         checkpoint=12.0 * learned,
         tokens=tokens,
@@ -134,6 +132,11 @@ def estimate(config: FitConfig, model: Any, devices: Devices, *, num_prompts: in
         fit_hours=(forwards * forward + epochs * flops.heads(tokens)) / rate / 3600,
         times_forward=(forward + flops.heads(tokens)) / forward,
     )
+    if found.generation > room:
+        raise ConfigError(
+            f"answering {config.generation_batch_size} prompts at a time needs {found.generation / GIB:.1f} of"
+            f" {devices.memory_gib:g} GiB: lower generation_batch_size"
+        )
     if found.total_memory > room:
         raise ConfigError(
             f"the fit needs {found.total_memory / GIB:.1f} of {devices.memory_gib:g} GiB on each device with its base"
@@ -197,6 +200,15 @@ def _sharded_base(model: Any, number: int) -> float:
     return outside + layers / number + 2 * layers / model.config.num_hidden_layers
 
 
+def _generation_bytes(config: FitConfig, model: Any, prompt_tokens: int) -> float:
+    """Keys, values and logits of a batch of answers."""
+    shape, itemsize = model.config, getattr(torch, config.dtype).itemsize
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    kept = 2 * shape.num_hidden_layers * (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
+    length = prompt_tokens + config.max_new_tokens
+    return config.generation_batch_size * (length * kept * width * itemsize + 3 * 4 * shape.vocab_size)
+
+
 def _generation_seconds(
     config: FitConfig, base_bytes: float, tokens: int, forward: int, devices: Devices, sharded: bool
 ) -> float:
@@ -205,7 +217,7 @@ def _generation_seconds(
     steps = tokens / config.generation_batch_size / groups
     reading = steps * base_bytes / ((devices.number if sharded else 1) * devices.bandwidth * 1e9 * devices.utilisation)
     computing = forward / (devices.number * devices.tflops * 1e12 * devices.utilisation)
-    return math.fsum((reading, computing))
+    return reading + computing
 
 
 def recipe_for(name: str, model: Any = None) -> FitConfig:
@@ -219,7 +231,9 @@ def recipe_for(name: str, model: Any = None) -> FitConfig:
     else:
         layers = 32 if model is None else model.config.num_hidden_layers
         exits = sorted({max(1, layers // 16), max(1, layers // 8), max(1, layers // 4)})
-        config = FitConfig(model_name_or_path=name, prompts=["-"], exit_layers=exits, output_dir="-")
+        size = 8192 if model is None else min(8192, model.config.vocab_size)
+        settings: dict[str, Any] = {"prompts": ["-"], "output_dir": "-", "draft_vocab_size": size}
+        config = FitConfig(model_name_or_path=name, exit_layers=exits, **settings)
     validate(config)
     if model is not None:
         shape = model.config
