@@ -1,5 +1,6 @@
 """Fits that are stopped, killed, damaged and continued: the same losses, weights and texts, bit for bit."""
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from fitting import after_step, assert_same_fit, weights
 from safetensors.torch import load_file
 
@@ -147,6 +149,26 @@ def test_latest_passes_over_a_damaged_checkpoint_by_name(quick_fit, tmp_path, ca
     assert [record for record in caplog.messages if "checkpoint-4 is" in record and "passed over" in record]
     assert again[1] == lines
     quick_fit(folder, **settings, resume_from_checkpoint=str(folder / "checkpoint-4"))  # written anew
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing")]
+)
+def test_a_full_disk_is_named_and_the_older_checkpoint_stays(quick_fit, tmp_path, monkeypatch, error):
+    save = Accelerator.save_state
+
+    def fail(self, folder, **options):
+        if folder.endswith("-6"):
+            raise error
+        save(self, folder, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", fail)
+        with pytest.raises(ConfigError, match=r"checkpoint-6 cannot be written in .*; \d+ bytes free\): make room"):
+            quick_fit(tmp_path / "out", **RESUMED)
+    assert names(tmp_path / "out") == ["checkpoint-3"]
+    _, lines = quick_fit(tmp_path / "out", **RESUMED, resume_from_checkpoint="latest")
+    assert [line["step"] for line in lines] == list(range(1, 27))
 
 
 def test_bytes_that_changed_are_noticed(quick_fit, tmp_path):

@@ -60,11 +60,21 @@ def save_checkpoint(
         for left in output_dir.glob(f".{PREFIX}*"):  # by a kill
             shutil.rmtree(left)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _finish(unfinished, output_dir / f"{PREFIX}{state.step}", asdict(state) | {"settings": settings})
-        _prune(output_dir, state.step, keep=keep)
+    try:
+        accelerator.save_state(str(unfinished))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _finish(unfinished, output_dir / f"{PREFIX}{state.step}", asdict(state) | {"settings": settings})
+            _prune(output_dir, state.step, keep=keep)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStream" not in str(error):  # torch's own for a failed write
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        free = shutil.disk_usage(output_dir).free
+        raise ConfigError(
+            f"{PREFIX}{state.step} cannot be written in {output_dir} ({reason}; {free} bytes free): make room, and go"
+            " on with --resume_from_checkpoint latest; older checkpoints are as they were"
+        ) from None
     accelerator.wait_for_everyone()
 
 
