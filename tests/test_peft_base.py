@@ -22,7 +22,6 @@ def carrier(tmp_path, tiny_base, make_tokenizer):
     return tmp_path / "carrier"
 
 
-@torch.no_grad()
 def test_it_fits_and_runs_and_is_told_from_the_bare_base(fit, tmp_path, tiny_base, carrier):
     folder, lines = fit(tmp_path / "out", model_name_or_path=str(carrier), corpus_dir=None, max_steps=2)
     assert len(lines) == 2

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from fitting import after_step, assert_same_fit, weights
 from safetensors.torch import load_file
 
+import train.loop
 from runtime.errors import ConfigError
 from train.checkpoints import STATE_FILE, best_checkpoint, find_checkpoints
 from train.fit_exits import run
@@ -87,6 +88,22 @@ def test_a_signal_before_the_first_step_ends_at_once(make_recipe, quick_fit, tmp
         run(["--config", str(recipe)])
     assert caught.value.code == 143
     assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_after_the_last_look_is_not_lost(make_recipe, quick_fit, tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(make_recipe(tmp_path / "out")))
+    save = train.loop.save_checkpoint
+
+    def save_and_stop(*arguments, **options):
+        save(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(train.loop, "save_checkpoint", save_and_stop)
+        run(["--config", str(recipe)])
+    assert caught.value.code == 143
+    assert names(tmp_path / "out") == ["checkpoint-4"] and not (tmp_path / "out" / "adapter").exists()
 
 
 def test_a_fit_goes_back_to_a_named_checkpoint(quick_fit, tmp_path):

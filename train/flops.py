@@ -48,9 +48,9 @@ class FitFlops:
         body = matrices - (0 if tied else model.get_output_embeddings().weight.numel())
         # Forward and to the weight; to the input as well where something learned lies below.
         inner = sum(
-            (6 if ".down." in name or "lora_B" in name else 4) * parameter.numel()
+            (4 if head == "linear" or "lora_A" in name else 6) * parameter.numel()
             for name, parameter in heads.named_parameters()
-            if parameter.requires_grad
+            if parameter.requires_grad and parameter.dim() > 1
         )
         # The base's rows are frozen: forward, and to the input below a residual head; a linear head has its own.
         rows = {"residual": 4, "lora": 2, "linear": 0}[head] * len(heads.exit_layers)  # type: ignore[arg-type]

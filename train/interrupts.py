@@ -42,6 +42,8 @@ class StopSignals:
             yield
         finally:
             self._waits = False
+        if self.received:  # after the last look at it
+            raise SystemExit(exit_code(self.received))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.received:

@@ -109,7 +109,7 @@ def make_accelerator(config: FitConfig) -> Accelerator:
         project_dir=config.output_dir,
         kwargs_handlers=handlers or None,
     )
-    _refuse_spread_base(accelerator)
+    refuse_spread_base(accelerator)
     # The launcher's environment would win over the recipe.
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     if accelerator.state.deepspeed_plugin is not None:  # DeepSpeed accumulates and clips by its own settings
@@ -120,8 +120,12 @@ def make_accelerator(config: FitConfig) -> Accelerator:
     return accelerator
 
 
-def _refuse_spread_base(accelerator: Accelerator) -> None:
-    """Where the launcher would spread the base: the heads' rows, the corpus and the calibration read it whole."""
+def refuse_spread_base(accelerator: Accelerator) -> None:
+    """The heads' rows, the corpus and the calibration read the base whole.
+
+    Raises:
+        ConfigError: the launcher would spread it over the processes.
+    """
     plugin = accelerator.state.deepspeed_plugin
     kind = "FSDP" if accelerator.distributed_type == DistributedType.FSDP else None
     kind = "DeepSpeed ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else kind
