@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session, disable_progress_bars, enable_progress_bars
 from loopback_hub import TOKEN, LoopbackHub, loopback_hub
+from safetensors.torch import save_file
 from speculating import NEW_TOKENS, PROMPT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -28,6 +30,8 @@ from runtime import SpecBoundConfig, SpeculationBounds, TemperatureSchedule, sav
 from runtime.adapter import Adapter
 from runtime.heads import ExitHeads
 from runtime.identity import base_fingerprint, tokenizer_fingerprint
+from train import fit_exits
+from train.options import FitConfig
 
 # Tiny tensors: on a busy machine, threads that wait for one another take ten times as long.
 torch.set_num_threads(1)
@@ -186,6 +190,41 @@ def make_recipe(tmp_path_factory, tiny_base) -> Callable[..., dict[str, Any]]:
         return settings | changes
 
     return make
+
+
+@pytest.fixture
+def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Accelerate keeps its state in class attributes; a fit in the same process must not see another's."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def fit(make_recipe: Callable[..., dict[str, Any]], fresh_accelerate: None) -> Callable[..., Any]:
+    """`fit(folder, **settings)`: run it; returns the folder and the lines of the metrics log, without the clock's."""
+
+    def run(folder: Path, **settings: Any) -> tuple[Path, list[dict[str, Any]]]:
+        fit_exits.main(FitConfig(**make_recipe(folder, **settings)))
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return folder, [{key: line[key] for key in line if not key.startswith("speed/")} for line in lines]
+
+    return run
+
+
+@pytest.fixture
+def quick_fit(fit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`fit` without calibration: of the adapter only the weights are written."""
+
+    def publish(config: FitConfig, model: Any, tokenizer: Any, heads: Any, *rest: Any, **options: Any) -> Path:
+        folder = Path(config.output_dir) / "adapter"
+        folder.mkdir(exist_ok=True)
+        save_file(heads.state_dict(), folder / "model.safetensors")
+        return folder
+
+    monkeypatch.setattr(fit_exits, "publish_locally", publish)
+    return fit
 
 
 @pytest.fixture

@@ -1,74 +1,14 @@
-"""Fits of a tiny base in this process: what is learnt, saved, continued and refused; the plan of steps."""
-
-import json
-import signal
-import subprocess
-import sys
+"""Fits of a tiny base in this process: what is learnt and what it leaves; the plan of steps."""
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from safetensors.torch import load_file
+from fitting import assert_same_fit, losses, weights
 
-import train.loop
 from runtime import load_specbound
 from runtime.adapter import load_adapter
-from runtime.errors import ConfigError
 from runtime.heads import HEAD_KINDS
-from train.checkpoints import MetricsLog, find_checkpoints
-from train.fit_exits import main
 from train.options import FitConfig
 from train.plan import Plan
-
-RESUMED = {"max_steps": 20, "save_steps": 4, "save_total_limit": 9}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    """Accelerate keeps its state in class attributes; a fit in the same process must not see another's."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture
-def fit(make_recipe):
-    """`fit(folder, **settings)`: run it; returns the folder and the lines of the metrics log."""
-
-    def run(folder, **settings):
-        main(FitConfig(**make_recipe(folder, **settings)))
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        return folder, [json.loads(line) for line in lines]
-
-    return run
-
-
-def losses(lines) -> list[float]:
-    return [line["fit/loss"] for line in lines]
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "model.safetensors")
-
-
-def assert_same_fit(first, second) -> None:
-    """Bit for bit: every figure of every step, and the weights."""
-    assert first[1] == second[1]
-    assert weights(first[0]).keys() == weights(second[0]).keys()
-    assert all(torch.equal(tensor, weights(second[0])[name]) for name, tensor in weights(first[0]).items())
-
-
-def stop_after(step: int, monkeypatch) -> None:
-    """Stop the fit once the checkpoint of this step is written."""
-    save = train.loop.save_checkpoint
-
-    def save_and_stop(accelerator, output_dir, now, *rest, **options):
-        save(accelerator, output_dir, now, *rest, **options)
-        if now == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train.loop, "save_checkpoint", save_and_stop)
 
 
 @pytest.mark.parametrize("head", HEAD_KINDS)
@@ -90,15 +30,15 @@ def test_each_head_learns_and_gives_an_adapter_that_loads(fit, tmp_path, tiny_ba
     assert torch.equal(plain, drafted)
 
 
-def test_two_fits_are_the_same_and_another_seed_is_not(fit, tmp_path):
-    first = fit(tmp_path / "a")
-    assert_same_fit(first, fit(tmp_path / "b"))
-    assert losses(fit(tmp_path / "c", seed=1, corpus_dir=None)[1]) != losses(first[1])
+def test_two_fits_are_the_same_and_another_seed_is_not(quick_fit, tmp_path):
+    first = quick_fit(tmp_path / "a")
+    assert_same_fit(first, quick_fit(tmp_path / "b"))
+    assert losses(quick_fit(tmp_path / "c", seed=1, corpus_dir=None)[1]) != losses(first[1])
 
 
-def test_accumulated_batches_learn_what_one_large_batch_does(fit, tmp_path):
-    whole, lines = fit(tmp_path / "whole", per_device_train_batch_size=12, max_steps=8)
-    parts, accumulated = fit(
+def test_accumulated_batches_learn_what_one_large_batch_does(quick_fit, tmp_path):
+    whole, lines = quick_fit(tmp_path / "whole", per_device_train_batch_size=12, max_steps=8)
+    parts, accumulated = quick_fit(
         tmp_path / "parts", per_device_train_batch_size=4, gradient_accumulation_steps=3, max_steps=8
     )
     assert losses(accumulated) == pytest.approx(losses(lines), rel=1e-4)
@@ -106,142 +46,15 @@ def test_accumulated_batches_learn_what_one_large_batch_does(fit, tmp_path):
         torch.testing.assert_close(weights(parts)[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_cached_features_learn_what_online_features_do(fit, tmp_path):
-    folder, cached = fit(tmp_path / "cache", features="cache", max_steps=8)
+def test_cached_features_learn_what_online_features_do(quick_fit, tmp_path):
+    folder, cached = quick_fit(tmp_path / "cache", features="cache", max_steps=8)
     assert len(list((folder / "features").rglob("*.safetensors"))) == 3
-    assert losses(cached) == pytest.approx(losses(fit(tmp_path / "online", max_steps=8)[1]), rel=1e-4)
+    assert losses(cached) == pytest.approx(losses(quick_fit(tmp_path / "online", max_steps=8)[1]), rel=1e-4)
 
 
-@pytest.mark.parametrize("stop", [8, 16], ids=["first-epoch", "later-epoch"])
-def test_a_continued_fit_is_the_uninterrupted_one_bit_for_bit(fit, tmp_path, monkeypatch, stop):
-    whole = fit(tmp_path / "whole", **RESUMED)
-    epoch = next(line["step"] for line in whole[1] if "held_out/loss/layer_02" in line)
-    assert 8 < epoch < 16
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(stop, patch)
-        fit(tmp_path / "parts", **RESUMED)
-    assert not (tmp_path / "parts" / "adapter").exists()
-    assert_same_fit(whole, fit(tmp_path / "parts", **RESUMED, resume_from_checkpoint="latest"))
-
-
-def test_a_fit_goes_back_to_a_named_checkpoint(fit, tmp_path):
-    folder, lines = fit(tmp_path / "out", **RESUMED)
-    before = weights(folder)
-    older = str(folder / "checkpoint-8")
-    again = fit(folder, **RESUMED | {"save_steps": 10, "save_total_limit": 2}, resume_from_checkpoint=older)
-    assert again[1] == lines
-    assert all(torch.equal(tensor, weights(folder)[name]) for name, tensor in before.items())
-    assert [path.name for path in find_checkpoints(folder)] == ["checkpoint-10", "checkpoint-20"]
-
-
-def test_a_complete_fit_says_so_and_ends_well(fit, tmp_path, capsys):
-    folder, lines = fit(tmp_path / "out")
-    again = fit(folder, resume_from_checkpoint="latest")
-    assert "already complete: 4 of 4 steps are done" in capsys.readouterr().out
-    assert again[1] == lines
-
-
-def test_changed_settings_are_refused_with_the_list(fit, tmp_path):
-    folder, _ = fit(tmp_path / "out")
-    changed = {"learning_rate": 0.5, "head_rank": 5, "save_steps": 3, "resume_from_checkpoint": "latest"}
-    with pytest.raises(ConfigError) as caught:
-        fit(folder, **changed)
-    message = str(caught.value)
-    assert "head_rank (4 there, 5 now), learning_rate (0.01 there, 0.5 now)" in message
-    assert "save_steps" not in message
-
-
-def test_an_older_run_is_not_overwritten(fit, tmp_path):
-    folder, _ = fit(tmp_path / "out")
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    with pytest.raises(ConfigError, match="holds checkpoint-4 of an earlier run: continue it with --resume"):
-        fit(folder)
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "fit_state.json"])
-def test_a_damaged_checkpoint_is_named(fit, tmp_path, name):
-    folder, _ = fit(tmp_path / "out")
-    path = folder / "checkpoint-4" / name
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ConfigError, match=r"checkpoint-4 is (damaged|not a whole checkpoint)"):
-        fit(folder, resume_from_checkpoint=str(path.parent))
-
-
-def test_a_checkpoint_that_would_run_code_is_refused(fit, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return print, ("ran",)
-
-    folder, _ = fit(tmp_path / "out")
-    torch.save(Evil(), folder / "checkpoint-4" / "optimizer.bin")
-    with pytest.raises(ConfigError, match="checkpoint-4 is damaged"):
-        fit(folder, resume_from_checkpoint="latest")
-
-
-def test_only_the_newest_checkpoints_are_kept_and_hold_no_base_rows(fit, tmp_path):
-    folder, _ = fit(tmp_path / "out", head="lora", save_steps=1, save_total_limit=2)
-    assert [path.name for path in find_checkpoints(folder)] == ["checkpoint-3", "checkpoint-4"]
-    saved = load_file(folder / "checkpoint-4" / "model.safetensors")
-    assert saved
-    assert all("lora_" in name for name in saved)
-
-
-KILL = """
-import os, signal, sys
-from accelerate import Accelerator
-from train.fit_exits import run
-
-save = Accelerator.save_state
-def save_and_die(self, folder, **options):
-    save(self, folder, **options)
-    if folder.endswith("-8"):
-        os.remove(os.path.join(folder, "optimizer.bin"))
-        os.kill(os.getpid(), signal.SIGKILL)
-Accelerator.save_state = save_and_die
-run(sys.argv[1:])
-"""
-
-
-def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_one(fit, tmp_path, make_recipe):
-    whole = fit(tmp_path / "whole", **RESUMED)
-    settings = make_recipe(tmp_path / "killed", **RESUMED)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps(settings))
-    killed = subprocess.run([sys.executable, "-c", KILL, "--config", str(recipe)], capture_output=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    folder = tmp_path / "killed"
-    assert (folder / ".checkpoint-8").exists()
-    assert [path.name for path in find_checkpoints(folder)] == ["checkpoint-4"]
-    assert_same_fit(whole, fit(folder, **RESUMED, resume_from_checkpoint="latest"))
-    assert not (folder / ".checkpoint-8").exists()
-
-
-def test_latest_without_a_checkpoint_starts_at_the_first_step(fit, tmp_path):
-    assert_same_fit(fit(tmp_path / "a"), fit(tmp_path / "b", resume_from_checkpoint="latest"))
-
-
-def test_trackers_get_the_figures(fit, tmp_path):
-    folder, _ = fit(tmp_path / "out", report_to=["tensorboard"], logging_steps=1)
+def test_trackers_get_the_figures(quick_fit, tmp_path):
+    folder, _ = quick_fit(tmp_path / "out", report_to=["tensorboard"], logging_steps=1)
     assert list((folder / "specbound").glob("events.out.*"))
-
-
-def test_a_metrics_log_drops_what_a_cut_off_run_left(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "fit/loss": 3.0}\n{"step": 2, "fit/loss": 2.0}\n{"step": 3, "fi')
-    log = MetricsLog(path, step=1)
-    log.write(2, {"fit/loss": 2.5})
-    assert [json.loads(line)["fit/loss"] for line in path.read_text().splitlines()] == [3.0, 2.5]
-    MetricsLog(path, step=0)
-    assert path.read_text() == ""
-
-
-def test_unfinished_and_foreign_folders_are_no_checkpoints(tmp_path):
-    for name in (".checkpoint-3", "checkpoint-12", "checkpoint-4", "checkpoint-old", "checkpoint-7"):
-        (tmp_path / name).mkdir()
-        if name != "checkpoint-7":
-            (tmp_path / name / "fit_state.json").write_text("{}")
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-12"]
 
 
 def plan(make_recipe, *, number=10, rank=0, world_size=1, **settings) -> Plan:

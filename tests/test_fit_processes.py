@@ -1,4 +1,7 @@
-"""Fits as their launchers start them: one process, two over gloo, DeepSpeed ZeRO-2; all the same losses."""
+"""Fits as their launchers start them: one process, two over gloo, DeepSpeed ZeRO-2; all the same losses.
+
+Those of several processes are stopped by a signal to one of them, and go on.
+"""
 
 import importlib.util
 import json
@@ -10,8 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from runtime import load_specbound
 from runtime.adapter import load_adapter
+from train.checkpoints import find_checkpoints
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "train" / "fit_exits.py")
@@ -20,8 +26,24 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 CPU = {"ACCELERATE_USE_CPU": "true"}
 
 
-def run_group(command: list[str], environment: dict[str, str]) -> str:
-    """Run a launcher that must succeed; returns what it printed. Its workers end with it."""
+STOP = """
+import os, signal, sys
+from train.fit_exits import run
+from train.learner import Learner
+
+learn = Learner.learn
+def learn_and_stop(self, text, *, step, learning_rate):
+    values = learn(self, text, step=step, learning_rate=learning_rate)
+    if step == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return values
+Learner.learn = learn_and_stop
+run(sys.argv[1:])
+"""
+
+
+def run_group(command: list[str], environment: dict[str, str], *, stopped: bool = False) -> str:
+    """Run a launcher that must succeed, or be stopped; returns what it printed. Its workers end with it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     options = {
         "stdout": subprocess.PIPE,
@@ -31,28 +53,49 @@ def run_group(command: list[str], environment: dict[str, str]) -> str:
     }
     with subprocess.Popen(command, env=environment, **options) as process:
         try:
-            printed, _ = process.communicate(timeout=240)
+            printed, _ = process.communicate(timeout=280)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-    assert process.returncode == 0, printed
+    assert (process.returncode != 0) == stopped, printed
     return printed
 
 
 @pytest.fixture(scope="module")
-def launch(make_recipe, tmp_path_factory):
+def launch(make_recipe, tmp_path_factory, tiny_base):
     """`launch(command, environment, **settings)`: run a fit; its losses, one a step, and all it printed."""
 
-    def start(command: list[str], environment: dict[str, str], **settings) -> tuple[list[float], str]:
+    def start(
+        command: list[str], environment: dict[str, str], *, stopped: bool = False, **settings
+    ) -> tuple[list[float], str]:
         folder = tmp_path_factory.mktemp("fit")
         (folder / "recipe.yaml").write_text(json.dumps(make_recipe(folder / "out", max_steps=6, **settings)))
-        printed = run_group([*command, SCRIPT, "--config", str(folder / "recipe.yaml")], environment)
+        flags = ["--config", str(folder / "recipe.yaml")]
+        if stopped:
+            (folder / "stop.py").write_text(STOP)
+            path = {"PYTHONPATH": str(ROOT)}
+            printed = run_group([*command, str(folder / "stop.py"), *flags], environment | path, stopped=True)
+            assert "stopped after step 3: --resume_from_checkpoint latest goes on" in printed
+            assert "exitcode  : 143" in printed
+            assert [path.name for path in find_checkpoints(folder / "out")] == ["checkpoint-3"]
+            flags += ["--resume_from_checkpoint", "latest"]
+        printed = run_group([*command, SCRIPT, *flags], environment)
+        assert_generates(folder / "out" / "adapter", tiny_base)
         assert load_adapter(folder / "out" / "adapter").config.exit_layers == (2, 4)
         lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
         return [line["fit/loss"] for line in lines], printed
 
     return start
+
+
+def assert_generates(adapter: Path, base: Path) -> None:
+    """The consolidated adapter drafts, and the tokens are plain generate's."""
+    model = load_specbound(adapter, base)
+    text = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    with model.specbound.disabled():
+        plain = model.generate(**text, max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(**text, max_new_tokens=8, do_sample=False), plain)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +112,7 @@ def alone(launch):
 
 
 def test_two_processes_learn_what_one_does(launch, alone):
-    losses, printed = launch(TORCHRUN, CPU, per_device_train_batch_size=4)
+    losses, printed = launch(TORCHRUN, CPU, stopped=True, per_device_train_batch_size=4)
     assert "2 process(es) on cpu" in printed
     assert losses == pytest.approx(alone, rel=1e-4)
 
@@ -80,6 +123,7 @@ def test_two_processes_learn_what_one_does(launch, alone):
 )
 def test_two_processes_under_zero_2_learn_what_one_does(launch, alone):
     config = ["--config_file", str(ROOT / "configs/accelerate/zero2_cpu.yaml"), "--main_process_port", "0"]
-    losses, printed = launch([*ACCELERATE, *config], {}, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    losses, printed = launch([*ACCELERATE, *config], {}, stopped=True, **sizes)
     assert "2 process(es) on cpu" in printed
     assert losses == pytest.approx(alone, rel=1e-4)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from train import cli_publish, cli_serve, cli_text
+from train import cli_plan, cli_publish, cli_serve, cli_text
 from train.cli_errors import fail, one_line
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -35,6 +35,7 @@ app.command("generate")(cli_text.generate_command)
 app.command("chat")(cli_text.chat_command)
 app.command("serve")(cli_serve.serve_command)
 app.command("publish")(cli_publish.publish_command)
+app.command("plan")(cli_plan.plan_command)
 
 
 @app.command("inspect")

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from runtime.errors import ConfigError, DataError
 from train.answers import Answerer, Conversation, Turn, next_turns
 from train.prompts import SPLITS, Prompt, assign_split, deduplicate, ngram_filter
+from train.remote import RemoteAnswerer
 from train.shards import Shards, write_atomically
 
 
@@ -61,6 +62,7 @@ def distil(
     world_size: int = 1,
     barrier: Callable[[], object] = lambda: None,
     progress: bool = True,
+    generator: str | None = None,
 ) -> Path:
     """Answer the prompts with the model and write the corpus; returns its folder, at once where complete.
 
@@ -71,6 +73,7 @@ def distil(
         fingerprint: names the model's weights; a corpus made under another one is refused.
         rank, world_size: this process answers the batches whose index modulo `world_size` is `rank`.
         barrier: waits for all processes.
+        generator: URL of an engine that serves the same model and answers in its place, see `RemoteAnswerer`.
 
     Raises:
         ConfigError: the folder holds a corpus of other settings, or no room for a prompt is left.
@@ -79,9 +82,13 @@ def distil(
     folder, (unique, num_duplicates) = Path(output_dir), deduplicate(prompts)
     kept, dropped = ngram_filter(unique, evaluation_files=options.evaluation_files)
     settings = _settings(model, tokenizer, kept, options=options, fingerprint=fingerprint)
+    if generator is not None:
+        settings["external"] = True
     if _is_complete(folder, settings=settings):
         return folder
     answerer = Answerer(model.eval(), tokenizer, options)
+    if generator is not None:
+        answerer = RemoteAnswerer(answerer.model, tokenizer, options, generator)
     shards = Shards(folder / "shards", hashlib.sha256(json.dumps(settings).encode()).hexdigest())
     barrier()  # rank 0 writes nothing before all have read what was there
     if rank == 0:

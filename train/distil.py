@@ -60,6 +60,7 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
         rank=state.process_index,
         world_size=state.num_processes,
         barrier=state.wait_for_everyone,
+        generator=config.generator,
     )
 
 

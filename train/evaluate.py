@@ -1,5 +1,6 @@
 """Figures of exit heads on text: agreement, expected acceptance, precision and coverage. Knows no files."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -28,14 +29,15 @@ def evaluate(
     """Means over all positions, by exit, under the keys `held_out/<figure>/layer_<NN>`: as a round's first draft.
 
     Figures: `loss`; `agreement` with the base's choice; `acceptance`, the chance that a sampled draft is
-    accepted; `precision` and `coverage` of drafts whose confidence (at T = 1) is at least 0.8. With a simulation
-    also what replay says of these heads.
+    accepted; `precision` and `coverage` of drafts whose confidence (at T = 1) is at least 0.8. Also `held_out/chance`,
+    the agreement of always the same token; and with a simulation what replay says of these heads.
 
     Args:
         ages: those of the heads.
     """
     sums: dict[str, float] = {}
     logged: Logged | None = None
+    said: list[int] = []
     positions = 0
     for batch in batches:
         targets = Targets.of(batch.target, batch.top_ids, batch.top_log_probs, target_to_draft)
@@ -59,7 +61,8 @@ def evaluate(
             for name, value in values.items():
                 key = f"held_out/{name}/layer_{layer:02d}"
                 sums[key] = sums.get(key, 0.0) + value
-    means = _means(sums, positions)
+        said += batch.target.tolist()
+    means = _means(sums, positions) | {"held_out/chance": max(Counter(said).values(), default=0) / max(1, positions)}
     if simulation is None or logged is None:
         return means
     return means | simulation.figures(logged.sure, logged.right, logged.targets)

@@ -19,10 +19,13 @@ from runtime.errors import DataError, SpecBoundError
 from runtime.heads import DraftUnembedding, ExitHeads, LinearHead
 from runtime.identity import weights_sha256
 from runtime.layers import DecoderLayers
+from train.budget import bytes_per_position, require_disk
 from train.calibrate import require_positions
+from train.curves import draw_curves
 from train.distil import load_base, make_corpus
 from train.hub import check_can_push, publish
-from train.launch import check_output_dir, make_accelerator, quiet_logs, show_settings, start_trackers
+from train.interrupts import StopSignals
+from train.launch import check_output_dir, make_accelerator, quiet_logs, show_settings, sole_writer, start_trackers
 from train.loop import fit
 from train.lora import use_peft, without_peft
 from train.options import FitConfig, parse_config, validate, validate_against_model
@@ -38,11 +41,17 @@ def main(config: FitConfig) -> None:
 
     Raises:
         SpecBoundError: bad settings, prompts, base or output folder; nothing half-written is left.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM; in the fit itself only after the step is saved.
     """
     validate(config)
     check_output_dir(config)
     if config.push_to_hub:
         check_can_push(config)
+    with StopSignals() as stop, sole_writer(config):
+        _main(config, stop)
+
+
+def _main(config: FitConfig, stop: StopSignals) -> None:
     accelerator = make_accelerator(config)
     show_settings(accelerator, config)
 
@@ -65,10 +74,12 @@ def main(config: FitConfig) -> None:
 
     # 3) fit, calibrate, publish
     start_trackers(accelerator, config)
-    heads = without_peft(fit(config, accelerator, heads, unembedding, inverse, splits))
+    heads = without_peft(fit(config, accelerator, heads, unembedding, inverse, splits, stop))
     if weights_sha256(model) != before:
         raise SpecBoundError("the base's weights changed while fitting: this adapter is not to be trusted")
     if accelerator.is_main_process:
+        output_dir = Path(config.output_dir)
+        draw_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
         folder = publish_locally(
             config,
             model,
@@ -112,9 +123,18 @@ def _load_splits(config: FitConfig, accelerator: Accelerator, layers: DecoderLay
             "distil again into another corpus_dir"
         )
     if config.features == "cache":
+        _state_budget(config, accelerator, splits)
         for name, split in splits.items():
             split.fill_cache(config, accelerator, name)
     return splits
+
+
+def _state_budget(config: FitConfig, accelerator: Accelerator, splits: dict[str, Split]) -> None:
+    """Print what the cache will take; raises ConfigError where the disk has less."""
+    rows = [row for split in splits.values() for row in split.sequences.rows]
+    one = bytes_per_position(splits["fit"].extract(rows[:1]))
+    needed = one * sum(len(response) for _, response in rows)
+    accelerator.print(require_disk(Path(config.output_dir) / "features", needed))
 
 
 def make_heads(config: FitConfig, hidden_size: int, unembedding: DraftUnembedding) -> ExitHeads:

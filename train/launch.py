@@ -3,9 +3,12 @@
 Knows no model and no text.
 """
 
+import fcntl
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import datasets
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedType
 from transformers.utils import logging as transformers_logging
 
 from runtime.errors import ConfigError
@@ -57,6 +61,36 @@ def check_output_dir(config: FitConfig) -> None:
         )
 
 
+@contextmanager
+def sole_writer(config: FitConfig) -> Iterator[None]:
+    """Hold the output folder against other fits while this one lives; the lock goes with the process.
+
+    An empty folder is removed at the end: a fit that fails at its base or its prompts leaves none behind.
+
+    Raises:
+        ConfigError: another fit that is alive holds it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    path = Path(config.output_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise ConfigError(
+            f"output_dir {config.output_dir!r} is in use by another fit: wait for it, or name another output_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(folder)
+        with suppress(OSError):
+            path.rmdir()
+
+
 def make_accelerator(config: FitConfig) -> Accelerator:
     """Device, processes, precision and trackers, as `accelerate launch` or `torchrun` set them.
 
@@ -75,6 +109,7 @@ def make_accelerator(config: FitConfig) -> Accelerator:
         project_dir=config.output_dir,
         kwargs_handlers=handlers or None,
     )
+    refuse_spread_base(accelerator)
     # The launcher's environment would win over the recipe.
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     if accelerator.state.deepspeed_plugin is not None:  # DeepSpeed accumulates and clips by its own settings
@@ -83,6 +118,22 @@ def make_accelerator(config: FitConfig) -> Accelerator:
         settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
         settings["gradient_clipping"] = config.max_grad_norm
     return accelerator
+
+
+def refuse_spread_base(accelerator: Accelerator) -> None:
+    """The heads' rows, the corpus and the calibration read the base whole.
+
+    Raises:
+        ConfigError: the launcher would spread it over the processes.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    kind = "FSDP" if accelerator.distributed_type == DistributedType.FSDP else None
+    kind = "DeepSpeed ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else kind
+    if kind is not None:
+        raise ConfigError(
+            f"{kind} would spread the base over the processes, which a fit cannot read yet: use"
+            " configs/accelerate/multi_gpu.yaml or zero2.yaml, where every GPU holds the base whole"
+        )
 
 
 def _check_trackers(names: list[str]) -> None:

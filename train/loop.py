@@ -1,27 +1,34 @@
 """The loop of a fit: steps, held-out figures, checkpoints, log. Knows no base model and no adapter files."""
 
-import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
+from accelerate.utils import broadcast_object_list, tqdm
 
 from runtime.heads import DraftUnembedding, ExitHeads
+from runtime.identity import file_sha256
 from train.calibrated import counted_costs
-from train.checkpoints import MetricsLog, load_checkpoint, save_checkpoint
+from train.checkpoints import FitState, load_checkpoint, save_checkpoint
+from train.costs import CostTable
 from train.evaluate import evaluate, show
-from train.losses import Targets, distillation_loss
+from train.flops import FitFlops
+from train.interrupts import StopSignals, exit_code
+from train.learner import Learner
+from train.metrics_log import MetricsLog
 from train.options import FitConfig
-from train.plan import Plan, StepText
+from train.plan import Plan
 from train.simulate import Simulation
+from train.speed import Speed
 from train.splits import Split
 
 # Settings that may differ between a run and its continuation: they do not change what is learnt.
 FREE_TO_CHANGE = {
-    "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to",
+    "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to", "max_skipped_batches",
+    "generator",
     "license", "schedule", "exit_threshold", "max_exit_layer", "max_draft_tokens", "sources", "output_dir",
     "corpus_dir", "features", "push_to_hub", "hub_model_id",
 }  # fmt: skip
@@ -35,6 +42,7 @@ def fit(
     unembedding: DraftUnembedding,
     inverse: torch.Tensor,
     splits: dict[str, Split],
+    stop: StopSignals,
 ) -> ExitHeads:
     """Fit the heads, from the start or from a checkpoint; returns them, unwrapped, in evaluation mode.
 
@@ -42,108 +50,116 @@ def fit(
         heads: on any device; those parameters that require a gradient are fitted.
         inverse: target id -> draft id, shape [vocabulary], int64, -1 where there is none.
         splits: `fit` and `held_out`.
+        stop: looked at after every step.
 
     Raises:
         ConfigError: the checkpoint to continue from is not whole, or was made with other settings.
+        DataError: too many batches gave no finite loss.
+        SystemExit: a signal came; the steps done are in a checkpoint.
     """
-    lengths = [len(response) for _, response in splits["fit"].sequences.rows]
-    plan = Plan(config, lengths, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    lengths = [(len(prompt), len(response)) for prompt, response in splits["fit"].sequences.rows]
+    responses = [response for _, response in lengths]
+    plan = Plan(config, responses, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    base = splits["fit"].extract.layers.model
+    flops = FitFlops.of(base, heads, head=config.head, draft_vocab_size=unembedding.weight.shape[0])
+    speed = Speed(flops, lengths, accelerator.device)
+    accelerator.print(f"{plan.total} steps; with its heads the fit costs {speed.cost():.2f} times the base's forward")
+    costs = counted_costs(base, heads, unembedding)
     learned = [parameter for parameter in heads.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=config.learning_rate, weight_decay=config.weight_decay)
     ages = heads.ages
     wrapped, optimizer = accelerator.prepare(heads, optimizer)
     settings = {key: value for key, value in asdict(config).items() if key not in FREE_TO_CHANGE}
     settings["num_processes"] = accelerator.num_processes
-    output_dir = Path(config.output_dir)
-    step = load_checkpoint(accelerator, config.resume_from_checkpoint, output_dir, settings)
-    if step >= plan.total:
-        accelerator.print(f"the fit is already complete: {step} of {plan.total} steps are done")
-    base = splits["held_out"].extract.layers.model
-    held_out = splits["held_out"].sequences.rows[:EVALUATION_SEQUENCES]
-    simulation = Simulation(held_out, counted_costs(base, heads, unembedding))
-    log = MetricsLog(output_dir / "metrics.jsonl", step=step) if accelerator.is_main_process else None
-    learner = _Learner(config, accelerator, wrapped, optimizer, unembedding, inverse, splits["fit"])
-    for text in _progress(plan, step, learner):
-        rate = plan.learning_rate(step)
-        values = {"fit/loss": learner.learn(text, learning_rate=rate, turn=step)}
-        step += 1
-        if plan.ends_epoch(step):
-            batches = splits["held_out"].batches(config.per_device_train_batch_size, limit=EVALUATION_SEQUENCES)
-            wrapped.eval()  # on its own line: DeepSpeed's engine returns None
-            values |= evaluate(
-                batches,
-                wrapped,
-                unembedding,
-                inverse,
-                kl_weight=config.kl_weight,
-                ages=ages,
-                simulation=simulation,
-            )
-            accelerator.print(show(step, values))
-        if log is not None:
-            log.write(step, values | {"fit/learning_rate": rate})
-        if step % config.logging_steps == 0 or step == plan.total:
-            accelerator.log(values, step=step)
-        if step % config.save_steps == 0 or step == plan.total:
-            save_checkpoint(accelerator, output_dir, step, settings, keep=config.save_total_limit)
+    settings["corpus"] = file_sha256(config.corpus_path / "corpus.json")  # of prompts, base and how it answered
+    state = load_checkpoint(accelerator, config.resume_from_checkpoint, Path(config.output_dir), settings)
+    if state.step >= plan.total:
+        accelerator.print(f"the fit is already complete: {state.step} of {plan.total} steps are done")
+    learner = Learner(config, accelerator, wrapped, optimizer, unembedding, inverse, splits["fit"], state.skipped)
+    judge = _Judge(config, learner, splits["held_out"], costs, ages)
+    with stop.waiting():
+        _steps(config, plan, state, learner, judge, speed, settings, stop)
     # Without the wrapper that computes in mixed precision: an adapter is measured as it will be used.
     fitted: ExitHeads = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     return fitted.eval()
 
 
-class _Learner:
-    """One optimizer step at a time, and the figures that the bar shows."""
+def _steps(
+    config: FitConfig,
+    plan: Plan,
+    state: FitState,
+    learner: Learner,
+    judge: "_Judge",
+    speed: Speed,
+    settings: dict[str, Any],
+    stop: StopSignals,
+) -> None:
+    """The steps still to do, with their lines in the log and their checkpoints."""
+    accelerator, output_dir = learner.accelerator, Path(config.output_dir)
+    log = MetricsLog(output_dir / "metrics.jsonl", step=state.step) if accelerator.is_main_process else None
+    with tqdm(total=plan.total, initial=state.step, desc="fit", unit="step") as bar:
+        for text in plan.text(state.step):
+            rate = plan.learning_rate(state.step)
+            values = learner.learn(text, step=state.step, learning_rate=rate) | {"fit/learning_rate": rate}
+            state = replace(state, step=state.step + 1, skipped=learner.skipped, score=None)
+            values |= speed.step(text, left=plan.total - state.step, cached=learner.split.cache is not None)
+            bar.set_postfix_str(f"loss {learner.loss:.3f}, {speed.line(values)}", refresh=False)
+            bar.update()
+            if plan.ends_epoch(state.step):
+                values |= judge.evaluate(state.step)
+                state = judge.scored(state, values)
+            if log is not None:
+                log.write(state.step, values)
+            if state.step % config.logging_steps == 0 or state.step == plan.total:
+                accelerator.log(values, step=state.step)
+            signal = _agreed(accelerator, stop.received)
+            is_best = state.score is not None and state.score == state.best
+            if signal or is_best or state.step % config.save_steps == 0 or state.step == plan.total:
+                save_checkpoint(accelerator, output_dir, state, settings, keep=config.save_total_limit)
+            if signal:
+                accelerator.print(f"stopped after step {state.step}: --resume_from_checkpoint latest goes on")
+                accelerator.end_training()
+                raise SystemExit(exit_code(signal))
+            speed.pause()
+
+
+def _agreed(accelerator: Accelerator, signal: int) -> int:
+    """The signal that any process got, on all of them; 0 where none did."""
+    received = torch.tensor([signal], device=accelerator.device)
+    return int(accelerator.gather(received).max())
+
+
+class _Judge:
+    """Figures of the heads on held-out text, and which of them were the best so far."""
 
     def __init__(
-        self,
-        config: FitConfig,
-        accelerator: Accelerator,
-        wrapped: Any,
-        optimizer: Any,
-        unembedding: DraftUnembedding,
-        inverse: torch.Tensor,
-        split: Split,
+        self, config: FitConfig, learner: Learner, split: Split, costs: CostTable, ages: Sequence[int]
     ) -> None:
-        self.config, self.accelerator, self.split = config, accelerator, split
-        self.wrapped, self.optimizer = wrapped, optimizer
-        self.unembedding, self.inverse = unembedding, inverse
-        self.loss, self.positions = float("nan"), 0
+        self.config, self.learner, self.split, self.ages = config, learner, split, ages
+        self.simulation = Simulation(split.sequences.rows[:EVALUATION_SEQUENCES], costs)
 
-    def learn(self, text: StepText, *, learning_rate: float, turn: int) -> float:
-        """Do one step, the `turn`-th; returns the mean loss over its positions, those of all processes."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.wrapped.train()
-        total = torch.zeros((), device=self.accelerator.device)
-        for batch in text.batches:
-            with self.accelerator.accumulate(self.wrapped):
-                total += self._micro_step(batch, text, turn)
-        self.positions += text.num_positions
-        self.loss = float(self.accelerator.reduce(total, "sum"))
-        return self.loss
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Agreement, acceptance and what replay says, with an alarm for each head that is no better than chance."""
+        batches = self.split.batches(self.config.per_device_train_batch_size, limit=EVALUATION_SEQUENCES)
+        learner = self.learner
+        learner.wrapped.eval()  # on its own line: DeepSpeed's engine returns None
+        values = evaluate(
+            batches,
+            learner.wrapped,
+            learner.unembedding,
+            learner.inverse,
+            kl_weight=self.config.kl_weight,
+            ages=self.ages,
+            simulation=self.simulation,
+        )
+        learner.accelerator.print(show(step, values))
+        if learner.accelerator.is_main_process:
+            values |= learner.alarms.agreement(values, values["held_out/chance"])
+        return values
 
-    def _micro_step(self, batch: list[int], text: StepText, turn: int) -> torch.Tensor:
-        """One micro-batch; returns its part of the step's mean loss."""
-        features = self.split.features(batch)
-        targets = Targets.of(features.target, features.top_ids, features.top_log_probs, self.inverse)
-        logits = self.wrapped(features.hidden, features.context(turn=turn), self.unembedding)
-        losses = [distillation_loss(z, targets, kl_weight=self.config.kl_weight) for z in logits.values()]
-        part = torch.stack(losses).mean() * (len(features.target) / text.num_positions)
-        # What follows averages over processes and micro-batches; the parts are to be summed.
-        self.accelerator.backward(part * (self.accelerator.num_processes * len(text.batches)))
-        if self.accelerator.sync_gradients:
-            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return part.detach()
-
-
-def _progress(plan: Plan, step: int, learner: _Learner) -> Any:
-    """The steps from `step` on, under a bar with the loss and the response tokens per second."""
-    started = time.perf_counter()
-    with tqdm(total=plan.total, initial=step, desc="fit", unit="step") as bar:
-        for text in plan.text(step):
-            yield text
-            rate = learner.positions / (time.perf_counter() - started)
-            bar.set_postfix_str(f"loss {learner.loss:.3f}, {rate:.0f} tokens/s", refresh=False)
-            bar.update()
+    def scored(self, state: FitState, values: dict[str, float]) -> FitState:
+        """The state with its score; the main process's, for others may differ in the last bit."""
+        score = broadcast_object_list([values.get("held_out/accepted_length")])[0]
+        if score is None:
+            return state
+        return replace(state, score=score, best=score if state.best is None else max(score, state.best))

@@ -33,7 +33,7 @@ _RANGES |= {
     "warmup_ratio": (0, 1),
     "exit_threshold": (0, 1),
 }
-_RANGES |= {"calibration_fraction": (0, 1), "held_out_fraction": (0, 1)}
+_RANGES |= {"max_skipped_batches": (0, math.inf), "calibration_fraction": (0, 1), "held_out_fraction": (0, 1)}
 
 
 def _help(text: str) -> dict[str, str]:
@@ -52,6 +52,7 @@ class FitConfig:
     dtype: str = field(default="bfloat16", metadata=_help("of the base: float32, bfloat16 or float16"))
     prompts: list[str] = field(metadata=_help("files (.jsonl, .json) or data sets (name or name:split)"))
     prompt_limit: int | None = field(default=None, metadata=_help("most prompts read from each source"))
+    generator: str | None = field(default=None, metadata=_help("URL of an OpenAI-compatible engine that answers"))
     evaluation_files: list[str] = field(default_factory=list, metadata=_help("drop prompts like theirs"))
     corpus_dir: str | None = field(default=None, metadata=_help("default: output_dir/corpus"))
     calibration_fraction: float = field(default=0.1, metadata=_help("of the prompts, by hash"))
@@ -79,6 +80,7 @@ class FitConfig:
     weight_decay: float = field(default=0.01, metadata=_help("of AdamW"))
     warmup_ratio: float = field(default=0.05, metadata=_help("of the steps"))
     max_grad_norm: float = field(default=1.0, metadata=_help("gradients are clipped to it"))
+    max_skipped_batches: int = field(default=10, metadata=_help("more batches that give no finite loss: an error"))
     kl_weight: float = field(default=0.5, metadata=_help("weight of the divergence from the base"))
     teacher_top_k: int = field(default=32, metadata=_help("tokens of the base's distribution kept"))
     max_length: int = field(default=1024, metadata=_help("of prompt and response; the right end is cut"))

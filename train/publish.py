@@ -104,8 +104,10 @@ def write_replayed(
 
 
 def portable(name: str) -> str:
-    """A name without a machine's path: Hub ids, and folders below this one, as they are."""
+    """A name without a machine's path or address: Hub ids, and folders below this one, as they are."""
     path = Path(name)
+    if "://" in name:
+        return "URL"
     return path.name if path.is_absolute() or ".." in path.parts else name
 
 

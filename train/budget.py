@@ -1,0 +1,65 @@
+"""The disk that cached features take: counted before any is written, refused where it is not there.
+
+Knows nothing of how features are computed or laid out; it adds up the tensors of one text.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from runtime.errors import ConfigError
+
+MARGIN = 1.02  # headers of the files, and the blocks of the file system
+
+
+def bytes_per_position(features: Any) -> float:
+    """Bytes on disk of one response position.
+
+    Args:
+        features: of some texts: a dataclass of tensors and dictionaries of tensors, with `lengths`.
+    """
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(features)) / sum(features.lengths)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def require_disk(folder: Path, needed: float) -> str:
+    """See that a folder's disk has room; returns a line that states the need and what is free.
+
+    Args:
+        folder: need not exist yet. What lies in it already counts towards the need: it is not written again.
+        needed: bytes in all.
+
+    Raises:
+        ConfigError: there is less free than what is still to be written.
+    """
+    there = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.exists() else 0
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(nearest).free
+    left = max(0.0, needed * MARGIN - there)
+    line = f"cached features take {readable(needed)} in {folder}; {readable(left)} to write, {readable(free)} free"
+    if left > free:
+        raise ConfigError(f"{line}: use --features online, fewer exits or prompts, or another output_dir")
+    return line
+
+
+def readable(size: float) -> str:
+    """Bytes as `3.2 GB`; 1 GB is a thousand million."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,71 @@
+"""Shapes of bases without their weights: from a folder, a Hub id, or a few figures kept here for known ids.
+
+The figures are those of the models' own config files, so that a fit of a gated or large base can be planned
+without an account and without a download.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from runtime.errors import ConfigError
+
+_LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
+KNOWN: dict[str, dict[str, Any]] = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    },
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": {
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 49152, "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    },
+    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_3 | {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "meta-llama/Llama-3.3-70B-Instruct": _LLAMA_3 | {
+        "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+    "Qwen/Qwen3-8B": {
+        "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+    },
+    "lmsys/vicuna-7b-v1.5": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
+    },
+    "codellama/CodeLlama-13b-Instruct-hf": {
+        "model_type": "llama", "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
+        "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32016, "max_position_embeddings": 16384,
+    },
+}  # fmt: skip
+
+
+def empty_model(name: str, *, revision: str | None = None) -> Any:
+    """The model of a config, with shapes and no memory (`meta`).
+
+    Args:
+        name: an id of `KNOWN`, a folder or a file with a config, or a Hub id.
+
+    Raises:
+        ConfigError: there is no such config.
+    """
+    if name in KNOWN:
+        figures = dict(KNOWN[name])
+        config = AutoConfig.for_model(figures.pop("model_type"), **figures)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(name, revision=revision)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ConfigError(
+                f"no config of {name!r} can be had ({reason}): give a folder, or one of {', '.join(KNOWN)}"
+            ) from error
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
