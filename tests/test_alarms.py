@@ -122,7 +122,8 @@ def test_the_disk_of_a_cache_is_stated_and_refused(quick_fit, tmp_path, monkeypa
     assert not list((tmp_path / "out").rglob("*.safetensors"))
     folder, _ = quick_fit(tmp_path / "out", features="cache")
     stated = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("cached features take"))
-    kilobytes = float(stated.removeprefix("cached features take ").split(" kB")[0])
+    size, unit = stated.removeprefix("cached features take ").split()[:2]
+    kilobytes = float(size) * {"kB": 1, "MB": 1000}[unit]
     written = sum(path.stat().st_size for path in folder.rglob("features-*.safetensors")) / 1000
     assert kilobytes == pytest.approx(written, rel=0.03)
 

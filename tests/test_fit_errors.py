@@ -164,6 +164,7 @@ def test_logits_that_are_not_finite_stop_the_fit(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("train.fit_exits.fit", lambda config, accelerator, heads, *rest: spoil(heads))
 
     def spoil(heads):
+        (tmp_path / "out" / "metrics.jsonl").write_text("")
         with torch.no_grad():
             heads.heads["4"].down.weight.fill_(float("nan"))
         return heads

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from runtime.errors import ConfigError
-from runtime.heads import DraftUnembedding
+from runtime.heads import HEAD_KINDS, DraftUnembedding
 from runtime.layers import DecoderLayers
 from train.budget import bytes_per_position
 from train.cli import app
@@ -61,7 +61,7 @@ def step(config, base, heads=None):
     def run():
         features = extract(rows)
         targets = Targets.of(features.target, features.top_ids, features.top_log_probs, inverse)
-        logits = heads(features.hidden, features.embedding, unembedding)
+        logits = heads(features.hidden, features.context(), unembedding)
         torch.stack([distillation_loss(z, targets, kl_weight=0.5) for z in logits.values()]).mean().backward()
         return features
 
@@ -85,7 +85,7 @@ def test_parameters_of_known_bases_are_exact(name):
     assert sum(parameter.numel() for parameter in empty_model(name).parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("head", ["residual", "linear", "lora"])
+@pytest.mark.parametrize("head", HEAD_KINDS)
 def test_parameters_of_a_fit_are_exact(tiny_base, make_adapter, make_model, head):
     empty = empty_model(str(tiny_base))
     model = make_model()
@@ -95,7 +95,7 @@ def test_parameters_of_a_fit_are_exact(tiny_base, make_adapter, make_model, head
     assert found.head_parameters == sum(p.numel() for p in make_adapter(model, head=head).heads.parameters())
 
 
-@pytest.mark.parametrize("head", ["residual", "linear", "lora"])
+@pytest.mark.parametrize("head", HEAD_KINDS)
 def test_operations_are_those_that_torch_counts(make_model, head):
     base = make_model(**MEASURED)
     config = tiny_config(head=head)
@@ -110,7 +110,7 @@ def test_operations_are_those_that_torch_counts(make_model, head):
     assert counted.get_total_flops() == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("head", ["residual", "linear", "lora"])
+@pytest.mark.parametrize("head", HEAD_KINDS)
 @pytest.mark.parametrize("draft", [100, 3000])
 def test_memory_of_a_step_is_within_a_quarter(base, head, draft):
     config = tiny_config(head=head, draft_vocab_size=draft)

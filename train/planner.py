@@ -180,7 +180,7 @@ def _inner(config: FitConfig, hidden_size: int) -> int:
 def position_bytes(config: FitConfig, model: Any) -> float:
     """Bytes of disk of one response position of cached features."""
     itemsize = getattr(torch, config.dtype).itemsize
-    states = (len(config.exit_layers) + 1) * model.config.hidden_size * itemsize
+    states = (len(config.exit_layers) + 2) * model.config.hidden_size * itemsize
     return states + 12 * min(config.teacher_top_k, model.config.vocab_size) + 8
 
 
