@@ -99,12 +99,12 @@ class RoundsView:
     def summarize(self, written: Written) -> None:
         """One line of figures."""
         stats = written.stats
-        speed = f"{stats.emitted / stats.seconds:.1f} tokens/s"
+        speed = stats.emitted / stats.seconds
+        said = [f"{stats.emitted} tokens", f"{speed:.1f} tokens/s with the prompt"]
         if stats.rounds:
-            speed += (
-                f", {stats.mean_accepted_length:.2f} tokens a round, {stats.acceptance_rate:.0%} of drafts accepted"
-            )
-        self.console.print(Text(f"({stats.emitted} tokens, {speed}, prompt included)", style="dim"))
+            said.append(f"{stats.mean_accepted_length:.2f} a round")
+            said.append(f"{stats.acceptance_rate:.0%} of drafts accepted")
+        self.console.print(Text(f"({', '.join(said)})", style="dim"))
 
     def _struck(self, text: str) -> tuple[str, str]:
         """A draft that is not in the text; marked by signs where there are no colours."""

@@ -49,7 +49,7 @@ def encode(worker: Worker, body: ChatRequest | CompletionRequest) -> Tensor:
         except Exception as error:  # templates raise what they like on roles that they do not take
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise ApiError(400, f"the model's chat template refuses this: {first}", param="messages") from None
-    elif isinstance(body.prompt, str) or isinstance(body.prompt[0:1], str):
+    elif isinstance(body.prompt, str):
         ids = tokenizer(body.prompt)["input_ids"]
     elif body.prompt and isinstance(body.prompt[0], str):
         ids = tokenizer(body.prompt[0])["input_ids"]
