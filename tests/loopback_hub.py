@@ -50,8 +50,8 @@ class Repository:
 class Refused(Exception):
     """An answer that is an error: status, and what huggingface_hub tells errors by."""
 
-    def __init__(self, status: int, message: str, code: str = "") -> None:
-        self.status, self.message, self.code = status, message, code
+    def __init__(self, status: int, message: str, code: str = "", **more: str) -> None:
+        self.status, self.message, self.code, self.more = status, message, code, more
 
 
 class LoopbackHub(ThreadingHTTPServer):
@@ -157,7 +157,11 @@ class Handler(BaseHTTPRequestHandler):
                 status, content, headers = self.route(unquote(split.path), parse_qs(split.query), body)
             except Refused as refused:
                 codes = {"X-Error-Message": refused.message} | ({"X-Error-Code": refused.code} if refused.code else {})
-                status, content, headers = refused.status, json.dumps({"error": refused.message}).encode(), codes
+                status, content, headers = (
+                    refused.status,
+                    json.dumps({"error": refused.message} | refused.more).encode(),
+                    codes,
+                )
             if fault == "lost":
                 return self.hang_up()
             self.answer(status, content, headers)
@@ -241,7 +245,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         name = f"{asked['organization']}/{asked['name']}"
         if name in self.server.repositories:
-            raise Refused(409, "You already created this model repo")
+            raise Refused(409, "You already created this model repo", url=f"{self.server.url}/{name}")
         made = self.server.repositories[name] = Repository(asked.get("visibility") == "private")
         made.branches["main"] = made.add({".gitattributes": b"*.safetensors filter=lfs\n"}, None)
         return {"url": f"{self.server.url}/{name}", "name": name}

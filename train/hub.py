@@ -103,8 +103,9 @@ def _check_claim(target: Path, token: str | None) -> None:
 
 def _explain(error: Exception, token: str | None) -> str:
     """One line that says what to do, and never a token."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    message = one_line(error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error)
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # of the thread that sent a file
+    status, message = getattr(getattr(error, "response", None), "status_code", None), one_line(error)
     if status in (401, 403):
         message = f"{message}; log in with `hf auth login`, with a token that may write there"
     for secret in (token, get_token()):
