@@ -21,7 +21,6 @@ from runtime.identity import weights_sha256
 from runtime.layers import DecoderLayers
 from train.budget import bytes_per_position, require_disk
 from train.calibrate import require_positions
-from train.curves import draw_curves
 from train.distil import load_base, make_corpus
 from train.hub import check_can_push, publish
 from train.interrupts import StopSignals
@@ -78,8 +77,6 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     if weights_sha256(model) != before:
         raise SpecBoundError("the base's weights changed while fitting: this adapter is not to be trusted")
     if accelerator.is_main_process:
-        output_dir = Path(config.output_dir)
-        draw_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
         folder = publish_locally(
             config,
             model,

@@ -14,6 +14,7 @@ from runtime.identity import file_sha256
 from train.calibrated import counted_costs
 from train.checkpoints import FitState, load_checkpoint, save_checkpoint
 from train.costs import CostTable
+from train.curves import draw_curves
 from train.evaluate import evaluate, show
 from train.flops import FitFlops
 from train.interrupts import StopSignals, exit_code
@@ -79,6 +80,8 @@ def fit(
     judge = _Judge(config, learner, splits["held_out"], costs, ages)
     with stop.waiting():
         _steps(config, plan, state, learner, judge, speed, settings, stop)
+    if accelerator.is_main_process:
+        draw_curves(Path(config.output_dir) / "metrics.jsonl", Path(config.output_dir) / "curves.png")
     # Without the wrapper that computes in mixed precision: an adapter is measured as it will be used.
     fitted: ExitHeads = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     return fitted.eval()
