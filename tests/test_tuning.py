@@ -91,7 +91,7 @@ def test_traces_on_disk(tmp_path: Path) -> None:
     read = Traces.read(tmp_path / "t.safetensors", weights_sha256="one")
     assert read.layers == traces.layers
     for name in ("sure", "right", "sequence", "context"):
-        assert np.array_equal(getattr(read, name), getattr(traces, name))
+        assert np.allclose(getattr(read, name), getattr(traces, name), atol=1e-3)
     (tmp_path / "bad").write_bytes(b"123")
     for name, heads, message in (
         ("t.safetensors", "other", "heads of another fit"),

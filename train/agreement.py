@@ -82,7 +82,7 @@ def run_on(
             ).logits[:, -1]
         cache = KVCache.from_dynamic(prefix, len(prompt) + len(response) + bounds.max_draft_tokens)
         state = DecodeState(layers, cache, list(prompt), deep=top[-1])
-        with execution(model, ExecutionPolicy.rowwise()):
+        with execution(model, ExecutionPolicy.batched()):
             decode(state, logits, drafter, bounds, Told(response), stats)
     return stats
 

@@ -125,20 +125,20 @@ class Traces:
         return replace(self, sure=self.uncalibrated)
 
     def write(self, path: Path, *, weights_sha256: str) -> None:
-        """Keep them in a safetensors file.
+        """Keep them in a safetensors file, confidences in half precision: finer than the data can tell.
 
         Args:
             weights_sha256: of the heads that they were logged with.
         """
         tensors: dict[str, NDArray[Any]] = {
             "layers": np.array(self.layers, dtype=np.int64),
-            "sure": np.ascontiguousarray(self.sure, dtype=np.float32),
+            "sure": np.ascontiguousarray(self.sure, dtype=np.float16),
             "right": np.ascontiguousarray(self.right),
             "sequence": self.sequence.astype(np.int32),
             "context": self.context.astype(np.int32),
         }
         if self.uncalibrated is not None:
-            tensors["uncalibrated"] = np.ascontiguousarray(self.uncalibrated, dtype=np.float32)
+            tensors["uncalibrated"] = np.ascontiguousarray(self.uncalibrated, dtype=np.float16)
         save_file(tensors, path, metadata={"weights_sha256": weights_sha256})
 
     @classmethod
@@ -157,11 +157,11 @@ class Traces:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             traces = cls(
                 layers=tuple(found["layers"].tolist()),
-                sure=found["sure"],
+                sure=found["sure"].astype(np.float32),
                 right=found["right"],
                 sequence=found["sequence"].astype(np.int64),
                 context=found["context"].astype(np.int64),
-                uncalibrated=found.get("uncalibrated"),
+                uncalibrated=found["uncalibrated"].astype(np.float32) if "uncalibrated" in found else None,
             )
         except FileNotFoundError:
             raise DataError(f"{path} is not there: fit the adapter again, which logs traces") from None
