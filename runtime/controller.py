@@ -12,17 +12,16 @@ from statistics import median
 
 from runtime.policy import SpeculationBounds
 
-# Rounds of each kind that an estimate looks back on, and the fewest that it is made from.
-WINDOW, TRIAL = 16, 6
+# Rounds without drafts that the price of a plain token is taken from, and the fewest.
 PLAIN_WINDOW, FIRST_PLAIN = 8, 2
-# A trial ends sooner where so few rounds already are so much slower.
-GLANCE, HOPELESS = 3, 0.8
-# A round without drafts now and then, while speculating, keeps the other side of the comparison fresh.
+# What speculation has won over plain decoding, in tokens: a trial may lose so many; of what is won, so many are kept.
+ALLOWED_LOSS, KEPT_GAIN = 3.0, 12.0
+# A round without drafts now and then, while speculating, keeps the price of a plain token fresh.
 REFRESH = 48
+# A round dearer than this, in plain tokens, was held up by something else.
+DEAREST = 3.0
 # Rounds without drafts after a trial that did not pay: longer each time, so that trials cost ever less.
 FIRST_REST, REST_GROWTH, MAX_REST = 16, 3, 768
-# Speed is noisy: what pays is not dropped for a hair.
-PAYS_AGAIN, PAYS_NO_MORE = 1.0, 0.97
 # A source's record: how many observations its own confidence counts for, and how fast old ones are forgotten.
 PRIOR, KEEP = 8.0, 0.98
 
@@ -41,10 +40,9 @@ class Controller:
         self.clock = clock
         self.resting = 0
         self._rest = FIRST_REST
-        self._plain: deque[tuple[float, int]] = deque(maxlen=PLAIN_WINDOW)
-        self._drafted: deque[tuple[float, int]] = deque(maxlen=WINDOW)
+        self._plain: deque[float] = deque(maxlen=PLAIN_WINDOW)
+        self._won = 0.0
         self._since_plain = 0
-        self._on_trial = True
         self._records: dict[int, tuple[float, float]] = {}
         self._started = 0.0
         self._is_plain = False
@@ -64,28 +62,28 @@ class Controller:
             exit_layers, confidences: of its drafts.
             num_accepted: how many of them were accepted; one token more was emitted.
         """
-        took = (self.clock() - self._started, num_accepted + 1)
+        seconds = self.clock() - self._started
         if self._is_plain:
-            self._plain.append(took)
+            self._plain.append(seconds)
             self._since_plain = 0
             self.resting = max(0, self.resting - 1)
             return
-        self._drafted.append(took)
         self._since_plain += 1
         self._observe(exit_layers, confidences, num_accepted)
-        if len(self._drafted) >= GLANCE:
-            self._judge()
+        self._judge(seconds / max(median(self._plain), 1e-9), num_accepted + 1)
 
-    def _judge(self) -> None:
-        """Go on, or rest."""
-        gain = _speed(self._drafted) / _speed(self._plain)
-        needed = PAYS_AGAIN if self._on_trial else PAYS_NO_MORE
-        if gain <= (HOPELESS if len(self._drafted) < TRIAL else needed):
+    def _judge(self, price: float, tokens: int) -> None:
+        """Add up what a round won over plain decoding (a cumulative sum test), and go on, or rest.
+
+        Args:
+            price: of the round, in plain tokens; one that was held up by something else counts as a dear one at most.
+        """
+        self._won = min(KEPT_GAIN, self._won + tokens - min(price, DEAREST))
+        if self._won <= -ALLOWED_LOSS:
             self.resting, self._rest = self._rest, min(REST_GROWTH * self._rest, MAX_REST)
-            self._drafted.clear()
-            self._on_trial = True
-        elif len(self._drafted) == WINDOW:
-            self._rest, self._on_trial = FIRST_REST, False
+            self._won = 0.0
+        elif self._won == KEPT_GAIN:
+            self._rest = FIRST_REST
 
     def _observe(self, exit_layers: Sequence[int], confidences: Sequence[float], num_accepted: int) -> None:
         """Hold the confidences of drafts that were judged, up to the first rejected one, against what came of them."""
@@ -105,10 +103,3 @@ class Controller:
             if honesty < 1.0:
                 own[layer] = bounds.threshold(layer) / honesty
         return replace(bounds, exit_thresholds=own)
-
-
-def _speed(rounds: Sequence[tuple[float, int]]) -> float:
-    """Tokens a second, a round that was held up by something else counted as three ordinary ones at most."""
-    usual = median(seconds for seconds, _ in rounds)
-    spent = sum(min(seconds, 3 * usual) for seconds, _ in rounds)
-    return sum(tokens for _, tokens in rounds) / max(spent, 1e-9)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from speculating import NEW_TOKENS, PROMPT, both, with_speculation
 from fake_heads import FakeHeads
+from speculating import NEW_TOKENS, PROMPT, both, with_speculation
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DynamicCache,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from fake_heads import FakeHeads
+from huggingface_hub import constants
 from torch import nn
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 

@@ -64,7 +64,7 @@ def test_a_good_adapter_for_people(folder):
     assert found["base"] == "base some-org/tiny-base"
     assert found["revision"] == "revision not stated"
     assert config["base_model_fingerprint"][:23] in found["fingerprint"]
-    assert found["heads"] == "heads residual, rank 8, float32"
+    assert found["heads"] == "heads deep, rank 8, float32"
     assert found["draft vocabulary"] == "draft vocabulary 64 of 128 tokens"
     assert found["license"] == "license apache-2.0"
     assert found["format"] == "format 1, written by specbound " + config["specbound_version"]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from speculating import NEW_TOKENS, PROMPT, with_speculation
 from fake_heads import FakeHeads
+from speculating import NEW_TOKENS, PROMPT, with_speculation
 from transformers import TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 from fake_heads import FakeHeads
+from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import runtime.decode

@@ -235,6 +235,7 @@ def test_half_a_request_holds_nobody(served: Served, text: str) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_request_that_fails_fails_alone(served: Served, text: str, stream: bool) -> None:
+    served.complete()  # and so nothing of the requests before is running
     served.valve.failing = True
     with pytest.raises(openai.APIError, match=r"the request failed \(RuntimeError\)") as caught:
         list(served.complete(stream=True)) if stream else served.complete()
