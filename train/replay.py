@@ -222,16 +222,16 @@ def _rounds(traces: Traces, bounds: SpeculationBounds, exits: tuple[int, ...]) -
     accepted = np.zeros(length, dtype=np.int64)
     correct = np.ones(length, dtype=bool)
     survival = np.ones(length)
-    position = np.arange(length)
-    drafting = limit > 0
+    drafting = np.arange(length)  # fewer with every step
     for step in range(most):
-        at = min(step, drafts - 1), np.minimum(position + step, length - 1)
-        drafting = drafting & (step < limit) & bounds.continues(survival)
-        codes = np.where(drafting, codes * (hard + 2) + level[at] + 1, codes)
-        drafting &= level[at] < hard
-        correct &= right[at]
-        accepted += drafting & correct
-        survival *= sure[at]
+        drafting = drafting[(step < limit[drafting]) & bounds.continues(survival[drafting])]
+        age = min(step, drafts - 1)
+        source = level[age, drafting + step]
+        codes[drafting] = codes[drafting] * (hard + 2) + source + 1
+        drafting = drafting[source < hard]
+        correct[drafting] &= right[age, drafting + step]
+        accepted[drafting] += correct[drafting]
+        survival[drafting] *= sure[age, drafting + step]
     return codes * MAX_DRAFTS + accepted
 
 

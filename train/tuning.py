@@ -24,7 +24,7 @@ OFF = 2.0  # a threshold no confidence reaches
 MIN_GAIN = 1e-4
 PASSES = 4
 # Candidates are compared on about so many positions, whole texts, and the first few of them then on all.
-QUICK_POSITIONS, FINALISTS = 4000, 4
+QUICK_POSITIONS, FINALISTS = 2000, 5
 
 
 @dataclass(frozen=True, slots=True)
