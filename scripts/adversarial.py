@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from runtime.benchmark import hardware
 from runtime.controller import Controller
 from runtime.files import write_atomic
+from runtime.packed import pack_in_place
 from train.attached import load_attached
 from train.tuning import OFF
 
@@ -88,11 +89,15 @@ def texts(kind: str, number: int) -> Iterator[str]:
 
 def noise(heads: torch.nn.Module) -> torch.nn.Module:
     """The same heads with random weights."""
+    packed = {module: module.__dict__.pop("forward") for module in heads.modules() if "forward" in module.__dict__}
     noisy = copy.deepcopy(heads)
+    for module, forward in packed.items():
+        module.__dict__["forward"] = forward
     generator = torch.Generator().manual_seed(0)
     for parameter in noisy.parameters():
         random_weights = torch.randn(parameter.shape, generator=generator) * 0.3
         parameter.data.copy_(random_weights.to(parameter.dtype))
+    pack_in_place(noisy.modules())
     return noisy
 
 
