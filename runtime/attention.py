@@ -91,7 +91,7 @@ def _grouped(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> AttentionOutput:
-    """As `_rowwise`, in one call or two."""
+    """As `_rowwise`, in a call for each group."""
     if query.shape[2] == 1:
         return _stock_attention(stock, module)(module, query, key, value, None, scaling=scaling, **kwargs)
     return attend_in_groups(query, key, value, scaling).transpose(1, 2), None

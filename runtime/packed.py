@@ -5,8 +5,10 @@ the model's own Linears is the probe's business; what packs is bfloat16 on a CPU
 not public: where they are missing nothing is packed. Knows no policy and no probe.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,6 +50,12 @@ class JointLinear:
         """Outputs of all modules, shape [..., sum of their sizes], of hidden states [..., in]."""
         output: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._weight, self._bias, "none", [], "")
         return output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
+        """A copy of a Linear that runs packed runs from its own weights: the layout cannot be copied."""
+        (module,) = self.modules
+        copied = copy.deepcopy(module, memo)
+        return partial(type(copied).forward, copied)
 
     def forwards(self, call: Forward) -> list[Forward]:
         """A `forward` for each module, of which one call of `call` (this object, maybe in rows) serves all."""

@@ -89,10 +89,7 @@ def texts(kind: str, number: int) -> Iterator[str]:
 
 def noise(heads: torch.nn.Module) -> torch.nn.Module:
     """The same heads with random weights."""
-    packed = {module: module.__dict__.pop("forward") for module in heads.modules() if "forward" in module.__dict__}
     noisy = copy.deepcopy(heads)
-    for module, forward in packed.items():
-        module.__dict__["forward"] = forward
     generator = torch.Generator().manual_seed(0)
     for parameter in noisy.parameters():
         random_weights = torch.randn(parameter.shape, generator=generator) * 0.3

@@ -6,7 +6,6 @@ python scripts/growth.py adapters/smollm2-135m-instruct configs/data/demo_prompt
 """
 
 import json
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -18,30 +17,18 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoTokenizer
-from transformers.generation.streamers import BaseStreamer
 
 from runtime.benchmark import hardware
 from runtime.files import write_atomic
 from train.attached import load_attached, read_spread
+from train.clock import Clock
 from train.methods import Method, make_methods
+from train.speed import peak_memory
 
 METHODS = ("stock", "plain", "specbound")
 CONTEXTS, OUTPUTS = (128, 512, 1024, 2048, 4096), (32, 128, 512)
 FIXED_OUTPUT, FIXED_CONTEXT = 64, 128
-
-
-class Clock(BaseStreamer):
-    """When the first token came, and the last."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        """The prompt, then token after token."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing."""
+CPU = torch.device("cpu")
 
 
 def main(
@@ -53,7 +40,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the figures in this file.")] = None,
 ) -> None:
     """Measure, print, keep the figures; exit code 1 if any id differs."""
-    before, started = peak_bytes(), time.perf_counter()
+    before, started = peak_memory(CPU), time.perf_counter()
     model = load_attached(adapter, None, dtype=dtype, threads=threads)
     loaded = time.perf_counter() - started
     text = "\n\n".join(message.content for prompt in read_spread(prompts, None) for message in prompt.messages)
@@ -76,7 +63,7 @@ def main(
             "heads": round(heads / 2**20, 1),
             "draft rows": round(model.specbound.drafter.unembedding.weight.nbytes / 2**20, 1),
             "cache of 1,000 tokens": round(1000 * keys * model.dtype.itemsize / 2**20, 1),
-            "peak of the process": round((peak_bytes() - before) / 2**20, 1),
+            "peak of the process": round((peak_memory(CPU) - before) / 2**20, 1),
         },
         "lengths": rows,
     }
@@ -112,11 +99,6 @@ def measure(
         "mean_accepted_length": round(statistics.median(lengths), 3),
         "tokens_per_second": {name: round(1 / statistics.median(taken), 2) for name, taken in seconds.items()},
     }
-
-
-def peak_bytes() -> int:
-    """The most memory this process held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def show(found: dict[str, Any]) -> None:

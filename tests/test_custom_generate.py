@@ -25,6 +25,11 @@ def folder(make_model, make_adapter, tmp_path):
     return tmp_path / "adapter"
 
 
+def test_the_shipped_adapter_carries_this_file():
+    shipped = ROOT / "adapters" / "smollm2-135m-instruct" / CUSTOM_GENERATE
+    assert shipped.read_bytes() == (ROOT / "train" / CUSTOM_GENERATE).read_bytes()
+
+
 @pytest.fixture
 def model(make_model):
     return make_model()

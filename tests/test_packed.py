@@ -1,5 +1,6 @@
 """Packed Linears and fused layers: what goes together, follows the model, and is not used where bits differ."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -218,8 +219,10 @@ def test_heads_run_packed_and_follow_the_base(model: Any, make_adapter: Any) -> 
         linears = [module for module in drafter.heads.modules() if isinstance(module, nn.Linear)]
         assert all("forward" in module.__dict__ for module in linears if module.weight.numel() >= packed.MIN_WEIGHTS)
         assert any("forward" in module.__dict__ for module in linears)
-        token, sure = drafter.propose(2, state)
-        assert token == unpacked[0] and abs(sure - unpacked[1]) < 0.02
+        for heads in (drafter.heads, copy.deepcopy(drafter.heads)):
+            token, sure = replace(drafter, heads=heads).propose(2, state)
+            assert token == unpacked[0] and abs(sure - unpacked[1]) < 0.02
+        assert heads.heads["2"].gate_up.weight is heads.heads["2"].gate_up.forward.args[0].weight
         drafter = drafter.on(DecoderLayers(model.float()))
         assert not any("forward" in module.__dict__ for module in drafter.heads.modules())
 

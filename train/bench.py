@@ -4,7 +4,6 @@ What each generation took is a record; the report is rewritten after every promp
 statistics: those are `train.bench_report`'s.
 """
 
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -15,17 +14,18 @@ from typing import Any
 import torch
 import transformers
 from tqdm import tqdm
-from transformers.generation.streamers import BaseStreamer
 
 from runtime.benchmark import hardware
 from runtime.config import VERSION
 from train.attached import load_attached, spread, to_ids
 from train.bench_report import summarize
+from train.clock import Clock
 from train.costs import CostTable
 from train.methods import Method, make_methods, require_known
 from train.predicted import predict
 from train.prompts import Prompt, read_prompts
 from train.reports import earlier_entries, write_report
+from train.speed import peak_memory
 
 # Spec-Bench counts the eight categories of MT-bench as one task.
 MT_BENCH = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
@@ -112,7 +112,7 @@ def _report(records: list[dict[str, Any]], total: int, conditions: dict[str, Any
         **conditions,
         **summarize(records),
         "loading_seconds": round(loading, 1),
-        "peak_memory_mib": _peak_memory(),
+        "peak_memory_mib": peak_memory(torch.device("cpu")) >> 20,
         "records": records,
     }
 
@@ -159,14 +159,15 @@ def _generate(
     model: Any, method: Method, ids: torch.Tensor, max_new_tokens: int
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Ids, and what the generation took."""
-    clock = FirstToken()
+    clock = Clock()
     if model.device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    clock.started = time.perf_counter()
+    started = time.perf_counter()
     output = method.generate(model, ids, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
-    seconds = time.perf_counter() - clock.started
-    run: dict[str, Any] = {"seconds": seconds, "first_token": clock.seconds, "tokens": output.shape[1] - ids.shape[1]}
+    seconds = time.perf_counter() - started
+    run: dict[str, Any] = {"seconds": seconds, "tokens": output.shape[1] - ids.shape[1]}
+    run["first_token"] = clock.times[1] - started  # after the prompt itself
     if model.device.type == "cuda":
         run["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20
     if method.bounds is not None:
@@ -180,24 +181,6 @@ def _warm_up(model: Any, methods: dict[str, Method], ids: torch.Tensor) -> None:
     """The first calls pay for allocations."""
     for method in methods.values():
         method.generate(model, ids, max_new_tokens=WARM_UP_TOKENS, do_sample=False)
-
-
-class FirstToken(BaseStreamer):
-    """When the first token came, in seconds after `started`."""
-
-    def __init__(self) -> None:
-        self.started = 0.0
-        self.seconds = 0.0
-        self._calls = 0
-
-    def put(self, value: torch.Tensor) -> None:
-        """The prompt, then tokens."""
-        self._calls += 1
-        if self._calls == 2:
-            self.seconds = time.perf_counter() - self.started
-
-    def end(self) -> None:
-        """Nothing."""
 
 
 def _conditions(settings: BenchSettings, model: Any, methods: dict[str, Method]) -> dict[str, Any]:
@@ -225,9 +208,3 @@ def _conditions(settings: BenchSettings, model: Any, methods: dict[str, Method])
         },
         "certificate": str(specbound.certificate),
     }
-
-
-def _peak_memory() -> int:
-    """MiB that the process held at most, all methods together."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> 20 if sys.platform == "darwin" else peak >> 10

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from tqdm import trange
 from transformers import DynamicCache
-from transformers.generation.streamers import BaseStreamer
 
 from runtime.benchmark import hardware
 from runtime.cache import KVCache
@@ -22,6 +21,7 @@ from runtime.execution import execution
 from runtime.handle import SpecBound
 from runtime.policy import SpeculationBounds
 from runtime.state import DecodeState
+from train.clock import Clock
 from train.costs import CostTable
 
 CONTEXTS = (64, 384, 1024)
@@ -161,7 +161,7 @@ class _Bench:
         return {("stock", None, self.context): stock, ("alone", None, self.context): alone}
 
     def _gap(self) -> float:
-        clock = _Clock()
+        clock = Clock()
         options = {"max_new_tokens": GENERATED, "min_new_tokens": GENERATED, "do_sample": False, "pad_token_id": 0}
         prompt = self.token_ids[:, : self.context]
         self.model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock, **options)
@@ -177,17 +177,3 @@ class _Bench:
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - started, result
-
-
-class _Clock(BaseStreamer):
-    """When each token came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        """The prompt, then token after token."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing."""
