@@ -116,12 +116,11 @@ def draft_tokens(
         stop_tokens: ids after which nothing is drafted, because the text would end there.
     """
     draft = Draft()
-    exits = bounds.exits(drafter.exit_layers)
     survival = 1.0
-    while len(draft.tokens) < limit and bounds.continues(survival):
-        found = _find_exit(state, drafter, bounds, exits)
+    while len(draft.tokens) < limit:
+        found = _find_exit(state, drafter, bounds, bounds.exits(drafter.exit_layers, survival))
         if found is None:
-            draft.hard = True
+            draft.hard = bounds.runs_layers(survival)
             break
         token, layer, sure = found
         survival *= sure

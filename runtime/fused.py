@@ -5,6 +5,7 @@ Linears run packed are fused, and only where the probe finds that every bit is k
 """
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -60,15 +61,13 @@ class FusedLayer:
         query, key = turned.split_with_sizes([self.num_queries, self.num_keys], 1)
         keys, values = past_key_values.update(key, value, self.layer_idx)
         attended = self._attend(query, keys, values).transpose(1, 2).reshape(1, length, -1)
-        hidden = hidden + self.output(attended)
+        hidden = self.output(attended).add_(hidden)
         gate, up = self.gate_up(self._norm(1, hidden)).chunk(2, -1)
-        further: Tensor = hidden + self.down(functional.silu(gate) * up)
-        return further
+        return self.down(functional.silu(gate).mul_(up)).add_(hidden)
 
     def _norm(self, index: int, hidden: Tensor) -> Tensor:
         weight, epsilon = self.norms[index]
-        normed: Tensor = weight * functional.rms_norm(hidden, weight.shape, None, epsilon)
-        return normed
+        return functional.rms_norm(hidden, weight.shape, None, epsilon).mul_(weight)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Queries [1, H, T, E] on keys and values [1, G, S, E], row t of T on the first S - T + t + 1."""
@@ -93,8 +92,16 @@ class FusedLayer:
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions for [1, heads, T, E]; tables [1, T, E]."""
-    first, second = heads.chunk(2, -1)
-    return heads * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
+    cos, signed = _tables(cos, sin)
+    return (heads * cos).add_(heads.roll(heads.shape[-1] // 2, -1).mul_(signed))
+
+
+@lru_cache(maxsize=1)
+def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The tables as [1, 1, T, E], the sine's first half with the sign of the half that is turned into it; one pair for
+    all layers."""
+    first, second = sin.chunk(2, -1)
+    return cos.unsqueeze(1), torch.cat((-first, second), -1).unsqueeze(1)
 
 
 def fused_layers(

@@ -21,8 +21,9 @@ class SpeculationBounds:
         max_exit_layer: the paper's d_max; a token that reaches it without an exit is hard and ends the draft.
         max_draft_tokens: the paper's w_max, drafts in a row before verification.
         exit_thresholds: exit layer -> its own tau, where it is not `exit_threshold`; above 1 the exit is not asked.
-        min_survival: drafting stops where the product of the drafts' confidences, the chance that all of them are
-            accepted, falls below this: the next draft would likely be wasted. 0 never stops. (Not in the paper.)
+        min_survival: no layer runs for a further draft where the product of the drafts' confidences, the chance that
+            all of them are accepted, is below this: it would likely be wasted. Depth 0 runs none, and drafts on. At 0
+            this never stops anything. (Not in the paper.)
     """
 
     exit_threshold: float
@@ -49,16 +50,21 @@ class SpeculationBounds:
         """Tau of an exit."""
         return self.exit_thresholds.get(layer, self.exit_threshold)
 
-    def exits(self, layers: Iterable[int]) -> list[int]:
-        """The exit layers that may draft, shallowest first: not beyond `max_exit_layer`, and with a tau to reach."""
-        return sorted(layer for layer in layers if layer <= self.max_exit_layer and self.threshold(layer) <= 1.0)
+    def exits(self, layers: Iterable[int], survival: float = 1.0) -> list[int]:
+        """The exit layers that may draft, shallowest first: not beyond `max_exit_layer`, and with a tau to reach.
+
+        Args:
+            survival: product of the confidences of the drafts so far.
+        """
+        deepest = self.max_exit_layer if self.runs_layers(survival) else 0
+        return sorted(layer for layer in layers if layer <= deepest and self.threshold(layer) <= 1.0)
 
     def accepts(self, layer: int, confidence: Any) -> Any:
         """Whether a token of this calibrated confidence leaves as a draft. NaN never does. A number or an array."""
         return confidence >= self.threshold(layer)
 
-    def continues(self, survival: Any) -> Any:
-        """Whether to draft on, given the product of the confidences of the drafts so far. A number or an array."""
+    def runs_layers(self, survival: Any) -> Any:
+        """Whether layers run for one more draft, given the product of the confidences so far. A number or an array."""
         return survival >= self.min_survival
 
     def draft_limit(self, remaining_tokens: int) -> int:

@@ -67,17 +67,22 @@ def simulate(traces: Traces, text: int, bounds: SpeculationBounds, costs: CostTa
 
         for position in left:
             depth.append(0)
-            if len(drafts) >= bounds.max_draft_tokens or position == left[-1] or survival < bounds.min_survival:
+            if len(drafts) >= bounds.max_draft_tokens or position == left[-1]:
                 break
             out = None
             for layer in exits:
-                totals["ms"] += climb(depth, layer, context, costs)
-                totals["ms"] += costs.lookup if layer == 0 else costs.head
-                if traces.sure[EXITS.index(layer), min(len(drafts), DRAFTS - 1), position] >= bounds.threshold(layer):
+                stopped = survival < bounds.min_survival
+                if layer > 0 and stopped:
+                    break
+                sure = traces.sure[EXITS.index(layer), min(len(drafts), DRAFTS - 1), position]
+                if not stopped or sure >= bounds.threshold(layer):  # a stopped lookup's last question is not priced
+                    totals["ms"] += climb(depth, layer, context, costs)
+                    totals["ms"] += costs.lookup if layer == 0 else costs.head
+                if sure >= bounds.threshold(layer):
                     out = layer
                     break
             if out is None:
-                hard = True
+                hard = survival >= bounds.min_survival
                 break
             drafts.append((EXITS.index(out), min(len(drafts), DRAFTS - 1), position))
             survival *= float(traces.sure[drafts[-1]])

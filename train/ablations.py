@@ -13,7 +13,7 @@ from train.replay import Replayer
 from train.traces import Traces
 from train.tuning import OFF
 
-UNBOUNDED_WIDTH = 12
+UNBOUNDED_WIDTH = 16
 FULL, UNCALIBRATED = "as chosen", "T = 1 at every exit"
 
 

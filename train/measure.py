@@ -8,10 +8,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import isotonic_regression
 from tqdm import trange
 from transformers import DynamicCache
 
@@ -28,10 +30,12 @@ CONTEXTS = (64, 384, 1024)
 REPEATS = 7
 WARM_UP = 2
 GENERATED = 8
+# A token more than the widest draft that `tuning` tries.
+MAX_WIDTH = 13
 
 
 @torch.no_grad()
-def measure(model: Any, *, max_width: int = 9, repeats: int = REPEATS, progress: bool = True) -> CostTable:
+def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, progress: bool = True) -> CostTable:
     """The cost table of a model that an adapter is attached to.
 
     Args:
@@ -48,6 +52,10 @@ def measure(model: Any, *, max_width: int = 9, repeats: int = REPEATS, progress:
             timed = bench.gaps()
             with execution(model, policy, specbound.packed):
                 timed |= bench.sources() | bench.blocks()
+            # Within a round, since the machine drifts from one to the next.
+            timed["rest", None, bench.context] = timed.pop(("alone", None, bench.context)) - sum(
+                timed[name, 1, bench.context] for name in ("layers", "unembedding")
+            )
             if number >= WARM_UP:
                 for key, taken in timed.items():
                     seconds[key].append(taken)
@@ -56,9 +64,12 @@ def measure(model: Any, *, max_width: int = 9, repeats: int = REPEATS, progress:
 
 
 def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound: SpecBound, model: Any) -> CostTable:
-    """Straight lines through the contexts; per layer, per token."""
+    """Straight lines through the contexts, rising steps over the widths; per layer, per token."""
     num_layers = specbound.layers.num_layers
     widths = range(1, max_width + 1)
+    for name, context in product(("layers", "unembedding"), contexts):  # noise: cost does not fall with more tokens
+        rising = isotonic_regression([ms[name, width, context] for width in widths]).x
+        ms |= {(name, width, context): float(value) for width, value in zip(widths, rising, strict=True)}
 
     def line(name: str, width: int | None = None) -> tuple[float, float]:
         slope, base = np.polyfit(contexts, [ms[name, width, context] for context in contexts], 1)
@@ -70,7 +81,6 @@ def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound:
     unembedding = {
         width: statistics.mean(ms["unembedding", width, context] for context in contexts) for width in widths
     }
-    alone, _ = line("alone")
     plain, plain_context = line("stock")
     # A head as a draft pays for it: everything between two drafts but the layers.
     heads = [
@@ -88,7 +98,7 @@ def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound:
         unembedding=unembedding,
         head=max(0.0, statistics.mean(heads)) if heads else 0.0,
         lookup=statistics.mean(lookups) if lookups else 0.0,
-        token=max(0.0, alone - layers[1][0] - unembedding[1]),
+        token=max(0.0, statistics.median(ms["rest", None, context] for context in contexts)),
         plain=plain,
         plain_context=plain_context,
         conditions={

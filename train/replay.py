@@ -203,8 +203,12 @@ class Round:
 
 
 def _rounds(traces: Traces, bounds: SpeculationBounds, exits: tuple[int, ...]) -> Ints:
-    """The round that would start at each position, as a number that `Round.decode` reads, shape [N]."""
+    """The round that would start at each position, as a number that `Round.decode` reads, shape [N].
+
+    Where the survival stop leaves the lookup alone, and it is not sure, that question is not in the number.
+    """
     length, hard = len(traces), len(exits)
+    runs_none = np.array([*(layer == 0 for layer in exits), False])
     drafts = traces.sure.shape[1]  # what differs from the first draft of a round to the last
     level = np.full((drafts, length), hard)
     sure, right = np.zeros((drafts, length)), np.zeros((drafts, length), dtype=bool)
@@ -224,9 +228,11 @@ def _rounds(traces: Traces, bounds: SpeculationBounds, exits: tuple[int, ...]) -
     survival = np.ones(length)
     drafting = np.arange(length)  # fewer with every step
     for step in range(most):
-        drafting = drafting[(step < limit[drafting]) & bounds.continues(survival[drafting])]
+        drafting = drafting[step < limit[drafting]]
         age = min(step, drafts - 1)
         source = level[age, drafting + step]
+        may = bounds.runs_layers(survival[drafting]) | runs_none[source]
+        drafting, source = drafting[may], source[may]
         codes[drafting] = codes[drafting] * (hard + 2) + source + 1
         drafting = drafting[source < hard]
         correct[drafting] &= right[age, drafting + step]

@@ -18,8 +18,8 @@ from train.replay import Replayed, Replayer
 from train.traces import Traces
 
 THRESHOLDS = (0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-WIDTHS = (1, 2, 3, 4, 5, 6, 8)
-SURVIVALS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
+SURVIVALS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 OFF = 2.0  # a threshold no confidence reaches
 MIN_GAIN = 1e-4
 PASSES = 4
@@ -49,10 +49,10 @@ def tune(
         def best(candidates: Iterator[SpeculationBounds]) -> tuple[float, SpeculationBounds]:
             scored = []
             for bounds in candidates:
-                scored.append((quick.run(bounds).tokens_per_second, bounds))
+                scored.append((_speed(quick.run(bounds)), bounds))
                 bar.update()
             scored.sort(key=lambda pair: -pair[0])
-            finalists = [(replayer.run(bounds).tokens_per_second, bounds) for _, bounds in scored[:FINALISTS]]
+            finalists = [(_speed(replayer.run(bounds)), bounds) for _, bounds in scored[:FINALISTS]]
             return max(finalists, key=lambda pair: pair[0])
 
         speed, bounds = best(_uniform(traces, held))
@@ -70,6 +70,11 @@ def tune(
         if replayer.run(idle).tokens_per_second >= speed:
             bounds = idle
     return bounds, replayer.run(bounds)
+
+
+def _speed(replayed: Replayed) -> float:
+    """Tokens a second, so rounded that sums in another order are equal."""
+    return round(replayed.tokens_per_second, 6)
 
 
 def _some(traces: Traces) -> Traces:
