@@ -26,6 +26,7 @@ COSTS = CostTable(
     head=0.25,
     lookup=0.03,
     token=0.2,
+    round=0.3,
     plain=9.0,
     plain_context=0.002,
 )
@@ -90,7 +91,7 @@ def simulate(traces: Traces, text: int, bounds: SpeculationBounds, costs: CostTa
         good = 0
         while good < len(drafts) and traces.right[drafts[good]]:
             good += 1
-        totals["ms"] += costs.unembedding[len(depth)] + costs.token * (good + 1)
+        totals["ms"] += costs.unembedding[len(depth)] + costs.round + costs.token * (good + 1)
         totals["rounds"] += 1
         totals["hard"] += hard
         totals["drafted"] += len(drafts)

@@ -29,8 +29,9 @@ class CostTable:
         unembedding: tokens in a block -> ms of the final norm and the unembedding.
         head: ms of asking one exit head.
         lookup: ms of asking the lookup.
-        token: ms of everything else for one emitted token: processors, criteria, embedding, bookkeeping.
+        token: ms of choosing one token: processors, criteria, streamer.
         plain, plain_context: ms a token of stock `generate`, and what every token of context adds.
+        round: ms of everything else in a round.
         conditions: hardware, dtype, threads, exactness, versions; empty where the table was counted.
     """
 
@@ -43,6 +44,7 @@ class CostTable:
     token: float
     plain: float
     plain_context: float
+    round: float = 0.0
     conditions: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -101,7 +103,8 @@ class CostTable:
         lines = [
             where,
             f"stock generate: {self.plain:.3g} ms a token, and {1000 * self.plain_context:.3g} for 1,000 of context",
-            f"head {self.head:.3g} ms, lookup {self.lookup:.2g} ms, the rest of an emitted token {self.token:.3g} ms",
+            f"head {self.head:.3g} ms, lookup {self.lookup:.2g} ms, choosing a token {self.token:.2g} ms",
+            f"the rest of a round {self.round:.3g} ms",
             f"{'tokens in a block':<24}" + "".join(f"{width:>9}" for width in widths),
             row("one layer, ms", self.layer),
             row("  for 1,000 of context", self.layer_context, 1000.0),

@@ -83,6 +83,7 @@ def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound:
     }
     plain, plain_context = line("stock")
     # A head as a draft pays for it: everything between two drafts but the layers.
+    token = ms["choose", None, contexts[0]]
     heads = [
         step - ms["push", None, context] - layer * (layers[1][0] + layers[1][1] * context) / num_layers
         for (name, layer, context), step in ms.items()
@@ -98,7 +99,8 @@ def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound:
         unembedding=unembedding,
         head=max(0.0, statistics.mean(heads)) if heads else 0.0,
         lookup=statistics.mean(lookups) if lookups else 0.0,
-        token=max(0.0, statistics.median(ms["rest", None, context] for context in contexts)),
+        token=token,
+        round=max(0.0, statistics.median(ms["rest", None, context] for context in contexts) - token),
         plain=plain,
         plain_context=plain_context,
         conditions={
@@ -156,7 +158,7 @@ class _Bench:
         return found
 
     def gaps(self) -> dict[Any, float]:
-        """Seconds between tokens of stock `generate`, and of the round that drafts nothing."""
+        """Seconds between tokens of stock `generate` and of rounds that draft nothing, and to choose one token."""
         specbound = self.specbound
         bounds, controller = specbound.bounds, specbound.controller
         # As wide as before, so that the same certificate holds.
@@ -164,15 +166,18 @@ class _Bench:
         specbound.controller = None
         try:
             alone = self._gap()
+            choose = specbound.stats.parts["emit"] / specbound.stats.rounds
             with specbound.disabled():
                 stock = self._gap()
         finally:
             specbound.bounds, specbound.controller = bounds, controller
-        return {("stock", None, self.context): stock, ("alone", None, self.context): alone}
+        where = None, self.context
+        return {("stock", *where): stock, ("alone", *where): alone, ("choose", *where): choose}
 
     def _gap(self) -> float:
         clock = Clock()
-        options = {"max_new_tokens": GENERATED, "min_new_tokens": GENERATED, "do_sample": False, "pad_token_id": 0}
+        never = self.model.config.vocab_size  # `min_new_tokens` would cost a processor in every token
+        options = {"max_new_tokens": GENERATED, "eos_token_id": never, "do_sample": False, "pad_token_id": 0}
         prompt = self.token_ids[:, : self.context]
         self.model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock, **options)
         return statistics.median(late - early for early, late in zip(clock.times[1:-1], clock.times[2:], strict=True))

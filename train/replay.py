@@ -178,7 +178,7 @@ class Round:
         """Milliseconds with an empty context, and what every token of context adds."""
         depths = sorted({0, *self.exits, costs.num_hidden_layers})
         pending = dict.fromkeys(depths, 0)  # depth -> pending tokens there
-        total, by_context = costs.token * (self.accepted + 1), 0.0
+        total, by_context = costs.round + costs.token * (self.accepted + 1), 0.0
 
         def advance(to: int) -> None:
             """As `DecodeState.advance`: tokens that lack a layer run through it in one block."""

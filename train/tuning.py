@@ -17,7 +17,7 @@ from train.costs import CostTable
 from train.replay import Replayed, Replayer
 from train.traces import Traces
 
-THRESHOLDS = (0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
 SURVIVALS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 OFF = 2.0  # a threshold no confidence reaches
