@@ -3,16 +3,20 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from runtime import load_specbound
 from train.ablations import FULL, UNCALIBRATED
+from train.costs import CostTable
 from train.prompts import read_prompts
+from train.traces import TRACES_FILE, Traces
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -60,6 +64,40 @@ def test_adversarial(adapted: Any) -> None:
     assert all(not torch.equal(before, after) for before, after in pairs)
     *seconds, same = adversarial.compare(adapted, torch.arange(3, 12)[None], 12, sample=True)
     assert same and min(seconds) > 0
+
+
+def random_traces(layers: tuple[int, ...]) -> Traces:
+    """Sources that are right as often as they are sure."""
+    numbers = np.random.default_rng(0)
+    sure = numbers.random((len(layers), 1, 80)).astype(np.float32)
+    return Traces(layers, sure, numbers.random(sure.shape) < sure, np.repeat([0, 1], 40), np.arange(80))
+
+
+def test_ceiling(adapted: Any, demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both loops are split, and drafts that are never wrong are the fastest."""
+    ceiling = script("ceiling")
+    monkeypatch.setattr(ceiling, "READ_BYTES", 2**16)
+    folder, config = demo_outputs / "outputs/demo/adapter", adapted.specbound.config
+    random_traces((0, *config.exit_layers)).write(folder / TRACES_FILE, weights_sha256=config.weights_sha256)
+    CostTable.counted(6, head=0.2, unembedding=0.5).write(folder / "costs.json")
+    found = ceiling.split(adapted, 40, 3) | {"bounds": ceiling.bounds(adapted, folder)}
+    for way in (found["stock"], found["plain"]):
+        assert way["products"] > 0 and way["attention"] > 0
+        assert sum(way.values()) == pytest.approx(2 * way["whole"], abs=0.05)
+    assert found["bounds"]["never_wrong"] > found["bounds"]["plain"] > 0
+
+
+def test_scale(make_model: Any) -> None:
+    """A deeper base costs what its layers do; the same shares of it are asked."""
+    scale = script("scale")
+    shape = make_model(max_position_embeddings=96).config
+    shallow, deep = (scale.parts(shape, layers, torch.float32, "cpu", 2) for layers in (1, 2))
+    assert deep.num_hidden_layers == 2 and deep.layer[1] > 0 and deep.head > 0
+    shallow, deep = replace(deep, num_hidden_layers=1, plain=3.0, plain_context=0.2), replace(deep, plain=5.0)
+    costs = scale.whole(shallow, replace(deep, plain_context=0.1), 10)
+    assert (costs.num_hidden_layers, costs.plain, costs.plain_context) == (10, 21.0, 0.0)
+    found = scale.predict(random_traces((0, 3)), CostTable.counted(10, head=0.1, unembedding=0.5))
+    assert found["over_plain"] == found["over_stock"] > 1 and found["plain_over_stock"] == 1
 
 
 def test_prompts_of_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

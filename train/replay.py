@@ -215,8 +215,8 @@ def _rounds(traces: Traces, bounds: SpeculationBounds, exits: tuple[int, ...]) -
     for index in reversed(range(hard)):  # the shallowest that is sure has the last word
         row = traces.layers.index(exits[index])
         fires = bounds.accepts(exits[index], traces.sure[row])
-        level[fires] = index
-        sure[fires], right[fires] = traces.sure[row][fires], traces.right[row][fires]
+        level = np.where(fires, index, level)
+        sure, right = np.where(fires, traces.sure[row], sure), np.where(fires, traces.right[row], right)
     most = bounds.max_draft_tokens
     if (hard + 2.0) ** (most + 1) * MAX_DRAFTS >= 2.0**63:
         raise ConfigError(f"{most} drafts a round from {hard} sources are too many to replay: expected fewer")
