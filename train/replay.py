@@ -106,7 +106,7 @@ class Replayer:
     def __init__(self, traces: Traces, costs: CostTable) -> None:
         self.traces = traces
         self.costs = costs
-        self._kinds: dict[tuple[tuple[int, ...], int], tuple[Round, tuple[float, float]]] = {}
+        self._kinds: dict[tuple[tuple[int, ...], int], list[float]] = {}
         plain = costs.plain + costs.plain_context * traces.context
         plain[traces.starts] = 0.0  # the prompt's own forward emits the first token, in both ways
         self._plain = np.bincount(traces.sequence, weights=plain).astype(np.float64)
@@ -117,33 +117,30 @@ class Replayer:
         codes = _rounds(traces, bounds, exits)
         newest = _chain(traces, codes % MAX_DRAFTS)
         found, which, times = np.unique(codes[newest], return_inverse=True, return_counts=True)
-        kinds = [self._kind(exits, code) for code in found.tolist()]
-        prices = np.array([price for _, price in kinds])
-        emitted = np.array([kind.accepted + 1 for kind, _ in kinds])[which]
-        drafted: Counter[int] = Counter()
-        accepted: Counter[int] = Counter()
-        hard_tokens = 0
-        for (kind, _), count in zip(kinds, times.tolist(), strict=True):
-            hard_tokens += count * kind.hard
-            for index, layer in enumerate(kind.drafts):
-                drafted[layer] += count
-                accepted[layer] += count * (index < kind.accepted)
+        kinds = np.array([self._kind(exits, code) for code in found.tolist()]).reshape(len(found), -1)
+        price, by_context, emitted = kinds[:, 0], kinds[:, 1], kinds[:, 2]
+        hard_tokens, *counts = (
+            (times @ kinds[:, 3:]).astype(int).tolist() if len(found) else [0] * (2 * len(exits) + 1)
+        )
         text, texts = traces.sequence[newest], traces.num_sequences
-        ms = prices[which, 0] + prices[which, 1] * traces.context[newest]
+        ms = price[which] + by_context[which] * traces.context[newest]
         return Replayed(
             rounds=len(newest),
-            drafted=drafted,
-            accepted=+accepted,
+            drafted=+Counter(dict(zip(exits, counts[: len(exits)], strict=True))),
+            accepted=+Counter(dict(zip(exits, counts[len(exits) :], strict=True))),
             hard_tokens=hard_tokens,
-            emitted_by_text=np.bincount(text, weights=emitted, minlength=texts).astype(np.int64),
+            emitted_by_text=np.bincount(text, weights=emitted[which], minlength=texts).astype(np.int64),
             ms_by_text=np.bincount(text, weights=ms, minlength=texts).astype(np.float64),
             plain_by_text=self._plain,
         )
 
-    def _kind(self, exits: tuple[int, ...], code: int) -> "tuple[Round, tuple[float, float]]":
+    def _kind(self, exits: tuple[int, ...], code: int) -> list[float]:
+        """Of one kind of round: ms, ms by token of context, tokens, whether hard, drafted and accepted by source."""
         if (exits, code) not in self._kinds:
             kind = Round.decode(code, exits)
-            self._kinds[exits, code] = kind, kind.price(self.costs)
+            sources = kind.drafts, kind.drafts[: kind.accepted]
+            counts = [float(drafts.count(layer)) for drafts in sources for layer in exits]
+            self._kinds[exits, code] = [*kind.price(self.costs), kind.accepted + 1.0, float(kind.hard), *counts]
         return self._kinds[exits, code]
 
 
