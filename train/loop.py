@@ -25,6 +25,7 @@ from train.plan import Plan
 from train.simulate import Simulation
 from train.speed import Speed
 from train.splits import Split
+from train.spread import shaped
 
 # Settings that may differ between a run and its continuation: they do not change what is learnt.
 FREE_TO_CHANGE = {
@@ -62,7 +63,7 @@ def fit(
     responses = [response for _, response in lengths]
     plan = Plan(config, responses, rank=accelerator.process_index, world_size=accelerator.num_processes)
     base = splits["fit"].extract.layers.model
-    flops = FitFlops.of(base, heads, head=config.head, draft_vocab_size=unembedding.weight.shape[0])
+    flops = FitFlops.of(shaped(base), heads, head=config.head, draft_vocab_size=unembedding.weight.shape[0])
     speed = Speed(flops, lengths, accelerator.device)
     accelerator.print(f"{plan.total} steps; with its heads the fit costs {speed.cost():.2f} times the base's forward")
     costs = counted_costs(base, heads, unembedding)
