@@ -151,7 +151,5 @@ def test_two_processes_with_a_part_of_the_base_each_learn_what_one_does(
 
 def test_cached_features_of_a_base_that_is_spread_are_refused(fit, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(
-        ConfigError, match="features: cache cannot be had with a base spread by FSDP: use"
-    ):
+    with pytest.raises(ConfigError, match="features: cache cannot be had with a base spread by FSDP: use"):
         fit(tmp_path / "out", features="cache")

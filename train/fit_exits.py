@@ -24,7 +24,15 @@ from train.calibrate import require_positions
 from train.distil import load_base, make_corpus
 from train.hub import check_can_push, publish
 from train.interrupts import StopSignals
-from train.launch import check_output_dir, make_accelerator, quiet_logs, show_settings, sole_writer, start_trackers
+from train.launch import (
+    check_output_dir,
+    make_accelerator,
+    memory_for,
+    quiet_logs,
+    show_settings,
+    sole_writer,
+    start_trackers,
+)
 from train.loop import fit
 from train.lora import use_peft, without_peft
 from train.options import FitConfig, parse_config, validate, validate_against_model
@@ -61,7 +69,9 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     model, vocab_size = layers.model, cast(Tensor, layers.unembedding.weight).shape[0]
     validate_against_model(config, num_hidden_layers=layers.num_layers, vocab_size=vocab_size)
     before = weights_sha256(model, whole_parameters(model))
-    corpus = make_corpus(config, model, tokenizer, state=accelerator.state)
+    then = ", with another corpus_dir"
+    with memory_for("answering prompts", "generation_batch_size", config.generation_batch_size, then=then):
+        corpus = make_corpus(config, model, tokenizer, state=accelerator.state)
     splits = _load_splits(config, accelerator, layers)
 
     # 2) the heads, on the tokens the base uses most
@@ -74,7 +84,9 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
 
     # 3) fit, calibrate, publish
     start_trackers(accelerator, config)
-    heads = without_peft(fit(config, accelerator, heads, unembedding, inverse, splits, stop))
+    then = " and raise gradient_accumulation_steps, with another output_dir"
+    with memory_for("fitting", "per_device_train_batch_size", config.per_device_train_batch_size, then=then):
+        heads = without_peft(fit(config, accelerator, heads, unembedding, inverse, splits, stop))
     if weights_sha256(model, whole_parameters(model)) != before:
         raise SpecBoundError("the base's weights changed while fitting: this adapter is not to be trusted")
     if accelerator.is_main_process or is_spread(model):  # a base that is spread is run by all

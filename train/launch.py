@@ -16,6 +16,7 @@ import datasets
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers.utils import logging as transformers_logging
 
 from runtime.errors import ConfigError
@@ -125,6 +126,22 @@ def make_accelerator(config: FitConfig, spread: str | None = None) -> Accelerato
         settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
         settings["gradient_clipping"] = config.max_grad_norm
     return accelerator
+
+
+@contextmanager
+def memory_for(task: str, setting: str, value: int, *, then: str) -> Iterator[None]:
+    """Raise a ConfigError that says what to lower where a device has no memory left.
+
+    Halving the batch by itself would change what a continued fit sees.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            raise
+        raise ConfigError(
+            f"out of memory while {task}: lower {setting} ({value} now){then}; specbound plan says what fits"
+        ) from None
 
 
 def _check_trackers(names: list[str]) -> None:
