@@ -51,7 +51,7 @@ COLUMNS = {
 
 def main(
     base: str,
-    steps: Annotated[int, typer.Option(min=1, help="Steps timed in each row, after one that is not.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps timed in each row, after one that is not.")] = 2,
     dtype: str = "bfloat16",
     threads: Annotated[int, typer.Option(min=1)] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the figures in this file.")] = None,
