@@ -2,46 +2,64 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime.errors import UnsupportedModel
 
 SAMPLES_PER_TENSOR = 2048
+Parameters = Iterable[tuple[str, Tensor]]
 
 
-def base_fingerprint(model: PreTrainedModel) -> str:
+def base_fingerprint(model: PreTrainedModel, parameters: Parameters | None = None) -> str:
     """Identity of a base's weights, `sha256:` and 64 hex digits, in seconds for any size.
 
     Hashes name, shape and up to 2,048 evenly spaced elements of every parameter, rounded to bfloat16: weights
     stored in bfloat16 or float16 give one fingerprint whether loaded in that dtype or in float32, and float32
-    weights the same in float32 and bfloat16. (They do not when rounded to float16 by the user.)
+    weights the same in float32 and bfloat16. (They do not when rounded to float16 by the user.) Of quantised
+    weights integers and scales are hashed, so that such a base is one of its own.
+
+    Args:
+        parameters: name and all of each, where the model itself holds parts of them only.
 
     Raises:
         UnsupportedModel: where a parameter is not in memory (offloaded).
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+    for name, tensor in _tensors(model.named_parameters() if parameters is None else parameters):
+        if tensor.is_meta:
             raise UnsupportedModel(f"parameter {name} is offloaded: load the base into memory")
-        flat = parameter.detach().reshape(-1)
+        flat = tensor.reshape(-1)
         step = max(1, flat.numel() // SAMPLES_PER_TENSOR)
         sample = flat[::step][:SAMPLES_PER_TENSOR].to(torch.bfloat16).cpu().view(torch.int16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
 
 
-def weights_sha256(model: PreTrainedModel) -> str:
+def weights_sha256(model: PreTrainedModel, parameters: Parameters | None = None) -> str:
     """Hash of every byte of every parameter, 64 hex digits: equal before and after means nothing changed."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, tensor in _tensors(model.named_parameters() if parameters is None else parameters):
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _tensors(parameters: Parameters) -> Iterator[tuple[str, Tensor]]:
+    """Name and plain tensor of each; of a quantised one all that it is made of."""
+    for name, parameter in parameters:
+        if is_traceable_wrapper_subclass(parameter):
+            parts = parameter.__tensor_flatten__()[0]
+            yield from _tensors((f"{name}.{part}", getattr(parameter, part)) for part in parts)
+        else:
+            yield name, parameter.detach()
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -114,6 +114,20 @@ def test_a_base_that_changed_is_noticed(quick_fit, tmp_path, monkeypatch):
         quick_fit(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("place", "setting"),
+    [("answers.Answerer.answer", "generation_batch_size"), ("learner.Learner.learn", "per_device_train_batch_size")],
+)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()])
+def test_memory_that_is_not_there_names_the_setting(quick_fit, tmp_path, monkeypatch, place, setting, error):
+    def starve(*rest, **options):
+        raise error
+
+    monkeypatch.setattr(f"train.{place}", starve)
+    with pytest.raises(ConfigError, match=rf"out of memory while .*: lower {setting} \(8 now\)"):
+        quick_fit(tmp_path / "out", corpus_dir=None, generation_batch_size=8)
+
+
 def test_the_disk_of_a_cache_is_stated_and_refused(quick_fit, tmp_path, monkeypatch, capsys):
     usage = namedtuple("usage", "free")
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"write, 100.0 kB free: use --features onl"):

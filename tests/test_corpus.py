@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 import threading
 
 import pyarrow.parquet as pq
@@ -249,16 +250,14 @@ def test_two_processes_give_what_one_gives(model, tokenizer, tmp_path):
     assert files(one) == files(two)
 
 
-def test_two_processes_wait_for_each_other_between_waves(model, tokenizer, tmp_path):
-    """Two threads and a real barrier; greedy, as threads share the random numbers."""
-    one = run(model, tokenizer, TURNS_2, tmp_path / "one")
-    barrier = threading.Barrier(2, timeout=60)
+def as_two(model, tokenizer, asked, folder, barrier, **others):
+    """The corpus of two threads with a real barrier; greedy, as threads share the random numbers."""
     results, failures = {}, []
 
     def work(rank: int) -> None:
         try:
             team = {"rank": rank, "world_size": 2, "barrier": barrier.wait}
-            results[rank] = run(model, tokenizer, TURNS_2, tmp_path / "two", **team)
+            results[rank] = run(model, tokenizer, asked, folder, **team, **others)
         except BaseException as error:
             failures.append(error)
             barrier.abort()
@@ -269,7 +268,38 @@ def test_two_processes_wait_for_each_other_between_waves(model, tokenizer, tmp_p
     for thread in threads:
         thread.join()
     assert not failures and results[0] == results[1]
-    assert files(one) == files(results[0])
+    return results[0]
+
+
+def test_two_processes_wait_for_each_other_between_waves(model, tokenizer, tmp_path):
+    one = run(model, tokenizer, TURNS_2, tmp_path / "one")
+    two = as_two(model, tokenizer, TURNS_2, tmp_path / "two", threading.Barrier(2, timeout=60))
+    assert files(one) == files(two)
+
+
+def test_processes_that_share_a_base_answer_equally_often(model, tokenizer, tmp_path, monkeypatch):
+    """Also where only one of them has something to do."""
+    one = run(model, tokenizer, TURNS_2, tmp_path / "one")
+    shards = tmp_path / "two" / "shards"
+    shutil.copytree(one / "shards", shards)
+    for name in ("wave-0-batch-00000", "wave-0-batch-00003", "wave-1-batch-00001"):
+        (shards / f"{name}.parquet").unlink()
+    meeting, answered = threading.Barrier(2, timeout=20), []
+    generate = Answerer.answer
+
+    def together(self, batch, *, name):
+        meeting.wait()  # as the layers of a base that is spread would
+        self.together = False  # but there is no group of processes here
+        found = generate(self, batch, name=name)
+        self.together = True
+        answered.append(name)
+        meeting.wait()
+        return found
+
+    monkeypatch.setattr(Answerer, "answer", together)
+    two = as_two(model, tokenizer, TURNS_2, tmp_path / "two", threading.Barrier(2, timeout=60), together=True)
+    assert files(one) == files(two)
+    assert len(answered) == 6
 
 
 def test_a_shard_missing_after_its_wave_is_an_error(model, tokenizer, tmp_path):

@@ -1,5 +1,7 @@
 """Fits of a tiny base in this process: what is learnt and what it leaves; the plan of steps."""
 
+import importlib.util
+
 import pytest
 import torch
 from fitting import assert_same_fit, losses, weights
@@ -52,9 +54,18 @@ def test_cached_features_learn_what_online_features_do(quick_fit, tmp_path):
     assert losses(cached) == pytest.approx(losses(quick_fit(tmp_path / "online", max_steps=8)[1]), rel=1e-4)
 
 
-def test_trackers_get_the_figures(quick_fit, tmp_path):
-    folder, _ = quick_fit(tmp_path / "out", report_to=["tensorboard"], logging_steps=1)
-    assert list((folder / "specbound").glob("events.out.*"))
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("tensorboard", "specbound/events.out.*"), ("wandb", "wandb/offline-run-*/*.wandb"), ("trackio", "specbound.db")],
+)
+def test_trackers_get_the_figures(quick_fit, tmp_path, monkeypatch, name, kept):
+    if importlib.util.find_spec(name) is None:  # an import here would be too early: trackio reads its folder there
+        pytest.skip(f"{name} is not installed")
+    for key, value in {"WANDB_MODE": "offline", "WANDB_DIR": "out", "TRACKIO_DIR": "out"}.items():
+        monkeypatch.setenv(key, str(tmp_path / value) if value == "out" else value)
+    folder, _ = quick_fit(tmp_path / "out", report_to=[name], logging_steps=1)
+    (found,) = folder.glob(kept)
+    assert b"fit/loss" in found.read_bytes()
 
 
 def plan(make_recipe, *, number=10, rank=0, world_size=1, **settings) -> Plan:

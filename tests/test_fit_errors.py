@@ -5,16 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
-from runtime.errors import ConfigError
 from train.fit_exits import run
-from train.launch import refuse_spread_base
 
 SCRIPT = Path(__file__).parent.parent / "train" / "fit_exits.py"
 
@@ -147,17 +143,6 @@ def test_an_unsupported_base_is_named(kind, expected, recipe, tmp_path, make_tok
     assert expected in caught.value.code
     assert "\n" not in caught.value.code
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("kind", "stage", "expected"),
-    [(DistributedType.FSDP, None, "FSDP would spread"), (DistributedType.DEEPSPEED, 3, "ZeRO-3 would spread")],
-)
-def test_a_launcher_that_would_spread_the_base_is_refused(kind, stage, expected):
-    plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
-    accelerator = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(deepspeed_plugin=plugin))
-    with pytest.raises(ConfigError, match=expected):
-        refuse_spread_base(accelerator)
 
 
 def test_logits_that_are_not_finite_stop_the_fit(recipe, tmp_path, monkeypatch):

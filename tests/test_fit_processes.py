@@ -1,4 +1,5 @@
-"""Fits as their launchers start them: one process, two over gloo, DeepSpeed ZeRO-2; all the same losses.
+"""Fits as their launchers start them: one process, two over gloo, DeepSpeed ZeRO-2, a base spread by
+FSDP or ZeRO-3; all the same losses.
 
 Those of several processes are stopped by a signal to one of them, and go on.
 """
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fitting import losses as losses_of
 
 from runtime import load_specbound
 from runtime.adapter import load_adapter
+from runtime.errors import ConfigError
 from train.checkpoints import find_checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +27,8 @@ SCRIPT = str(ROOT / "train" / "fit_exits.py")
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 CPU = {"ACCELERATE_USE_CPU": "true"}
+NO_DEEPSPEED = importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None
+WHY = "needs deepspeed, and a compiler for its CPU communication"
 
 
 STOP = """
@@ -80,7 +85,7 @@ def launch(make_recipe, tmp_path_factory, tiny_base):
             assert [path.name for path in find_checkpoints(folder / "out")] == ["checkpoint-3"]
             flags += ["--resume_from_checkpoint", "latest"]
         printed = run_group([*command, SCRIPT, *flags], environment)
-        assert_generates(folder / "out" / "adapter", tiny_base)
+        assert_generates(folder / "out" / "adapter", settings.get("model_name_or_path", tiny_base))
         assert load_adapter(folder / "out" / "adapter").config.exit_layers == (2, 4)
         lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -117,13 +122,34 @@ def test_two_processes_learn_what_one_does(launch, alone):
     assert losses == pytest.approx(alone, rel=1e-4)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
-    reason="needs deepspeed, and a compiler for its CPU communication",
-)
+@pytest.mark.skipif(NO_DEEPSPEED, reason=WHY)
 def test_two_processes_under_zero_2_learn_what_one_does(launch, alone):
     config = ["--config_file", str(ROOT / "configs/accelerate/zero2_cpu.yaml"), "--main_process_port", "0"]
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     losses, printed = launch([*ACCELERATE, *config], {}, stopped=True, **sizes)
     assert "2 process(es) on cpu" in printed
     assert losses == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("fsdp", "FSDP"), ("zero3", "DeepSpeed ZeRO-3")])
+def test_two_processes_with_a_part_of_the_base_each_learn_what_one_does(
+    launch, quick_fit, tmp_path, make_model, make_tokenizer, name, kind
+):
+    """The corpus too is made by the base that is spread; its embedding is its unembedding, as in most small bases."""
+    if name == "zero3" and NO_DEEPSPEED:
+        pytest.skip(WHY)
+    make_model(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    make_tokenizer().save_pretrained(tmp_path / "tied")
+    settings = {"model_name_or_path": str(tmp_path / "tied"), "corpus_dir": None, "sample_fraction": 0.3}
+    expected = losses_of(quick_fit(tmp_path / "alone", max_steps=6, **settings)[1])
+    config = ["--config_file", str(ROOT / "configs/accelerate" / f"{name}.yaml"), "--main_process_port", "0"]
+    config += ["--num_processes", "2", "--mixed_precision", "no"]
+    losses, printed = launch([*ACCELERATE, *config], CPU, per_device_train_batch_size=4, **settings)
+    assert f"the base is spread over the processes by {kind}" in printed and "2 process(es) on cpu" in printed
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
+def test_cached_features_of_a_base_that_is_spread_are_refused(fit, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="features: cache cannot be had with a base spread by FSDP: use"):
+        fit(tmp_path / "out", features="cache")

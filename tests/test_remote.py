@@ -76,10 +76,11 @@ def run(model, tokenizer, folder, **others):
     return distil(model, tokenizer, PROMPTS, folder, OPTIONS, **options | others)
 
 
-def test_the_corpus_is_the_one_that_the_base_makes(make_model, tokenizer, tmp_path):
+@pytest.mark.parametrize("together", [False, True])
+def test_the_corpus_is_the_one_that_the_base_makes(make_model, tokenizer, tmp_path, fresh_accelerate, together):
     model = make_model()
     with serving(make_model(), tokenizer, statuses=[503, 429]) as (url, seen):
-        remote = run(model, tokenizer, tmp_path / "remote", generator=url)
+        remote = run(model, tokenizer, tmp_path / "remote", generator=url, together=together)
     assert {body["temperature"] for body in seen} == {0.0} and {body["model"] for body in seen} == {"tiny"}
     assert rows(remote) == rows(run(model, tokenizer, tmp_path / "own"))
     assert "127.0.0.1" not in (remote / "corpus.json").read_text()

@@ -234,6 +234,34 @@ def test_only_the_newest_and_the_best_are_kept_and_hold_no_base_rows(quick_fit, 
     assert all("lora_" in name for name in saved)
 
 
+def test_the_adapter_is_made_from_the_best_checkpoint(quick_fit, tmp_path, monkeypatch, capsys):
+    def judged(lengths):
+        found = iter(lengths)
+        figures = lambda *rest: {"held_out/accepted_length": next(found), "held_out/predicted_speedup": 1.0}  # noqa: E731
+        monkeypatch.setattr("train.simulate.Simulation.figures", figures)
+
+    def made_from(folder):
+        steps = [EPOCH, 2 * EPOCH, 26]
+        states = {step: load_file(folder / f"checkpoint-{step}" / "model.safetensors") for step in steps}
+        made = weights(folder)
+        return [step for step in steps if all(torch.equal(made[name], states[step][name]) for name in made)]
+
+    settings = {"max_steps": 26, "save_steps": EPOCH, "save_total_limit": 3}
+    judged([1.5, 1.9, 1.2])
+    folder, _ = quick_fit(tmp_path / "out", **settings)
+    assert made_from(folder) == [20]
+    assert "from step 20 of 26, the best: mean accepted length 1.90 by replay" in capsys.readouterr().out
+    settings["resume_from_checkpoint"] = "latest"
+    quick_fit(folder, **settings, load_best_model_at_end=False)
+    assert made_from(folder) == [26]
+    damage(folder / "checkpoint-20" / "model.safetensors")
+    quick_fit(folder, **settings)
+    assert "from step 10 of 26" in capsys.readouterr().out
+    judged([1.5, 1.9, 1.9])  # of equals the newest
+    folder, _ = quick_fit(tmp_path / "equal", **settings)
+    assert made_from(folder) == [26]
+
+
 KILL = """
 import os, signal, sys
 from accelerate import Accelerator

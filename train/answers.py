@@ -33,14 +33,18 @@ class Turn:
 
 
 class Answerer:
-    """The model with its tokenizer: conversations to batches of token ids, batches to answers."""
+    """The model with its tokenizer: conversations to batches of token ids, batches to answers.
 
-    def __init__(self, model: Any, tokenizer: Any, options: CorpusOptions) -> None:
+    Args:
+        together: the model is spread over the processes, which all answer at the same time.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, options: CorpusOptions, *, together: bool = False) -> None:
         if options.chat_template not in ("auto", "none"):
             raise ConfigError(f"chat_template {options.chat_template!r}: expected auto or none")
         if options.chat_template == "auto" and not tokenizer.chat_template:
             raise DataError("the tokenizer has no chat template; set `chat_template: none` to use plain text")
-        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.model, self.tokenizer, self.options, self.together = model, tokenizer, options, together
         positions = getattr(model.config, "max_position_embeddings", None)
         room = options.max_prompt_tokens if positions is None else positions - options.max_new_tokens
         self.max_prompt_tokens = min(options.max_prompt_tokens, room)
@@ -81,6 +85,7 @@ class Answerer:
         if batch[0].sampled:  # top_k 0 is off, where the library's default keeps the best 50
             how = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
         how |= {"num_beams": 1, "max_new_tokens": options.max_new_tokens, "use_cache": True}
+        how["synced_gpus"] = self.together
         how |= {"pad_token_id": self.pad_id, "eos_token_id": self.eos_ids or None}
         # Seeded by what the batch is, not by what ran before, so that a resumed run draws the same.
         seed = hashlib.sha256(f"{options.seed} {name}".encode()).digest()

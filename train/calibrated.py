@@ -19,6 +19,7 @@ from train.lookup_traces import LookupTraces
 from train.options import FitConfig
 from train.reliability import compare_schedules, report
 from train.splits import Split
+from train.spread import shaped
 from train.traces import Traces
 from train.tuning import Held, tune
 
@@ -98,6 +99,7 @@ def calibrate(
 
 def counted_costs(model: Any, heads: ExitHeads, unembedding: DraftUnembedding) -> CostTable:
     """Costs by counting weights: a head or an unembedding against one decoder layer."""
+    model = shaped(model)
     total = sum(parameter.numel() for parameter in model.parameters())
     matrix = model.get_output_embeddings().weight.numel()
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight

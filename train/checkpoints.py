@@ -151,6 +151,26 @@ def load_checkpoint(
         raise ConfigError(complaint)
     if folder is None:
         return FitState()
+    _restore(accelerator, folder)
+    assert isinstance(state, FitState)
+    return state
+
+
+def load_best(accelerator: Accelerator, output_dir: Path) -> FitState | None:
+    """Restore the whole checkpoint with the highest score; its state, or None where none has one."""
+    chosen: list[Any] = [None]
+    if accelerator.is_main_process:
+        best = best_checkpoint([path for path in find_checkpoints(output_dir) if _damage(path) is None])
+        chosen = [None if best is None else (best, _read(best)[0])]
+    found = broadcast_object_list(chosen)[0]
+    if found is None:
+        return None
+    _restore(accelerator, found[0])
+    state: FitState = found[1]
+    return state
+
+
+def _restore(accelerator: Accelerator, folder: Path) -> None:
     try:
         accelerator.load_state(str(folder))
     except (
@@ -165,8 +185,6 @@ def load_checkpoint(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{folder} is damaged ({reason}): remove it, or name another checkpoint") from None
     accelerator.wait_for_everyone()
-    assert isinstance(state, FitState)
-    return state
 
 
 def _choose(

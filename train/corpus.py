@@ -63,6 +63,7 @@ def distil(
     barrier: Callable[[], object] = lambda: None,
     progress: bool = True,
     generator: str | None = None,
+    together: bool = False,
 ) -> Path:
     """Answer the prompts with the model and write the corpus; returns its folder, at once where complete.
 
@@ -74,6 +75,7 @@ def distil(
         rank, world_size: this process answers the batches whose index modulo `world_size` is `rank`.
         barrier: waits for all processes.
         generator: URL of an engine that serves the same model and answers in its place, see `RemoteAnswerer`.
+        together: the model is spread over the processes, so that all must run it equally often.
 
     Raises:
         ConfigError: the folder holds a corpus of other settings, or no room for a prompt is left.
@@ -86,9 +88,10 @@ def distil(
         settings["external"] = True
     if _is_complete(folder, settings=settings):
         return folder
-    answerer = Answerer(model.eval(), tokenizer, options)
+    answerer = Answerer(model.eval(), tokenizer, options, together=together)
     if generator is not None:
-        answerer = RemoteAnswerer(answerer.model, tokenizer, options, generator)
+        answerer = RemoteAnswerer(answerer.model, tokenizer, options, generator, together=together)
+        world_size = 1 if together else world_size  # all check the same answers, which the first process writes
     shards = Shards(folder / "shards", hashlib.sha256(json.dumps(settings).encode()).hexdigest())
     barrier()  # rank 0 writes nothing before all have read what was there
     if rank == 0:
@@ -170,15 +173,22 @@ class _Waves:
 
     def _answer(self, batches: dict[str, list[Turn]], *, wave: int) -> None:
         num_tokens, start = 0, time.perf_counter()
-        mine = list(batches.items())[self.rank :: self.world_size]
-        hidden = self.rank != 0 or not self.progress
-        with tqdm(mine, desc=f"wave {wave}", unit="batch", disable=hidden) as bar:
-            for name, batch in bar:
-                if self.shards.read(batch, name=name) is None:
-                    responses = self.answerer.answer(batch, name=name)
-                    self.shards.write(batch, responses, name=name, wave=wave)
+        names, hidden = list(batches), self.rank != 0 or not self.progress
+        with tqdm(range(0, len(names), self.world_size), f"wave {wave}", unit="batch", disable=hidden) as bar:
+            for first in bar:
+                turn = names[first : first + self.world_size]  # a batch for each process; the last turn may be short
+                name, mine = (turn[self.rank], True) if self.rank < len(turn) else (turn[0], False)
+                missing = mine and self.shards.read(batches[name], name=name) is None
+                if missing or (self.answerer.together and self._any_missing(turn, batches)):
+                    responses = self.answerer.answer(batches[name], name=name)
+                    if missing:
+                        self.shards.write(batches[name], responses, name=name, wave=wave)
                     num_tokens += sum(map(len, responses))
                     bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s")
+
+    def _any_missing(self, turn: Sequence[str], batches: dict[str, list[Turn]]) -> bool:
+        """The same for all: none of a turn is written before all processes have answered."""
+        return any(self.shards.read(batches[name], name=name) is None for name in turn)
 
 
 def _settings(

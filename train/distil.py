@@ -21,6 +21,7 @@ from runtime.layers import settle_kernels
 from train.corpus import CorpusOptions, distil
 from train.options import FitConfig, parse_config, validate
 from train.prompts import read_prompts
+from train.spread import is_spread, load_spread, whole_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +57,20 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
         [prompt for source in sources for prompt in source],
         config.corpus_path,
         options,
-        fingerprint=base_fingerprint(model),
+        fingerprint=base_fingerprint(model, whole_parameters(model)),
         rank=state.process_index,
         world_size=state.num_processes,
         barrier=state.wait_for_everyone,
         generator=config.generator,
+        together=is_spread(model),
     )
 
 
-def load_base(config: FitConfig) -> tuple[Any, Any]:
-    """The base of the recipe and its tokenizer, on the CPU.
+def load_base(config: FitConfig, spread: str | None = None) -> tuple[Any, Any]:
+    """The base of the recipe and its tokenizer, on the CPU; where it is spread, on the devices of the processes.
+
+    Args:
+        spread: how, see `train.spread`; None for not at all.
 
     Raises:
         ConfigError: it cannot be loaded.
@@ -74,7 +79,10 @@ def load_base(config: FitConfig) -> tuple[Any, Any]:
     name, revision = config.model_name_or_path, config.model_revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=getattr(torch, config.dtype))
+        dtype = getattr(torch, config.dtype)
+        if spread is not None:
+            return load_spread(spread, name, revision=revision, dtype=dtype), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"model_name_or_path {name!r}: cannot be loaded ({reason})") from error

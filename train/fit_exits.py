@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -24,12 +24,21 @@ from train.calibrate import require_positions
 from train.distil import load_base, make_corpus
 from train.hub import check_can_push, publish
 from train.interrupts import StopSignals
-from train.launch import check_output_dir, make_accelerator, quiet_logs, show_settings, sole_writer, start_trackers
+from train.launch import (
+    check_output_dir,
+    make_accelerator,
+    memory_for,
+    quiet_logs,
+    show_settings,
+    sole_writer,
+    start_trackers,
+)
 from train.loop import fit
 from train.lora import use_peft, without_peft
 from train.options import FitConfig, parse_config, validate, validate_against_model
 from train.publish import publish_locally
 from train.splits import Split
+from train.spread import decoder_layers, is_spread, take_from_launcher, whole_parameters
 from train.vocabulary import coverage, draft_vocabulary, target_to_draft
 
 logger = logging.getLogger(__name__)
@@ -51,16 +60,18 @@ def main(config: FitConfig) -> None:
 
 
 def _main(config: FitConfig, stop: StopSignals) -> None:
-    accelerator = make_accelerator(config)
+    spread = take_from_launcher()
+    accelerator = make_accelerator(config, spread)
     show_settings(accelerator, config)
 
     # 1) the frozen base, and text in its own words
-    model, tokenizer = load_base(config)
-    layers = DecoderLayers(model.to(accelerator.device).requires_grad_(False).eval())
-    vocab_size: int = model.get_output_embeddings().weight.shape[0]
+    layers, tokenizer = _load(config, accelerator, spread)
+    model, vocab_size = layers.model, cast(Tensor, layers.unembedding.weight).shape[0]
     validate_against_model(config, num_hidden_layers=layers.num_layers, vocab_size=vocab_size)
-    before = weights_sha256(model)
-    corpus = make_corpus(config, model, tokenizer, state=accelerator.state)
+    before = weights_sha256(model, whole_parameters(model))
+    then = ", with another corpus_dir"
+    with memory_for("answering prompts", "generation_batch_size", config.generation_batch_size, then=then):
+        corpus = make_corpus(config, model, tokenizer, state=accelerator.state)
     splits = _load_splits(config, accelerator, layers)
 
     # 2) the heads, on the tokens the base uses most
@@ -73,10 +84,12 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
 
     # 3) fit, calibrate, publish
     start_trackers(accelerator, config)
-    heads = without_peft(fit(config, accelerator, heads, unembedding, inverse, splits, stop))
-    if weights_sha256(model) != before:
+    then = " and raise gradient_accumulation_steps, with another output_dir"
+    with memory_for("fitting", "per_device_train_batch_size", config.per_device_train_batch_size, then=then):
+        heads = without_peft(fit(config, accelerator, heads, unembedding, inverse, splits, stop))
+    if weights_sha256(model, whole_parameters(model)) != before:
         raise SpecBoundError("the base's weights changed while fitting: this adapter is not to be trusted")
-    if accelerator.is_main_process:
+    if accelerator.is_main_process or is_spread(model):  # a base that is spread is run by all
         folder = publish_locally(
             config,
             model,
@@ -86,18 +99,28 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
             unembedding,
             inverse,
             calibration=splits["calibration"],
+            write=accelerator.is_main_process,
             evidence={
                 "corpus": json.loads((corpus / "corpus.json").read_text(encoding="utf-8"))["counts"],
                 "held_out_coverage": covered,
                 "base_weights_sha256": before,
             },
         )
-        logger.info("adapter: %s (base unchanged, sha256 %s)", folder, before[:16])
+        accelerator.print(f"adapter: {folder} (base unchanged, sha256 {before[:16]})")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if config.push_to_hub and accelerator.is_main_process:  # last: whatever the Hub does, all else is done
         found = publish(Path(config.output_dir) / "adapter", str(config.hub_model_id))
         logger.info("published: %s commit %s", found.url, found.commit)
+
+
+def _load(config: FitConfig, accelerator: Accelerator, spread: str | None) -> tuple[DecoderLayers, Any]:
+    """The frozen base on the devices, and its tokenizer."""
+    model, tokenizer = load_base(config, spread)
+    if is_spread(model):
+        accelerator.print(f"the base is spread over the processes by {spread}")
+        return decoder_layers(model), tokenizer
+    return DecoderLayers(model.to(accelerator.device).requires_grad_(False).eval()), tokenizer
 
 
 def _vocabulary(config: FitConfig, tokenizer: Any, splits: dict[str, Split], vocab_size: int) -> tuple[Tensor, float]:

@@ -16,7 +16,7 @@ import datasets
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers.utils import logging as transformers_logging
 
 from runtime.errors import ConfigError
@@ -91,49 +91,57 @@ def sole_writer(config: FitConfig) -> Iterator[None]:
             path.rmdir()
 
 
-def make_accelerator(config: FitConfig) -> Accelerator:
+def make_accelerator(config: FitConfig, spread: str | None = None) -> Accelerator:
     """Device, processes, precision and trackers, as `accelerate launch` or `torchrun` set them.
 
+    Args:
+        spread: how the base will be, see `train.spread`; the heads are whole in any case.
+
     Raises:
-        ConfigError: a tracker that is unknown or not installed.
+        ConfigError: a tracker that is unknown or not installed, or a way to spread that is not supported.
     """
     _check_trackers(config.report_to)
+    if spread is not None and config.features == "cache":
+        raise ConfigError(f"features: cache cannot be had with a base spread by {spread}: use --features online")
     handlers = []
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available():
         # Without these accelerate finds no backend, and every process takes itself for the only one.
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
+        cpu=spread is not None and not torch.accelerator.is_available(),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to or None,
         project_dir=config.output_dir,
         kwargs_handlers=handlers or None,
     )
-    refuse_spread_base(accelerator)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ConfigError("ZeRO-3 in a file of DeepSpeed's own is not seen in time: use configs/accelerate/zero3.yaml")
     # The launcher's environment would win over the recipe.
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
-    if accelerator.state.deepspeed_plugin is not None:  # DeepSpeed accumulates and clips by its own settings
-        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    if plugin is not None:  # DeepSpeed accumulates and clips by its own settings
+        settings = plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = config.per_device_train_batch_size
         settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
         settings["gradient_clipping"] = config.max_grad_norm
     return accelerator
 
 
-def refuse_spread_base(accelerator: Accelerator) -> None:
-    """The heads' rows, the corpus and the calibration read the base whole.
+@contextmanager
+def memory_for(task: str, setting: str, value: int, *, then: str) -> Iterator[None]:
+    """Raise a ConfigError that says what to lower where a device has no memory left.
 
-    Raises:
-        ConfigError: the launcher would spread it over the processes.
+    Halving the batch by itself would change what a continued fit sees.
     """
-    plugin = accelerator.state.deepspeed_plugin
-    kind = "FSDP" if accelerator.distributed_type == DistributedType.FSDP else None
-    kind = "DeepSpeed ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else kind
-    if kind is not None:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            raise
         raise ConfigError(
-            f"{kind} would spread the base over the processes, which a fit cannot read yet: use"
-            " configs/accelerate/multi_gpu.yaml or zero2.yaml, where every GPU holds the base whole"
-        )
+            f"out of memory while {task}: lower {setting} ({value} now){then}; specbound plan says what fits"
+        ) from None
 
 
 def _check_trackers(names: list[str]) -> None:

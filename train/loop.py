@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list, tqdm
 from runtime.heads import DraftUnembedding, ExitHeads
 from runtime.identity import file_sha256
 from train.calibrated import counted_costs
-from train.checkpoints import FitState, load_checkpoint, save_checkpoint
+from train.checkpoints import FitState, load_best, load_checkpoint, save_checkpoint
 from train.costs import CostTable
 from train.curves import draw_curves
 from train.evaluate import evaluate, show
@@ -25,11 +25,12 @@ from train.plan import Plan
 from train.simulate import Simulation
 from train.speed import Speed
 from train.splits import Split
+from train.spread import shaped
 
 # Settings that may differ between a run and its continuation: they do not change what is learnt.
 FREE_TO_CHANGE = {
     "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to", "max_skipped_batches",
-    "generator",
+    "load_best_model_at_end", "generator",
     "license", "schedule", "exit_threshold", "max_exit_layer", "max_draft_tokens", "sources", "output_dir",
     "corpus_dir", "features", "push_to_hub", "hub_model_id",
 }  # fmt: skip
@@ -45,7 +46,7 @@ def fit(
     splits: dict[str, Split],
     stop: StopSignals,
 ) -> ExitHeads:
-    """Fit the heads, from the start or from a checkpoint; returns them, unwrapped, in evaluation mode.
+    """Fit the heads, from the start or from a checkpoint; returns the best, unwrapped, in evaluation mode.
 
     Args:
         heads: on any device; those parameters that require a gradient are fitted.
@@ -62,7 +63,7 @@ def fit(
     responses = [response for _, response in lengths]
     plan = Plan(config, responses, rank=accelerator.process_index, world_size=accelerator.num_processes)
     base = splits["fit"].extract.layers.model
-    flops = FitFlops.of(base, heads, head=config.head, draft_vocab_size=unembedding.weight.shape[0])
+    flops = FitFlops.of(shaped(base), heads, head=config.head, draft_vocab_size=unembedding.weight.shape[0])
     speed = Speed(flops, lengths, accelerator.device)
     accelerator.print(f"{plan.total} steps; with its heads the fit costs {speed.cost():.2f} times the base's forward")
     costs = counted_costs(base, heads, unembedding)
@@ -80,6 +81,9 @@ def fit(
     judge = _Judge(config, learner, splits["held_out"], costs, ages)
     with stop.waiting():
         _steps(config, plan, state, learner, judge, speed, settings, stop)
+    if config.load_best_model_at_end and (best := load_best(accelerator, Path(config.output_dir))) is not None:
+        length = f"mean accepted length {best.score:.2f} by replay"
+        accelerator.print(f"the adapter is made from step {best.step} of {plan.total}, the best: {length}")
     if accelerator.is_main_process:
         draw_curves(Path(config.output_dir) / "metrics.jsonl", Path(config.output_dir) / "curves.png")
     # Without the wrapper that computes in mixed precision: an adapter is measured as it will be used.

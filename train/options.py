@@ -88,6 +88,7 @@ class FitConfig:
     logging_steps: int = field(default=10, metadata=_help("steps between log lines"))
     save_steps: int = field(default=200, metadata=_help("steps between checkpoints"))
     save_total_limit: int = field(default=2, metadata=_help("checkpoints kept"))
+    load_best_model_at_end: bool = field(default=True, metadata=_help("else the adapter is made from the last step"))
     resume_from_checkpoint: str | None = field(default=None, metadata=_help("latest, or a checkpoint folder"))
     report_to: list[str] = field(default_factory=list, metadata=_help("trackers, such as tensorboard"))
 

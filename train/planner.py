@@ -49,7 +49,7 @@ class Estimate:
         base_parameters, head_parameters: exact.
         sharded: whether the base's decoder layers are spread over the devices.
         memory: what for -> bytes, while fitting.
-        generation: bytes while the base answers prompts; 0 where it is spread, for then another engine answers.
+        generation: bytes while the base answers prompts; 0 where it is spread, for then another engine had better.
         cache, checkpoint: bytes of disk, of `features: cache` and of one checkpoint.
         tokens: response tokens of the corpus.
         corpus_hours, fit_hours: under the devices' figures.
@@ -104,12 +104,12 @@ def estimate(config: FitConfig, model: Any, devices: Devices, *, num_prompts: in
     length = min(config.max_length, prompt_tokens + config.max_new_tokens)
     responses = min(config.max_new_tokens, length)
     memory = step_memory(config, model, heads, length=length, responses=responses)
-    base = {"base": parameters * itemsize} | _sharing(learned, devices.number, sharded=False)
+    base = {"base": parameters * itemsize} | _sharing(learned, devices.number)
     room = devices.memory_gib * GIB
     sharded = sum(base.values()) + sum(memory.values()) > 0.95 * room
     if sharded:
         base = {"base": _sharded_base(model, devices.number) * itemsize}
-        base |= _sharing(learned, devices.number, sharded=True)
+        base |= _sharing(learned, devices.number)
     draft = config.draft_vocab_size or model.config.vocab_size
     flops = FitFlops.of(model, heads, head=config.head, draft_vocab_size=draft)
     tokens = num_prompts * responses
@@ -184,9 +184,9 @@ def position_bytes(config: FitConfig, model: Any) -> float:
     return states + 12 * min(config.teacher_top_k, model.config.vocab_size) + 8
 
 
-def _sharing(learned: int, number: int, *, sharded: bool) -> dict[str, float]:
+def _sharing(learned: int, number: int) -> dict[str, float]:
     """Heads in float32, with gradients and the two moments of AdamW; DDP has a copy of the gradients in buckets."""
-    buckets = 4.0 * learned if number > 1 and not sharded else 0.0
+    buckets = 4.0 * learned if number > 1 else 0.0
     return {"heads and optimizer": 16.0 * learned + buckets}
 
 

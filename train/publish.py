@@ -29,6 +29,7 @@ from train.options import FitConfig
 from train.plots import precision_plot, reliability_plot, sources_plot, speed_plot
 from train.replay import Replayer
 from train.splits import Split
+from train.spread import whole_parameters
 from train.traces import TRACES_FILE, Traces
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "specbound")
@@ -45,8 +46,12 @@ def publish_locally(
     *,
     calibration: Split,
     evidence: dict[str, Any],
+    write: bool = True,
 ) -> Path:
     """Calibrate the heads and write `output_dir/adapter`; returns the folder.
+
+    Args:
+        write: not where another process does; all of them run a base that is spread.
 
     Raises:
         DataError: too little calibration text, or logits that are not finite.
@@ -62,7 +67,7 @@ def publish_locally(
     adapter_config = SpecBoundConfig(
         base_model_name_or_path=portable(config.model_name_or_path),
         base_model_revision=base_commit(config.model_name_or_path, config.model_revision),
-        base_model_fingerprint=base_fingerprint(model),
+        base_model_fingerprint=base_fingerprint(model, whole_parameters(model)),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         num_hidden_layers=model.config.num_hidden_layers,
         hidden_size=model.config.hidden_size,
@@ -87,7 +92,8 @@ def publish_locally(
         calibrated.traces.write(path / TRACES_FILE, weights_sha256=file_sha256(path / WEIGHTS_FILE))
         write_replayed(path, calibrated.traces, calibrated.costs, adapter_config, figures)
 
-    save_adapter(adapter, folder, extra=evidence_files)
+    if write:
+        save_adapter(adapter, folder, extra=evidence_files)
     return folder
 
 

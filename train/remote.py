@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from runtime.errors import ConfigError, DataError
 from train.answers import Answerer, Turn
@@ -35,10 +37,12 @@ class RemoteAnswerer(Answerer):
         url: up to and with `/v1`. A key is read from OPENAI_API_KEY, where there is one.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, options: "CorpusOptions", url: str) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, options: "CorpusOptions", url: str, *, together: bool = False
+    ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"generator {url!r}: expected a URL, such as http://127.0.0.1:8000/v1")
-        super().__init__(model, tokenizer, options)
+        super().__init__(model, tokenizer, options, together=together)
         self.url = url.rstrip("/")
         self.served = ""
         self.checked: set[bool] = set()
@@ -50,6 +54,18 @@ class RemoteAnswerer(Answerer):
             ConfigError: the engine cannot be reached, or refuses.
             DataError: it answers with other tokens than the base would.
         """
+        sampled = batch[0].sampled
+        if not self.together:
+            responses = self._responses(batch, name=name)
+        else:  # an engine need not say twice the same, and all must check the same
+            first = PartialState().is_main_process
+            responses = broadcast_object_list([self._responses(batch, name=name) if first else None])[0]
+        if sampled not in self.checked:
+            self._check(batch[:SAMPLE], responses[:SAMPLE], sampled=sampled)
+            self.checked.add(sampled)
+        return responses
+
+    def _responses(self, batch: Sequence[Turn], *, name: str) -> list[list[int]]:
         if not self.served:
             self.served = self._ask("models", None)["data"][0]["id"]
         sampled, options = batch[0].sampled, self.options
@@ -62,11 +78,7 @@ class RemoteAnswerer(Answerer):
         choices = sorted(self._ask("completions", request)["choices"], key=lambda choice: choice["index"])
         if len(choices) != len(batch):
             raise DataError(f"generator {self.url}: {len(choices)} answers to {len(batch)} prompts")
-        responses = [self._ids(choice) for choice in choices]
-        if sampled not in self.checked:
-            self._check(batch[:SAMPLE], responses[:SAMPLE], sampled=sampled)
-            self.checked.add(sampled)
-        return responses
+        return [self._ids(choice) for choice in choices]
 
     def _ids(self, choice: dict[str, Any]) -> list[int]:
         ids: list[int] = self.tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
