@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -60,6 +61,14 @@ def test_adversarial(adapted: Any) -> None:
     assert all(not torch.equal(before, after) for before, after in pairs)
     *seconds, same = adversarial.compare(adapted, torch.arange(3, 12)[None], 12, sample=True)
     assert same and min(seconds) > 0
+
+
+def test_bench_is_the_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script has the verb's options, and no others."""
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(SCRIPTS / "bench.py"), run_name="__main__")
+    assert caught.value.code == 0 and "--per-task" in capsys.readouterr().out
 
 
 def test_prompts_of_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.server.logprobs import LogprobsForm
 from runtime.server.metrics import Metrics
 from runtime.server.schema import ApiError, ChatRequest, CompletionRequest
 from runtime.server.worker import Full, Job, Unavailable, Worker
@@ -105,6 +106,7 @@ class Answer:
     _events: "asyncio.Queue[Token | Round | Written | BaseException]" = field(default_factory=asyncio.Queue)
     _id: str = ""
     _job: Job | None = None
+    _logprobs: LogprobsForm = field(init=False)
 
     def submit(self) -> None:
         """Into the queue.
@@ -118,7 +120,10 @@ class Answer:
             with suppress(RuntimeError):  # nobody listens any more: the server has ended
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        transcript = Transcript(self.worker.tokenizer, stop=self.body.stop_strings, listener=tell)
+        transcript = Transcript(
+            self.worker.tokenizer, stop=self.body.stop_strings, num_logprobs=self.body.num_logprobs, listener=tell
+        )
+        self._logprobs = LogprobsForm(self.worker.tokenizer, chat=self._is_chat)
         self._id = ("chatcmpl-" if self._is_chat else "cmpl-") + uuid.uuid4().hex
         options = self.body.sampling() | {"max_new_tokens": self.max_new_tokens}
         prompt = self.prompt.to(self.worker.model.device)
@@ -145,7 +150,8 @@ class Answer:
         async for event in self._until_written():
             written = event
         assert isinstance(written, Written)
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": written.finish_reason}
+        logprobs = self._logprobs.take()
+        choice: dict[str, Any] = {"index": 0, "logprobs": logprobs, "finish_reason": written.finish_reason}
         text = self._job.transcript.text
         choice |= {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
         return self._envelope([choice], chunk=False) | {"usage": self._usage(written)}
@@ -193,6 +199,8 @@ class Answer:
                 if isinstance(event, Written):
                     outcome = event.finish_reason
                     self.metrics.record(self.prompt.shape[1], event.stats)
+                if isinstance(event, Token):
+                    self._logprobs.add(event)
                 yield event
                 if isinstance(event, Written):
                     return
@@ -209,7 +217,7 @@ class Answer:
         return {"id": self._id, "object": kind, "created": self.created, "model": self.model_id, "choices": choices}
 
     def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish_reason}
+        choice: dict[str, Any] = {"index": 0, "logprobs": self._logprobs.take(), "finish_reason": finish_reason}
         choice |= {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
         return self._envelope([choice], chunk=True)
 
