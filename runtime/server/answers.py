@@ -27,11 +27,13 @@ class Limits:
         max_tokens: of an answer.
         max_body_bytes: of a request.
         max_waiting: requests in the queue.
+        seconds: from a request's arrival to its end, the queue included; None sets no limit.
     """
 
     max_tokens: int = 2048
     max_body_bytes: int = 1 << 20
     max_waiting: int = 16
+    seconds: float | None = None
 
 
 def encode(worker: Worker, body: ChatRequest | CompletionRequest) -> Tensor:
@@ -93,6 +95,7 @@ class Answer:
         model_id: the name the model is served under.
         prompt: token ids, shape [1, T].
         max_new_tokens: of the answer.
+        seconds: until it must be written; None for as long as it takes.
     """
 
     body: ChatRequest | CompletionRequest
@@ -101,6 +104,7 @@ class Answer:
     model_id: str
     prompt: Tensor
     max_new_tokens: int
+    seconds: float | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     started: float = field(default_factory=time.perf_counter)
     _events: "asyncio.Queue[Token | Round | Written | BaseException]" = field(default_factory=asyncio.Queue)
@@ -189,9 +193,9 @@ class Answer:
         outcome, waiting_for_first = "cancelled", True
         try:
             while True:
-                event = await self._events.get()
+                event = await self._next()
                 if isinstance(event, BaseException):
-                    outcome = "refused" if isinstance(event, Unavailable) else "failed"
+                    outcome = {ApiError: "late", Unavailable: "refused"}.get(type(event), "failed")
                     raise as_api_error(event)
                 if waiting_for_first:
                     self.metrics.first_token.observe(time.perf_counter() - self.started)
@@ -207,6 +211,16 @@ class Answer:
         finally:
             self.metrics.requests.labels(outcome).inc()
             self.metrics.seconds.observe(time.perf_counter() - self.started)
+
+    async def _next(self) -> Token | Round | Written | BaseException:
+        """The next event, or the end of the time."""
+        left = None if self.seconds is None else self.started + self.seconds - time.perf_counter()
+        try:
+            return await asyncio.wait_for(self._events.get(), left)
+        except asyncio.TimeoutError:  # another class in Python 3.10
+            self.cancel()
+            said = f"not done within {self.seconds:g} s, this server's limit: ask for fewer tokens, or later"
+            return ApiError(504, said, code="timeout")
 
     @property
     def _is_chat(self) -> bool:
@@ -243,6 +257,8 @@ class Answer:
 
 def as_api_error(error: BaseException) -> ApiError:
     """What a client is told of it: nothing of our insides."""
+    if isinstance(error, ApiError):
+        return error
     if isinstance(error, Full):
         return ApiError(429, str(error), code="queue_full", retry_after=error.retry_after)
     if isinstance(error, Unavailable):
