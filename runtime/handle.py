@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -70,6 +71,16 @@ class SpecBound:
         self._certified_for: tuple[object, ...] = ()
         self._certified_width = 0
         self._drafter_on: tuple[object, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy` of the model: all but the lock, and what was made for the weights where they lie now."""
+        state = self.__dict__ | {"packed": None, "_certified_for": (), "_drafter_on": (), "_speculating": False}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
 
     def prepare(self, model: PreTrainedModel) -> tuple[ExecutionPolicy, SpeculationBounds]:
         """How to run and how far to draft on the model as it is now; probes it where that was not done yet.

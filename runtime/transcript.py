@@ -13,10 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from runtime.accept import Accepted
 from runtime.draft import Draft
+from runtime.logprobs import LogprobRecorder, Logprobs
 from runtime.stats import SpeculationStats
 
 # How a character looks of which the last bytes are still to come.
@@ -30,10 +37,12 @@ class Token:
     Attributes:
         id: of the vocabulary; None for text that was held back until the end.
         text: what can be shown with it: empty while a character, or what may be a stop string, is unfinished.
+        logprobs: how likely it was, where the transcript was asked to keep that.
     """
 
     id: int | None
     text: str
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,7 @@ class Transcript(StoppingCriteria):
 
     Args:
         stop: strings that end the text, none of them empty; they are not part of it.
+        num_logprobs: each Token tells its probability, and those of so many of the likeliest; None tells none.
         listener: called with each Token and Round, in the thread that generates.
 
     Attributes:
@@ -72,12 +82,14 @@ class Transcript(StoppingCriteria):
         tokenizer: PreTrainedTokenizerBase,
         *,
         stop: Sequence[str] = (),
+        num_logprobs: int | None = None,
         listener: Callable[[Token | Round], None] = lambda event: None,
     ) -> None:
         assert all(stop)
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
         self.listener = listener
+        self.recorder = None if num_logprobs is None else LogprobRecorder(num_logprobs)
         self.ids: list[int] = []
         self.text = ""
         self.stopped = False
@@ -92,7 +104,7 @@ class Transcript(StoppingCriteria):
         self.ids.append(token)
         piece = "" if self.stopped else self._release(self._decoded())
         self.text += piece
-        self.listener(Token(token, piece))
+        self.listener(Token(token, piece, None if self.recorder is None else self.recorder.take(token)))
         done = self.stopped or self.cancelled.is_set()
         return torch.tensor([done], device=input_ids.device)
 
@@ -181,10 +193,14 @@ def write(
     else:
         torch.manual_seed(seed)
     criteria, mask = StoppingCriteriaList([transcript]), torch.ones_like(prompt)
+    processors = LogitsProcessorList([transcript.recorder] if transcript.recorder else [])
     generate: Any = model.generate
     started = time.perf_counter()
     with nullcontext() if speculate else handle.disabled():
-        generate(prompt, attention_mask=mask, stopping_criteria=criteria, streamer=transcript, **options)
+        generate(
+            prompt, attention_mask=mask, logits_processor=processors, stopping_criteria=criteria, streamer=transcript,
+            **options,
+        )  # fmt: skip
     seconds = time.perf_counter() - started
     speculated = handle.stats is not before  # some calls run plainly all the same
     stats = handle.stats if speculated else SpeculationStats(emitted=len(transcript.ids), seconds=seconds)

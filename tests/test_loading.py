@@ -1,5 +1,6 @@
 """load_specbound: a base and its adapter become one model, and nothing that does not belong together does."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -205,3 +206,39 @@ def test_a_model_in_training_mode_is_probed_when_it_leaves_it(make_model, make_a
     assert model.specbound.certificate.bitwise
     with model.specbound.disabled():
         assert torch.equal(found, model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=12, do_sample=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_has_an_adapter_of_its_own(base, folder, dtype):
+    """`copy.deepcopy`: both speculate, as plain decoding does; nothing is shared, and one can be detached."""
+    model = load_specbound(folder, str(base), dtype=dtype, adaptive=False)
+    with model.specbound.disabled():
+        expected = generate(model)
+    assert generate(model) == expected
+    copied = copy.deepcopy(model)
+    assert copied.specbound is not model.specbound and type(copied) is type(model)
+    model.specbound.stats.rounds = -1
+    assert generate(copied) == expected and copied.specbound.stats.rounds > 0
+    assert model.specbound.stats.rounds == -1 and "bit for bit" in str(copied.specbound.certificate)
+    ours = {parameter.data_ptr() for parameter in (*model.parameters(), *model.specbound.drafter.heads.parameters())}
+    theirs = (*copied.parameters(), *copied.specbound.drafter.heads.parameters())
+    assert ours.isdisjoint(parameter.data_ptr() for parameter in theirs)
+    with torch.no_grad():  # the copy's drafts and target are of its own weights
+        for parameter in copied.parameters():
+            parameter.mul_(1.1)
+    with copied.specbound.disabled():
+        changed = generate(copied)
+    assert changed == generate(copied) != expected == generate(model)
+    detach(copied)
+    assert generate(copied) == changed and not hasattr(copied, "specbound")
+    assert generate(model) == expected and model.specbound.stats.rounds > 0
+
+
+def test_a_copy_made_while_it_generates_is_free(base, folder):
+    """The copy's lock is its own."""
+    model = load_specbound(folder, str(base))
+    with model.specbound.exclusive(speculating=True):
+        copied = copy.deepcopy(model)
+        assert generate(copied)
+        with pytest.raises(SpecBoundError, match="generating already"):
+            generate(model)

@@ -47,7 +47,9 @@ def test_the_page(page: Any, make_model: Any, make_tokenizer: Any) -> None:
     page.on("request", lambda request: requests.append(request.url))
     with running(lambda: (model, tokenizer)) as (url, _):
         page.goto(url)
-        page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+        page.wait_for_selector(
+            "#model:text-is('tiny')"
+        )  # wait_for_function would evaluate text, which the page forbids
         assert "bit for bit equal" in page.text_content("#status")
         page.fill("#tokens", "40")
         page.fill("#input", QUESTION)

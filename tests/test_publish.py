@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -15,11 +16,13 @@ from loopback_hub import TOKEN
 from typer.testing import CliRunner
 
 from runtime import AdapterError, BaseModelMismatch, ConfigError, load_adapter, save_adapter
+from train.bench_report import summarize
 from train.cli import app
 from train.costs import CostTable
 from train.fit_exits import main as fit
 from train.hub import publish
 from train.options import FitConfig
+from train.publish import write_card
 from train.retune import tune_adapter
 from train.staging import Claims, stage
 from train.tuning import Held
@@ -28,6 +31,7 @@ from train.tuning import Held
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
 
 NAME, BASE = "some-org/tiny-specbound", "some-org/tiny-base"
+SHIPPED = Path(__file__).parent.parent / "adapters" / "smollm2-135m-instruct"
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +164,78 @@ def test_what_must_not_be_published(hub, folder, change, expected):
         (folder / "calibration.json").write_text(json.dumps(calibrated))
     assert expected in refusal(folder, NAME)
     assert hub.log == []
+
+
+@pytest.fixture
+def bench(folder, tmp_path):
+    """A report of `specbound bench` on the adapter, with a path of this machine among its settings."""
+
+    def run(seconds):
+        speculation = {"rounds": 10, "resting_rounds": 0, "parts": {}, "drafted": {"2": 9}, "accepted": {"2": 6}}
+        return {"seconds": seconds, "tokens": 20, "first_token": 0.1, "identical": True} | speculation
+
+    records = [{"task": task, "runs": {"stock": run(4), "specbound": run(2)}} for task in ("qa", "rag")]
+    found = {
+        "complete": True,
+        "settings": {"prompts": "spec/question.jsonl", "max_new_tokens": 20, "base_model": str(tmp_path)},
+        "adapter_sha256": load_adapter(folder).config.weights_sha256,
+        "titles": {"stock": "transformers' generate", "specbound": "the adapter as it is"},
+        "hardware": "A machine, 2 cores", "dtype": "bfloat16", "threads": 2,
+        "versions": {"torch": "2", "transformers": "5"},
+        **summarize(records), "records": records,
+    }  # fmt: skip
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_speed_by_task_is_on_the_card(hub, folder, bench):
+    """Given, or lying in the folder: a table with hardware and baseline, results for the Hub, no single runs."""
+    result = CliRunner().invoke(app, ["publish", str(folder), NAME, "--bench", str(bench)])
+    assert result.exit_code == 0, result.stderr
+    given = hub.files(NAME)
+    card = given["README.md"].decode()
+    assert "| specbound | 2.00 | 2.00 | 2.00 (2.00 to 2.00) | 10.0 |" in card and "A machine, 2 cores" in card
+    assert "spec/question.jsonl" in card and "Not measured" not in card
+    kept = json.loads(given["bench.json"])
+    assert "records" not in kept and kept["settings"]["base_model"] == BASE
+    results = ModelCard(card).data.eval_results
+    speeds = {one.dataset_name: one.metric_value for one in results if one.metric_type == "speedup"}
+    assert len(speeds) == 3 and set(speeds.values()) == {2.0}
+    shutil.copyfile(bench, folder / "bench.json")
+    assert not publish(folder, NAME).changed
+    write_card(folder)
+    assert "| specbound | 2.00 | 2.00 |" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"adapter_sha256": "0" * 64}, "bench.json is of other heads"),
+        ({"complete": False}, "cut short: `specbound bench --resume`"),
+        ({"methods": {}}, "is no report of `specbound bench`"),
+        ({"by_task": {"qa": {"specbound": {"identical_prompts": 1, "prompts": 2}}}}, "is no report of"),
+        ({"hardware": "/home/me/machine"}, 'README.md: the path "/home/me/machine"'),
+    ],
+)
+def test_a_benchmark_of_something_else_is_not_published(hub, folder, bench, change, expected):
+    bench.write_text(json.dumps(json.loads(bench.read_text()) | change))
+    assert expected in refusal(folder, NAME, claims=Claims(bench=bench))
+    assert hub.log == []
+
+
+def test_a_benchmark_with_other_ids_is_not_published(hub, folder, bench):
+    found = json.loads(bench.read_text())
+    found["by_task"]["qa"]["specbound"]["identical_prompts"] = 0
+    bench.write_text(json.dumps(found))
+    assert "other ids than stock" in refusal(folder, NAME, claims=Claims(bench=bench))
+    assert "is no file" in refusal(folder, NAME, claims=Claims(bench=bench.with_name("none.json")))
+
+
+def test_the_shipped_card_is_made_from_the_shipped_figures(tmp_path):
+    shutil.copytree(SHIPPED, tmp_path / "adapter")
+    write_card(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "README.md").read_text() == (SHIPPED / "README.md").read_text()
 
 
 def test_all_reasons_are_in_one_line(hub, fitted, tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,14 @@ def test_scale(make_model: Any) -> None:
     assert (costs.num_hidden_layers, costs.plain, costs.plain_context) == (10, 21.0, 0.0)
     found = scale.predict(random_traces((0, 3)), CostTable.counted(10, head=0.1, unembedding=0.5))
     assert found["over_plain"] == found["over_stock"] > 1 and found["plain_over_stock"] == 1
+
+
+def test_bench_is_the_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script has the verb's options, and no others."""
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(SCRIPTS / "bench.py"), run_name="__main__")
+    assert caught.value.code == 0 and "--per-task" in capsys.readouterr().out
 
 
 def test_prompts_of_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

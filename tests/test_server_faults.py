@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 from runtime import SpeculationBounds, detach, save_adapter
 from runtime.generate import attach
 from runtime.handle import SpecBound
-from runtime.server.answers import Limits
+from runtime.server.answers import Answer, Limits
 from runtime.server.worker import Worker
 from train.cli import app
 
@@ -147,8 +148,8 @@ CHAT: dict[str, Any] = {"model": MODEL_ID, "messages": [{"role": "user", "conten
         ("completions", GOOD | {"stop": ""}, 400, "stop"),
         ("completions", GOOD | {"stop": ["a"] * 17}, 400, "stop"),
         ("completions", GOOD | {"n": 2}, 400, "not supported"),
-        ("completions", GOOD | {"logprobs": 5}, 400, "not supported"),
-        ("completions", GOOD | {"logprobs": 0}, 400, "not supported"),
+        ("completions", GOOD | {"logprobs": 21}, 400, "logprobs"),
+        ("completions", GOOD | {"logprobs": True}, 400, "logprobs"),
         ("completions", GOOD | {"echo": True}, 400, "not supported"),
         ("completions", GOOD | {"presence_penalty": 0.5}, 400, "not supported"),
         ("completions", GOOD | {"specbound": {"enabled": 1}}, 400, "specbound.enabled"),
@@ -156,7 +157,8 @@ CHAT: dict[str, Any] = {"model": MODEL_ID, "messages": [{"role": "user", "conten
         ("chat/completions", CHAT | {"messages": [{"role": "king", "content": "w1"}]}, 400, "role"),
         ("chat/completions", CHAT | {"messages": [{"role": "user"}]}, 400, "content"),
         ("chat/completions", CHAT | {"messages": ["w1"]}, 400, "messages.0"),
-        ("chat/completions", CHAT | {"logprobs": True}, 400, "not supported"),
+        ("chat/completions", CHAT | {"logprobs": 1}, 400, "logprobs"),
+        ("chat/completions", CHAT | {"top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
         ("chat/completions", CHAT | {"tools": [{"type": "function"}]}, 400, "not supported"),
         ("chat/completions", CHAT, 400, "no chat template"),
         ("nothing", GOOD, 404, "/v1/nothing"),
@@ -231,6 +233,39 @@ def test_half_a_request_holds_nobody(served: Served, text: str) -> None:
     half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
     with half, served.send(max_tokens=200, stream=True):
         assert served.complete().choices[0].text == text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_takes_too_long(
+    served: Served, text: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is ended and answered 504, the queue included; the next one is answered."""
+    until(served.idle)
+    monkeypatch.setattr(Answer, "submit", hurried(Answer.submit))
+    served.hold()
+    with pytest.raises(openai.APIError, match=r"not done within 0\.3 s") as caught:
+        list(served.complete(stream=True, max_tokens=200)) if stream else served.complete(max_tokens=200)
+    body: Any = caught.value.body
+    assert (body["type"], body["code"]) == ("server_error", "timeout")
+    if not stream:
+        assert isinstance(caught.value, openai.APIStatusError) and caught.value.status_code == 504
+    waiting = served.send(max_tokens=200)  # behind the held one: its time runs too
+    assert b" 504 " in waiting.recv(100)
+    waiting.close()
+    monkeypatch.undo()
+    served.valve.open.set()
+    until(served.idle)
+    assert served.complete().choices[0].text == text
+
+
+def hurried(submit: Any) -> Any:
+    """`Answer.submit` of an answer that has 0.3 seconds."""
+
+    def run(answer: Answer) -> None:
+        answer.seconds = 0.3
+        submit(answer)
+
+    return run
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -312,8 +347,12 @@ def adapter(tmp_path_factory: Any, make_model: Any, make_adapter: Any, tiny_base
     return folder
 
 
-def test_sigterm(adapter: Path) -> None:
-    """The process itself: the stream that runs is finished, what waits is refused, nothing new comes in, exit 0."""
+def test_sigterm(adapter: Path, tmp_path: Path) -> None:
+    """The process itself: the stream that runs is finished, what waits is refused, nothing new comes in, exit 0.
+
+    The adapter is damaged while it serves: it goes on, having read all that it needs.
+    """
+    adapter = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     command = [
         sys.executable,
         "-m",
@@ -334,6 +373,8 @@ def test_sigterm(adapter: Path) -> None:
         url = said.split()[3].rstrip(",")
         assert process.stderr.readline().startswith("ready: bit for bit equal")
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=3)
+        for path in adapter.iterdir():
+            path.write_bytes(b"broken")
         arguments: Any = {"model": "base", "prompt": PROMPT, "max_tokens": 500, "stream": True}
         stream = client.completions.create(**arguments)
         first = next(iter(stream))

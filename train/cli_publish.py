@@ -19,6 +19,7 @@ def publish_command(
     base_model: Annotated[str | None, typer.Option(help="Hub id of the base, for one fitted from a folder.")] = None,
     base_revision: Annotated[str | None, typer.Option(help="Commit of the base on the Hub.")] = None,
     license: Annotated[str | None, typer.Option(help="Of the adapter, where it states none.")] = None,
+    bench: Annotated[Path | None, typer.Option(help="Report of `specbound bench`: speeds for the card.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Publish an adapter to the Hub: one commit, whole or not at all, read back. Run again, it goes on or says so.
@@ -37,7 +38,7 @@ def publish_command(
             create_pr=create_pr,
             revision=revision,
             tag=tag,
-            claims=Claims(base_model, base_revision, license),
+            claims=Claims(base_model, base_revision, license, bench),
         )
     except (SpecBoundError, OSError) as error:
         fail(error, {"adapter": str(adapter), "repo_id": repo_id} if as_json else None)

@@ -24,6 +24,9 @@ def serve_command(
     ] = None,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered 429.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 2048,
+    request_timeout: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds for a request, the queue included; then 504.")
+    ] = None,
     grace: Annotated[float, typer.Option(min=0, help="Seconds for the running request to finish on SIGTERM.")] = 30,
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
@@ -54,7 +57,7 @@ def serve_command(
             print(f"serving {model_id} on {url}, loading", file=sys.stderr, flush=True)
 
         model_id = name or _default_name(adapter, model)
-        limits = Limits(max_tokens=max_tokens, max_waiting=max_waiting)
+        limits = Limits(max_tokens=max_tokens, max_waiting=max_waiting, seconds=request_timeout)
         serve(load, model_id=model_id, host=host, port=port, api_key=api_key, limits=limits, grace=grace, on_bound=say)
     except (SpecBoundError, OSError) as error:
         fail(error, None)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+# Figures of `specbound bench`, for the card; put there by hand, or given to `publish`.
+BENCH_FILE = "bench.json"
 CALIBRATION_FILE, RUN_FILE, SPEED_FILE, CARD_FILE = "calibration.json", "run.yaml", "speed.json", "README.md"
 CUSTOM_GENERATE = Path("custom_generate") / "generate.py"
 

@@ -35,7 +35,8 @@ class Speaker:
     @property
     def exit_layers(self) -> list[int]:
         """Exits that may draft, shallowest first; 0 is the lookup."""
-        found: list[int] = self.model.specbound.drafter.exit_layers
+        specbound = self.model.specbound
+        found: list[int] = specbound.bounds.exits(specbound.drafter.exit_layers)
         return found
 
     @property

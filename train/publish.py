@@ -23,7 +23,7 @@ from runtime.layers import DecoderLayers
 from train.agreement import check_agreement
 from train.calibrated import calibrate
 from train.card import card
-from train.contents import CALIBRATION_FILE, CARD_FILE, RUN_FILE, SPEED_FILE, write_custom_generate
+from train.contents import BENCH_FILE, CALIBRATION_FILE, CARD_FILE, RUN_FILE, SPEED_FILE, write_custom_generate
 from train.costs import CostTable
 from train.options import FitConfig
 from train.plots import precision_plot, reliability_plot, sources_plot, speed_plot
@@ -161,7 +161,13 @@ def versions() -> dict[str, str]:
 
 def add_speed(folder: Path, speed: dict[str, Any]) -> None:
     """Keep figures measured by `runtime.benchmark` in an adapter's folder, and write its card anew."""
-    config = load_adapter(folder).config
-    calibrated = json.loads((folder / CALIBRATION_FILE).read_text(encoding="utf-8"))
     write_atomic(folder / SPEED_FILE, (json.dumps(speed, indent=2, sort_keys=True) + "\n").encode())
-    write_atomic(folder / CARD_FILE, card(config, calibrated, speed).encode())
+    write_card(folder)
+
+
+def write_card(folder: Path) -> None:
+    """The card of an adapter's folder anew, from the figures that lie in it."""
+    found: list[Any] = []
+    for path in (folder / name for name in (CALIBRATION_FILE, SPEED_FILE, BENCH_FILE)):
+        found.append(json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
+    write_atomic(folder / CARD_FILE, card(load_adapter(folder).config, *found).encode())

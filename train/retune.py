@@ -14,7 +14,7 @@ from runtime import DataError
 from runtime.adapter import Adapter, load_adapter, save_adapter
 from runtime.policy import SpeculationBounds
 from train.ablations import ablate
-from train.contents import CALIBRATION_FILE, SPEED_FILE, write_custom_generate
+from train.contents import BENCH_FILE, CALIBRATION_FILE, SPEED_FILE, write_custom_generate
 from train.costs import CostTable
 from train.publish import write_replayed
 from train.replay import Replayer
@@ -75,7 +75,7 @@ def _rewrite(folder: Path, adapter: Adapter, traces: Traces, costs: CostTable, f
 
     def others(unfinished: Path) -> None:
         for path in folder.iterdir():
-            if path.is_file() and path.name != SPEED_FILE and not (unfinished / path.name).exists():
+            if path.is_file() and path.name not in (SPEED_FILE, BENCH_FILE) and not (unfinished / path.name).exists():
                 shutil.copyfile(path, unfinished / path.name)
         write_custom_generate(unfinished)
         costs.write(unfinished / COSTS_FILE)

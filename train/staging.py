@@ -24,8 +24,10 @@ from runtime.config import SpecBoundConfig
 from runtime.errors import AdapterError
 from runtime.fields import parse_object
 from train.agreement import agrees
+from train.bench_report import markdown
 from train.card import card
 from train.contents import (
+    BENCH_FILE,
     CALIBRATION_FILE,
     CARD_FILE,
     CUSTOM_GENERATE,
@@ -39,7 +41,7 @@ from train.traces import TRACES_FILE
 COPIED = [WEIGHTS_FILE, CALIBRATION_FILE, SPEED_FILE, TRACES_FILE, "costs.json"]
 COPIED += [f"{name}.png" for name in ("reliability", "precision", "speed", "sources")]
 
-OURS = {*COPIED, CONFIG_FILE, RUN_FILE, CARD_FILE, CUSTOM_GENERATE.as_posix()}
+OURS = {*COPIED, BENCH_FILE, CONFIG_FILE, RUN_FILE, CARD_FILE, CUSTOM_GENERATE.as_posix()}
 
 # Settings of a run that name places of the machine it ran on, and say nothing of what came out.
 PLACES = ("output_dir", "corpus_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
@@ -52,11 +54,16 @@ LOCAL_PATH = re.compile(r"(?<![\w/:.])/(?!/)[\w.+-]+/[\w.+/-]*|\b[A-Za-z]:\\[\w.
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What the publisher says of an adapter where its config does not, or names a folder: None leaves it as it is."""
+    """What the publisher says of an adapter where its config does not, or names a folder: None leaves it as it is.
+
+    Attributes:
+        bench: report of `specbound bench` for the card; None takes the `bench.json` of the folder, if there is one.
+    """
 
     base_model: str | None = None
     base_revision: str | None = None
     license: str | None = None
+    bench: Path | None = None
 
 
 def stage(folder: Path, target: Path, repo_id: str, claims: Claims) -> SpecBoundConfig:
@@ -73,9 +80,12 @@ def stage(folder: Path, target: Path, repo_id: str, claims: Claims) -> SpecBound
     if claims.base_model is not None and claims.base_revision is None:
         config = replace(config, base_model_revision=None)  # the commit of another name says nothing of this one
     config = replace(config, **{name: value for name, value in given.items() if value is not None})
+    if claims.bench is not None and not claims.bench.is_file():
+        raise AdapterError(f"{claims.bench} is no file: expected a report of `specbound bench`")
     calibrated, speed = _read(folder / CALIBRATION_FILE), _read(folder / SPEED_FILE)
+    bench = _read(claims.bench or folder / BENCH_FILE)
     faults = [str(entry.message) for entry in caught if issubclass(entry.category, UserWarning)]
-    faults += [*_identity_faults(config), *_evidence_faults(config, calibrated)]
+    faults += [*_identity_faults(config), *_evidence_faults(config, calibrated), *_bench_faults(config, bench)]
     if faults:
         raise AdapterError(f"{folder} cannot be published: {'; '.join(faults)}")
     assert calibrated is not None
@@ -83,7 +93,11 @@ def stage(folder: Path, target: Path, repo_id: str, claims: Claims) -> SpecBound
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
     (target / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
-    (target / CARD_FILE).write_text(card(config, calibrated, speed, repo_id=repo_id), encoding="utf-8")
+    if bench is not None:  # without the single runs, and with the base by its public name
+        bench["settings"]["base_model"] = config.base_model_name_or_path
+        bench.pop("records", None)
+        (target / BENCH_FILE).write_text(json.dumps(bench, indent=1) + "\n", encoding="utf-8")
+    (target / CARD_FILE).write_text(card(config, calibrated, speed, bench, repo_id=repo_id), encoding="utf-8")
     if (folder / RUN_FILE).is_file():
         run = _public_run((folder / RUN_FILE).read_text(encoding="utf-8"), config.base_model_name_or_path)
         (target / RUN_FILE).write_text(run, encoding="utf-8")
@@ -154,6 +168,27 @@ def _evidence_faults(config: SpecBoundConfig, calibrated: dict[str, Any] | None)
             f"its measured and predicted acceptance disagree, {found['by_run']} and {found['by_replay']} tokens a"
             " round on the same text, so that no figure of it would hold: fit it again, and report this"
         )
+
+
+def _bench_faults(config: SpecBoundConfig, bench: dict[str, Any] | None) -> Iterable[str]:
+    """Why a benchmark says nothing of this adapter."""
+    if bench is None:
+        return
+    try:
+        markdown(bench)
+        same, complete = bench["adapter_sha256"] == config.weights_sha256, bench["complete"]
+        runs = [methods["specbound"] for methods in (*bench["by_task"].values(), bench["methods"])]
+        exact = all(run["identical_prompts"] == run["prompts"] > 0 for run in runs)
+        bench["settings"]["base_model"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        yield f"its {BENCH_FILE} is no report of `specbound bench` on SpecBound ({type(error).__name__}: {error})"
+        return
+    if not same:
+        yield f"its {BENCH_FILE} is of other heads: run `specbound bench` on this adapter"
+    if not complete:
+        yield f"its {BENCH_FILE} was cut short: `specbound bench --resume` ends it"
+    if not exact:
+        yield f"its {BENCH_FILE} has prompts with other ids than stock's: report this"
 
 
 def _public_run(text: str, base: str) -> str:

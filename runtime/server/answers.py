@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.server.logprobs import LogprobsForm
 from runtime.server.metrics import Metrics
 from runtime.server.schema import ApiError, ChatRequest, CompletionRequest
 from runtime.server.worker import Full, Job, Unavailable, Worker
@@ -26,11 +27,13 @@ class Limits:
         max_tokens: of an answer.
         max_body_bytes: of a request.
         max_waiting: requests in the queue.
+        seconds: from a request's arrival to its end, the queue included; None sets no limit.
     """
 
     max_tokens: int = 2048
     max_body_bytes: int = 1 << 20
     max_waiting: int = 16
+    seconds: float | None = None
 
 
 def encode(worker: Worker, body: ChatRequest | CompletionRequest) -> Tensor:
@@ -92,6 +95,7 @@ class Answer:
         model_id: the name the model is served under.
         prompt: token ids, shape [1, T].
         max_new_tokens: of the answer.
+        seconds: until it must be written; None for as long as it takes.
     """
 
     body: ChatRequest | CompletionRequest
@@ -100,11 +104,13 @@ class Answer:
     model_id: str
     prompt: Tensor
     max_new_tokens: int
+    seconds: float | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     started: float = field(default_factory=time.perf_counter)
     _events: "asyncio.Queue[Token | Round | Written | BaseException]" = field(default_factory=asyncio.Queue)
     _id: str = ""
     _job: Job | None = None
+    _logprobs: LogprobsForm = field(init=False)
 
     def submit(self) -> None:
         """Into the queue.
@@ -118,7 +124,10 @@ class Answer:
             with suppress(RuntimeError):  # nobody listens any more: the server has ended
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        transcript = Transcript(self.worker.tokenizer, stop=self.body.stop_strings, listener=tell)
+        transcript = Transcript(
+            self.worker.tokenizer, stop=self.body.stop_strings, num_logprobs=self.body.num_logprobs, listener=tell
+        )
+        self._logprobs = LogprobsForm(self.worker.tokenizer, chat=self._is_chat)
         self._id = ("chatcmpl-" if self._is_chat else "cmpl-") + uuid.uuid4().hex
         options = self.body.sampling() | {"max_new_tokens": self.max_new_tokens}
         prompt = self.prompt.to(self.worker.model.device)
@@ -145,7 +154,8 @@ class Answer:
         async for event in self._until_written():
             written = event
         assert isinstance(written, Written)
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": written.finish_reason}
+        logprobs = self._logprobs.take()
+        choice: dict[str, Any] = {"index": 0, "logprobs": logprobs, "finish_reason": written.finish_reason}
         text = self._job.transcript.text
         choice |= {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
         return self._envelope([choice], chunk=False) | {"usage": self._usage(written)}
@@ -183,9 +193,9 @@ class Answer:
         outcome, waiting_for_first = "cancelled", True
         try:
             while True:
-                event = await self._events.get()
+                event = await self._next()
                 if isinstance(event, BaseException):
-                    outcome = "refused" if isinstance(event, Unavailable) else "failed"
+                    outcome = {ApiError: "late", Unavailable: "refused"}.get(type(event), "failed")
                     raise as_api_error(event)
                 if waiting_for_first:
                     self.metrics.first_token.observe(time.perf_counter() - self.started)
@@ -193,12 +203,24 @@ class Answer:
                 if isinstance(event, Written):
                     outcome = event.finish_reason
                     self.metrics.record(self.prompt.shape[1], event.stats)
+                if isinstance(event, Token):
+                    self._logprobs.add(event)
                 yield event
                 if isinstance(event, Written):
                     return
         finally:
             self.metrics.requests.labels(outcome).inc()
             self.metrics.seconds.observe(time.perf_counter() - self.started)
+
+    async def _next(self) -> Token | Round | Written | BaseException:
+        """The next event, or the end of the time."""
+        left = None if self.seconds is None else self.started + self.seconds - time.perf_counter()
+        try:
+            return await asyncio.wait_for(self._events.get(), left)
+        except asyncio.TimeoutError:  # another class in Python 3.10
+            self.cancel()
+            said = f"not done within {self.seconds:g} s, this server's limit: ask for fewer tokens, or later"
+            return ApiError(504, said, code="timeout")
 
     @property
     def _is_chat(self) -> bool:
@@ -209,7 +231,7 @@ class Answer:
         return {"id": self._id, "object": kind, "created": self.created, "model": self.model_id, "choices": choices}
 
     def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish_reason}
+        choice: dict[str, Any] = {"index": 0, "logprobs": self._logprobs.take(), "finish_reason": finish_reason}
         choice |= {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
         return self._envelope([choice], chunk=True)
 
@@ -235,6 +257,8 @@ class Answer:
 
 def as_api_error(error: BaseException) -> ApiError:
     """What a client is told of it: nothing of our insides."""
+    if isinstance(error, ApiError):
+        return error
     if isinstance(error, Full):
         return ApiError(429, str(error), code="queue_full", retry_after=error.retry_after)
     if isinstance(error, Unavailable):

@@ -74,7 +74,7 @@ def make_app(worker: Worker, *, model_id: str, limits: Limits, api_key: str | No
         prompt = await run_in_threadpool(encode, worker, body)
         context = int(worker.model.config.max_position_embeddings)
         limit = token_limit(body, prompt.shape[1], context, limits)
-        answer = Answer(body, worker, metrics, model_id, prompt, limit)
+        answer = Answer(body, worker, metrics, model_id, prompt, limit, limits.seconds)
         answer.submit()
         if body.stream:
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # for proxies that collect

@@ -6,14 +6,13 @@ What cannot be honoured is refused, never ignored, unless it is at the value tha
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from typing_extensions import Self
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 # What changes nothing, by field; any other value is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
     "best_of": (None, 1),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
     "logit_bias": (None, {}),
@@ -25,6 +24,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # A number so small that scores divided by it are no longer finite.
 MIN_TEMPERATURE = 1e-6
+# As many as OpenAI's chats take.
+MAX_LOGPROBS = 20
 
 
 class ApiError(Exception):
@@ -105,7 +106,6 @@ class Request(_Strict):
     user: str | None = None
     metadata: dict[str, str] | None = None
     n: Any = None
-    logprobs: Any = None
     frequency_penalty: Any = None
     presence_penalty: Any = None
     logit_bias: Any = None
@@ -170,10 +170,22 @@ class ChatRequest(Request):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    top_logprobs: Any = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: Any = None
     tools: Any = None
     tool_choice: Any = None
+
+    @model_validator(mode="after")
+    def _asked(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """So many of the likeliest tokens are told beside each one; None tells no probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def limit(self) -> int | None:
@@ -185,9 +197,15 @@ class CompletionRequest(Request):
     """Body of /v1/completions: one prompt, as text, as a list of one text, or as token ids."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)] | list[int]
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: Any = None
     echo: Any = None
     suffix: Any = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """So many of the likeliest tokens are told beside each one; None tells no probabilities."""
+        return self.logprobs
 
     @property
     def limit(self) -> int | None:
