@@ -9,8 +9,8 @@ from typing import Any
 
 import uvicorn
 
-from runtime.server.answers import Limits
 from runtime.server.app import make_app
+from runtime.server.limits import Limits
 from runtime.server.worker import Worker
 
 MODEL_ID = "tiny"

@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 from runtime import SpeculationBounds, detach, save_adapter
 from runtime.generate import attach
 from runtime.handle import SpecBound
-from runtime.server.answers import Answer, Limits
+from runtime.server.answers import Answer
+from runtime.server.limits import Limits
 from runtime.server.worker import Worker
 from train.cli import app
 

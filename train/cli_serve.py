@@ -42,7 +42,7 @@ def serve_command(
 
     try:
         try:
-            from runtime.server.answers import Limits
+            from runtime.server.limits import Limits
             from runtime.server.serving import serve
         except ImportError as error:
             raise ConfigError(f"{error.name} is not installed: pip install 'specbound[serve]'") from None

@@ -15,8 +15,8 @@ from train.calibrated import counted_costs
 from train.checkpoints import FitState, load_best, load_checkpoint, save_checkpoint
 from train.costs import CostTable
 from train.curves import draw_curves
-from train.evaluate import evaluate, show
 from train.flops import FitFlops
+from train.held_out import evaluate, show
 from train.interrupts import StopSignals, exit_code
 from train.learner import Learner
 from train.metrics_log import MetricsLog

@@ -10,8 +10,8 @@ import uvicorn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime.errors import ConfigError
-from runtime.server.answers import Limits
 from runtime.server.app import make_app
+from runtime.server.limits import Limits
 from runtime.server.worker import Worker
 
 # For a thread that was told to end to do so.
