@@ -23,6 +23,9 @@ SURVIVALS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 OFF = 2.0  # a threshold no confidence reaches
 MIN_GAIN = 1e-4
 PASSES = 4
+# What a draft is charged beyond its measured cost, in tokens of stock `generate`: costs are noisy, the fastest bounds have
+# many nearly as fast beside them, and those that draft less lose less where text or machine are not what was measured.
+CAUTION = 0.01
 # Candidates are compared on about so many positions, whole texts, and the first few of them then on all.
 QUICK_POSITIONS, FINALISTS = 2000, 5
 
@@ -49,10 +52,10 @@ def tune(
         def best(candidates: Iterator[SpeculationBounds]) -> tuple[float, SpeculationBounds]:
             scored = []
             for bounds in candidates:
-                scored.append((_speed(quick.run(bounds)), bounds))
+                scored.append((_speed(quick.run(bounds), costs), bounds))
                 bar.update()
             scored.sort(key=lambda pair: -pair[0])
-            finalists = [(_speed(replayer.run(bounds)), bounds) for _, bounds in scored[:FINALISTS]]
+            finalists = [(_speed(replayer.run(bounds), costs), bounds) for _, bounds in scored[:FINALISTS]]
             return max(finalists, key=lambda pair: pair[0])
 
         speed, bounds = best(_uniform(traces, held))
@@ -72,9 +75,10 @@ def tune(
     return bounds, replayer.run(bounds)
 
 
-def _speed(replayed: Replayed) -> float:
-    """Tokens a second, so rounded that sums in another order are equal."""
-    return round(replayed.tokens_per_second, 6)
+def _speed(replayed: Replayed, costs: CostTable) -> float:
+    """Tokens a second with `CAUTION`, so rounded that sums in another order are equal."""
+    caution = CAUTION * costs.plain * replayed.drafted.total()
+    return round(1000.0 * replayed.emitted / max(1e-9, float(replayed.ms_by_text.sum()) + caution), 6)
 
 
 def _some(traces: Traces) -> Traces:
