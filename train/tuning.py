@@ -23,8 +23,8 @@ SURVIVALS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 OFF = 2.0  # a threshold no confidence reaches
 MIN_GAIN = 1e-4
 PASSES = 4
-# What a draft is charged beyond its measured cost, in tokens of stock `generate`: costs are noisy, the fastest bounds have
-# many nearly as fast beside them, and those that draft less lose less where text or machine are not what was measured.
+# What a draft is charged beyond its measured cost, in tokens of stock `generate`: costs are noisy, the fastest bounds
+# have many nearly as fast beside them, and those that draft less lose less where text or machine are others.
 CAUTION = 0.01
 # Candidates are compared on about so many positions, whole texts, and the first few of them then on all.
 QUICK_POSITIONS, FINALISTS = 2000, 5
