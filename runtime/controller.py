@@ -4,6 +4,7 @@ Decides only how much is drafted, so never which tokens come out. Time comes fro
 Knows no model.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -96,10 +97,17 @@ class Controller:
             self._records[layer] = (sure + confidence, right + (index < num_accepted))
 
     def _corrected(self, bounds: SpeculationBounds) -> SpeculationBounds:
-        """The bounds with a higher threshold for each source that has been right less often than it said."""
+        """The bounds with a higher threshold for each source that has been right less often than it said, and narrower
+        rounds where all of them together have."""
         own = dict(bounds.exit_thresholds)
-        for layer, (sure, right) in self._records.items():
-            honesty = (right + PRIOR) / (sure + PRIOR)
-            if honesty < 1.0:
-                own[layer] = bounds.threshold(layer) / honesty
-        return replace(bounds, exit_thresholds=own)
+        for layer, record in self._records.items():
+            own[layer] = bounds.threshold(layer) / _honesty(record)
+        total = sum(sure for sure, _ in self._records.values()), sum(right for _, right in self._records.values())
+        width = math.ceil(bounds.max_draft_tokens * _honesty(total))
+        return replace(bounds, exit_thresholds=own, max_draft_tokens=width)
+
+
+def _honesty(record: tuple[float, float]) -> float:
+    """How often a source was right over how sure it was, at most 1."""
+    sure, right = record
+    return min(1.0, (right + PRIOR) / (sure + PRIOR))

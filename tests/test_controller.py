@@ -85,7 +85,8 @@ def test_a_pause_of_the_machine_is_not_taken_for_slowness() -> None:
 
 
 def test_a_source_that_overstates_itself_is_asked_for_more() -> None:
-    """Sure at 0.9 and right one time of ten: its threshold rises, within reason; other sources keep theirs."""
+    """Sure at 0.9 and right one time of ten: its threshold rises, within reason; other sources keep theirs. Rounds
+    become narrower."""
     controller = Controller(lambda: 0.0)
     for step in range(200):
         controller.begin(BOUNDS)
@@ -93,11 +94,13 @@ def test_a_source_that_overstates_itself_is_asked_for_more() -> None:
     controller.resting = 0
     allowed = controller._corrected(BOUNDS)
     assert allowed.threshold(4) > 0.8 and allowed.threshold(0) == BOUNDS.exit_threshold
+    assert 1 <= allowed.max_draft_tokens < BOUNDS.max_draft_tokens
     honest = Controller(lambda: 0.0)
     for _ in range(200):
         honest.begin(BOUNDS)
         honest.end([4], [0.9], 1)
     assert honest._corrected(BOUNDS).threshold(4) == BOUNDS.exit_threshold
+    assert honest._corrected(BOUNDS).max_draft_tokens == BOUNDS.max_draft_tokens
 
 
 def test_drafts_after_a_rejected_one_say_nothing() -> None:
