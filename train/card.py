@@ -143,7 +143,7 @@ def _bounds(bounds: SpeculationBounds) -> str:
 
 def _replay(replayed: dict[str, Any]) -> str:
     costs, (low, high) = replayed["costs"], replayed["predicted_speedup_interval"]
-    where = costs if isinstance(costs, str) else ", ".join(f"{name} {value}" for name, value in costs.items())
+    where = costs if isinstance(costs, str) else ", ".join(f"{name} {value}" for name, value in sorted(costs.items()))
     return (
         f"Replay of the logged calibration text with them: mean accepted length "
         f"{replayed['mean_accepted_length']:.2f}, acceptance rate {replayed['acceptance_rate']:.2f}, predicted "

@@ -6,7 +6,6 @@ What cannot be honoured is refused, never ignored, unless it is at the value tha
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
-from typing_extensions import Self
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 # What changes nothing, by field; any other value is refused.
@@ -177,7 +176,7 @@ class ChatRequest(Request):
     tool_choice: Any = None
 
     @model_validator(mode="after")
-    def _asked(self) -> Self:
+    def _asked(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
