@@ -40,8 +40,11 @@ def load_specbound(
         adapter: folder or Hub id.
         base_model: a loaded model, a folder or a Hub id; None takes the base the adapter names.
         revision: of the adapter's repository.
-        dtype, device_map: as `from_pretrained` takes them, for a base that is loaded here.
-        token, cache_dir, local_files_only: as huggingface_hub takes them.
+        dtype: as `from_pretrained` takes it, for a base that is loaded here.
+        device_map: the same.
+        token: as huggingface_hub takes it.
+        cache_dir: the same.
+        local_files_only: the same.
         exactness: `bitwise` (default): the bits of plain decoding. `batched`: faster; near-ties may differ.
         adaptive: draft less, or nothing for a while, where that is measured to be slower. Ids are the same.
         tokenizer: checked against the adapter's; for a base loaded here its own is.
