@@ -20,12 +20,13 @@ from train.contents import write_custom_generate
 ROOT = Path(__file__).resolve().parents[1]
 BASE, NAME = "some-org/tiny-base", "some-org/tiny-specbound"
 
-# In a process of its own, as a user's: plain decoding, then the adapter by its name, then the form transformers calls.
+# In a process of its own, as a user's: plain decoding, then the adapter by its name, then the form transformers calls,
+# then what the documentation says.
 USE = """
-import json, sys, torch
+import json, pathlib, re, sys, torch
 from transformers import AutoModelForCausalLM
 from runtime import load_specbound
-base, name = sys.argv[1:]
+base, name, page = sys.argv[1:]
 ids = torch.tensor([[5, 17, 33, 8, 5, 17, 60]])
 greedy = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
 torch.set_num_threads(1)
@@ -34,9 +35,13 @@ expected = plain.generate(**greedy).tolist()
 by_name = load_specbound(name)
 cached = load_specbound(name, local_files_only=True)
 called = plain.generate(**greedy, custom_generate=name, trust_remote_code=True).tolist()
+names = {"load_specbound": load_specbound, "my_model": AutoModelForCausalLM.from_pretrained(base), "inputs": greedy}
+for block in re.findall("```python\\n(.*?)```", pathlib.Path(page).read_text(), re.S):
+    exec(block.replace("ORG/NAME", name), names)
 print(json.dumps({
     "expected": expected, "by_name": by_name.generate(**greedy).tolist(), "cached": cached.generate(**greedy).tolist(),
-    "custom_generate": called, "emitted": [m.specbound.stats.emitted for m in (by_name, cached, plain)],
+    "custom_generate": called, "documented": names["output"].tolist(),
+    "emitted": [m.specbound.stats.emitted for m in (by_name, cached, plain)],
     "revision": by_name.specbound.config.base_model_revision,
 }))
 """
@@ -73,8 +78,9 @@ def test_fit_publish_forget_load_and_the_ids_are_plain_decodings(hub, make_recip
     assert files["model.safetensors"] == (tmp_path / "out" / "adapter" / "model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "out")
 
-    found = json.loads(run(hub, tmp_path, "-c", USE, BASE, NAME).stdout.splitlines()[-1])
-    for way in ("by_name", "cached", "custom_generate"):
+    hub.repositories[NAME].tags["v1.0"] = hub.repositories[NAME].branches["main"]
+    found = json.loads(run(hub, tmp_path, "-c", USE, BASE, NAME, ROOT / "docs" / "hub.md").stdout.splitlines()[-1])
+    for way in ("by_name", "cached", "custom_generate", "documented"):
         assert found[way] == found["expected"], way
     assert all(found["emitted"]) and found["revision"] == commit
     assert "GET /some-org/tiny-specbound/resolve/" in "\n".join(hub.log)
