@@ -26,7 +26,8 @@ from runtime.layers import DecoderLayers
 from runtime.packed import JointLinear, PackedLinears
 from runtime.reference import Reference
 
-PROBE_FORMAT = 5
+# Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
+PROBE_FORMAT = 6
 # Cheapest first: one call for the block, one call at a steady number of rows, one call a row.
 LINEAR_ROWS = (None, 8, 16, 32, 1)
 

@@ -37,13 +37,15 @@ def fitted(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_from_profile_to_tuned_bounds(fitted: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The costs are positive; the bounds tuned are the adapter's, which loads, its other files kept."""
+    """No cost is negative or falls with width; the tuned bounds are the adapter's, which loads, other files kept."""
     folder, base, _ = fitted
     model: Any = load_specbound(folder, base)
     costs = measure(model, max_width=4, repeats=3, progress=False)
     assert not any("plain decoding" in record.message for record in caplog.records)
     assert costs.num_hidden_layers == model.config.num_hidden_layers and sorted(costs.layer) == [1, 2, 3, 4]
-    assert min(costs.plain, costs.head, costs.lookup, *costs.layer.values(), *costs.unembedding.values()) > 0
+    assert min(costs.plain, costs.lookup, costs.token, *costs.unembedding.values()) > 0
+    assert min(costs.head, costs.round, *costs.layer.values()) >= 0  # differences: a tiny base's drown in noise
+    assert sorted(costs.unembedding.values()) == [costs.unembedding[width] for width in (1, 2, 3, 4)]
     assert costs.conditions["exactness"] == "bitwise" and "stock generate" in str(costs)
     costs.write(tmp_path / "costs.json")
     assert CostTable.read(tmp_path / "costs.json") == costs

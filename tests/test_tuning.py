@@ -8,6 +8,7 @@ import pytest
 
 from runtime.errors import DataError
 from runtime.policy import SpeculationBounds
+from train import tuning
 from train.ablations import FULL, UNCALIBRATED, ablate
 from train.costs import CostTable
 from train.replay import Replayer
@@ -64,6 +65,18 @@ def test_good_shallow_drafts_pay() -> None:
     """Always right at depth 0: the widest round, nothing deeper."""
     bounds, found = tune(constant(sure=0.99, right=True), COSTS, progress=False)
     assert (bounds.max_draft_tokens, bounds.max_exit_layer) == (max(WIDTHS), 0) and found.speedup > 2
+
+
+def test_drafts_that_barely_pay_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a draft is charged beyond its cost decides; what is predicted stays without it."""
+    traces = honest_traces()
+    found = tune(traces, COSTS, progress=False)[1]
+    monkeypatch.setattr(tuning, "CAUTION", 0.1)
+    fewer, slower = tune(traces, COSTS, progress=False)
+    assert slower.drafted.total() < found.drafted.total() and slower.speedup <= found.speedup
+    assert slower.speedup == Replayer(traces, COSTS).run(fewer).speedup
+    monkeypatch.setattr(tuning, "CAUTION", 10.0)
+    assert tune(traces, COSTS, progress=False)[1].drafted.total() == 0
 
 
 def test_nothing_is_drafted_where_nothing_pays() -> None:

@@ -25,13 +25,14 @@ from runtime.policy import SpeculationBounds
 from runtime.state import DecodeState
 from train.clock import Clock
 from train.costs import CostTable
+from train.tuning import WIDTHS
 
 CONTEXTS = (64, 384, 1024)
 REPEATS = 7
 WARM_UP = 2
 GENERATED = 8
-# A token more than the widest draft that `tuning` tries.
-MAX_WIDTH = 13
+# A token more than the widest draft that is tried.
+MAX_WIDTH = max(WIDTHS) + 1
 
 
 @torch.no_grad()

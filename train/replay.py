@@ -117,11 +117,9 @@ class Replayer:
         codes = _rounds(traces, bounds, exits)
         newest = _chain(traces, codes % MAX_DRAFTS)
         found, which, times = np.unique(codes[newest], return_inverse=True, return_counts=True)
-        kinds = np.array([self._kind(exits, code) for code in found.tolist()]).reshape(len(found), -1)
+        kinds = np.array([self._kind(exits, code) for code in found.tolist()]).reshape(-1, 4 + 2 * len(exits))
         price, by_context, emitted = kinds[:, 0], kinds[:, 1], kinds[:, 2]
-        hard_tokens, *counts = (
-            (times @ kinds[:, 3:]).astype(int).tolist() if len(found) else [0] * (2 * len(exits) + 1)
-        )
+        hard_tokens, *counts = (times @ kinds[:, 3:]).astype(int).tolist()
         text, texts = traces.sequence[newest], traces.num_sequences
         ms = price[which] + by_context[which] * traces.context[newest]
         return Replayed(
