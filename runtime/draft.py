@@ -64,6 +64,7 @@ class HeadDrafter:
         pack_in_place([*heads.modules(), *([] if rows is None else [unembedding.rows])])  # else the base's own
         return replace(self, heads=heads, unembedding=unembedding)
 
+    @torch.inference_mode()
     def propose(self, layer: int, state: DecodeState) -> tuple[int, float]:
         """What the lookup proposes at depth 0; elsewhere the head's most likely token, at its exit's temperature."""
         if layer == 0:

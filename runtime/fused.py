@@ -42,7 +42,9 @@ class FusedLayer:
     ) -> None:
         module = layer.self_attn
         self.query_key_value, self.output, self.gate_up, self.down = query_key_value, output, gate_up, down
-        self.norms = [(norm.weight, norm.variance_epsilon) for norm in _norms(layer)]
+        # As tensors: a number would be made one, and cast, in every call.
+        self.norms = [(norm.weight, torch.tensor(norm.variance_epsilon)) for norm in _norms(layer)]
+        self.hidden_size = torch.tensor(float(module.q_proj.weight.shape[1]))
         self.head_size: int = module.head_dim
         self.num_queries = module.q_proj.weight.shape[0] // self.head_size
         self.num_keys = module.k_proj.weight.shape[0] // self.head_size
@@ -66,8 +68,12 @@ class FusedLayer:
         return self.down(functional.silu(gate).mul_(up)).add_(hidden)
 
     def _norm(self, index: int, hidden: Tensor) -> Tensor:
+        """The module's own sums in float32, rounded where it rounds."""
         weight, epsilon = self.norms[index]
-        return functional.rms_norm(hidden, weight.shape, None, epsilon).mul_(weight)
+        exact = hidden.float()
+        total = (exact * exact).sum(-1, keepdim=True)
+        scale = torch.addcdiv(epsilon, total, self.hidden_size).rsqrt_()
+        return exact.mul_(scale).to(hidden.dtype).mul_(weight)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Queries [1, H, T, E] on keys and values [1, G, S, E], row t of T on the first S - T + t + 1."""

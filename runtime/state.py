@@ -2,6 +2,7 @@
 
 Those pending tokens stand at different depths. Along them depth never rises, so the ones that lack a layer are
 always the last ones: a stack of segments, deepest first, each a block of consecutive tokens at one depth.
+Layers run in inference mode, which every call of a small operation feels; what was emitted leaves it as a copy.
 Knows nothing of heads, confidence or policy.
 """
 
@@ -56,6 +57,7 @@ class DecodeState:
         self.deep = deep
         self._top: Tensor | None = None
 
+    @torch.inference_mode()
     def push(self, token: int) -> None:
         """Make a token the newest pending one, at depth 0."""
         position = self.length + self.position_offset
@@ -70,6 +72,7 @@ class DecodeState:
         """Hidden state of the newest pending token, shape [1, 1, D], at the depth reached so far."""
         return self.segments[-1].hidden[:, -1:]
 
+    @torch.inference_mode()
     def advance(self, depth: int) -> None:
         """Bring every pending token to at least `depth`; each layer runs once, over all tokens that lack it."""
         while self.segments[-1].depth < depth:
@@ -86,6 +89,7 @@ class DecodeState:
             last = self.segments.pop()
             self.segments[-1].hidden = torch.cat([self.segments[-1].hidden, last.hidden], dim=1)
 
+    @torch.inference_mode()
     def verify(self) -> Tensor:
         """Bring all pending tokens to the top; target logits of each of them, shape [1, T, V]."""
         self.advance(self.layers.num_layers)

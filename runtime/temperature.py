@@ -41,8 +41,7 @@ def confidence(logits: Tensor, temperature: float) -> Tensor:
     Returns:
         Tensor of shape [...], float32, in (0, 1].
     """
-    scaled = logits.float() / temperature
-    return torch.exp(scaled.amax(dim=-1) - scaled.logsumexp(dim=-1))
+    return torch.softmax(logits.float() / temperature, dim=-1).amax(dim=-1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ def split(model: Any, context: int, repeats: int) -> dict[str, Any]:
         stock.crop(-1)
 
     def after() -> None:
-        with execution(model, policy, specbound.packed):
+        with execution(model, policy, specbound.packed), torch.inference_mode():
             hidden = layers.embed(ids[:, -1:], context)
             layers.logits(layers.run(hidden, 0, layers.num_layers, context, cache))
         cache.crop(context)

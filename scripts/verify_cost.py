@@ -66,7 +66,7 @@ def measure(model: Any, context: int, widths: list[int], repeats: int) -> dict[s
         stock.crop(-1)
 
     def block(width: int, policy: ExecutionPolicy) -> None:
-        with execution(model, policy, packed):
+        with execution(model, policy, packed), torch.inference_mode():
             hidden = layers.embed(token_ids[:, context : context + width], context)
             layers.logits(layers.run(hidden, 0, layers.num_layers, context, cache))
         cache.crop(context)

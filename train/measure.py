@@ -130,6 +130,7 @@ class _Bench:
         model(input_ids=self.token_ids[:, :context], past_key_values=stock, use_cache=True)
         self.cache = KVCache.from_dynamic(stock, context + max_width + 1)
 
+    @torch.inference_mode()
     def blocks(self) -> dict[Any, float]:
         """All layers, and the unembedding, by width."""
         found = {}
