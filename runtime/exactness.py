@@ -27,7 +27,7 @@ from runtime.packed import JointLinear, PackedLinears
 from runtime.reference import Reference
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 6
+PROBE_FORMAT = 7
 # Cheapest first: one call for the block, one call at a steady number of rows, one call a row.
 LINEAR_ROWS = (None, 8, 16, 32, 1)
 

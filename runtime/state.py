@@ -52,20 +52,17 @@ class DecodeState:
         self.position_offset = position_offset
         self.segments: list[Segment] = []
         self.pending: list[int] = []
+        self._fresh = 0  # the last of them, whose hidden states no layer has asked for
         self.lookup = ContextLookup(token_ids)
         self.embedding: Tensor | None = None
         self.deep = deep
         self._top: Tensor | None = None
 
-    @torch.inference_mode()
     def push(self, token: int) -> None:
         """Make a token the newest pending one, at depth 0."""
-        position = self.length + self.position_offset
-        hidden = self.layers.embed(torch.tensor([[token]], device=self.layers.device), position)
         self.pending.append(token)
-        self.embedding = hidden
-        self.segments.append(Segment(hidden, 0, position))
         self.length += 1
+        self._fresh += 1
 
     @property
     def newest(self) -> Tensor:
@@ -75,13 +72,24 @@ class DecodeState:
     @torch.inference_mode()
     def advance(self, depth: int) -> None:
         """Bring every pending token to at least `depth`; each layer runs once, over all tokens that lack it."""
-        while self.segments[-1].depth < depth:
+        if self._fresh and depth > 0:
+            self._embed()
+        while self.segments and self.segments[-1].depth < depth:
             last = self.segments[-1]
             above = self.segments[-2].depth if len(self.segments) > 1 else depth
             stop = min(depth, above)
             last.hidden = self.layers.run(last.hidden, last.depth, stop, last.position, self.cache)
             last.depth = stop
             self._merge()
+
+    def _embed(self) -> None:
+        """Hidden states at depth 0 of the tokens that have none, in one block."""
+        position = self.length - self._fresh + self.position_offset
+        fresh = torch.tensor([self.pending[-self._fresh :]], device=self.layers.device)
+        hidden = self.layers.embed(fresh, position)
+        self.embedding = hidden[:, -1:]
+        self.segments.append(Segment(hidden, 0, position))
+        self._fresh = 0
 
     def _merge(self) -> None:
         """Join the last two segments where they have come to the same depth."""
@@ -106,5 +114,6 @@ class DecodeState:
         self._top = None
         self.lookup.extend(self.pending[:settled])
         self.pending.clear()
+        self._fresh = 0
         self.segments.clear()
         self.length = length
