@@ -59,7 +59,7 @@ class DecodeState:
     def push(self, token: int) -> None:
         """Make a token the newest pending one, at depth 0."""
         position = self.length + self.position_offset
-        hidden = self.layers.embed(torch.tensor([[token]], device=self.layers.device), position)
+        hidden = self.layers.embed(torch.full((1, 1), token, device=self.layers.device), position)
         self.pending.append(token)
         self.embedding = hidden
         self.segments.append(Segment(hidden, 0, position))
