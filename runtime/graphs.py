@@ -54,16 +54,17 @@ class Graphs:
 
     def _record(self, function: Callable[[], Tensor], device: torch.device) -> tuple[Any, Tensor]:
         """The graph, which has not run yet, and where it leaves its result."""
-        with torch.cuda.device(device):
+        cuda: Any = torch.cuda  # not all of it is typed
+        with cuda.device(device):
             if self._stream is None:
-                self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
+                self._stream, self._pool = cuda.Stream(), cuda.graph_pool_handle()
+            self._stream.wait_stream(cuda.current_stream())
+            with cuda.stream(self._stream):
                 for _ in range(WARM_UP):
                     function()
-            torch.cuda.current_stream().wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            cuda.current_stream().wait_stream(self._stream)
+            graph = cuda.CUDAGraph()
+            with cuda.graph(graph, pool=self._pool, stream=self._stream):
                 output = function()
         return graph, output
 

@@ -39,6 +39,7 @@ class Tape(TorchDispatchMode):
             self.made += [leaf for leaf in tree_leaves(self.calls[-1][3]) if isinstance(leaf, torch.Tensor)]
         return output
 
+    @torch.inference_mode()  # a GPU does not ask either in which mode its memory was allocated
     def replay(self) -> None:
         """The same again, into the same memory; what the others of the pool left there is lost."""
         self.replays += 1

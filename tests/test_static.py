@@ -34,6 +34,7 @@ from runtime.layers import DecoderLayers
 from runtime.loading import make_specbound
 from runtime.state import DecodeState
 from runtime.static import StaticCache, addresses, why_not
+from train.measure import measure
 
 STATIC = ExecutionPolicy("batched", static=True)
 GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -113,8 +114,12 @@ def test_segments_compute_what_the_layers_do(family: str, attention: str, way: s
     assert len(static.graphs) == (8 if way == "recorded" else 0)  # two segments, of 1, 2, 4 and 8 rows
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_family_greedy_and_sampled(family: str, way: str) -> None:
+@pytest.mark.parametrize(
+    ("way", "family"),
+    [("twin", family) for family in sorted(FAMILIES)] + [("recorded", family) for family in ("llama", "gpt2")],
+    indirect=["way"],
+)
+def test_greedy_and_sampled(way: str, family: str) -> None:
     """Ids are stock's in float32, where near-ties are rare, one request after another over the same buffers."""
     model = tiny(family)
     specbound, stores = attached(model, prompt()), []
@@ -198,6 +203,8 @@ def test_cropped_rows_are_never_read(way: str) -> None:
         for buffer in (*static._keys, *static._values):
             assert buffer is not None
             buffer[:, :, 7 : static._written] = torch.nan
+        for given in static._inputs.values():
+            given.fill_(torch.nan)
         static.crop(7)
     mine = in_blocks(model, static, ids, 7, [5, 1, 3])
     for one, other in zip(mine, in_blocks(model, KVCache.from_dynamic(stock, 40), ids, 7, [5, 1, 3]), strict=True):
@@ -494,6 +501,20 @@ def test_loaded_with_graphs(make_model: Callable[..., Any], make_adapter: Any, t
     loaded = load_specbound(tmp_path / "adapter", detach(model), exactness="batched", adaptive=False)
     assert torch.equal(loaded.generate(PROMPT, **GREEDY), stock)
     assert not loaded.specbound.certificate.policy.static and loaded.specbound.static is None
+
+
+def test_costs_are_those_of_segments(make_model: Any, make_adapter: Any, way: str) -> None:
+    """What `specbound profile` measures runs over static caches as well."""
+    model = make_model()
+    specbound = make_specbound(model, make_adapter(model), exactness="batched", graphs=True)
+    specbound.bounds = SpeculationBounds(0.0, 4, 1)
+    attach(model, specbound)
+    runs = []
+    with pytest.MonkeyPatch.context() as patch:
+        run = StaticCache.run
+        patch.setattr(StaticCache, "run", lambda self, *args: runs.append(1) or run(self, *args))
+        costs = measure(model, max_width=2, repeats=1, progress=False)
+    assert len(runs) > 20 and min(costs.layer.values()) > 0
 
 
 def test_the_tape_is_as_strict_as_a_gpu() -> None:
