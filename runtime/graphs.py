@@ -58,14 +58,18 @@ class Graphs:
         with cuda.device(device):
             if self._stream is None:
                 self._stream, self._pool = cuda.Stream(), cuda.graph_pool_handle()
-            self._stream.wait_stream(cuda.current_stream())
+            current = cuda.current_stream()
+            self._stream.wait_stream(current)
             with cuda.stream(self._stream):
                 for _ in range(WARM_UP):
                     function()
-            cuda.current_stream().wait_stream(self._stream)
+            current.wait_stream(self._stream)
             graph = cuda.CUDAGraph()
-            with cuda.graph(graph, pool=self._pool, stream=self._stream):
-                output = function()
+            try:
+                with cuda.graph(graph, pool=self._pool, stream=self._stream):
+                    output = function()
+            finally:
+                cuda.set_stream(current)  # a capture that fails leaves its own in the place
         return graph, output
 
 

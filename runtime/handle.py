@@ -127,9 +127,9 @@ class SpecBound:
         reason = why_not(self.layers.layers)
         if reason is not None:
             self._warn(f"no graphs, because {reason}")
-        lie = addresses(model) if reason is None else ()
-        if lie != self._addresses:
-            self.static, self._addresses = None, lie
+        found = addresses(model) if reason is None else ()
+        if found != self._addresses:
+            self.static, self._addresses = None, found
         return reason is None
 
     def cache_of(self, prompt: Any, capacity: int) -> KVCache:

@@ -198,11 +198,11 @@ def test_cropped_rows_are_never_read(way: str) -> None:
     wrong = (ids + 1) % 90
     stock = prefilled(model, ids[:, :7])
     static = StaticCache.from_dynamic(stock, 40)
-    for width in (2, 5, 9):
+    for width, padded in ((2, 2), (5, 8), (9, 16)):
         in_blocks(model, static, wrong, 7, [width])
         for buffer in (*static._keys, *static._values):
             assert buffer is not None
-            buffer[:, :, 7 : static._written] = torch.nan
+            buffer[:, :, 7 : 7 + padded] = torch.nan
         for given in static._inputs.values():
             given.fill_(torch.nan)
         static.crop(7)
@@ -358,6 +358,9 @@ def test_weights_put_elsewhere_are_recorded_anew(monkeypatch: pytest.MonkeyPatch
     assert same_ids(model, prompt(), **GREEDY) and specbound.static is first
     turn(2, in_place=False)
     assert same_ids(model, prompt(), **GREEDY) and specbound.static is not first
+    second = specbound.static
+    model.set_attn_implementation("eager")
+    assert same_ids(model, prompt(), **GREEDY) and specbound.static is not second
     model.to(torch.float64)
     assert same_ids(model, prompt(), **GREEDY)
     monkeypatch.setattr(runtime.handle, "addresses", lambda model: specbound._addresses)  # negative control
