@@ -112,6 +112,7 @@ def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound:
             "exactness": specbound.exactness,
             "versions": certificate.versions,
             "contexts": contexts,
+            **({"graphs": True} if certificate.policy.static else {}),
         },
     )
 
