@@ -142,9 +142,9 @@ def _batched(
     mask: Tensor | None,
     **kwargs: Any,
 ) -> AttentionOutput:
-    """As `_rowwise`, in one call: row t of T sees the first S - T + t + 1 keys."""
+    """As `_rowwise`, in one call: row t of T sees the first S - T + t + 1 keys, or what a mask to be added tells."""
     num_rows, num_keys = query.shape[2], key.shape[2]
-    if num_rows > 1:
+    if mask is None and num_rows > 1:
         seen = torch.ones(num_rows, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_rows)
         mask = seen[None, None]
         if stock == "eager":

@@ -75,6 +75,8 @@ def _describe(policy: ExecutionPolicy) -> str:
         parts.append("attention in groups of rows")
     if policy.fused:
         parts.append("layers fused")
+    if policy.static:
+        parts.append("segments of fixed shapes")
     return "; ".join(parts)
 
 
@@ -114,7 +116,7 @@ def read_certificate(path: Path) -> Certificate | None:
         stored = fields["policy"]
         rows = {tuple(shape): count for shape, count in stored["linear_rows"]}
         packed = {tuple(shape): count for shape, count in stored["packed_rows"]}
-        how = (stored["attention"], rows, stored["other_rows"], packed, stored["fused"])
+        how = (stored["attention"], rows, stored["other_rows"], packed, stored["fused"], stored["static"])
         fields["policy"] = ExecutionPolicy(*how)
         return Certificate(**(fields | {"seconds": 0.0}))
     except (OSError, ValueError, KeyError, TypeError):
@@ -131,6 +133,7 @@ def write_certificate(path: Path, certificate: Certificate) -> None:
         "other_rows": policy.other_rows,
         "packed_rows": sorted(policy.packed_rows.items()),
         "fused": policy.fused,
+        "static": policy.static,
     }
     try:
         write_atomic(path, json.dumps(fields).encode())

@@ -87,8 +87,13 @@ def head_context(state: DecodeState) -> HeadContext:
     assert state.embedding is not None
     embedding, age = state.embedding[0], len(state.pending)
     if state.deep is None or age > MAX_AGE:
-        return HeadContext(embedding, torch.zeros_like(embedding), torch.tensor([0], device=embedding.device))
-    return HeadContext(embedding, state.deep[None].to(embedding.device), torch.tensor([age], device=embedding.device))
+        return HeadContext(embedding, torch.zeros_like(embedding), _filled(0, embedding.device))
+    return HeadContext(embedding, state.deep[None].to(embedding.device), _filled(age, embedding.device))
+
+
+def _filled(number: int, device: torch.device) -> torch.Tensor:
+    """One number as a tensor [1], int64, made on the device: copying it there would wait for the layers before."""
+    return torch.full((1,), number, device=device)
 
 
 @dataclass(slots=True)

@@ -25,9 +25,10 @@ from runtime.execution import ExecutionPolicy, Shape, execution, in_rows
 from runtime.layers import DecoderLayers
 from runtime.packed import JointLinear, PackedLinears
 from runtime.reference import Reference
+from runtime.static import StaticCache
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 7
+PROBE_FORMAT = 8
 # Cheapest first: one call for the block, one call at a steady number of rows, one call a row.
 LINEAR_ROWS = (None, 8, 16, 32, 1)
 
@@ -39,6 +40,7 @@ def certify(
     max_width: int,
     exactness: str = "bitwise",
     packed: PackedLinears | None = None,
+    static: bool = False,
 ) -> Certificate:
     """The cheapest policy that keeps every bit for blocks of up to `max_width` tokens, probed or read from disk.
 
@@ -47,17 +49,19 @@ def certify(
         max_width: `max_draft_tokens + 1`.
         exactness: with `batched` nothing is sought: the certificate says how far batched blocks are off.
         packed: of the model, used where it keeps every bit.
+        static: segments of fixed shapes are used where they keep every bit, and in any case with `batched`.
     """
     where = environment(model)
     key = {**where, "base": fingerprint, "attention": model.config._attn_implementation}
-    key |= {"max_width": max_width, "exactness": exactness, "packed": packed is not None, "format": PROBE_FORMAT}
+    key |= {"max_width": max_width, "exactness": exactness, "packed": packed is not None}
+    key |= {"static": static, "format": PROBE_FORMAT}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(constants.HF_HOME) / "specbound" / f"certificate-{digest}.json"
     stored = read_certificate(path)
     if stored is not None:
         return stored
     with torch.autocast(model.device.type, enabled=False):
-        certificate = probe(model, max_width=max_width, exactness=exactness, packed=packed)
+        certificate = probe(model, max_width=max_width, exactness=exactness, packed=packed, static=static)
     if certificate.bitwise or exactness == "batched":  # a failure is looked at anew: it may have been of the moment
         write_certificate(path, certificate)
     return certificate
@@ -65,7 +69,12 @@ def certify(
 
 @torch.no_grad()
 def probe(
-    model: PreTrainedModel, *, max_width: int, exactness: str = "bitwise", packed: PackedLinears | None = None
+    model: PreTrainedModel,
+    *,
+    max_width: int,
+    exactness: str = "bitwise",
+    packed: PackedLinears | None = None,
+    static: bool = False,
 ) -> Certificate:
     """Find and confirm the cheapest policy, or measure the batched one; see `certify`."""
     started = time.perf_counter()
@@ -73,7 +82,7 @@ def probe(
     far = Reference.far(model, near)
     widths = range(2, max_width + 1)
     whole = exactness == "batched"
-    policies = _batched(packed) if whole else _candidates(near, packed, widths)
+    policies = _batched(packed, static) if whole else _candidates(near, packed, widths, static)
     agreement = Agreement()
     policy = policies[0]
     for policy in policies:
@@ -96,20 +105,25 @@ def probe(
     )
 
 
-def _batched(packed: PackedLinears | None) -> list[ExecutionPolicy]:
-    """The one policy of `batched`: nothing by rows, everything packed that can be."""
+def _batched(packed: PackedLinears | None, static: bool) -> list[ExecutionPolicy]:
+    """The one policy of `batched`: nothing by rows; static, or everything packed that can be."""
+    if static:
+        return [replace(ExecutionPolicy.batched(), static=True)]
     joint: dict[Shape, int | None] = {} if packed is None else {joint.shape: None for joint in packed.joint}
     return [replace(ExecutionPolicy.batched(), packed_rows=joint, fused=bool(joint))]
 
 
-def _candidates(reference: Reference, packed: PackedLinears | None, widths: Sequence[int]) -> list[ExecutionPolicy]:
+def _candidates(
+    reference: Reference, packed: PackedLinears | None, widths: Sequence[int], static: bool
+) -> list[ExecutionPolicy]:
     """Policies under which every Linear, alone, has its bits; cheapest first, the last with nothing left to chance."""
     rows = linear_rows(reference, widths)
     joint = {} if packed is None else packed_rows(reference, packed, [1, *widths])
     found = [ExecutionPolicy(kind, rows, packed_rows=joint) for kind in KINDS]
     fused = [replace(policy, fused=True) for policy in found] if joint else []
     plain = [ExecutionPolicy("rowwise", rows)] if joint else []
-    return [*fused, *found, *plain, ExecutionPolicy.rowwise()]
+    segments = [ExecutionPolicy("batched", rows, static=True), ExecutionPolicy("batched", other_rows=1, static=True)]
+    return [*(segments if static else []), *fused, *found, *plain, ExecutionPolicy.rowwise()]
 
 
 def packed_rows(reference: Reference, packed: PackedLinears, widths: Sequence[int]) -> dict[Shape, int | None]:
@@ -190,7 +204,10 @@ def compare(
         whole: go on after a block that differs, to see how far off it gets.
     """
     layers = DecoderLayers(model)
-    cache = KVCache.from_dynamic(reference.cache, reference.length + max(widths, default=0))
+    kind = StaticCache if policy.static else KVCache
+    cache = kind.from_dynamic(reference.cache, reference.length + max(widths, default=0))
+    if policy.static:  # one row alone is not plain decoding's own call either
+        widths = [1, *widths]
     found = Agreement()
     with execution(model, policy, packed):
         for width in widths:

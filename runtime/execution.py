@@ -34,6 +34,7 @@ class ExecutionPolicy:
         other_rows: the same for Linears of any other shape; None gives them the whole block in one call.
         packed_rows: shape of packed Linears -> rows in one call; these run packed, where a packed copy is at hand.
         fused: layers of the Llama kind whose Linears all run packed run as one function.
+        static: layers run over a `StaticCache`, in calls of fixed shapes; `attention` is `batched` then.
     """
 
     attention: str
@@ -41,6 +42,7 @@ class ExecutionPolicy:
     other_rows: int | None = None
     packed_rows: Mapping[Shape, int | None] = field(default_factory=dict)
     fused: bool = False
+    static: bool = False
 
     @classmethod
     def rowwise(cls) -> "ExecutionPolicy":

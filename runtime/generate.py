@@ -23,7 +23,6 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from runtime.cache import KVCache
 from runtime.decode import decode
 from runtime.emitter import TargetEmitter
 from runtime.errors import SpecBoundError
@@ -130,7 +129,7 @@ def _speculate(
         outputs = model._prefill(emitter.input_ids, generation_config, model_kwargs)
     stock_cache: DynamicCache = outputs.past_key_values
     capacity = stock_cache.get_seq_length() + min(emitter.remaining, 1024) + bounds.max_draft_tokens
-    cache = KVCache.from_dynamic(stock_cache, capacity)
+    cache = specbound.cache_of(stock_cache, capacity)
     positions = model_kwargs.get("position_ids")
     offset = 0 if positions is None else int(positions[0, -1]) + 1 - cache.get_seq_length()
     known = emitter.input_ids[0].tolist()

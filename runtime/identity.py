@@ -32,7 +32,7 @@ def base_fingerprint(model: PreTrainedModel, parameters: Parameters | None = Non
         UnsupportedModel: where a parameter is not in memory (offloaded).
     """
     digest = hashlib.sha256()
-    for name, tensor in _tensors(model.named_parameters() if parameters is None else parameters):
+    for name, tensor in plain_tensors(model.named_parameters() if parameters is None else parameters):
         if tensor.is_meta:
             raise UnsupportedModel(f"parameter {name} is offloaded: load the base into memory")
         flat = tensor.reshape(-1)
@@ -46,18 +46,18 @@ def base_fingerprint(model: PreTrainedModel, parameters: Parameters | None = Non
 def weights_sha256(model: PreTrainedModel, parameters: Parameters | None = None) -> str:
     """Hash of every byte of every parameter, 64 hex digits: equal before and after means nothing changed."""
     digest = hashlib.sha256()
-    for name, tensor in _tensors(model.named_parameters() if parameters is None else parameters):
+    for name, tensor in plain_tensors(model.named_parameters() if parameters is None else parameters):
         digest.update(name.encode())
         digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _tensors(parameters: Parameters) -> Iterator[tuple[str, Tensor]]:
+def plain_tensors(parameters: Parameters) -> Iterator[tuple[str, Tensor]]:
     """Name and plain tensor of each; of a quantised one all that it is made of."""
     for name, parameter in parameters:
         if is_traceable_wrapper_subclass(parameter):
             parts = parameter.__tensor_flatten__()[0]
-            yield from _tensors((f"{name}.{part}", getattr(parameter, part)) for part in parts)
+            yield from plain_tensors((f"{name}.{part}", getattr(parameter, part)) for part in parts)
         else:
             yield name, parameter.detach()
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from runtime.cache import KVCache
 from runtime.errors import UnsupportedModel
+from runtime.static import StaticCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,15 @@ class DecoderLayers:
         Returns:
             Shape [1, T, D], the block at depth `stop`.
         """
+        if isinstance(cache, StaticCache):
+            return cache.run(self._through, hidden, start, stop, position)
         position_ids = _position_ids(position, hidden.shape[1], hidden.device)
+        return self._through(hidden, start, stop, position_ids, cache, None)
+
+    def _through(
+        self, hidden: Tensor, start: int, stop: int, position_ids: Tensor, cache: KVCache, mask: Tensor | None
+    ) -> Tensor:
+        """As `run`; positions [1, T] and, where rows do not see just what is before them, the mask are tensors."""
         arguments: dict[str, Any] = {
             "position_ids": position_ids,
             self.cache_argument: cache,
@@ -157,7 +166,7 @@ class DecoderLayers:
         if self.rotary is not None:
             arguments["position_embeddings"] = self.rotary(hidden, position_ids=position_ids)
         for layer in self.layers[start:stop]:
-            output = layer(hidden, attention_mask=None, **arguments)
+            output = layer(hidden, attention_mask=mask, **arguments)
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden
 

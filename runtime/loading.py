@@ -32,6 +32,7 @@ def load_specbound(
     local_files_only: bool = False,
     exactness: str = "bitwise",
     adaptive: bool = True,
+    graphs: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
     """Load an adapter onto its base; `generate` then gives the base's own tokens, faster.
@@ -47,6 +48,8 @@ def load_specbound(
         local_files_only: the same.
         exactness: `bitwise` (default): the bits of plain decoding. `batched`: faster; near-ties may differ.
         adaptive: draft less, or nothing for a while, where that is measured to be slower. Ids are the same.
+        graphs: on a GPU, run layers as CUDA graphs over a static cache where `exactness` allows it. Not yet run on a
+            GPU; on a CPU the same fixed shapes run without graphs, which is for tests.
         tokenizer: checked against the adapter's; for a base loaded here its own is.
 
     Returns:
@@ -82,7 +85,7 @@ def load_specbound(
         model = from_pretrained(AutoModelForCausalLM, source, hub | options)
     check_supported(model)
     check_base(model, tokenizer, loaded)
-    specbound = make_specbound(model, loaded, exactness=exactness)
+    specbound = make_specbound(model, loaded, exactness=exactness, graphs=graphs)
     if adaptive:
         specbound.controller = Controller()
     if not model.training:  # such a model decodes plainly, and dropout would fail the probe
@@ -90,7 +93,7 @@ def load_specbound(
     return attach(model, specbound)
 
 
-def make_specbound(model: PreTrainedModel, adapter: Adapter, *, exactness: str) -> SpecBound:
+def make_specbound(model: PreTrainedModel, adapter: Adapter, *, exactness: str, graphs: bool = False) -> SpecBound:
     """An adapter ready to run on this model, its heads on the model's device and in its dtype."""
     layers = DecoderLayers(model)
     config = adapter.config
@@ -104,8 +107,15 @@ def make_specbound(model: PreTrainedModel, adapter: Adapter, *, exactness: str) 
         temperatures=config.temperatures,
         lookup=config.lookup,
     )
-    fingerprint = config.base_model_fingerprint
-    return SpecBound(model, drafter, config.bounds, exactness=exactness, config=config, fingerprint=fingerprint)
+    return SpecBound(
+        model,
+        drafter,
+        config.bounds,
+        exactness=exactness,
+        graphs=graphs,
+        config=config,
+        fingerprint=config.base_model_fingerprint,
+    )
 
 
 def check_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, adapter: Adapter) -> None:

@@ -85,8 +85,9 @@ class DecodeState:
     def _embed(self) -> None:
         """Hidden states at depth 0 of the tokens that have none, in one block."""
         position = self.length - self._fresh + self.position_offset
-        fresh = torch.tensor([self.pending[-self._fresh :]], device=self.layers.device)
-        hidden = self.layers.embed(fresh, position)
+        device = self.layers.device  # a tensor made of a list would be copied there, and wait for what runs there
+        fresh = [torch.full((1, 1), token, device=device) for token in self.pending[-self._fresh :]]
+        hidden = self.layers.embed(torch.cat(fresh, dim=1), position)
         self.embedding = hidden[:, -1:]
         self.segments.append(Segment(hidden, 0, position))
         self._fresh = 0

@@ -23,6 +23,7 @@ from runtime.execution import execution
 from runtime.handle import SpecBound
 from runtime.policy import SpeculationBounds
 from runtime.state import DecodeState
+from runtime.static import StaticCache
 from train.clock import Clock
 from train.costs import CostTable
 from train.tuning import WIDTHS
@@ -111,6 +112,7 @@ def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound:
             "exactness": specbound.exactness,
             "versions": certificate.versions,
             "contexts": contexts,
+            **({"graphs": True} if certificate.policy.static else {}),
         },
     )
 
@@ -128,7 +130,9 @@ class _Bench:
         )
         stock = DynamicCache()
         model(input_ids=self.token_ids[:, :context], past_key_values=stock, use_cache=True)
-        self.cache = KVCache.from_dynamic(stock, context + max_width + 1)
+        certificate = self.specbound.certificate
+        kind = StaticCache if certificate is not None and certificate.policy.static else KVCache
+        self.cache = kind.from_dynamic(stock, context + max_width + 1)
 
     @torch.inference_mode()
     def blocks(self) -> dict[Any, float]:
