@@ -92,14 +92,16 @@ def split(model: Any, context: int, repeats: int) -> dict[str, Any]:
 
 
 def kinds(call: Callable[[], None], whole: float, times: int = 10) -> dict[str, float]:
-    """Milliseconds of a call in products with weights, in attention, and in all the rest."""
+    """Milliseconds of a call in products with weights, in attention, and in all the rest, by their shares of a profile,
+    which is taken in another minute than `whole`."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(times):
             call()
     events = profiled.key_averages()
     products = sum(event.self_cpu_time_total for event in events if event.key.split("::")[-1] in PRODUCTS)
     attention = sum(event.cpu_time_total for event in events if event.key == "aten::scaled_dot_product_attention")
-    products, attention = products / times / 1000, attention / times / 1000
+    total = sum(event.self_cpu_time_total for event in events)
+    products, attention = whole * products / total, whole * attention / total
     return {
         "whole": round(whole, 2),
         "products": round(products, 2),
