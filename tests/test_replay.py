@@ -101,6 +101,20 @@ def simulate(traces: Traces, text: int, bounds: SpeculationBounds, costs: CostTa
     return totals
 
 
+def check(found: Replayed, traces: Traces, bounds: SpeculationBounds) -> None:
+    """Against the simulation of every text."""
+    single = [simulate(traces, text, bounds, COSTS) for text in range(traces.num_sequences)]
+    totals = {name: sum(one[name] for one in single) for name in single[0]}
+    assert found.emitted == totals["emitted"] == len(traces) - traces.num_sequences
+    assert (found.rounds, found.hard_tokens) == (totals["rounds"], totals["hard"])
+    assert (found.drafted.total(), found.accepted.total()) == (totals["drafted"], totals["accepted"])
+    assert found.ms_by_text.tolist() == pytest.approx([one["ms"] for one in single], rel=1e-9)
+    later = np.setdiff1d(np.arange(len(traces)), traces.starts)
+    plain = sum(COSTS.plain + COSTS.plain_context * context for context in traces.context[later])
+    assert found.speedup == pytest.approx(plain / totals["ms"])
+    assert found.tokens_per_second == pytest.approx(1000 * found.emitted / totals["ms"])
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6, 0.9, 1.1])
 @pytest.mark.parametrize("deepest", [0, 1, 2, 5])
 @pytest.mark.parametrize("most", [0, 1, 3, 8])
@@ -109,17 +123,21 @@ def test_totals_equal_a_simulation_token_by_token(threshold: float, deepest: int
     traces = random_traces((1, 2, 9, 40))
     for own, survival in (({}, 0.0), ({2: 0.5, 3: 2.0}, 0.3), ({0: 2.0}, 0.05)):
         bounds = SpeculationBounds(threshold, deepest, most, exit_thresholds=own, min_survival=survival)
-        found = Replayer(traces, COSTS).run(bounds)
-        single = [simulate(traces, text, bounds, COSTS) for text in range(4)]
-        totals = {name: sum(one[name] for one in single) for name in single[0]}
-        assert found.emitted == totals["emitted"] == 52 - 4
-        assert (found.rounds, found.hard_tokens) == (totals["rounds"], totals["hard"])
-        assert (found.drafted.total(), found.accepted.total()) == (totals["drafted"], totals["accepted"])
-        assert found.ms_by_text.tolist() == pytest.approx([one["ms"] for one in single])
-        later = np.setdiff1d(np.arange(52), traces.starts)
-        plain = sum(COSTS.plain + COSTS.plain_context * context for context in traces.context[later])
-        assert found.speedup == pytest.approx(plain / totals["ms"])
-        assert found.tokens_per_second == pytest.approx(48_000 / totals["ms"])
+        check(Replayer(traces, COSTS).run(bounds), traces, bounds)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_kept_between_replays_changes_nothing(seed: int) -> None:
+    """One replayer for bounds in any order; a confidence that is no number is never sure."""
+    numbers = random.Random(seed)
+    traces = random_traces((5, 1, 30, 2, 12), seed)
+    traces.sure[np.random.default_rng(seed).random(traces.sure.shape) < 0.1] = np.nan
+    replayer = Replayer(traces, COSTS)
+    for _ in range(80):
+        own = {layer: numbers.choice((0.2, 2.0)) for layer in numbers.sample(EXITS, numbers.choice((0, 0, 1, 2)))}
+        threshold, deepest, most = numbers.choice((0.0, 0.4)), numbers.choice((0, 2, 5)), numbers.randrange(9)
+        bounds = SpeculationBounds(threshold, deepest, most, own, numbers.choice((0.0, 0.1, 0.6, 1.0)))
+        check(replayer.run(bounds), traces, bounds)
 
 
 class LoggedHeads:
@@ -199,7 +217,7 @@ def test_the_interval_is_of_texts() -> None:
     assert few.speedup_interval() == few.speedup_interval()
 
 
-def test_more_drafts_than_a_number_holds_are_refused() -> None:
+def test_too_many_drafts_are_refused() -> None:
     """16 from 4 sources are fine, 31 are not."""
     replayer = Replayer(random_traces((40,)), COSTS)
     assert replayer.run(SpeculationBounds(0.0, 5, 16)).emitted == 39

@@ -107,11 +107,11 @@ class Traces:
         numbers = np.cumsum(chosen) - 1
         return Traces(
             self.layers,
-            self.sure[..., keep],
-            self.right[..., keep],
+            self.sure.compress(keep, axis=-1),
+            self.right.compress(keep, axis=-1),
             numbers[self.sequence[keep]],
             self.context[keep],
-            None if self.uncalibrated is None else self.uncalibrated[..., keep],
+            None if self.uncalibrated is None else self.uncalibrated.compress(keep, axis=-1),
         )
 
     def without_temperatures(self) -> "Traces":

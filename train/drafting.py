@@ -1,0 +1,98 @@
+"""What rounds would draft, wherever in logged text they started. The runtime's own policy code decides, on arrays."""
+
+import numpy as np
+
+from runtime.errors import ConfigError
+from runtime.policy import SpeculationBounds
+from train.costs import CostTable
+from train.rounds import MAX_DRAFTS, Ints, Kinds, Small
+from train.traces import Traces
+
+
+class Drafting:
+    """A round from each of N positions, question by question, as far as the newest bounds asked.
+
+    Bounds that differ in width or survival stop alone give the same answers, so these are kept from one to the next.
+
+    Args:
+        traces: the text.
+        costs: of the kinds of rounds.
+
+    Attributes:
+        kinds: of rounds with the exits of the newest bounds.
+        after: kind of the round from each position after so many questions, shape [MAX_DRAFTS + 1, N].
+        right: drafts of each round before the first wrong one, shape [N].
+    """
+
+    def __init__(self, traces: Traces, costs: CostTable) -> None:
+        self._traces, self._costs = traces, costs
+        self._remaining = traces.remaining
+        self._confidence = np.nan_to_num(traces.sure, nan=0.0)  # what is no number never fires, but can be multiplied
+        self._all_kinds: dict[tuple[int, ...], Kinds] = {}
+        self._thresholds: dict[int, float] | None = None
+        length = len(traces)
+        self.after: Ints = np.zeros((MAX_DRAFTS + 1, length), dtype=np.int64)
+        self._survival = np.ones((MAX_DRAFTS + 1, length))  # before each question, as is the next
+        self._runs_none = np.zeros((MAX_DRAFTS, length), dtype=bool)
+
+    def questions(self, bounds: SpeculationBounds) -> Small:
+        """How many questions these bounds let the round from each position ask, shape [N].
+
+        Raises:
+            ConfigError: more drafts than can be replayed.
+        """
+        most = bounds.max_draft_tokens
+        if most > MAX_DRAFTS:
+            raise ConfigError(f"{most} drafts a round are too many to replay: expected at most {MAX_DRAFTS}")
+        exits = tuple(bounds.exits(self._traces.layers))
+        thresholds = {layer: bounds.threshold(layer) for layer in exits}
+        if thresholds != self._thresholds:
+            self._begin(bounds, exits)
+            self._thresholds = thresholds
+        limits = np.array([bounds.draft_limit(remaining) for remaining in range(most + 2)], dtype=np.int8)
+        limit = limits.take(np.minimum(self._remaining, most + 1))
+        most = int(limit.max())
+        while self._asked < most:
+            self._ask()
+        if bounds.runs_layers(0.0):
+            return limit
+        going, asked = np.ones(len(limit), dtype=bool), np.zeros_like(limit)
+        for may in bounds.runs_layers(self._survival[:most]) | self._runs_none[:most]:
+            going &= may
+            asked += going
+        return np.minimum(limit, asked)
+
+    def _begin(self, bounds: SpeculationBounds, exits: tuple[int, ...]) -> None:
+        """Forget what was asked. The answer to any question, shape [A, N], is the shallowest exit that is sure."""
+        if exits not in self._all_kinds:
+            self._all_kinds[exits] = Kinds(exits, self._costs)
+        self.kinds = self._all_kinds[exits]
+        traces, shape = self._traces, self._traces.sure.shape[1:]
+        self._answers = np.ones(shape, dtype=np.int8)
+        self._right = np.zeros(shape, dtype=np.int8)
+        sure, unsure = np.zeros(shape, dtype=np.float32), np.ones(shape, dtype=bool)
+        for layer in exits:
+            row = traces.layers.index(layer)
+            # Arithmetic, because `np.where` takes ten times as long where firing is as good as random.
+            fires = unsure & bounds.accepts(layer, traces.sure[row])
+            unsure ^= fires
+            self._answers += unsure
+            self._right |= fires & traces.right[row]
+            sure += fires * self._confidence[row]
+        self._sure = sure.astype(np.float64)
+        self._lookup = (self._answers == 1) & (0 in exits)
+        self._asked = 0
+        self._all_right = np.ones(shape[1], dtype=np.int8)
+        self.right: Small = np.zeros(shape[1], dtype=np.int8)
+
+    def _ask(self) -> None:
+        """One question more, where the text is long enough; of the others nothing is read."""
+        asked, age = self._asked, min(self._asked, len(self._answers) - 1)
+        answers = self._answers[age, asked:]
+        here = slice(len(answers))
+        self.after[asked + 1, here] = self.kinds.after(self.after[asked, here], answers)
+        np.multiply(self._survival[asked, here], self._sure[age, asked:], out=self._survival[asked + 1, here])
+        self._runs_none[asked, here] = self._lookup[age, asked:]
+        self._all_right[here] &= self._right[age, asked:]
+        self.right[here] += self._all_right[here]
+        self._asked += 1
