@@ -92,8 +92,8 @@ def split(model: Any, context: int, repeats: int) -> dict[str, Any]:
 
 
 def kinds(call: Callable[[], None], whole: float, times: int = 10) -> dict[str, float]:
-    """Milliseconds of a call in products with weights, in attention, and in all the rest, by their shares of a profile,
-    which is taken in another minute than `whole`."""
+    """Milliseconds of a call in products with weights, in attention, and in all the rest: shares of `whole`, as in a
+    profile, which is taken in another minute."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(times):
             call()

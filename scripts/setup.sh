@@ -33,7 +33,7 @@ is_supported() {
 }
 
 pip_install() {
-    "$venv/bin/python" -m pip --disable-pip-version-check -qq install "$@"
+    "$venv/bin/python" -m pip --disable-pip-version-check -qq install --no-compile "$@"
 }
 
 make_venv() {
