@@ -26,7 +26,8 @@ from runtime.files import write_atomic
 from runtime.heads import HEAD_KINDS, DraftUnembedding
 from runtime.layers import DecoderLayers
 from train.distil import load_base
-from train.features import FeatureCache, FeatureExtractor, Sequences
+from train.feature_cache import FeatureCache
+from train.features import FeatureExtractor, Sequences
 from train.fit_exits import make_heads
 from train.learner import Learner
 from train.options import FitConfig

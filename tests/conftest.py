@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session, disable_progress_bars, enable_progress_bars
 from loopback_hub import TOKEN, LoopbackHub, loopback_hub
+from publishing import BASE, rename
 from safetensors.torch import save_file
 from speculating import NEW_TOKENS, PROMPT
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -38,7 +39,7 @@ torch.set_num_threads(1)
 
 
 # Files that take minutes with few tests: begun first, so that no process waits for another at the end.
-LONG = ("test_smollm2", "test_fit_processes", "test_publish", "test_resume", "test_soak", "test_measure")
+LONG = ("test_smollm2", "test_fit_processes", "test_publish_faults", "test_resume", "test_soak", "test_measure")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -276,3 +277,25 @@ def hub(hub_server, monkeypatch) -> Iterator[LoopbackHub]:
     yield hub_server
     enable_progress_bars()
     close_session()
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory, make_recipe):
+    """Folder of a fitted adapter, its base a folder of this machine."""
+    folder = tmp_path_factory.mktemp("publish")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        config = FitConfig(**make_recipe(folder, license="apache-2.0"))
+        config.sources.update(dict.fromkeys(make_recipe(folder), "flag"))
+        fit_exits.main(config)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return folder / "adapter"
+
+
+@pytest.fixture
+def folder(fitted, tmp_path):
+    """A copy of it that names a base on the Hub."""
+    shutil.copytree(fitted, tmp_path / "adapter")
+    rename(tmp_path / "adapter", base_model_name_or_path=BASE, base_model_revision="a" * 40)
+    return tmp_path / "adapter"

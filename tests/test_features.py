@@ -7,7 +7,8 @@ import torch
 
 from runtime.errors import DataError
 from runtime.layers import DecoderLayers
-from train.features import FeatureCache, FeatureExtractor, Features, Sequences, split
+from train.feature_cache import FeatureCache
+from train.features import FeatureExtractor, Features, Sequences
 
 EXITS, TOP = (2, 4), 5
 ROWS = [([3, 4, 5], [6, 7, 8, 9]), ([10], [11]), ([12, 13, 14, 15, 16, 17], [18, 19])]
@@ -73,7 +74,7 @@ def test_a_verified_state_of_each_age_is_of_its_own_text(extract):
 def test_a_padded_batch_takes_the_right_positions(model, extract):
     found = extract(ROWS)
     assert found.lengths == [4, 1, 2]
-    for part, row in zip(split(found), ROWS, strict=True):
+    for part, row in zip(found.split(), ROWS, strict=True):
         states, logits = expected(model, *row)
         torch.testing.assert_close(part.embedding, states[0])
         for layer in EXITS:
@@ -108,12 +109,12 @@ def test_more_top_tokens_than_the_vocabulary_are_all_of_it(model):
 
 def test_join_and_split_are_inverse(extract):
     whole = extract(ROWS)
-    assert_equal(Features.join(split(whole)), whole)
+    assert_equal(Features.join(whole.split()), whole)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_the_cache_gives_back_what_was_computed(extract, tmp_path, monkeypatch, batch_size):
-    monkeypatch.setattr("train.features.SHARD", 2)
+    monkeypatch.setattr("train.feature_cache.SHARD", 2)
     sequences = Sequences(ROWS, 0)
     cache = FeatureCache(tmp_path, {"a": 1})
     assert list(cache.fill(sequences, extract, batch_size=batch_size)) == [2, 3]
@@ -141,7 +142,7 @@ def test_a_filled_cache_computes_nothing_and_other_settings_are_apart(extract, t
 
 
 def test_processes_share_the_files(extract, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.features.SHARD", 1)
+    monkeypatch.setattr("train.feature_cache.SHARD", 1)
     cache = FeatureCache(tmp_path, {})
     for rank in range(2):
         list(cache.fill(Sequences(ROWS, 0), extract, batch_size=2, rank=rank, world_size=2))

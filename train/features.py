@@ -1,19 +1,13 @@
 """What a head learns from: hidden states at the exits and the base's own choice, at response positions.
 
-One frozen forward of the base gives them all. Online, a batch is computed when it is needed and forgotten;
-cached, every sequence is computed once and read back from safetensors files. Knows no heads and no losses.
+One frozen forward of the base gives them all. Knows no heads and no losses.
 """
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -22,7 +16,6 @@ from runtime.heads import HeadContext
 from runtime.layers import DecoderLayers
 
 CHUNK = 512
-SHARD = 256
 # Ages of the verified state that heads are fitted and calibrated on, in turn: about what drafting meets.
 AGE_PATTERN = (1, 1, 2, 1, 1, 3, 1, 2, 4, 0)
 
@@ -70,6 +63,20 @@ class Features:
         names = [field.name for field in fields(cls) if field.name not in ("hidden", "lengths")]
         tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
         return cls(hidden=hidden, lengths=[length for part in parts for length in part.lengths], **tensors)
+
+    def split(self) -> list["Features"]:
+        """One for each sequence."""
+        names = [field.name for field in fields(self) if field.name not in ("hidden", "lengths")]
+        pieces = {name: getattr(self, name).split(self.lengths) for name in names}
+        hidden = {layer: tensor.split(self.lengths) for layer, tensor in self.hidden.items()}
+        return [
+            Features(
+                hidden={layer: tensors[index] for layer, tensors in hidden.items()},
+                lengths=[length],
+                **{name: pieces[name][index] for name in names},
+            )
+            for index, length in enumerate(self.lengths)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,78 +192,3 @@ def _tensor(output: Any) -> Tensor:
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
-
-
-class FeatureCache:
-    """Features of every sequence on disk, in safetensors files of 256 sequences each.
-
-    Args:
-        folder: made if absent; files of other settings in it are not read.
-        settings: what the features depend on; part of the file names.
-    """
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-        self.folder = folder / key
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def fill(
-        self,
-        sequences: Sequences,
-        extract: FeatureExtractor,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> Iterator[int]:
-        """Compute what is missing, files shared by rank; yields the number of sequences done after each."""
-        starts = range(0, len(sequences), SHARD)
-        for number, start in enumerate(starts):
-            rows = sequences.rows[start : start + SHARD]
-            path = self._path(number)
-            if number % world_size == rank and not path.exists():
-                order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]) + len(rows[index][1]))
-                parts: dict[int, Features] = {}
-                for first in range(0, len(order), batch_size):
-                    batch = order[first : first + batch_size]
-                    parts |= dict(zip(batch, split(extract([rows[index] for index in batch])), strict=True))
-                self._write(path, Features.join([parts[index] for index in range(len(rows))]))
-            yield min(start + SHARD, len(sequences))
-
-    def __getitem__(self, index: int) -> Features:
-        """Features of one sequence."""
-        with safe_open(self._path(index // SHARD), framework="pt") as file:
-            lengths = file.get_tensor("lengths").tolist()
-            start = sum(lengths[: index % SHARD])
-            stop = start + lengths[index % SHARD]
-            read = {name: file.get_slice(name)[start:stop] for name in file.keys() if name != "lengths"}  # noqa: SIM118
-        hidden = {int(name[7:]): tensor for name, tensor in read.items() if name.startswith("hidden.")}
-        rest = {name: tensor for name, tensor in read.items() if not name.startswith("hidden.")}
-        return Features(hidden=hidden, lengths=[stop - start], **rest)
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"features-{number:05d}.safetensors"
-
-    def _write(self, path: Path, features: Features) -> None:
-        tensors = {f"hidden.{layer}": tensor for layer, tensor in features.hidden.items()}
-        names = [field.name for field in fields(features) if field.name not in ("hidden", "lengths")]
-        tensors |= {name: getattr(features, name) for name in names}
-        tensors["lengths"] = torch.tensor(features.lengths)
-        unfinished = path.with_suffix(".tmp")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
-        unfinished.replace(path)
-
-
-def split(features: Features) -> list[Features]:
-    """One `Features` a sequence."""
-    names = [field.name for field in fields(features) if field.name not in ("hidden", "lengths")]
-    pieces = {name: getattr(features, name).split(features.lengths) for name in names}
-    hidden = {layer: tensor.split(features.lengths) for layer, tensor in features.hidden.items()}
-    return [
-        Features(
-            hidden={layer: tensors[index] for layer, tensors in hidden.items()},
-            lengths=[length],
-            **{name: pieces[name][index] for name in names},
-        )
-        for index, length in enumerate(features.lengths)
-    ]

@@ -11,7 +11,8 @@ from accelerate.utils import tqdm
 from runtime.identity import base_fingerprint
 from runtime.layers import DecoderLayers
 from train.corpus import load_split
-from train.features import FeatureCache, FeatureExtractor, Features, Sequences
+from train.feature_cache import FeatureCache
+from train.features import FeatureExtractor, Features, Sequences
 from train.options import FitConfig
 
 logger = logging.getLogger(__name__)
