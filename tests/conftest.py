@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from fake_cuda import pretend
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session, disable_progress_bars, enable_progress_bars
 from loopback_hub import TOKEN, LoopbackHub, loopback_hub
@@ -53,6 +54,20 @@ def own_hub_cache() -> Iterator[None]:
     """Certificates and downloads of a test run are its own, and go with it."""
     yield
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture
+def own_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of its own for certificates."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+
+
+@pytest.fixture(params=["twin", "recorded"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Segments run as they are, or are recorded and replayed."""
+    if request.param == "recorded":
+        pretend(monkeypatch)
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")
