@@ -32,9 +32,8 @@ is_supported() {
     "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
-# What is never imported need not be compiled; the rest Python compiles when it is.
 pip_install() {
-    "$venv/bin/python" -m pip --disable-pip-version-check -qq install --no-compile "$@"
+    "$venv/bin/python" -m pip --disable-pip-version-check -qq install "$@"
 }
 
 make_venv() {

@@ -45,7 +45,7 @@ def requests(hub, small):
 @pytest.mark.parametrize("fault", ["503", "429", "408", "drop", "lost"])
 def test_a_fault_at_each_request_is_outlived(hub, small, requests, fault):
     before = hashes(small)
-    every = 4 if fault in ("503", "408") else 1  # outlived by the same lines as 429
+    every = {"503": 4, "408": 4, "drop": 2}.get(fault, 1)  # outlived by the same lines as 429
     for number, request in list(enumerate(requests[0], start=1))[::every]:
         hub.restart()
         hub.slept.clear()
@@ -61,7 +61,8 @@ def test_a_fault_at_each_request_is_outlived(hub, small, requests, fault):
 @pytest.mark.parametrize("status", [500, 403])
 def test_a_hub_that_goes_on_failing_from_any_request_on_has_all_or_nothing(hub, small, requests, status):
     before = hashes(small)
-    for number, request in enumerate(requests[0], start=1):
+    every = 1 if status == 500 else 3  # refused by the same lines
+    for number, request in list(enumerate(requests[0], start=1))[::every]:
         hub.restart()
         hub.hard = (number, status)
         message = refusal(small, NAME, tag="v1")
@@ -75,7 +76,7 @@ def test_a_hub_that_goes_on_failing_from_any_request_on_has_all_or_nothing(hub, 
 
 
 def test_a_pull_request_whose_answer_is_lost_is_not_made_twice(hub, small, requests):
-    for number in range(1, len(requests[0]) + 2):
+    for number in range(1, len(requests[0]) + 2, 2):
         hub.restart()
         hub.faults = {number: "lost"}
         publish(small, NAME, create_pr=True)
