@@ -181,7 +181,7 @@ def _layers(value: Any, name: str) -> tuple[int, ...]:
 
 def _bounds(value: Any, name: str) -> SpeculationBounds:
     if isinstance(value, dict):  # adapters from before these keys
-        value = {"exit_thresholds": {}, "min_survival": 0.0} | value
+        value = {"exit_thresholds": {}, "min_survival": 0.0, "min_draft_survival": 0.0} | value
     check_keys(value, name, _BOUNDS)
     return SpeculationBounds(**{key: read(value[key], f"{name}.{key}") for key, read in _BOUNDS.items()})
 
@@ -214,6 +214,7 @@ _BOUNDS: dict[str, Reader] = {
     "max_draft_tokens": kind(int),
     "exit_thresholds": _by_layer,
     "min_survival": number,
+    "min_draft_survival": number,
 }
 _FIELDS: dict[str, Reader] = {
     "base_model_name_or_path": text_of,

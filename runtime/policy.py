@@ -24,6 +24,8 @@ class SpeculationBounds:
         min_survival: no layer runs for a further draft where the product of the drafts' confidences, the chance that
             all of them are accepted, is below this: it would likely be wasted. Depth 0 runs none, and drafts on. At 0
             this never stops anything. (Not in the paper.)
+        min_draft_survival: the same for drafts of depth 0, which cost little but a row of verification: below this
+            product nothing more is drafted.
     """
 
     exit_threshold: float
@@ -31,6 +33,7 @@ class SpeculationBounds:
     max_draft_tokens: int
     exit_thresholds: Mapping[int, float] = field(default_factory=dict)
     min_survival: float = 0.0
+    min_draft_survival: float = 0.0
 
     def __post_init__(self) -> None:
         for name, threshold in [
@@ -43,8 +46,9 @@ class SpeculationBounds:
             raise ConfigError(f"max_exit_layer is {shown(self.max_exit_layer)}: expected at least 0")
         if self.max_draft_tokens < 0:
             raise ConfigError(f"max_draft_tokens is {shown(self.max_draft_tokens)}: expected at least 0")
-        if not 0.0 <= self.min_survival <= 1.0:
-            raise ConfigError(f"min_survival is {self.min_survival}: expected a number from 0 to 1")
+        for name, share in (("min_survival", self.min_survival), ("min_draft_survival", self.min_draft_survival)):
+            if not 0.0 <= share <= 1.0:
+                raise ConfigError(f"{name} is {share}: expected a number from 0 to 1")
 
     def threshold(self, layer: int) -> float:
         """Tau of an exit."""
@@ -56,6 +60,8 @@ class SpeculationBounds:
         Args:
             survival: product of the confidences of the drafts so far.
         """
+        if not self.drafts_on(survival):
+            return []
         deepest = self.max_exit_layer if self.runs_layers(survival) else 0
         return sorted(layer for layer in layers if layer <= deepest and self.threshold(layer) <= 1.0)
 
@@ -63,9 +69,14 @@ class SpeculationBounds:
         """Whether a token of this calibrated confidence leaves as a draft. NaN never does. A number or an array."""
         return confidence >= self.threshold(layer)
 
+    def drafts_on(self, survival: Any) -> Any:
+        """Whether any source is asked for one more draft, given the product of the confidences so far. A number or an
+        array."""
+        return survival >= self.min_draft_survival
+
     def runs_layers(self, survival: Any) -> Any:
-        """Whether layers run for one more draft, given the product of the confidences so far. A number or an array."""
-        return survival >= self.min_survival
+        """Whether layers run for it: none do where nothing is drafted. A number or an array."""
+        return survival >= max(self.min_survival, self.min_draft_survival)
 
     def draft_limit(self, remaining_tokens: int) -> int:
         """Drafts that a round may make when so many tokens may still be emitted; verification adds one."""

@@ -12,7 +12,7 @@ from runtime import ConfigError, SpeculationBounds, detach
 from runtime.generate import attach
 from runtime.loading import make_specbound
 from runtime.lookup import AGREED, DIFFERED, MAX_MATCH, NUM_SUPPORTS, ONCE, ContextLookup, LookupTable, Proposal
-from train.lookup_traces import LookupTraces
+from train.lookup_traces import FOLLOWED, LookupTraces
 
 
 def brute_force(settled: list[int], pending: list[int]) -> Proposal | None:
@@ -65,11 +65,12 @@ def test_traces_and_table() -> None:
     # After `1`: seen once, followed by 2. After `1 2`: followed by 3. After `2 3`: followed by 1, wrong.
     assert traces.match.tolist() == [1, 2, 3]
     assert traces.right.tolist() == [True, True, False]
-    table = LookupTraces(np.array([2] * 1000), np.array([AGREED] * 1000), np.arange(1000) % 4 > 0).fit()
+    nothing = np.zeros((2, FOLLOWED, 1000), int)
+    table = LookupTraces(np.array([2] * 1000), np.array([AGREED] * 1000), np.arange(1000) % 4 > 0, nothing).fit()
     assert table.rows[1][AGREED] == pytest.approx(0.75, abs=0.01)
     sure = traces.confidences(table)
     assert sure.shape == (3,) and (sure > 0).all()
-    assert LookupTraces(np.array([0]), np.array([0]), np.array([False])).confidences(table).tolist() == [0.0]
+    assert LookupTraces(np.array([0]), np.array([0]), np.array([False]), nothing).confidences(table).tolist() == [0.0]
 
 
 def test_drafts_of_both_kinds_mix_and_ids_are_stocks(make_model: Any, make_adapter: Any) -> None:

@@ -18,6 +18,7 @@ from train.traces import Traces
 EXITS, NUM_LAYERS = (0, 2, 3, 5), 6
 WIDTHS = range(1, 10)
 DRAFTS = 3  # kinds of drafts in a round: the first, the second, any other
+FOLLOWED = 4  # drafts of the lookup behind a wrong one of its own
 COSTS = CostTable(
     num_hidden_layers=NUM_LAYERS,
     layer={width: 1.0 + 0.4 * (width - 1) for width in WIDTHS},
@@ -41,6 +42,7 @@ def random_traces(lengths: tuple[int, ...], seed: int = 0, prompt: int = 7) -> T
         right=numbers.random((len(EXITS), DRAFTS, total)) < 0.7,
         sequence=np.repeat(np.arange(len(lengths)), lengths),
         context=np.concatenate([prompt + np.arange(length) for length in lengths]),
+        after_wrong=numbers.random((FOLLOWED, total), dtype=np.float32),
     )
 
 
@@ -65,17 +67,22 @@ def simulate(traces: Traces, text: int, bounds: SpeculationBounds, costs: CostTa
         depth: list[int] = []
         drafts: list[tuple[int, int, int]] = []
         survival, hard = 1.0, False
+        wrong: int | None = None  # where a draft by lookup was wrong, since when it copies from the wrong place
 
         for position in left:
             depth.append(0)
             if len(drafts) >= bounds.max_draft_tokens or position == left[-1]:
                 break
             out = None
-            for layer in exits:
+            for layer in exits if survival >= bounds.min_draft_survival else []:
                 stopped = survival < bounds.min_survival
                 if layer > 0 and stopped:
                     break
                 sure = traces.sure[EXITS.index(layer), min(len(drafts), DRAFTS - 1), position]
+                if layer == 0 and wrong is not None:
+                    assert traces.after_wrong is not None
+                    behind = position - wrong - 1
+                    sure = traces.after_wrong[behind, wrong] if behind < FOLLOWED else np.float32(0)
                 if not stopped or sure >= bounds.threshold(layer):  # a stopped lookup's last question is not priced
                     totals["ms"] += climb(depth, layer, context, costs)
                     totals["ms"] += costs.lookup if layer == 0 else costs.head
@@ -83,10 +90,14 @@ def simulate(traces: Traces, text: int, bounds: SpeculationBounds, costs: CostTa
                     out = layer
                     break
             if out is None:
-                hard = survival >= bounds.min_survival
+                hard = survival >= max(bounds.min_survival, bounds.min_draft_survival)
                 break
             drafts.append((EXITS.index(out), min(len(drafts), DRAFTS - 1), position))
-            survival *= float(traces.sure[drafts[-1]])
+            survival *= float(sure)
+            if out > 0 or traces.after_wrong is None:
+                wrong = None
+            elif wrong is None and not traces.right[drafts[-1]]:
+                wrong = position
         totals["ms"] += climb(depth, NUM_LAYERS, context, costs)
         good = 0
         while good < len(drafts) and traces.right[drafts[good]]:
@@ -121,8 +132,8 @@ def check(found: Replayed, traces: Traces, bounds: SpeculationBounds) -> None:
 def test_totals_equal_a_simulation_token_by_token(threshold: float, deepest: int, most: int) -> None:
     """With thresholds of their own for some exits and a survival stop, and without."""
     traces = random_traces((1, 2, 9, 40))
-    for own, survival in (({}, 0.0), ({2: 0.5, 3: 2.0}, 0.3), ({0: 2.0}, 0.05)):
-        bounds = SpeculationBounds(threshold, deepest, most, exit_thresholds=own, min_survival=survival)
+    for own, *survival in (({}, 0.0, 0.0), ({2: 0.5, 3: 2.0}, 0.3, 0.02), ({0: 2.0}, 0.05, 0.2), ({}, 0.0, 0.1)):
+        bounds = SpeculationBounds(threshold, deepest, most, own, *survival)
         check(Replayer(traces, COSTS).run(bounds), traces, bounds)
 
 
@@ -136,7 +147,9 @@ def test_what_is_kept_between_replays_changes_nothing(seed: int) -> None:
     for _ in range(80):
         own = {layer: numbers.choice((0.2, 2.0)) for layer in numbers.sample(EXITS, numbers.choice((0, 0, 1, 2)))}
         threshold, deepest, most = numbers.choice((0.0, 0.4)), numbers.choice((0, 2, 5)), numbers.randrange(9)
-        bounds = SpeculationBounds(threshold, deepest, most, own, numbers.choice((0.0, 0.1, 0.6, 1.0)))
+        bounds = SpeculationBounds(
+            threshold, deepest, most, own, numbers.choice((0.0, 0.1, 0.6, 1.0)), numbers.choice((0.0, 0.1, 0.5))
+        )
         check(replayer.run(bounds), traces, bounds)
 
 

@@ -30,7 +30,7 @@ def variants(bounds: SpeculationBounds, layers: Sequence[int]) -> dict[str, Spec
         UNCALIBRATED: bounds,
         "no depth bound": replace(bounds, max_exit_layer=max(layers), exit_thresholds=asked),
         "no width bound": replace(bounds, max_draft_tokens=UNBOUNDED_WIDTH),
-        "no survival stop": replace(bounds, min_survival=0.0),
+        "no survival stop": replace(bounds, min_survival=0.0, min_draft_survival=0.0),
         "heads alone": replace(bounds, exit_thresholds=own | {0: OFF}),
         "lookup alone": replace(bounds, exit_thresholds=own | {layer: OFF for layer in layers if layer > 0}),
     }

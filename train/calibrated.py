@@ -84,6 +84,7 @@ def calibrate(
         found.sequence,
         np.array([len(prompt) for prompt, _ in calibration.sequences.rows]),
         uncalibrated=logged.uncalibrated | by_lookup,
+        after_wrong=looked_up.confidences_after_wrong(table),
     )
     costs = counted_costs(model, heads, unembedding)
     bounds, replayed = tune(traces, costs, Held(config.exit_threshold, config.max_exit_layer, config.max_draft_tokens))

@@ -137,7 +137,8 @@ def _bounds(bounds: SpeculationBounds) -> str:
         f"`exit_threshold` {bounds.exit_threshold:g}{own}"
         + (f"; layers not asked: {', '.join(off)}" if off else "")
         + f"; `max_exit_layer` {bounds.max_exit_layer}, `max_draft_tokens` {bounds.max_draft_tokens}, "
-        f"`min_survival` {bounds.min_survival:g}. `specbound profile` and `specbound tune` choose for your machine."
+        f"`min_survival` {bounds.min_survival:g}, `min_draft_survival` {bounds.min_draft_survival:g}. "
+        "`specbound profile` and `specbound tune` choose for your machine."
     )
 
 

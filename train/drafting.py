@@ -1,12 +1,18 @@
 """What rounds would draft, wherever in logged text they started. The runtime's own policy code decides, on arrays."""
 
+from functools import partial
+
 import numpy as np
+from numpy.typing import NDArray
 
 from runtime.errors import ConfigError
 from runtime.policy import SpeculationBounds
 from train.costs import CostTable
 from train.rounds import MAX_DRAFTS, Ints, Kinds, Small
 from train.traces import Traces
+
+Sure = NDArray[np.float32]
+NOWHERE = -1
 
 
 class Drafting:
@@ -34,6 +40,8 @@ class Drafting:
         self.after: Ints = np.zeros((MAX_DRAFTS + 1, length), dtype=np.int64)
         self._survival = np.ones((MAX_DRAFTS + 1, length))  # before each question, as is the next
         self._runs_none = np.zeros((MAX_DRAFTS, length), dtype=bool)
+        behind = np.zeros((0, length), dtype=np.float32) if traces.after_wrong is None else traces.after_wrong
+        self._after_wrong = np.pad(behind, ((0, MAX_DRAFTS - len(behind)), (0, 0)))
 
     def questions(self, bounds: SpeculationBounds) -> Small:
         """How many questions these bounds let the round from each position ask, shape [N].
@@ -57,7 +65,9 @@ class Drafting:
         if bounds.runs_layers(0.0):
             return limit
         going, asked = np.ones(len(limit), dtype=bool), np.zeros_like(limit)
-        for may in bounds.runs_layers(self._survival[:most]) | self._runs_none[:most]:
+        survival = self._survival[:most]
+        may_ask = bounds.drafts_on(survival) & (bounds.runs_layers(survival) | self._runs_none[:most])
+        for may in may_ask:
             going &= may
             asked += going
         return np.minimum(limit, asked)
@@ -68,31 +78,59 @@ class Drafting:
             self._all_kinds[exits] = Kinds(exits, self._costs)
         self.kinds = self._all_kinds[exits]
         traces, shape = self._traces, self._traces.sure.shape[1:]
-        self._answers = np.ones(shape, dtype=np.int8)
-        self._right = np.zeros(shape, dtype=np.int8)
-        sure, unsure = np.zeros(shape, dtype=np.float32), np.ones(shape, dtype=bool)
-        for layer in exits:
+        looks_up = int(0 in exits)
+        answers = np.full(shape, 1 + looks_up, dtype=np.int8)
+        right, unsure = np.zeros(shape, dtype=np.int8), np.ones(shape, dtype=bool)
+        sure = np.zeros(shape, dtype=np.float32)
+        for layer in exits[looks_up:]:
             row = traces.layers.index(layer)
             # Arithmetic, because `np.where` takes ten times as long where firing is as good as random.
             fires = unsure & bounds.accepts(layer, traces.sure[row])
             unsure ^= fires
-            self._answers += unsure
-            self._right |= fires & traces.right[row]
+            answers += unsure
+            right |= fires & traces.right[row]
             sure += fires * self._confidence[row]
-        self._sure = sure.astype(np.float64)
-        self._lookup = (self._answers == 1) & (0 in exits)
+        self._heads = answers, sure
+        if looks_up:
+            fires = bounds.accepts(0, traces.sure[0])
+            answers = fires + answers * ~fires
+            right = (fires & traces.right[0]) + right * ~fires
+            sure = fires * self._confidence[0] + sure * ~fires
+        self._answers, self._right, self._sure = answers, right, sure
+        self._accepts_lookup = partial(bounds.accepts, 0)
+        self._follows = bool(looks_up) and traces.after_wrong is not None
         self._asked = 0
         self._all_right = np.ones(shape[1], dtype=np.int8)
+        self._wrong = np.full(shape[1], NOWHERE)  # position of the wrong draft by lookup that the round goes on behind
         self.right: Small = np.zeros(shape[1], dtype=np.int8)
 
     def _ask(self) -> None:
         """One question more, where the text is long enough; of the others nothing is read."""
         asked, age = self._asked, min(self._asked, len(self._answers) - 1)
-        answers = self._answers[age, asked:]
+        answers, sure = self._answers[age, asked:], self._sure[age, asked:]
         here = slice(len(answers))
+        if self._follows:
+            answers, sure = self._behind_wrong(asked, age, answers, sure)
         self.after[asked + 1, here] = self.kinds.after(self.after[asked, here], answers)
-        np.multiply(self._survival[asked, here], self._sure[age, asked:], out=self._survival[asked + 1, here])
-        self._runs_none[asked, here] = self._lookup[age, asked:]
+        np.multiply(self._survival[asked, here], sure, out=self._survival[asked + 1, here])
+        self._runs_none[asked, here] = (answers == 1) & (0 in self.kinds.exits)
         self._all_right[here] &= self._right[age, asked:]
         self.right[here] += self._all_right[here]
         self._asked += 1
+
+    def _behind_wrong(self, asked: int, age: int, answers: Small, sure: Sure) -> tuple[Small, Sure]:
+        """Answers and confidences where rounds that went on copying from the wrong place go on with that."""
+        wrong = self._wrong[: len(answers)]
+        lost = np.flatnonzero(wrong != NOWHERE)
+        copied = self._after_wrong[lost + asked - 1 - wrong[lost], wrong[lost]]
+        goes_on = self._accepts_lookup(copied)
+        by_heads, sure_heads = (part[age].take(lost + asked) for part in self._heads)
+        answers, sure = answers.copy(), sure.copy()
+        answers[lost] = goes_on + by_heads * ~goes_on
+        sure[lost] = goes_on * copied + sure_heads * ~goes_on
+        right = self._right[age, asked:].copy()
+        right[lost] = 1
+        wrong[lost[~goes_on]] = NOWHERE
+        newly = np.flatnonzero((answers == 1) & (right == 0))
+        wrong[newly] = newly + asked
+        return answers, sure

@@ -48,6 +48,7 @@ def describe(adapter: str, *, revision: str | None = None) -> dict[str, Any]:
             "max_draft_tokens": config.bounds.max_draft_tokens,
             "exit_thresholds": {str(layer): tau for layer, tau in config.bounds.exit_thresholds.items()},
             "min_survival": config.bounds.min_survival,
+            "min_draft_survival": config.bounds.min_draft_survival,
         },
         "weights_bytes": (folder / WEIGHTS_FILE).stat().st_size,
         "weights_sha256": config.weights_sha256,
@@ -97,6 +98,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         "max_exit_layer": str(bounds["max_exit_layer"]),
         "max_draft_tokens": str(bounds["max_draft_tokens"]),
         "min_survival": f"{bounds['min_survival']:g}",
+        "min_draft_survival": f"{bounds['min_draft_survival']:g}",
         "size": f"{found['weights_bytes'] / 1e6:.1f} MB",
     }
     grid = Table(box=None, show_header=False, pad_edge=False)

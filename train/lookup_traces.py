@@ -14,6 +14,9 @@ from train.reliability import expected_calibration_error
 
 # Positions that the prior of a cell counts for: few proposals say little.
 PRIOR_WEIGHT = 8.0
+# Drafts behind a wrong one that are followed: as many as any round makes that is replayed, or nearly.
+FOLLOWED = 15
+NOTHING = ((0,) * FOLLOWED,) * 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +27,14 @@ class LookupTraces:
         match: length of the match, shape [N]; 0 where nothing was proposed.
         support: see `runtime.lookup`, shape [N].
         right: whether the proposal is the base's choice, shape [N].
+        after_wrong: match and support of what the lookup would go on to propose behind a wrong proposal of its own,
+            shape [2, FOLLOWED, N]; match 0 behind a right one, and where it would propose nothing.
     """
 
     match: NDArray[np.int64]
     support: NDArray[np.int64]
     right: NDArray[np.bool_]
+    after_wrong: NDArray[np.int64]
 
     @classmethod
     def collect(cls, rows: Iterable[tuple[Sequence[int], Sequence[int]]], targets: Iterable[int]) -> "LookupTraces":
@@ -38,7 +44,7 @@ class LookupTraces:
             rows: prompt ids and response ids of each text.
             targets: the base's choice at each response position, text after text.
         """
-        found = []
+        found, behind = [], []
         choices = iter(targets)
         for prompt, response in rows:
             lookup = ContextLookup(prompt[:-1])
@@ -48,9 +54,11 @@ class LookupTraces:
                 found.append(
                     (0, 0, False) if proposal is None else (proposal.match, proposal.support, proposal.token == choice)
                 )
+                wrong = proposal is not None and proposal.token != choice
+                behind.append(_followed(lookup, [newest, proposal.token]) if wrong and proposal else NOTHING)
                 lookup.extend([newest])
         match, support, right = zip(*found, strict=True)
-        return cls(np.array(match), np.array(support), np.array(right))
+        return cls(np.array(match), np.array(support), np.array(right), np.moveaxis(np.array(behind), 0, -1))
 
     def fit(self) -> LookupTable:
         """Share of right proposals by match length and support, drawn to the share of its match length."""
@@ -79,8 +87,26 @@ class LookupTraces:
 
     def confidences(self, table: LookupTable) -> NDArray[np.float32]:
         """Calibrated confidence at each position, shape [N]; 0 where nothing was proposed."""
-        cells = np.array(table.rows)[np.maximum(self.match, 1) - 1, self.support]
-        return np.where(self.match > 0, cells, 0.0).astype(np.float32)
+        return _looked_up(table, self.match, self.support)
+
+    def confidences_after_wrong(self, table: LookupTable) -> NDArray[np.float32]:
+        """Calibrated confidence of each proposal of `after_wrong`, shape [FOLLOWED, N]."""
+        return _looked_up(table, *self.after_wrong)
+
+
+def _followed(lookup: ContextLookup, pending: list[int]) -> tuple[tuple[int, ...], ...]:
+    """Match and support of so many proposals in a row behind `pending`, each on the ones before it."""
+    found: list[tuple[int, int]] = []
+    while len(found) < FOLLOWED and (proposal := lookup.propose(pending)) is not None:
+        found.append((proposal.match, proposal.support))
+        pending = [*pending, proposal.token]
+    found += [(0, 0)] * (FOLLOWED - len(found))
+    return tuple(zip(*found, strict=True))
+
+
+def _looked_up(table: LookupTable, match: NDArray[np.int64], support: NDArray[np.int64]) -> NDArray[np.float32]:
+    cells = np.array(table.rows)[np.maximum(match, 1) - 1, support]
+    return np.where(match > 0, cells, 0.0).astype(np.float32)
 
 
 def _share(right: NDArray[np.bool_], prior: float) -> float:

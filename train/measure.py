@@ -1,6 +1,8 @@
 """Measures a cost table: what the parts of a round take on this machine, in this dtype, in this exactness mode.
 
-Everything in turn, many times over, medians: a busy moment then falls on all alike. Knows no policy.
+Everything in turn, many times over, means of the middle half: a busy moment then falls on all alike. Each time the
+context is some tokens shorter, for what attention costs depends on where in a vector a block of rows begins. Knows no
+policy.
 """
 
 import statistics
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import isotonic_regression
+from scipy.stats import trim_mean
 from tqdm import trange
 from transformers import DynamicCache
 
@@ -29,8 +32,10 @@ from train.costs import CostTable
 from train.tuning import WIDTHS
 
 CONTEXTS = (64, 384, 1024)
-REPEATS = 7
+REPEATS = 9
 WARM_UP = 2
+TRIMMED = 0.25  # this share of the times at either end is left out of a mean
+SHORTER = 5  # tokens of context from one time to the next: every alignment comes up
 GENERATED = 8
 # A token more than the widest draft that is tried.
 MAX_WIDTH = max(WIDTHS) + 1
@@ -45,12 +50,15 @@ def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, p
     """
     specbound: SpecBound = model.specbound
     policy, _ = specbound.prepare(model)
+    rounds = WARM_UP + repeats
+    longer = SHORTER * (rounds // 2)  # than the context that they are on average
     longest = getattr(model.config, "max_position_embeddings", None) or CONTEXTS[-1] * 2
-    contexts = [min(context, longest - GENERATED - max_width - 1) for context in CONTEXTS]
-    benches = [_Bench(model, context, max_width) for context in contexts]
+    contexts = [min(context, longest - GENERATED - max_width - 1 - longer) for context in CONTEXTS]
+    benches = [_Bench(model, context, longer, max_width) for context in contexts]
     seconds: dict[Any, list[float]] = defaultdict(list)
-    for number in trange(WARM_UP + repeats, desc="profile", unit="round", disable=not progress):
+    for number in trange(rounds, desc="profile", unit="round", disable=not progress):
         for bench in benches:
+            bench.shorten(longer - SHORTER * number)
             timed = bench.gaps()
             with execution(model, policy, specbound.packed):
                 timed |= bench.sources() | bench.blocks()
@@ -61,7 +69,7 @@ def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, p
             if number >= WARM_UP:
                 for key, taken in timed.items():
                     seconds[key].append(taken)
-    ms = {key: 1000 * statistics.median(taken) for key, taken in seconds.items()}
+    ms = {key: 1000 * float(trim_mean(taken, TRIMMED)) for key, taken in seconds.items()}
     return _table(ms, contexts, max_width, specbound, model)
 
 
@@ -74,9 +82,10 @@ def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound:
         ms |= {(name, width, context): float(value) for width, value in zip(widths, rising, strict=True)}
 
     def line(name: str, width: int | None = None) -> tuple[float, float]:
-        slope, base = np.polyfit(contexts, [ms[name, width, context] for context in contexts], 1)
+        costs = [ms[name, width, context] for context in contexts]
+        slope, base = np.polyfit(contexts, costs, 1) if len(set(contexts)) > 1 else (0.0, statistics.mean(costs))
         if slope < 0:  # noise: cost does not fall as a text grows
-            slope, base = 0.0, statistics.mean(ms[name, width, context] for context in contexts)
+            slope, base = 0.0, statistics.mean(costs)
         return max(0.0, float(base)), float(slope)
 
     layers = {width: line("layers", width) for width in widths}
@@ -118,44 +127,54 @@ def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound:
 
 
 class _Bench:
-    """Everything measured after a context of one length; a call of each method gives seconds by what was timed."""
+    """Everything measured after a context of one length; a call of each method gives seconds by what was timed.
 
-    def __init__(self, model: Any, context: int, max_width: int) -> None:
+    Args:
+        longer: tokens more than `context`, from where `shorten` goes on.
+    """
+
+    def __init__(self, model: Any, context: int, longer: int, max_width: int) -> None:
         self.model, self.context, self.max_width = model, context, max_width
+        self.length = length = context + longer
         self.specbound: SpecBound = model.specbound
         self.layers = self.specbound.layers
         generator = torch.Generator().manual_seed(0)
-        self.token_ids = torch.randint(model.config.vocab_size, (1, context + max_width), generator=generator).to(
+        self.token_ids = torch.randint(model.config.vocab_size, (1, length + max_width), generator=generator).to(
             model.device
         )
         stock = DynamicCache()
-        model(input_ids=self.token_ids[:, :context], past_key_values=stock, use_cache=True)
+        model(input_ids=self.token_ids[:, :length], past_key_values=stock, use_cache=True)
         certificate = self.specbound.certificate
         kind = StaticCache if certificate is not None and certificate.policy.static else KVCache
-        self.cache = kind.from_dynamic(stock, context + max_width + 1)
+        self.cache = kind.from_dynamic(stock, length + max_width + 1)
+
+    def shorten(self, longer: int) -> None:
+        """From now on so many tokens more than `context`, no more of them than before."""
+        self.length = max(1, self.context + longer)
+        self.cache.crop(self.length)
 
     @torch.inference_mode()
     def blocks(self) -> dict[Any, float]:
         """All layers, and the unembedding, by width."""
         found = {}
         for width in range(1, self.max_width + 1):
-            given = self.layers.embed(self.token_ids[:, self.context : self.context + width], self.context)
-            run = partial(self.layers.run, given, 0, self.layers.num_layers, self.context, self.cache)
+            given = self.layers.embed(self.token_ids[:, self.length : self.length + width], self.length)
+            run = partial(self.layers.run, given, 0, self.layers.num_layers, self.length, self.cache)
             found["layers", width, self.context], hidden = self._timed(run)
-            self.cache.crop(self.context)
+            self.cache.crop(self.length)
             found["unembedding", width, self.context], _ = self._timed(partial(self.layers.logits, hidden))
         return found
 
     def sources(self) -> dict[Any, float]:
         """Making a token pending, and then asking each exit for a draft, on the way through the layers below it."""
-        state = DecodeState(self.layers, self.cache, self.token_ids[0, : self.context].tolist())
-        drafter, newest = self.specbound.drafter, int(self.token_ids[0, self.context])
+        state = DecodeState(self.layers, self.cache, self.token_ids[0, : self.length].tolist())
+        drafter, newest = self.specbound.drafter, int(self.token_ids[0, self.length])
         found: dict[Any, float] = {}
         for layer in drafter.exit_layers:
             push, _ = self._timed(partial(state.push, newest))
             climb, _ = self._timed(partial(state.advance, layer))
             ask, _ = self._timed(partial(drafter.propose, layer, state))
-            state.crop(self.context)
+            state.crop(self.length)
             found["push", None, self.context] = push
             if layer == 0:
                 found["lookup", layer, self.context] = ask
@@ -184,7 +203,7 @@ class _Bench:
         clock = Clock()
         never = self.model.config.vocab_size  # `min_new_tokens` would cost a processor in every token
         options = {"max_new_tokens": GENERATED, "eos_token_id": never, "do_sample": False, "pad_token_id": 0}
-        prompt = self.token_ids[:, : self.context]
+        prompt = self.token_ids[:, : self.length]
         self.model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock, **options)
         return statistics.median(late - early for early, late in zip(clock.times[1:-1], clock.times[2:], strict=True))
 

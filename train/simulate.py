@@ -25,7 +25,7 @@ class Simulation:
     def __init__(self, rows: Sequence[tuple[list[int], list[int]]], costs: CostTable) -> None:
         self.rows = rows
         self.costs = costs
-        self._lookup: tuple[NDArray[np.float32], NDArray[np.bool_]] | None = None
+        self._lookup: tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.float32]] | None = None
 
     def figures(
         self,
@@ -42,13 +42,15 @@ class Simulation:
         """
         if self._lookup is None:
             found = LookupTraces.collect(self.rows, targets.tolist())
-            self._lookup = found.confidences(found.fit()), found.right
+            table = found.fit()
+            self._lookup = found.confidences(table), found.right, found.confidences_after_wrong(table)
         lengths = [len(response) for _, response in self.rows]
         traces = Traces.join(
             sure | {0: self._lookup[0]},
             right | {0: self._lookup[1]},
             np.repeat(np.arange(len(lengths)), lengths),
             np.array([len(prompt) for prompt, _ in self.rows]),
+            after_wrong=self._lookup[2],
         )
         if len(traces) == traces.num_sequences:  # one token each: the prompts' own forwards give them all
             return {}

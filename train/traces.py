@@ -31,6 +31,8 @@ class Traces:
         sequence: index of each position's text, shape [N], int64, from 0, not decreasing.
         context: tokens before each position, the prompt's included, shape [N], int64.
         uncalibrated: `sure` with every exit temperature 1; None if not logged.
+        after_wrong: confidence of the lookup's further drafts behind a wrong one of its own, the first of which stands
+            at the next position, shape [F, N], float32; None if not logged. It goes on to copy what it copied from.
     """
 
     layers: tuple[int, ...]
@@ -39,6 +41,7 @@ class Traces:
     sequence: NDArray[np.int64]
     context: NDArray[np.int64]
     uncalibrated: NDArray[np.float32] | None = None
+    after_wrong: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         length = len(self.sequence)
@@ -49,6 +52,7 @@ class Traces:
             or self.sure.shape != shape
             or self.right.shape != shape
             or (self.uncalibrated is not None and self.uncalibrated.shape != shape)
+            or (self.after_wrong is not None and self.after_wrong.shape != (len(self.after_wrong), length))
             or self.context.shape != (length,)
             or list(self.layers) != sorted(set(self.layers))
             or self.sequence[0] != 0
@@ -83,6 +87,7 @@ class Traces:
         sequence: NDArray[np.int64],
         prompt_lengths: NDArray[np.int64],
         uncalibrated: Mapping[int, NDArray[np.float32]] | None = None,
+        after_wrong: NDArray[np.float32] | None = None,
     ) -> "Traces":
         """From arrays by source over all positions, each of shape [N] or [A, N].
 
@@ -99,6 +104,7 @@ class Traces:
             sequence=sequence,
             context=prompt_lengths[sequence] + offset,
             uncalibrated=None if uncalibrated is None else _stack(uncalibrated, layers).astype(np.float32),
+            after_wrong=after_wrong,
         )
 
     def of_sequences(self, chosen: NDArray[np.bool_]) -> "Traces":
@@ -112,6 +118,7 @@ class Traces:
             numbers[self.sequence[keep]],
             self.context[keep],
             None if self.uncalibrated is None else self.uncalibrated.compress(keep, axis=-1),
+            None if self.after_wrong is None else self.after_wrong.compress(keep, axis=-1),
         )
 
     def without_temperatures(self) -> "Traces":
@@ -139,6 +146,10 @@ class Traces:
         }
         if self.uncalibrated is not None:
             tensors["uncalibrated"] = np.ascontiguousarray(self.uncalibrated, dtype=np.float16)
+        if self.after_wrong is not None:  # behind most positions there is nothing
+            some = np.flatnonzero(self.after_wrong[0])
+            tensors["wrong"] = some.astype(np.int32)
+            tensors["after_wrong"] = np.ascontiguousarray(self.after_wrong[:, some], dtype=np.float16)
         save_file(tensors, path, metadata={"weights_sha256": weights_sha256})
 
     @classmethod
@@ -162,14 +173,22 @@ class Traces:
                 sequence=found["sequence"].astype(np.int64),
                 context=found["context"].astype(np.int64),
                 uncalibrated=found["uncalibrated"].astype(np.float32) if "uncalibrated" in found else None,
+                after_wrong=_spread(found) if "after_wrong" in found else None,
             )
         except FileNotFoundError:
             raise DataError(f"{path} is not there: fit the adapter again, which logs traces") from None
-        except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, SafetensorError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not a file of traces ({error}): fit the adapter again") from None
         if heads != weights_sha256:
             raise DataError(f"{path} is of the heads of another fit: fit the adapter again, which logs its own")
         return traces
+
+
+def _spread(found: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    """`after_wrong` of a file, at all positions."""
+    spread = np.zeros((len(found["after_wrong"]), len(found["sequence"])), dtype=np.float32)
+    spread[:, found["wrong"]] = found["after_wrong"]
+    return spread
 
 
 def _stack(by_layer: Mapping[int, NDArray[Any]], layers: Sequence[int]) -> NDArray[Any]:

@@ -20,6 +20,7 @@ from train.traces import Traces
 THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
 SURVIVALS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+DRAFT_SURVIVALS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5)
 OFF = 2.0  # a threshold no confidence reaches
 MIN_GAIN = 1e-4
 PASSES = 4
@@ -132,6 +133,7 @@ def _settings(traces: Traces, held: Held) -> list[Callable[[SpeculationBounds], 
     if held.max_draft_tokens is None:
         found.append(lambda bounds: (replace(bounds, max_draft_tokens=width) for width in WIDTHS))
     found.append(lambda bounds: (replace(bounds, min_survival=survival) for survival in SURVIVALS))
+    found.append(lambda bounds: (replace(bounds, min_draft_survival=survival) for survival in DRAFT_SURVIVALS))
     return found
 
 
