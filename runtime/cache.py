@@ -51,11 +51,11 @@ class KVCache:
         end = start + keys.shape[2]
         key_buffer = _reserve(self._keys[layer_idx], keys, start, end, self._capacity)
         value_buffer = _reserve(self._values[layer_idx], values, start, end, self._capacity)
-        key_buffer[:, :, start:end] = keys
-        value_buffer[:, :, start:end] = values
+        key_buffer.narrow(2, start, end - start).copy_(keys)
+        value_buffer.narrow(2, start, end - start).copy_(values)
         self._keys[layer_idx], self._values[layer_idx] = key_buffer, value_buffer
         self.lengths[layer_idx] = end
-        return key_buffer[:, :, :end], value_buffer[:, :, :end]
+        return key_buffer.narrow(2, 0, end), value_buffer.narrow(2, 0, end)
 
     def rows(self, layer_idx: int, start: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer from row `start` on."""

@@ -28,7 +28,7 @@ from runtime.reference import Reference
 from runtime.static import StaticCache
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 8
+PROBE_FORMAT = 9
 # Cheapest first: one call for the block, one call at a steady number of rows, one call a row.
 LINEAR_ROWS = (None, 8, 16, 32, 1)
 

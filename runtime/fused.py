@@ -18,6 +18,26 @@ from runtime.layers import FAMILIES
 from runtime.packed import Forward
 
 
+class Scratch:
+    """Room for the sums of a norm, made once for each length of block: to allocate it takes as long as to fill it."""
+
+    def __init__(self, hidden_size: int, like: Tensor) -> None:
+        self.hidden_size, self.like = hidden_size, like
+        self._by_length: dict[int, tuple[Tensor, ...]] = {}
+
+    def __call__(self, length: int) -> tuple[Tensor, ...]:
+        """Hidden states and their squares in float32, a sum and a scale for each row, hidden states as they come."""
+        if length not in self._by_length:
+            exact, dtype = torch.float32, self.like.dtype
+            room = ((self.hidden_size, exact), (self.hidden_size, exact), (1, exact), (1, exact))
+            with torch.inference_mode(False):  # what is made there cannot be written elsewhere
+                self._by_length[length] = tuple(
+                    torch.empty(1, length, size, dtype=kind, device=self.like.device)
+                    for size, kind in (*room, (self.hidden_size, dtype))
+                )
+        return self._by_length[length]
+
+
 class FusedLayer:
     """What a layer's `forward` does to a block of one request's tokens.
 
@@ -28,6 +48,7 @@ class FusedLayer:
         layer: the module; its norms are read as they are.
         query_key_value, output, gate_up, down: its Linears on [1, T, in], those that share an input side by side.
         attention: how a block attends, one of `attention.KINDS`.
+        scratch: may be shared by layers that run one after the other.
     """
 
     def __init__(
@@ -39,6 +60,7 @@ class FusedLayer:
         down: Forward,
         *,
         attention: str,
+        scratch: Scratch,
     ) -> None:
         module = layer.self_attn
         self.query_key_value, self.output, self.gate_up, self.down = query_key_value, output, gate_up, down
@@ -51,6 +73,7 @@ class FusedLayer:
         self.scaling: float = module.scaling
         self.layer_idx: int = module.layer_idx
         self.attention = attention
+        self.scratch = scratch
 
     def __call__(
         self, hidden: Tensor, *, position_embeddings: tuple[Tensor, Tensor], past_key_values: Any, **ignored: Any
@@ -68,12 +91,14 @@ class FusedLayer:
         return self.down(functional.silu(gate).mul_(up)).add_(hidden)
 
     def _norm(self, index: int, hidden: Tensor) -> Tensor:
-        """The module's own sums in float32, rounded where it rounds."""
+        """The module's own sums in float32, rounded where it rounds; what comes back holds until the next call."""
         weight, epsilon = self.norms[index]
-        exact = hidden.float()
-        total = (exact * exact).sum(-1, keepdim=True)
-        scale = torch.addcdiv(epsilon, total, self.hidden_size).rsqrt_()
-        return exact.mul_(scale).to(hidden.dtype).mul_(weight)
+        exact, squares, total, scale, normed = self.scratch(hidden.shape[1])
+        exact.copy_(hidden)
+        torch.mul(exact, exact, out=squares)
+        torch.sum(squares, -1, keepdim=True, out=total)
+        torch.addcdiv(epsilon, total, self.hidden_size, out=scale).rsqrt_()
+        return normed.copy_(exact.mul_(scale)).mul_(weight)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Queries [1, H, T, E] on keys and values [1, G, S, E], row t of T on the first S - T + t + 1."""
@@ -121,11 +146,13 @@ def fused_layers(
     if not FAMILIES[model.config.model_type].fusable or model.config._attn_implementation.endswith("eager"):
         return
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    weight: Tensor = decoder.norm.weight
+    scratch = Scratch(weight.shape[0], weight)
     for layer in decoder.layers:
         parts = _parts(layer)
         forwards = [joint[part] for part in parts if part in joint]
         if forwards and len(forwards) == len(parts):
-            yield layer, FusedLayer(layer, *forwards, attention=attention)
+            yield layer, FusedLayer(layer, *forwards, attention=attention, scratch=scratch)
 
 
 def _parts(layer: Any) -> list[tuple[nn.Module, ...]]:

@@ -43,12 +43,13 @@ class JointLinear:
         weight = torch.cat([module.weight.detach() for module in modules])
         self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, LAYOUT_ROWS)
         self._bias = None if modules[0].bias is None else torch.cat([module.bias.detach() for module in modules])
+        self._multiply = torch.ops.mkldnn._linear_pointwise.default  # looked up once
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Outputs of all modules, shape [..., sum of their sizes], of hidden states [..., in]."""
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._weight, self._bias, "none", [], "")
+        output: Tensor = self._multiply(hidden, self._weight, self._bias, "none", [], "")
         return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:

@@ -167,6 +167,7 @@ def test_a_wrong_value_is_named(key, value, expected):
         ("bounds", "max_exit_layer", -1, "max_exit_layer is -1"),
         ("bounds", "max_exit_layer", 2.0, "expected int"),
         ("bounds", "max_draft_tokens", -1, "max_draft_tokens is -1"),
+        ("bounds", "min_draft_survival", 1.5, "min_draft_survival is 1.5"),
         ("temperatures", "kind", "annealed", "annealed"),
         ("temperatures", "alpha", "x", "temperatures.alpha is 'x'"),
         ("temperatures", "alpha", 10**400, "expected a smaller number"),

@@ -1,17 +1,22 @@
 """Replay: totals against a simulation that goes token by token and layer by layer, and against the runtime itself."""
 
 import random
-from typing import Any
+from dataclasses import replace
+from itertools import takewhile
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+from runtime.draft import draft_tokens
 from runtime.errors import ConfigError
 from runtime.generate import attach
 from runtime.handle import SpecBound
+from runtime.lookup import MAX_MATCH, ContextLookup, LookupTable
 from runtime.policy import SpeculationBounds
 from train.costs import CostTable
+from train.lookup_traces import LookupTraces
 from train.replay import Replayed, Replayer
 from train.traces import Traces
 
@@ -197,6 +202,62 @@ def test_the_runtime_does_what_replay_says(make_model: Any, bounds: SpeculationB
     assert found.rounds == stats.rounds and found.accepted == stats.accepted
     assert found.mean_accepted_length == pytest.approx(stats.mean_accepted_length)
     assert found.hard_tokens == stats.hard_tokens or not bool(traces.right.all())
+
+
+class Copying:
+    """The lookup alone, and a state that has no model: what is pending, and the settled text."""
+
+    exit_layers: ClassVar = [0]
+    table = LookupTable(tuple((0.3 + 0.08 * length, 0.4 + 0.07 * length, 0.2) for length in range(MAX_MATCH)))
+
+    def __init__(self, text: list[int]) -> None:
+        self.lookup, self.pending = ContextLookup(text), [0]
+
+    def advance(self, depth: int) -> None:
+        """No layers."""
+
+    def push(self, token: int) -> None:
+        """As `DecodeState.push`."""
+        self.pending.append(token)
+
+    def propose(self, layer: int, state: Any) -> tuple[int, float]:
+        """As `HeadDrafter` at depth 0."""
+        proposal = state.lookup.propose(state.pending)
+        return (0, 0.0) if proposal is None else (proposal.token, self.table.confidence(proposal))
+
+
+@pytest.mark.parametrize("stop", [0.0, 0.05, 0.2])
+def test_replay_copies_on_behind_a_wrong_draft(stop: float) -> None:
+    """As the runtime's lookup does, whose round goes on with what it copies: as many drafts, within a tenth."""
+    numbers = random.Random(5)
+    phrases = [[numbers.randrange(40) for _ in range(numbers.randrange(4, 9))] for _ in range(12)]
+    text = [token for _ in range(150) for token in (*numbers.choice(phrases), numbers.randrange(40))]
+    bounds = SpeculationBounds(0.25, 0, 12, min_draft_survival=stop)
+    drafted = accepted = rounds = 0
+    state: Any = Copying(text[:10])
+    at = 10  # of the newest token; the first is not speculation's
+    while at < len(text) - 1:
+        state.pending = [text[at]]
+        limit = bounds.draft_limit(len(text) - 1 - at)
+        draft = draft_tokens(state, state, bounds, limit=limit, stop_tokens=())
+        good = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(draft.tokens, text[at + 1 :])))  # noqa: B905
+        drafted, accepted, rounds = drafted + len(draft.tokens), accepted + good, rounds + 1
+        state.lookup.extend(text[at : at + good + 1])
+        at += good + 1
+    looked_up = LookupTraces.collect([(text[:10], text[10:])], text[10:])
+    traces = Traces.join(
+        {0: looked_up.confidences(Copying.table)},
+        {0: looked_up.right},
+        np.zeros(len(text) - 10, int),
+        np.array([10]),
+        after_wrong=looked_up.confidences_after_wrong(Copying.table),
+    )
+    found = Replayer(traces, COSTS).run(bounds)
+    assert found.rounds == pytest.approx(rounds, rel=0.02) and found.acceptance_rate < 0.6
+    assert found.drafted.total() == pytest.approx(drafted, rel=0.1)
+    assert found.accepted.total() == pytest.approx(accepted, rel=0.02)
+    blind = Replayer(replace(traces, after_wrong=None), COSTS).run(bounds)
+    assert blind.drafted.total() < 0.9 * drafted  # what a log without it would say
 
 
 @pytest.mark.parametrize("most", [1, 2, 4, 8])

@@ -105,6 +105,11 @@ def test_traces_on_disk(tmp_path: Path) -> None:
     assert read.layers == traces.layers
     for name in ("sure", "right", "sequence", "context"):
         assert np.allclose(getattr(read, name), getattr(traces, name), atol=1e-3)
+    assert read.after_wrong is None
+    behind = np.where(np.arange(len(traces)) % 3 == 1, np.array([[0.5], [0.25]]), 0).astype(np.float32)
+    replace(traces, after_wrong=behind).write(tmp_path / "followed", weights_sha256="one")
+    followed = Traces.read(tmp_path / "followed", weights_sha256="one").after_wrong
+    assert followed is not None and followed.tolist() == behind.tolist()
     (tmp_path / "bad").write_bytes(b"123")
     for name, heads, message in (
         ("t.safetensors", "other", "heads of another fit"),
