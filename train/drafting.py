@@ -41,6 +41,7 @@ class Drafting:
         self._survival = np.ones((MAX_DRAFTS + 1, length))  # before each question, as is the next
         self._runs_none = np.zeros((MAX_DRAFTS, length), dtype=bool)
         behind = np.zeros((0, length), dtype=np.float32) if traces.after_wrong is None else traces.after_wrong
+        behind = behind[:MAX_DRAFTS]
         self._after_wrong = np.pad(behind, ((0, MAX_DRAFTS - len(behind)), (0, 0)))
 
     def questions(self, bounds: SpeculationBounds) -> Small:
