@@ -1,4 +1,4 @@
-"""How fast a large base would be, by parts of its real shape: one and two layers with random weights, measured.
+"""How fast a large base would be, by parts of its real shape: two layers with random weights, measured.
 
 Costs are those of this machine; how often drafts are right is taken from logged traces of another, smaller base, whose
 exits stand at the same share of the depth. Example:
@@ -36,6 +36,7 @@ from train.shapes import empty_model
 from train.traces import TRACES_FILE, Traces
 from train.tuning import OFF, tune
 
+LAYERS = 2  # of the part that is measured
 DRAFT_VOCAB, RANK_SHARE = 8192, 0.25
 
 
@@ -58,8 +59,7 @@ def main(
     for base in bases:
         shape = empty_model(base).config
         depth = shape.num_hidden_layers
-        shallow, deep = (parts(shape, layers, getattr(torch, dtype), device, repeats) for layers in (1, 2))
-        costs = whole(shallow, deep, depth)
+        costs = whole(part(shape, getattr(torch, dtype), device, repeats), depth)
         at_depth = tuple(round(layer * depth / config.num_hidden_layers) for layer in traces.layers)
         found["bases"][base] = predict(replace(traces, layers=at_depth), costs) | {"costs": asdict(costs)}
     show(found)
@@ -67,43 +67,41 @@ def main(
         write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
 
 
-def parts(shape: PretrainedConfig, num_layers: int, dtype: torch.dtype, device: str, repeats: int) -> CostTable:
-    """Measured costs of a model of this shape with so few layers, and of a head on its first."""
-    few = AutoConfig.for_model(**(shape.to_dict() | {"num_hidden_layers": num_layers, "layer_types": None}))
+def part(shape: PretrainedConfig, dtype: torch.dtype, device: str, repeats: int) -> CostTable:
+    """Measured costs of a model of this shape with `LAYERS` layers, and of a head on its first."""
+    few = AutoConfig.for_model(**(shape.to_dict() | {"num_hidden_layers": LAYERS, "layer_types": None}))
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(few, dtype=dtype).eval()
     layers, width = DecoderLayers(model), shape.hidden_size
     kept = list(range(min(DRAFT_VOCAB, shape.vocab_size)))
-    exits = [1] if num_layers > 1 else []
-    heads = ExitHeads("deep", exits, hidden_size=width, draft_vocab_size=len(kept), rank=int(RANK_SHARE * width)).to(
+    heads = ExitHeads("deep", [1], hidden_size=width, draft_vocab_size=len(kept), rank=int(RANK_SHARE * width)).to(
         device, dtype
     )
     drafter = HeadDrafter(
         heads.eval(),
         DraftUnembedding(layers, torch.tensor(kept)),
         kept,
-        TemperatureSchedule.none(exits),
+        TemperatureSchedule.none([1]),
         LookupTable(((0.5,) * 3,) * 8),
     )
     bounds = SpeculationBounds(OFF, 1, MAX_WIDTH - 1)
-    attach(model, SpecBound(model, drafter, bounds, fingerprint=f"{num_layers} random layers"))
+    attach(model, SpecBound(model, drafter, bounds, fingerprint="random layers"))
     found = measure(model, repeats=repeats)
     del model, layers, heads, drafter
     gc.collect()
     return found
 
 
-def whole(shallow: CostTable, deep: CostTable, num_hidden_layers: int) -> CostTable:
-    """Costs of the whole depth: what a second layer added, so many times."""
-
-    def grown(low: float, high: float) -> float:
-        return low + (high - low) * (num_hidden_layers - 1)
-
+def whole(measured: CostTable, num_hidden_layers: int) -> CostTable:
+    """Costs of the whole depth: stock's layers take what its token does, less the unembedding and the choice, which
+    take what ours do."""
+    times = num_hidden_layers / measured.num_hidden_layers
+    once = measured.unembedding[1] + measured.token
     return replace(
-        deep,
+        measured,
         num_hidden_layers=num_hidden_layers,
-        plain=grown(shallow.plain, deep.plain),
-        plain_context=max(0.0, grown(shallow.plain_context, deep.plain_context)),
+        plain=once + times * max(0.0, measured.plain - once),
+        plain_context=times * measured.plain_context,
     )
 
 

@@ -104,11 +104,11 @@ def test_scale(make_model: Any) -> None:
     """A deeper base costs what its layers do; the same shares of it are asked."""
     scale = script("scale")
     shape = make_model(max_position_embeddings=64).config  # no room for more than one length of context
-    shallow, deep = (scale.parts(shape, layers, torch.float32, "cpu", 2) for layers in (1, 2))
-    assert (shallow.num_hidden_layers, deep.num_hidden_layers) == (1, 2)
-    shallow, deep = replace(deep, num_hidden_layers=1, plain=3.0, plain_context=0.2), replace(deep, plain=5.0)
-    costs = scale.whole(shallow, replace(deep, plain_context=0.1), 10)
-    assert (costs.num_hidden_layers, costs.plain, costs.plain_context) == (10, 21.0, 0.0)
+    measured = scale.part(shape, torch.float32, "cpu", 2)
+    assert measured.num_hidden_layers == 2
+    measured = replace(measured, plain=5.0, plain_context=0.2, unembedding={1: 0.75, 2: 1.0}, token=0.25)
+    costs = scale.whole(measured, 10)
+    assert (costs.num_hidden_layers, costs.plain, costs.plain_context) == (10, 21.0, 1.0)
     found = scale.predict(random_traces((0, 3)), CostTable.counted(10, head=0.1, unembedding=0.5))
     assert found["over_plain"] == found["over_stock"] > 1 and found["plain_over_stock"] == 1
 
