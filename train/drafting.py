@@ -123,15 +123,14 @@ class Drafting:
         """Answers and confidences where rounds that went on copying from the wrong place go on with that."""
         wrong = self._wrong[: len(answers)]
         lost = np.flatnonzero(wrong != NOWHERE)
-        copied = self._after_wrong[lost + asked - 1 - wrong[lost], wrong[lost]]
+        at = wrong.take(lost)
+        copied = self._after_wrong.take((lost + asked - 1 - at) * len(self._wrong) + at)
         goes_on = self._accepts_lookup(copied)
         by_heads, sure_heads = (part[age].take(lost + asked) for part in self._heads)
         answers, sure = answers.copy(), sure.copy()
         answers[lost] = goes_on + by_heads * ~goes_on
         sure[lost] = goes_on * copied + sure_heads * ~goes_on
-        right = self._right[age, asked:].copy()
-        right[lost] = 1
         wrong[lost[~goes_on]] = NOWHERE
-        newly = np.flatnonzero((answers == 1) & (right == 0))
+        newly = np.flatnonzero((answers == 1) & (self._right[age, asked:] == 0) & (wrong == NOWHERE))
         wrong[newly] = newly + asked
         return answers, sure
