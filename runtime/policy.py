@@ -75,7 +75,7 @@ class SpeculationBounds:
         return survival >= self.min_draft_survival
 
     def runs_layers(self, survival: Any) -> Any:
-        """Whether layers run for it: none do where nothing is drafted. A number or an array."""
+        """Whether layers run for one more draft; none do where no source is asked. A number or an array."""
         return survival >= max(self.min_survival, self.min_draft_survival)
 
     def draft_limit(self, remaining_tokens: int) -> int:

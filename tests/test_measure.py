@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -18,7 +19,7 @@ from train.cli import app
 from train.corpus import load_split
 from train.costs import CostTable
 from train.fit_exits import main
-from train.measure import measure
+from train.measure import _Bench, measure
 from train.options import FitConfig
 from train.replay import Replayer
 from train.traces import Traces
@@ -62,6 +63,20 @@ def test_from_profile_to_tuned_bounds(fitted: Any, tmp_path: Path, caplog: pytes
     assert calibrated["replay"]["costs"]["threads"] == 1
     assert Traces.read(folder / "traces.safetensors", weights_sha256=tuned.weights_sha256).layers[0] == 0
     load_specbound(folder, base)
+
+
+def test_blocks_are_measured_at_every_alignment(fitted: Any) -> None:
+    """From one time to the next the context is shorter, and so is what the cache holds."""
+    folder, base, _ = fitted
+    model: Any = load_specbound(folder, base)
+    model.specbound.prepare(model)
+    bench, lengths = _Bench(model, 40, 40, 2), []
+    for _ in range(16):
+        lengths.append(bench.cache.get_seq_length())
+        assert set(bench.blocks()) == {(name, width, 40) for name in ("layers", "unembedding") for width in (1, 2)}
+        assert bench.cache.get_seq_length() == lengths[-1]
+        bench.shorten()
+    assert lengths[0] == 80 and {length % 16 for length in lengths} == set(range(16))
 
 
 def test_what_cannot_be_tuned_is_refused(fitted: Any, tmp_path: Path) -> None:
@@ -123,9 +138,13 @@ def test_bounds_for_a_workload(fitted: Any, tmp_path: Path) -> None:
     traces = log_workload(model, [torch.tensor([row["prompt_ids"]]) for row in rows], max_new_tokens=16)
     assert traces.layers == (0, 2, 4) and traces.num_sequences == len(rows)
     logged = Traces.read(folder / "traces.safetensors", weights_sha256=model.specbound.config.weights_sha256)
-    if len(rows) == logged.num_sequences:
-        assert (traces.right == logged.right).mean() > 0.99
-        assert abs(traces.sure - logged.sure).max() < 0.01
+    whole = np.bincount(logged.sequence) == 16  # the others ended before
+    logged = logged.of_sequences(whole)
+    assert logged.num_sequences == len(rows) > 0
+    assert (traces.right == logged.right).mean() > 0.99
+    assert abs(traces.sure - logged.sure).max() < 0.01
+    assert traces.after_wrong is not None and logged.after_wrong is not None and logged.after_wrong.any()
+    assert abs(traces.after_wrong - logged.after_wrong).max() < 0.01
     CostTable.counted(6, head=0.1, unembedding=1.0).write(tmp_path / "costs.json")
     (tmp_path / "mine.jsonl").write_text("".join(f'{{"prompt": "w{n} w{n + 3} w{2 * n}"}}\n' for n in range(30)))
     options = ["--costs", str(tmp_path / "costs.json"), "--prompts", str(tmp_path / "mine.jsonl"), "--limit", "20"]

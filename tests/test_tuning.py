@@ -110,6 +110,8 @@ def test_traces_on_disk(tmp_path: Path) -> None:
     replace(traces, after_wrong=behind).write(tmp_path / "followed", weights_sha256="one")
     followed = Traces.read(tmp_path / "followed", weights_sha256="one").after_wrong
     assert followed is not None and followed.tolist() == behind.tolist()
+    some = replace(traces, after_wrong=behind).of_sequences(np.array([False, True, True])).after_wrong
+    assert some is not None and some.tolist() == behind[:, traces.sequence > 0].tolist()
     (tmp_path / "bad").write_bytes(b"123")
     for name, heads, message in (
         ("t.safetensors", "other", "heads of another fit"),

@@ -54,8 +54,8 @@ class LookupTraces:
                 found.append(
                     (0, 0, False) if proposal is None else (proposal.match, proposal.support, proposal.token == choice)
                 )
-                wrong = proposal is not None and proposal.token != choice
-                behind.append(_followed(lookup, [newest, proposal.token]) if wrong and proposal else NOTHING)
+                lost = proposal is not None and proposal.token != choice
+                behind.append(_followed(lookup, newest) if lost else NOTHING)
                 lookup.extend([newest])
         match, support, right = zip(*found, strict=True)
         return cls(np.array(match), np.array(support), np.array(right), np.moveaxis(np.array(behind), 0, -1))
@@ -94,14 +94,15 @@ class LookupTraces:
         return _looked_up(table, *self.after_wrong)
 
 
-def _followed(lookup: ContextLookup, pending: list[int]) -> tuple[tuple[int, ...], ...]:
-    """Match and support of so many proposals in a row behind `pending`, each on the ones before it."""
+def _followed(lookup: ContextLookup, newest: int) -> tuple[tuple[int, ...], ...]:
+    """Match and support of so many proposals in a row, each on the ones before it, behind the one after `newest`."""
     found: list[tuple[int, int]] = []
-    while len(found) < FOLLOWED and (proposal := lookup.propose(pending)) is not None:
+    pending = [newest]
+    while len(found) <= FOLLOWED and (proposal := lookup.propose(pending)) is not None:
         found.append((proposal.match, proposal.support))
-        pending = [*pending, proposal.token]
-    found += [(0, 0)] * (FOLLOWED - len(found))
-    return tuple(zip(*found, strict=True))
+        pending.append(proposal.token)
+    found += [(0, 0)] * (1 + FOLLOWED - len(found))
+    return tuple(zip(*found[1:], strict=True))
 
 
 def _looked_up(table: LookupTable, match: NDArray[np.int64], support: NDArray[np.int64]) -> NDArray[np.float32]:

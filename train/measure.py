@@ -58,7 +58,6 @@ def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, p
     seconds: dict[Any, list[float]] = defaultdict(list)
     for number in trange(rounds, desc="profile", unit="round", disable=not progress):
         for bench in benches:
-            bench.shorten(longer - SHORTER * number)
             timed = bench.gaps()
             with execution(model, policy, specbound.packed):
                 timed |= bench.sources() | bench.blocks()
@@ -69,6 +68,7 @@ def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, p
             if number >= WARM_UP:
                 for key, taken in timed.items():
                     seconds[key].append(taken)
+            bench.shorten()
     ms = {key: 1000 * float(trim_mean(taken, TRIMMED)) for key, taken in seconds.items()}
     return _table(ms, contexts, max_width, specbound, model)
 
@@ -130,7 +130,7 @@ class _Bench:
     """Everything measured after a context of one length; a call of each method gives seconds by what was timed.
 
     Args:
-        longer: tokens more than `context`, from where `shorten` goes on.
+        longer: tokens more than that to begin with; each `shorten` takes some away.
     """
 
     def __init__(self, model: Any, context: int, longer: int, max_width: int) -> None:
@@ -148,9 +148,9 @@ class _Bench:
         kind = StaticCache if certificate is not None and certificate.policy.static else KVCache
         self.cache = kind.from_dynamic(stock, length + max_width + 1)
 
-    def shorten(self, longer: int) -> None:
-        """From now on so many tokens more than `context`, no more of them than before."""
-        self.length = max(1, self.context + longer)
+    def shorten(self) -> None:
+        """Go on with `SHORTER` tokens less."""
+        self.length = max(1, self.length - SHORTER)
         self.cache.crop(self.length)
 
     @torch.inference_mode()
