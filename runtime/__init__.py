@@ -1,7 +1,9 @@
 """SpecBound's runtime: exact self-speculative decoding for transformers models, from a small adapter."""
 
-from runtime.adapter import load_adapter, save_adapter
-from runtime.config import SpecBoundConfig
+from runtime.adapter.config import SpecBoundConfig
+from runtime.adapter.folder import load_adapter, save_adapter
+from runtime.drafting.policy import SpeculationBounds
+from runtime.drafting.temperature import TemperatureSchedule
 from runtime.errors import (
     AdapterError,
     BaseModelMismatch,
@@ -13,9 +15,7 @@ from runtime.errors import (
 from runtime.generate import detach
 from runtime.handle import SpecBound
 from runtime.loading import load_specbound
-from runtime.policy import SpeculationBounds
 from runtime.stats import SpeculationStats
-from runtime.temperature import TemperatureSchedule
 
 __all__ = [
     "AdapterError",

@@ -23,12 +23,12 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from runtime.decode import decode
-from runtime.emitter import TargetEmitter
+from runtime.decoding.emitter import TargetEmitter
+from runtime.decoding.rounds import decode
+from runtime.decoding.state import DecodeState
 from runtime.errors import SpecBoundError
-from runtime.execution import execution
+from runtime.exact.execution import execution
 from runtime.handle import SpecBound
-from runtime.state import DecodeState
 from runtime.stats import SpeculationStats
 
 logger = logging.getLogger(__name__)

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from runtime.cache import KVCache
-from runtime.certificate import Certificate
-from runtime.config import SpecBoundConfig
-from runtime.controller import Controller
-from runtime.draft import Drafter
+from runtime.adapter.config import SpecBoundConfig
+from runtime.adapter.identity import base_fingerprint
+from runtime.decoding.cache import KVCache
+from runtime.decoding.draft import Drafter
+from runtime.decoding.layers import DecoderLayers
+from runtime.drafting.controller import Controller
+from runtime.drafting.policy import SpeculationBounds
 from runtime.errors import ConfigError, SpecBoundError
-from runtime.exactness import certify
-from runtime.execution import ExecutionPolicy
-from runtime.identity import base_fingerprint
-from runtime.layers import DecoderLayers
-from runtime.packed import PackedLinears
-from runtime.policy import SpeculationBounds
-from runtime.static import StaticCache, addresses, why_not
+from runtime.exact.certificate import Certificate
+from runtime.exact.execution import ExecutionPolicy
+from runtime.exact.packed import PackedLinears
+from runtime.exact.probe import certify
+from runtime.exact.static import StaticCache, addresses, why_not
 from runtime.stats import SpeculationStats
 
 logger = logging.getLogger(__name__)

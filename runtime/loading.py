@@ -8,16 +8,16 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from runtime.adapter import Adapter, load_adapter
-from runtime.controller import Controller
-from runtime.draft import HeadDrafter
+from runtime.adapter.folder import Adapter, load_adapter
+from runtime.adapter.hub import resolve_adapter
+from runtime.adapter.identity import base_fingerprint, tokenizer_fingerprint
+from runtime.decoding.draft import HeadDrafter
+from runtime.decoding.layers import DecoderLayers, check_supported
+from runtime.drafting.controller import Controller
+from runtime.drafting.heads import DraftUnembedding
 from runtime.errors import AdapterError, BaseModelMismatch, ConfigError
 from runtime.generate import attach
 from runtime.handle import EXACTNESS, SpecBound
-from runtime.heads import DraftUnembedding
-from runtime.hub import resolve_adapter
-from runtime.identity import base_fingerprint, tokenizer_fingerprint
-from runtime.layers import DecoderLayers, check_supported
 
 
 def load_specbound(

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from runtime import SpecBoundError, load_specbound
-from runtime.benchmark import compare
-from train.attached import read_spread, to_ids
-from train.corpus import load_split
-from train.publish import add_speed
+from train.cli.attached import read_spread, to_ids
+from train.corpus.corpus import load_split
+from train.evaluation.comparison import compare
+from train.publishing.assembly import add_speed
 
 
 def main() -> None:

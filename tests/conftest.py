@@ -18,22 +18,22 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from fake_cuda import pretend
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session, disable_progress_bars, enable_progress_bars
-from loopback_hub import TOKEN, LoopbackHub, loopback_hub
-from publishing import BASE, rename
 from safetensors.torch import save_file
-from speculating import NEW_TOKENS, PROMPT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from runtime import SpecBoundConfig, SpeculationBounds, TemperatureSchedule, save_adapter
-from runtime.adapter import Adapter
-from runtime.heads import ExitHeads
-from runtime.identity import base_fingerprint, tokenizer_fingerprint
+from runtime.adapter.folder import Adapter
+from runtime.adapter.identity import base_fingerprint, tokenizer_fingerprint
+from runtime.drafting.heads import ExitHeads
+from tests.helpers.fake_cuda import pretend
+from tests.helpers.loopback_hub import TOKEN, LoopbackHub, loopback_hub
+from tests.helpers.publication import BASE, rename
+from tests.helpers.speculation import NEW_TOKENS, PROMPT
 from train import fit_exits
-from train.options import FitConfig
+from train.settings.fit_config import FitConfig
 
 # Tiny tensors: on a busy machine, threads that wait for one another take ten times as long.
 torch.set_num_threads(1)

@@ -2,21 +2,20 @@
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fake_heads import FakeHeads
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runtime import SpeculationBounds, detach
-from runtime.exactness import Reference, compare
-from runtime.execution import ExecutionPolicy
+from runtime.exact.execution import ExecutionPolicy
+from runtime.exact.probe import Reference, compare
 from runtime.generate import attach
 from runtime.handle import SpecBound
+from tests.helpers.fake_heads import FakeHeads
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 BASE = ROOT / "outputs/base/smollm2-135m-instruct"
 QUESTIONS = ("Explain how bees make honey.", "Write a Python function that reverses a list, and say how it works.")
 

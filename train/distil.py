@@ -15,13 +15,13 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from runtime.adapter.identity import base_fingerprint
+from runtime.decoding.layers import settle_kernels
 from runtime.errors import ConfigError, SpecBoundError
-from runtime.identity import base_fingerprint
-from runtime.layers import settle_kernels
-from train.corpus import CorpusOptions, distil
-from train.options import FitConfig, parse_config, validate
-from train.prompts import read_prompts
-from train.spread import is_spread, load_spread, whole_parameters
+from train.corpus.corpus import CorpusOptions, distil
+from train.corpus.prompts import read_prompts
+from train.features.spread import is_spread, load_spread, whole_parameters
+from train.settings.fit_config import FitConfig, parse_config, validate
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def load_base(config: FitConfig, spread: str | None = None) -> tuple[Any, Any]:
     """The base of the recipe and its tokenizer, on the CPU; where it is spread, on the devices of the processes.
 
     Args:
-        spread: how, see `train.spread`; None for not at all.
+        spread: how, see `train.features.spread`; None for not at all.
 
     Raises:
         ConfigError: it cannot be loaded.

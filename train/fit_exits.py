@@ -15,16 +15,18 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from runtime.adapter.identity import weights_sha256
+from runtime.decoding.layers import DecoderLayers
+from runtime.drafting.heads import DraftUnembedding, ExitHeads, LinearHead
 from runtime.errors import DataError, SpecBoundError
-from runtime.heads import DraftUnembedding, ExitHeads, LinearHead
-from runtime.identity import weights_sha256
-from runtime.layers import DecoderLayers
-from train.budget import bytes_per_position, require_disk
-from train.calibrate import require_positions
+from train.calibration.temperatures import require_positions
 from train.distil import load_base, make_corpus
-from train.hub import check_can_push, publish
-from train.interrupts import StopSignals
-from train.launch import (
+from train.features.disk import bytes_per_position, require_disk
+from train.features.split import Split
+from train.features.spread import decoder_layers, is_spread, take_from_launcher, whole_parameters
+from train.features.vocabulary import coverage, draft_vocabulary, target_to_draft
+from train.fitting.interrupts import StopSignals
+from train.fitting.launch import (
     check_output_dir,
     make_accelerator,
     memory_for,
@@ -33,13 +35,11 @@ from train.launch import (
     sole_writer,
     start_trackers,
 )
-from train.loop import fit
-from train.lora import use_peft, without_peft
-from train.options import FitConfig, parse_config, validate, validate_against_model
-from train.publish import publish_locally
-from train.splits import Split
-from train.spread import decoder_layers, is_spread, take_from_launcher, whole_parameters
-from train.vocabulary import coverage, draft_vocabulary, target_to_draft
+from train.fitting.loop import fit
+from train.fitting.lora import use_peft, without_peft
+from train.publishing.assembly import publish_locally
+from train.publishing.publish import check_can_push, publish
+from train.settings.fit_config import FitConfig, parse_config, validate, validate_against_model
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from runtime.errors import SpecBoundError
-from runtime.server.answers import Answer, as_api_error
 from runtime.server.gate import Gate
 from runtime.server.limits import Limits, encode, token_limit
 from runtime.server.metrics import Metrics
+from runtime.server.response import Answer, as_api_error
 from runtime.server.schema import ApiError, ChatRequest, CompletionRequest
 from runtime.server.worker import Unavailable, Worker
 

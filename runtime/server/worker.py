@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime.errors import SpecBoundError
-from runtime.transcript import Transcript, Written, write
+from runtime.text.transcript import Transcript, Written, write
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Who guesses the next token, how sure the guess is, and how far to go on guessing."""

@@ -1,0 +1,124 @@
+"""How a block of new tokens is computed: with the bits of one-token decoding, or batched.
+
+A block's rows equal one-by-one rows only where every operation gives a row the same bits whatever else is in the
+call. Attention and Linear kernels choose their order of additions by shape, so they are run row by row, or always
+at one number of rows, where that matters. Knows nothing of drafting.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from runtime.exact.attention import block_attention
+from runtime.exact.fused import fused_layers
+from runtime.exact.packed import PackedLinears
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionPolicy:
+    """How many rows of a block each operation sees in one call.
+
+    Attributes:
+        attention: how a block attends, one of `attention.KINDS`.
+        linear_rows: weight shape -> rows in one call of these Linears: 1 is row by row; with more, the block is
+            padded with zeros to a multiple of it.
+        other_rows: the same for Linears of any other shape; None gives them the whole block in one call.
+        packed_rows: shape of packed Linears -> rows in one call; these run packed, where a packed copy is at hand.
+        fused: layers of the Llama kind whose Linears all run packed run as one function.
+        static: layers run over a `StaticCache`, in calls of fixed shapes; `attention` is `batched` then.
+    """
+
+    attention: str
+    linear_rows: Mapping[Shape, int] = field(default_factory=dict)
+    other_rows: int | None = None
+    packed_rows: Mapping[Shape, int | None] = field(default_factory=dict)
+    fused: bool = False
+    static: bool = False
+
+    @classmethod
+    def rowwise(cls) -> "ExecutionPolicy":
+        """Everything that may depend on the number of rows runs row by row."""
+        return cls("rowwise", other_rows=1)
+
+    @classmethod
+    def batched(cls) -> "ExecutionPolicy":
+        """Every operation sees the whole block."""
+        return cls("batched")
+
+    def rows_of(self, module: nn.Module) -> int | None:
+        """Rows in one call of this Linear; None for the whole block."""
+        return self.linear_rows.get(tuple(module.weight.shape), self.other_rows)  # type: ignore[arg-type]
+
+
+@contextmanager
+def execution(model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None = None) -> Iterator[None]:
+    """While open, `model` computes blocks by `policy`; afterwards its modules are as they were."""
+    patched: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
+    with block_attention(model, policy.attention):
+        try:
+            for module, forward in _forwards(model, policy, packed):
+                patched.append((module, module.__dict__.get("forward")))
+                module.__dict__["forward"] = forward
+            yield
+        finally:
+            for module, hooked in patched:
+                if hooked is None:
+                    del module.__dict__["forward"]
+                else:
+                    module.__dict__["forward"] = hooked
+
+
+def _forwards(
+    model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None
+) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+    """The modules that compute otherwise than by themselves, and how."""
+    taken: set[nn.Module] = set()
+    joints = [] if packed is None else [joint for joint in packed.joint if joint.shape in policy.packed_rows]
+    calls = {joint.modules: in_rows(joint, policy.packed_rows[joint.shape]) for joint in joints}
+    if policy.fused:
+        for layer, fused in fused_layers(model, calls, attention=policy.attention):
+            yield layer, fused
+            taken.update(layer.modules())
+    for joint in joints:
+        if taken.isdisjoint(joint.modules):
+            yield from zip(joint.modules, joint.forwards(calls[joint.modules]), strict=True)
+            taken.update(joint.modules)
+    for module in linears(model):
+        rows = policy.rows_of(module)
+        if rows is not None and module not in taken:
+            # another library's hook, where there is one, runs in each call
+            yield module, in_rows(module.__dict__.get("forward") or partial(type(module).forward, module), rows)
+
+
+def linears(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that multiply by a weight matrix, in the model's order."""
+    return [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def in_rows(forward: Callable[..., Tensor], rows: int | None) -> Callable[..., Tensor]:
+    """`forward` on so many rows a call; itself where `rows` is None."""
+    return forward if rows is None else partial(call_in_rows, forward, rows)
+
+
+def call_in_rows(forward: Callable[..., Tensor], rows: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`forward` on a block [..., T, D], `rows` rows a call, the last call padded with zeros; [..., T, out].
+
+    One row alone is passed on as it is: that is one-token decoding's own call.
+    """
+    if hidden.shape[-2] == 1:
+        return forward(hidden, *args, **kwargs)
+    outputs = []
+    for part in torch.split(hidden, rows, dim=-2):
+        given = part.shape[-2]
+        full = part if given == rows else nn.functional.pad(part, (0, 0, 0, rows - given))
+        outputs.append(forward(full, *args, **kwargs)[..., :given, :])
+    return torch.cat(outputs, dim=-2)

@@ -1,0 +1,215 @@
+"""`Transcript`: the text of one `generate` call as it grows, cut at stop strings, and what drafted its tokens.
+
+It is handed to `generate` twice, as stopping criterion and as streamer: the first sees every token as it is chosen,
+with speculation and without, and the second is told of the rounds. Knows no server and no terminal.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from runtime.decoding.accept import Accepted
+from runtime.decoding.draft import Draft
+from runtime.stats import SpeculationStats
+from runtime.text.logprobs import LogprobRecorder, Logprobs
+
+# How a character looks of which the last bytes are still to come.
+UNFINISHED = "\ufffd"
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token was chosen.
+
+    Attributes:
+        id: of the vocabulary; None for text that was held back until the end.
+        text: what can be shown with it: empty while a character, or what may be a stop string, is unfinished.
+        logprobs: how likely it was, where the transcript was asked to keep that.
+    """
+
+    id: int | None
+    text: str
+    logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A round of speculation ended.
+
+    Attributes:
+        drafts: the drafted token ids, in order.
+        exit_layers: of each; 0 is the lookup.
+        num_accepted: so many of them, from the first on, are in the text.
+        num_tokens: so many tokens came of the round, these included.
+    """
+
+    drafts: list[int]
+    exit_layers: list[int]
+    num_accepted: int
+    num_tokens: int
+
+
+class Transcript(StoppingCriteria):
+    """Text of one `generate` call; stops it at a stop string, or when cancelled.
+
+    Args:
+        stop: strings that end the text, none of them empty; they are not part of it.
+        num_logprobs: each Token tells its probability, and those of so many of the likeliest; None tells none.
+        listener: called with each Token and Round, in the thread that generates.
+
+    Attributes:
+        ids: tokens so far, those of a stop string included.
+        text: what the listener was given, joined.
+        stopped: whether a stop string was found.
+        cancelled: set, from any thread, ends the call at its next token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop: Sequence[str] = (),
+        num_logprobs: int | None = None,
+        listener: Callable[[Token | Round], None] = lambda event: None,
+    ) -> None:
+        assert all(stop)
+        self.tokenizer = tokenizer
+        self.stop = tuple(stop)
+        self.listener = listener
+        self.recorder = None if num_logprobs is None else LogprobRecorder(num_logprobs)
+        self.ids: list[int] = []
+        self.text = ""
+        self.stopped = False
+        self.cancelled = threading.Event()
+        self._held = ""
+        # Tokens from `_shown` on are not shown yet; those from `_window` on give them their context.
+        self._window = self._shown = 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """Take the newest of the ids [1, T]; whether to stop with it, as a bool tensor [1]."""
+        token = int(input_ids[0, -1])
+        self.ids.append(token)
+        piece = "" if self.stopped else self._release(self._decoded())
+        self.text += piece
+        self.listener(Token(token, piece, None if self.recorder is None else self.recorder.take(token)))
+        done = self.stopped or self.cancelled.is_set()
+        return torch.tensor([done], device=input_ids.device)
+
+    def put(self, value: Tensor) -> None:
+        """As a streamer: nothing, the tokens come as a criterion."""
+
+    def end(self) -> None:
+        """As a streamer: what was held back is text after all."""
+        rest = "" if self.stopped else self._release(self._decoded(last=True), last=True)
+        if rest:
+            self.text += rest
+            self.listener(Token(None, rest))
+
+    def end_round(self, draft: Draft, result: Accepted) -> None:
+        """What became of a round's drafts."""
+        self.listener(Round(draft.tokens, draft.exit_layers, result.num_accepted, len(result.tokens)))
+
+    def _decoded(self, *, last: bool = False) -> str:
+        """Text that the tokens not shown yet add; empty while their last character is unfinished."""
+        known = self._decode(self.ids[self._window : self._shown])
+        text = self._decode(self.ids[self._window :])
+        if len(text) <= len(known) or (text.endswith(UNFINISHED) and not last):
+            return ""
+        self._window, self._shown = self._shown, len(self.ids)
+        return text[len(known) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    def _release(self, piece: str, *, last: bool = False) -> str:
+        """What of the held text and this piece can be shown: not a stop string, nor what may become one."""
+        text = self._held + piece
+        found = [index for index in (text.find(string) for string in self.stop) if index >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = 0 if last else max((_overlap(text, string) for string in self.stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a call of `write` came to.
+
+    Attributes:
+        finish_reason: `stop` (end of text, or a stop string), `length`, or `cancelled`.
+        stats: of a plain call, only tokens and seconds.
+        speculated: whether the call was speculative.
+    """
+
+    finish_reason: str
+    stats: SpeculationStats
+    speculated: bool
+
+
+def write(
+    model: PreTrainedModel,
+    prompt: Tensor,
+    transcript: Transcript,
+    *,
+    seed: int | None = None,
+    speculate: bool = True,
+    **options: Any,
+) -> Written:
+    """One `model.generate` into a transcript; a seed gives the ids that `torch.manual_seed` and `generate` give.
+
+    Args:
+        model: as `load_specbound` returns it.
+        prompt: token ids, shape [1, T], int64, on the model's device.
+        speculate: False is plain decoding.
+        options: of `generate`; `max_new_tokens` is one of them.
+    """
+    handle: Any = model.specbound
+    before = handle.stats
+    if seed is None:
+        torch.seed()  # or the numbers would go on from the last call's seed
+    else:
+        torch.manual_seed(seed)
+    criteria, mask = StoppingCriteriaList([transcript]), torch.ones_like(prompt)
+    processors = LogitsProcessorList([transcript.recorder] if transcript.recorder else [])
+    generate: Any = model.generate
+    started = time.perf_counter()
+    with nullcontext() if speculate else handle.disabled():
+        generate(
+            prompt, attention_mask=mask, logits_processor=processors, stopping_criteria=criteria, streamer=transcript,
+            **options,
+        )  # fmt: skip
+    seconds = time.perf_counter() - started
+    speculated = handle.stats is not before  # some calls run plainly all the same
+    stats = handle.stats if speculated else SpeculationStats(emitted=len(transcript.ids), seconds=seconds)
+    return Written(_finish_reason(model, transcript), stats, speculated)
+
+
+def _finish_reason(model: Any, transcript: Transcript) -> str:
+    ends = model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends or []
+    if transcript.stopped or transcript.ids[-1] in ends:
+        return "stop"
+    return "cancelled" if transcript.cancelled.is_set() else "length"

@@ -1,0 +1,1 @@
+"""Tests of SpecBound; folders mirror the packages."""

@@ -1,0 +1,79 @@
+"""Tiny random models of every family that is supported, and a prompt for them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+VOCABULARY = 96
+LAYERS = 4
+SHAPE: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "initializer_range": 0.25,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+FAMILIES: dict[str, Any] = {
+    "llama": LlamaConfig(**SHAPE),
+    "mistral": MistralConfig(**SHAPE, sliding_window=None),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=12),
+    "smollm3": SmolLM3Config(**SHAPE),
+    "olmo2": Olmo2Config(**SHAPE),
+    "granite": GraniteConfig(
+        **SHAPE, embedding_multiplier=2.0, logits_scaling=3.0, residual_multiplier=0.5, attention_multiplier=0.3
+    ),
+    "phi3": Phi3Config(**SHAPE),
+    "gemma": GemmaConfig(**SHAPE, head_dim=12),
+    "gpt_neox": GPTNeoXConfig(**{key: value for key, value in SHAPE.items() if key != "num_key_value_heads"}),
+    "gpt2": GPT2Config(
+        n_embd=48, n_layer=LAYERS, n_head=4, vocab_size=VOCABULARY, initializer_range=0.25, eos_token_id=None,
+        pad_token_id=0, bos_token_id=1,
+    ),
+}  # fmt: skip
+
+
+def tiny(family: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
+    """A random model whose greedy output wanders; biases, norms and scales are random too."""
+    torch.manual_seed(0)
+    config = FAMILIES[family]
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention, dtype=dtype
+    ).eval()
+    randomise(model)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def randomise(model: nn.Module) -> None:
+    """Add noise to what starts as all zeros or ones, so that a part that is left out shows."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape).to(parameter.dtype), alpha=0.2)
+
+
+def prompt(length: int = 7) -> torch.Tensor:
+    """Token ids, shape [1, length]."""
+    return torch.randint(2, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,137 @@
+"""A server of a tiny model in this process, for the tests that talk to it."""
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import openai
+import torch
+import uvicorn
+
+from runtime import SpeculationBounds, detach
+from runtime.generate import attach
+from runtime.handle import SpecBound
+from runtime.server.app import make_app
+from runtime.server.limits import Limits
+from runtime.server.worker import Worker
+from tests.helpers.fake_heads import FakeHeads
+
+MODEL_ID = "tiny"
+PROMPT = [20, 63, 6]
+LIMITS = Limits(max_tokens=200, max_body_bytes=20_000, max_waiting=2)
+
+
+@contextmanager
+def running(load: Callable[[], tuple[Any, Any]], *, wait: bool = True, **options: Any) -> Iterator[tuple[str, Worker]]:
+    """Its address and its worker, once the model is loaded; both are stopped afterwards.
+
+    Args:
+        options: of `make_app`.
+    """
+    limits = options.setdefault("limits", Limits())
+    worker = Worker(load, max_waiting=limits.max_waiting)
+    app = make_app(worker, model_id=MODEL_ID, **options)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=5))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        worker.start()
+        thread.start()
+        until(lambda: server.started and (not wait or worker.state == "ready"))
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", worker
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert worker.stop(20) and not thread.is_alive()
+
+
+def until(condition: Callable[[], Any], seconds: float = 60) -> None:
+    """Wait until it holds; on a machine that does nothing else this is over at once."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.005)
+
+
+class Valve(FakeHeads):
+    """Random drafts, made only while it is open; fails on request."""
+
+    def __init__(self) -> None:
+        super().__init__("random", [2, 4], vocabulary=128)
+        self.open = threading.Event()
+        self.open.set()
+        self.reached = threading.Event()
+        self.failing = False
+
+    def propose(self, *args: Any) -> tuple[int, float]:
+        """Wait, then draft."""
+        self.reached.set()
+        assert self.open.wait(120)
+        if self.failing:
+            self.failing = False
+            raise RuntimeError("a secret of the inside")
+        return super().propose(*args)
+
+
+class Served:
+    """A server whose drafting the test can hold."""
+
+    def __init__(self, url: str, worker: Worker, model: Any, valve: Valve) -> None:
+        self.url, self.worker, self.model, self.valve = url, worker, model, valve
+        self.port = int(url.rpartition(":")[2])
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+    def complete(self, **options: Any) -> Any:
+        """A completion of the prompt."""
+        return self.client.completions.create(**{"model": MODEL_ID, "prompt": PROMPT, "max_tokens": 8} | options)
+
+    def idle(self) -> bool:
+        """Whether nothing runs and nothing waits."""
+        return self.worker._running is None and not self.worker.num_waiting
+
+    def hold(self) -> None:
+        """Keep the next request at its first draft."""
+        self.valve.reached.clear()
+        self.valve.open.clear()
+
+    def post(self, body: bytes, path: str = "/v1/completions", **headers: str) -> tuple[int, Any]:
+        """Status and JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request("POST", path, body, {"Content-Type": "application/json"} | headers)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def send(self, **body: Any) -> socket.socket:
+        """A request whose answer is not read."""
+        raw = json.dumps({"model": MODEL_ID, "prompt": PROMPT} | body).encode()
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
+        return connection
+
+
+def stock_text(model: Any, tokenizer: Any) -> str:
+    """What stock answers to the prompt with 8 tokens."""
+    ids = model.generate(torch.tensor([PROMPT]), max_new_tokens=8, do_sample=False)[0, len(PROMPT) :]
+    found: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return found
+
+
+@contextmanager
+def held(model: Any, tokenizer: Any) -> Iterator[Served]:
+    """A server of the model with `LIMITS`, and random drafts that can be held."""
+    valve = Valve()
+    attach(model, SpecBound(model, valve, SpeculationBounds(0.2, 4, 4)))
+    model.specbound.prepare(model)
+    with running(lambda: (model, tokenizer), limits=LIMITS) as (url, worker):
+        yield Served(url, worker, model, valve)
+        valve.open.set()
+    detach(model)

@@ -1,0 +1,260 @@
+"""The probe finds what must run row by row, keeps what it found, and says so; a policy that fails is not certified."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from torch import nn
+from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+
+import runtime.exact.probe
+from runtime import SpeculationBounds
+from runtime.decoding.emitter import TargetEmitter
+from runtime.exact.certificate import Certificate
+from runtime.exact.execution import ExecutionPolicy, call_in_rows, execution, linears
+from runtime.exact.probe import Agreement, Reference, certify, compare, linear_rows, probe
+from runtime.generate import attach
+from runtime.handle import SpecBound
+from tests.helpers.fake_heads import FakeHeads
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own for certificates."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    return tmp_path / "specbound"
+
+
+class Shaky(nn.Linear):
+    """A Linear whose rows change in the last bits with the number of rows, as some kernels do."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Off by a factor that only one-row calls do not have."""
+        return super().forward(hidden) * (1.0 if hidden.shape[-2] == 1 else 1.0 + 2**-20)
+
+
+class SteadyFrom8(nn.Linear):
+    """A Linear that gives a row the same bits in every call, but for calls of 2 to 7 rows."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Each row on its own, so that no kernel's shape plays a part."""
+        rows = [super(SteadyFrom8, self).forward(row) for row in hidden.split(1, dim=-2)]
+        return torch.cat(rows, dim=-2) * (1.0 if len(rows) == 1 or len(rows) >= 8 else 1.0 + 2**-20)
+
+
+def with_down_proj(model: Any, kind: type[nn.Linear]) -> Any:
+    """The same model, its down projections of another class."""
+    for layer in model.model.layers:
+        layer.mlp.down_proj.__class__ = kind
+    return model
+
+
+def test_a_linear_that_depends_on_rows_is_found(make_model: Any, kept: Path) -> None:
+    """And the whole model passes with it row by row, and fails without (negative control)."""
+    model = with_down_proj(make_model(), Shaky)
+    near = Reference.near(model)
+    shape = tuple(model.model.layers[0].mlp.down_proj.weight.shape)
+    assert linear_rows(near, range(2, 5))[shape] == 1
+    certificate = probe(model, max_width=4)
+    assert certificate.bitwise and certificate.rows_differing == 0 and certificate.rows_checked > 50
+    assert certificate.largest_shift == 0.0
+    assert certificate.policy.rows_of(model.model.layers[0].mlp.down_proj) == 1
+    others = {tuple(module.weight.shape): 1 for module in linears(model)}
+    del others[shape]
+    assert compare(model, near, ExecutionPolicy("rowwise", others), [3]).differing > 0
+    assert compare(model, near, ExecutionPolicy.rowwise(), [3]) == Agreement(rows=30)
+
+
+def test_a_linear_that_is_steady_from_some_rows_on_is_padded(make_model: Any, kept: Path) -> None:
+    """One call of 8 rows in the place of one a row; the rows added change nothing."""
+    model = with_down_proj(make_model(), SteadyFrom8)
+    module = model.model.layers[0].mlp.down_proj
+    near = Reference.near(model)
+    assert linear_rows(near, range(2, 5))[tuple(module.weight.shape)] == 8
+    certificate = probe(model, max_width=4)
+    assert certificate.bitwise and certificate.policy.rows_of(module) == 8
+    assert "padded rows: Linear 32x64 to 8" in str(certificate)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 16])
+def test_calls_of_a_steady_number_of_rows(rows: int) -> None:
+    """Every call but one of a single row has that many; what comes back is the block, in order."""
+    calls = []
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(hidden.shape[-2])
+        return hidden * 2
+
+    block = torch.arange(22.0).view(1, 11, 2)
+    assert torch.equal(call_in_rows(forward, rows, block), block * 2)
+    assert set(calls) == {rows} and len(calls) == -(-11 // rows)
+    calls.clear()
+    assert torch.equal(call_in_rows(forward, rows, block[:, :1]), block[:, :1] * 2)
+    assert calls == [1]
+
+
+def test_attention_runs_as_a_block_where_that_keeps_every_bit(
+    make_model: Any, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not on a CPU, so here the batched form is made to: the probe takes it, being cheaper."""
+    assert probe(make_model(), max_width=3).policy.attention == "rowwise"
+
+    def steady(model: Any, policy: ExecutionPolicy, packed: Any) -> Any:
+        return execution(model, replace(policy, attention="rowwise"), packed)
+
+    monkeypatch.setattr(runtime.exact.probe, "execution", steady)
+    certificate = probe(make_model(), max_width=3)
+    assert certificate.bitwise and certificate.policy.attention == "batched"
+
+
+def test_rows_far_into_a_text_are_compared(make_model: Any, kept: Path) -> None:
+    """Up to 2,064 keys, or as many as the model has positions; a fault only there is found."""
+    assert probe(make_model(max_position_embeddings=4096), max_width=3).longest_context == 2064
+    model = make_model()
+    assert probe(model, max_width=3).longest_context == 512
+    assert probe(make_model(max_position_embeddings=64), max_width=3).longest_context == 56
+
+    def far_fault(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        hidden = args[0]
+        late = bool((kwargs["position_ids"] > 400).any()) and hidden.shape[1] > 1
+        return (hidden * (1.0 + 2**-20 if late else 1.0),), kwargs
+
+    model.model.layers[3].register_forward_pre_hook(far_fault, with_kwargs=True)
+    certificate = probe(model, max_width=3)
+    assert not certificate.bitwise and certificate.max_width == 1
+
+
+def test_the_batched_mode_says_how_far_it_is_off(make_model: Any, kept: Path) -> None:
+    """Its certificate, kept like the other, and the tokens it cannot promise; exact blocks promise them all."""
+    prompt = torch.arange(3, 12)[None]
+    for exactness in ("batched", "bitwise"):
+        model = make_model()
+        truth = model.generate(prompt, max_new_tokens=40, do_sample=False)[0].tolist()
+        heads = FakeHeads("mixed", [2, 4], truth, vocabulary=128)
+        attach(model, SpecBound(model, heads, SpeculationBounds(0.3, 4, 4), exactness=exactness))
+        for do_sample in (False, True):
+            model.generate(prompt, max_new_tokens=40, do_sample=do_sample)
+            stats, certificate = model.specbound.stats, model.specbound.certificate
+            if exactness == "bitwise":
+                assert stats.unpromised == 0 and certificate.bitwise
+                continue
+            assert not certificate.bitwise and certificate.max_width == 5 and certificate.largest_shift > 0
+            assert certificate.rows_differing <= certificate.rows_checked
+            assert stats.unpromised == 39 if do_sample else stats.unpromised < 39
+    texts = [path.read_text() for path in kept.iterdir()]
+    assert len(texts) == 2
+
+
+def test_near_ties_are_counted() -> None:
+    """A margin within twice the shift, from the second token on."""
+    config = SimpleNamespace(
+        do_sample=False, return_dict_in_generate=False, output_scores=False, output_logits=False, max_length=9
+    )
+    criteria = StoppingCriteriaList([MaxLengthCriteria(9)])
+    emitter = TargetEmitter(torch.tensor([[1]]), LogitsProcessorList(), criteria, config, None)  # type: ignore[arg-type]
+    emitter.largest_shift = 0.1
+    for margin in (0.15, 0.15, 0.5, 0.2):
+        emitter.emit(torch.tensor([[1.0, 1.0 - margin, -3.0]]))
+    assert emitter.unpromised == 2
+
+
+def test_kept_and_read_again(make_model: Any, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time nothing is probed; another thread count, dtype or width is another certificate."""
+    model = make_model()
+    first = certify(model, "sha256:base", max_width=3)
+    assert len(list(kept.iterdir())) == 1
+
+    def refuse(*args: Any, **kwargs: Any) -> Certificate:
+        raise AssertionError("probed again")
+
+    monkeypatch.setattr(runtime.exact.probe, "probe", refuse)
+    again = certify(model, "sha256:base", max_width=3)
+    assert (again.policy, again.rows_checked, again.seconds) == (first.policy, first.rows_checked, 0.0)
+    with pytest.raises(AssertionError, match="probed again"):
+        certify(model, "sha256:other", max_width=3)
+    with pytest.raises(AssertionError, match="probed again"):
+        certify(model, "sha256:base", max_width=4)
+    with pytest.raises(AssertionError, match="probed again"):
+        certify(model.to(torch.bfloat16), "sha256:base", max_width=3)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"bitwise": true}', "null"])
+def test_a_damaged_certificate_is_made_anew(make_model: Any, kept: Path, text: str) -> None:
+    """Whatever is in the file."""
+    model = make_model()
+    first = certify(model, "sha256:base", max_width=2)
+    (path,) = kept.iterdir()
+    path.write_text(text)
+    assert certify(model, "sha256:base", max_width=2).policy == first.policy
+
+
+def test_where_nothing_passes_nothing_is_drafted(
+    make_model: Any, kept: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning, width 1, and no certificate kept."""
+    monkeypatch.setattr(runtime.exact.probe, "compare", lambda *args, **kwargs: Agreement(50, 3, 0.25))
+    model = make_model()
+    specbound = SpecBound(model, FakeHeads("random", [2]), SpeculationBounds(0.0, 2, 4))
+    _, bounds = specbound.prepare(model)
+    assert bounds.max_draft_tokens == 0
+    assert specbound.certificate is not None and not specbound.certificate.bitwise
+    assert "nothing is drafted on this machine. NOT bit for bit" in caplog.text
+    assert not kept.exists()
+
+
+def test_certificate_reads_well(make_model: Any, kept: Path) -> None:
+    """One line that says what was checked, found, and where."""
+    text = str(probe(make_model(), max_width=3))
+    assert text.startswith("bit for bit equal to one-token decoding: 0 of ")
+    assert "row by row: attention" in text and "float32" in text and "torch" in text and "\n" not in text
+
+
+def test_modules_are_as_they_were_after_an_error(make_model: Any) -> None:
+    """Also those that another library has hooked."""
+    model = make_model()
+    hooked = model.lm_head
+    forward = hooked.forward
+
+    def hook(hidden: torch.Tensor) -> torch.Tensor:
+        """What accelerate, for one, puts in the place of `forward`."""
+        return forward(hidden)
+
+    hooked.forward = hook
+    with pytest.raises(RuntimeError, match="midway"), execution(model, ExecutionPolicy.rowwise()):
+        assert "forward" in model.model.layers[0].mlp.down_proj.__dict__
+        raise RuntimeError("midway")
+    assert hooked.__dict__["forward"] is hook
+    assert "forward" not in model.model.layers[0].mlp.down_proj.__dict__
+    assert model.config._attn_implementation == "sdpa"
+
+
+FIRST_CALLS = """
+import os, torch
+from runtime.decoding.layers import settle_kernels
+torch.set_num_threads(2)
+differing = 0
+for _ in range(150):
+    child = os.fork()
+    if child == 0:
+        settle_kernels()
+        angles = torch.arange(53 * 64).float() * 0.37
+        same = all(torch.equal(function(angles), function(angles)) for function in (torch.cos, torch.sin))
+        os._exit(0 if same else 1)
+    differing += os.waitpid(child, 0)[1] != 0
+print(differing)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_the_first_forward_of_a_process_has_the_bits_of_all_others() -> None:
+    """Rotary tables are computed by two threads; without settling, some processes of 150 get them wrong at first."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "0", done.stderr

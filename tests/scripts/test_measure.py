@@ -1,0 +1,131 @@
+"""The measuring scripts, on a tiny base: they run, and say what they measured."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from runtime import load_specbound
+from tests.helpers.scripts import script
+from train.calibration.traces import TRACES_FILE, Traces
+from train.corpus.prompts import read_prompts
+from train.replay.costs import CostTable
+from train.replay.variants import FULL, UNCALIBRATED
+
+
+def test_verify_cost(make_model: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every width in both modes, beside stock."""
+    verify_cost = script("measure/verify_cost")
+    found = verify_cost.measure(make_model(), 40, [1, 3], 3)
+    assert found["stock_ms"] > 0 and set(found["bitwise_ms"]) == set(found["batched_ms"]) == {1, 3}
+    verify_cost.show(found)
+    assert "per token / stock" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("features", ["online", "cache"])
+def test_fit_cost(tiny_base: Path, fresh_accelerate: None, features: str) -> None:
+    """A row of figures, the planner's beside."""
+    fit_cost = script("measure/fit_cost")
+    row = fit_cost.USUAL | {"features": features, "batch": 2}
+    found = row | fit_cost.measure(str(tiny_base), "float32", row, 1)
+    assert found["tokens_per_second"] > 0 and found["step_seconds"] > 0 and found["forward_seconds"] > 0
+    assert found["planned_gib"] > 0 and found["planned_times_forward"] > 0
+    heading, line, first = fit_cost.table([found]).splitlines()
+    assert heading.count("|") == line.count("|") == first.count("|") and f"| {features} | deep | 3 | 2 |" in first
+
+
+@pytest.fixture
+def adapted(demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A tiny base with an adapter."""
+    monkeypatch.chdir(demo_outputs)
+    return load_specbound("outputs/demo/adapter", adaptive=False)
+
+
+def test_ablations_by_run(adapted: Any) -> None:
+    """Every variant, the same ids, the adapter as it was."""
+    before = (adapted.specbound.bounds, adapted.specbound.drafter)
+    found = script("measure/ablations").measure(adapted, [torch.arange(3, 12)[None]], 20)
+    assert found["identical"] and {FULL, UNCALIBRATED, "heads alone"} <= set(found["variants"])
+    assert (adapted.specbound.bounds, adapted.specbound.drafter) == before
+
+
+def test_adversarial(adapted: Any) -> None:
+    """Heads of noise give the same ids; the texts are the same every time."""
+    adversarial = script("measure/adversarial")
+    assert list(adversarial.texts("random strings", 2)) == list(adversarial.texts("random strings", 2))
+    heads = adapted.specbound.drafter.heads
+    noisy = adversarial.noise(heads)
+    pairs = list(zip(heads.parameters(), noisy.parameters(), strict=True))
+    assert all(not torch.equal(before, after) for before, after in pairs)
+    *seconds, same = adversarial.compare(adapted, torch.arange(3, 12)[None], 12, sample=True)
+    assert same and min(seconds) > 0
+
+
+def random_traces(layers: tuple[int, ...]) -> Traces:
+    """Sources that are right as often as they are sure."""
+    numbers = np.random.default_rng(0)
+    sure = numbers.random((len(layers), 1, 80)).astype(np.float32)
+    return Traces(layers, sure, numbers.random(sure.shape) < sure, np.repeat([0, 1], 40), np.arange(80))
+
+
+def test_ceiling(adapted: Any, demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both loops are split, and drafts that are never wrong are the fastest."""
+    ceiling = script("measure/ceiling")
+    monkeypatch.setattr(ceiling, "READ_BYTES", 2**16)
+    folder, config = demo_outputs / "outputs/demo/adapter", adapted.specbound.config
+    random_traces((0, *config.exit_layers)).write(folder / TRACES_FILE, weights_sha256=config.weights_sha256)
+    CostTable.counted(6, head=0.2, unembedding=0.5).write(folder / "costs.json")
+    found = ceiling.split(adapted, 40, 3) | {"bounds": ceiling.bounds(adapted, folder)}
+    for way in (found["stock"], found["plain"]):
+        assert way["products"] > 0 and way["attention"] > 0
+        assert sum(way.values()) == pytest.approx(2 * way["whole"], abs=0.05)
+    assert found["bounds"]["never_wrong"] > found["bounds"]["plain"] > 0
+
+
+def test_scale(make_model: Any) -> None:
+    """A deeper base costs what its layers do; the same shares of it are asked."""
+    scale = script("measure/scale")
+    shape = make_model(max_position_embeddings=64).config  # no room for more than one length of context
+    measured = scale.part(shape, torch.float32, "cpu", 2)
+    assert measured.num_hidden_layers == 2
+    measured = replace(measured, plain=5.0, plain_context=0.2, unembedding={1: 0.75, 2: 1.0}, token=0.25)
+    costs = scale.whole(measured, 10)
+    assert (costs.num_hidden_layers, costs.plain, costs.plain_context) == (10, 21.0, 1.0)
+    found = scale.predict(random_traces((0, 3)), CostTable.counted(10, head=0.1, unembedding=0.5))
+    assert found["over_plain"] == found["over_stock"] > 1 and found["plain_over_stock"] == 1
+
+
+def test_prompts_of_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kind of row becomes a prompt that is read back; the same rows every time; what is missing is named."""
+    mix = script("make_mix_prompts")
+    rows = {
+        "question": " Why? ", "prompt": "Sum it up.", "instruction": "Write", "input": "a poem",
+        "turns": [{"speaker": who, "text": f"t{n}"} for n, who in enumerate(["USER", "SYSTEM"] * 3)],
+        "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}],
+    }  # fmt: skip
+    for name, _, _ in mix.SOURCES:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps([rows]) if path.suffix == ".json" else json.dumps(rows) + "\n")
+    (tmp_path / "ntrex").mkdir()
+    for name in ("src.eng", "ref.deu", "ref.fra", "ref.spa"):
+        (tmp_path / "ntrex" / f"newstest2019-{name}.txt").write_text("Ein Satz.\nA sentence.\n")
+    texts = []
+    for out in (tmp_path / "one.jsonl", tmp_path / "two.jsonl"):
+        monkeypatch.setattr(sys, "argv", ["make_mix_prompts.py", str(tmp_path), str(out)])
+        mix.main()
+        texts.append(out.read_text())
+    assert texts[0] == texts[1]
+    prompts = read_prompts(str(tmp_path / "one.jsonl"))
+    assert {message.role for prompt in prompts for message in prompt.messages} == {"user", "assistant"}
+    assert all(prompt.messages[-1].role == "user" for prompt in prompts)
+    asked = {prompt.messages[0].content for prompt in prompts}
+    assert {"Why?", "Write\na poem", "hi", "Translate German to English: Ein Satz."} <= asked
+    (tmp_path / "gsm8k/train.jsonl").unlink()
+    with pytest.raises(SystemExit, match=r"train.jsonl cannot be read"):
+        mix.main()

@@ -1,0 +1,167 @@
+"""Tuning: at least as fast as hand-set bounds, the user's settings kept, nothing drafted where nothing pays."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.drafting.policy import SpeculationBounds
+from runtime.errors import DataError
+from train.calibration.traces import Traces
+from train.replay.costs import CostTable
+from train.replay.replay import Replayer
+from train.replay import search as tuning
+from train.replay.search import OFF, WIDTHS, Held, cross_fitted, tune
+from train.replay.variants import FULL, UNCALIBRATED, ablate
+
+COSTS = CostTable.counted(12, head=0.3, unembedding=2.0)
+
+
+def honest_traces(texts: int = 24, seed: int = 0) -> Traces:
+    """A precise but rare lookup, a poor exit at 2 and a good one at 6; confidences are the chances of being right."""
+    numbers = np.random.default_rng(seed)
+    length = 50 * texts
+    sure = np.stack(
+        [
+            np.where(numbers.random(length) < 0.2, 0.9, 0.05),
+            numbers.random(length) * 0.5,
+            numbers.beta(2, 1, length),
+        ]
+    ).astype(np.float32)
+    return Traces(
+        layers=(0, 2, 6),
+        sure=sure[:, None],
+        right=(numbers.random(sure.shape) < sure)[:, None],
+        sequence=np.repeat(np.arange(texts), 50),
+        context=np.tile(np.arange(50), texts),
+    )
+
+
+def constant(*, sure: float, right: bool) -> Traces:
+    """Every source alike at every position."""
+    shape = (3, 1, 90)
+    return Traces((0, 2, 6), np.full(shape, sure, np.float32), np.full(shape, right), np.zeros(90, int), np.arange(90))
+
+
+def test_tuned_bounds_are_the_fastest() -> None:
+    """Faster than the paper's policy at any of its settings; the poor exit is not asked."""
+    traces = honest_traces()
+    bounds, found = tune(traces, COSTS, progress=False)
+    replayer = Replayer(traces, COSTS)
+    by_hand = [
+        SpeculationBounds(tau, deepest, width)
+        for tau in (0.3, 0.5, 0.7, 0.9)
+        for deepest in (0, 2, 6)
+        for width in (2, 4, 8)
+    ]
+    assert found.speedup >= max(replayer.run(bounds).speedup for bounds in by_hand)
+    assert found.speedup > 1.0 and 2 not in bounds.exits(traces.layers)
+    assert tune(traces, COSTS, progress=False)[0] == bounds
+    assert 1.0 < cross_fitted(traces, COSTS) < found.speedup * 1.1
+
+
+def test_good_shallow_drafts_pay() -> None:
+    """Always right at depth 0: the widest round, nothing deeper."""
+    bounds, found = tune(constant(sure=0.99, right=True), COSTS, progress=False)
+    assert (bounds.max_draft_tokens, bounds.max_exit_layer) == (max(WIDTHS), 0) and found.speedup > 2
+
+
+def test_drafts_that_barely_pay_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a draft is charged beyond its cost decides; what is predicted stays without it."""
+    traces = honest_traces()
+    found = tune(traces, COSTS, progress=False)[1]
+    monkeypatch.setattr(tuning, "CAUTION", 0.1)
+    fewer, slower = tune(traces, COSTS, progress=False)
+    assert slower.drafted.total() < found.drafted.total() and slower.speedup <= found.speedup
+    assert slower.speedup == Replayer(traces, COSTS).run(fewer).speedup
+    monkeypatch.setattr(tuning, "CAUTION", 10.0)
+    assert tune(traces, COSTS, progress=False)[1].drafted.total() == 0
+
+
+def test_nothing_is_drafted_where_nothing_pays() -> None:
+    """Sure and always wrong."""
+    bounds, found = tune(constant(sure=0.99, right=False), COSTS, progress=False)
+    assert (bounds.exit_threshold, bounds.max_draft_tokens) == (OFF, 0)
+    assert found.drafted.total() == 0 and found.speedup == pytest.approx(1.0)
+
+
+def test_given_bounds_are_held() -> None:
+    """Whatever they cost."""
+    traces = constant(sure=0.99, right=False)
+    bounds, found = tune(traces, COSTS, Held(exit_threshold=0.5, max_draft_tokens=3), progress=False)
+    assert (bounds.exit_threshold, bounds.max_draft_tokens) == (0.5, 3) and found.speedup < 1
+    refused, _ = tune(traces, COSTS, Held(max_draft_tokens=3), progress=False)
+    assert (refused.exit_threshold, refused.max_draft_tokens) == (OFF, 3)
+    shallow, _ = tune(honest_traces(), COSTS, Held(max_exit_layer=2), progress=False)
+    assert shallow.max_exit_layer == 2
+
+
+def test_traces_on_disk(tmp_path: Path) -> None:
+    """Read back as written; what is no file of traces is refused."""
+    traces = honest_traces(3)
+    traces.write(tmp_path / "t.safetensors", weights_sha256="one")
+    read = Traces.read(tmp_path / "t.safetensors", weights_sha256="one")
+    assert read.layers == traces.layers
+    for name in ("sure", "right", "sequence", "context"):
+        assert np.allclose(getattr(read, name), getattr(traces, name), atol=1e-3)
+    assert read.after_wrong is None
+    behind = np.where(np.arange(len(traces)) % 3 == 1, np.array([[0.5], [0.25]]), 0).astype(np.float32)
+    replace(traces, after_wrong=behind).write(tmp_path / "followed", weights_sha256="one")
+    followed = Traces.read(tmp_path / "followed", weights_sha256="one").after_wrong
+    assert followed is not None and followed.tolist() == behind.tolist()
+    some = replace(traces, after_wrong=behind).of_sequences(np.array([False, True, True])).after_wrong
+    assert some is not None and some.tolist() == behind[:, traces.sequence > 0].tolist()
+    (tmp_path / "bad").write_bytes(b"123")
+    for name, heads, message in (
+        ("t.safetensors", "other", "heads of another fit"),
+        ("none", "one", "is not there"),
+        ("bad", "one", "not a file of traces"),
+    ):
+        with pytest.raises(DataError, match=message):
+            Traces.read(tmp_path / name, weights_sha256=heads)
+    with pytest.raises(DataError, match="no confidences at T = 1"):
+        read.without_temperatures()
+    part = traces.of_sequences(np.array([False, True, True]))
+    assert part.num_sequences == 2 and len(part) == 100 and part.sequence[0] == 0
+    with pytest.raises(DataError, match="do not fit"):
+        Traces(traces.layers, traces.sure, traces.right, traces.sequence + 1, traces.context)
+
+
+def test_traces_are_joined_by_source() -> None:
+    """Context counts the prompt; sources come in order of depth."""
+    sure = {4: np.full(5, 0.4, np.float32), 0: np.full(5, 0.1, np.float32)}
+    right = {4: np.ones(5, bool), 0: np.zeros(5, bool)}
+    traces = Traces.join(sure, right, np.array([0, 0, 0, 1, 1]), np.array([10, 3]))
+    assert traces.layers == (0, 4)
+    assert traces.context.tolist() == [10, 11, 12, 3, 4]
+    assert traces.remaining.tolist() == [3, 2, 1, 2, 1]
+    assert traces.sure[0, 0, 0] == np.float32(0.1)
+
+
+def test_cost_tables_on_disk(tmp_path: Path) -> None:
+    """Read back as written; between and beyond measured widths by the nearest line; damage is refused."""
+    path = tmp_path / "costs.json"
+    COSTS.write(path)
+    assert CostTable.read(path) == COSTS
+    assert COSTS.block({1: 1.0, 2: 1.5, 4: 2.0}, 3) == pytest.approx(1.75)
+    assert COSTS.block({1: 1.0, 2: 1.5, 4: 2.0}, 8) == pytest.approx(3.0)
+    for text in ("", "{}", '{"format": 9}'):
+        path.write_text(text)
+        with pytest.raises(DataError, match="specbound profile"):
+            CostTable.read(path)
+
+
+def test_ablations_by_replay() -> None:
+    """Each part of the bounds taken away once; less of what pays is slower."""
+    traces = honest_traces()
+    logged = replace(traces, uncalibrated=np.sqrt(traces.sure))
+    bounds, found = tune(logged, COSTS, progress=False)
+    ablated = ablate(logged, bounds, COSTS)
+    fastest = max(one["predicted_speedup"] for one in ablated.values())
+    assert ablated[FULL]["predicted_speedup"] == found.speedup >= fastest - 0.01
+    assert ablated["lookup alone"]["predicted_speedup"] < found.speedup > ablated["heads alone"]["predicted_speedup"]
+    assert ablated[UNCALIBRATED]["acceptance_rate"] < ablated[FULL]["acceptance_rate"]
+    idle = SpeculationBounds(OFF, 6, 4)
+    assert ablate(logged, idle, COSTS)[FULL]["layer_passes_per_token"] == 12
+    assert ablated[FULL]["layer_passes_per_token"] < 12

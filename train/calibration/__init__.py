@@ -1,0 +1,1 @@
+"""Exit temperatures and traces, from text that the heads have not seen."""

@@ -1,0 +1,98 @@
+"""Every exit asked at every position of held-out text, as old as the verified state may be: what replay needs.
+
+Knows no base model, no lookup and no policy.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from runtime.drafting.temperature import confidence
+from train.features.extractor import Features
+
+
+@dataclass(slots=True)
+class Logged:
+    """Drafts of every exit at N positions of some sequences, batch after batch.
+
+    Attributes:
+        temperatures: exit layer -> temperature of `sure`.
+        ages: of the verified state, in the order of a round's drafts; see `runtime.drafting.heads.AGES`.
+    """
+
+    temperatures: Mapping[int, float]
+    ages: Sequence[int]
+    _sure: dict[int, list[NDArray[np.float32]]] = field(default_factory=dict)
+    _uncalibrated: dict[int, list[NDArray[np.float32]]] = field(default_factory=dict)
+    _right: dict[int, list[NDArray[np.bool_]]] = field(default_factory=dict)
+    _targets: list[NDArray[np.int64]] = field(default_factory=list)
+    _lengths: list[int] = field(default_factory=list)
+
+    @classmethod
+    @torch.no_grad()
+    def collect(
+        cls,
+        batches: Iterable[Features],
+        heads: Any,
+        unembedding: Any,
+        target_to_draft: torch.Tensor,
+        *,
+        temperatures: Mapping[int, float],
+        ages: Sequence[int],
+    ) -> "Logged":
+        """Run the heads over features, once for each age."""
+        logged = cls(temperatures, ages)
+        for batch in batches:
+            logits = [heads(batch.hidden, batch.context(age), unembedding) for age in ages]
+            logged.add(batch, logits, target_to_draft[batch.target])
+        return logged
+
+    def add(self, batch: Features, logits: Sequence[Mapping[int, torch.Tensor]], choice: torch.Tensor) -> None:
+        """One batch.
+
+        Args:
+            logits: for each age, exit layer -> draft logits [N, V].
+            choice: draft id of the base's choice, shape [N]; negative where there is none.
+        """
+        for layer in logits[0]:
+            given = [by_layer[layer] for by_layer in logits]
+            right = [one.argmax(-1) == choice for one in given]
+            self._right.setdefault(layer, []).append(torch.stack(right).cpu().numpy())
+            for into, temperature in ((self._sure, self.temperatures[layer]), (self._uncalibrated, 1.0)):
+                sure = [confidence(one, temperature) for one in given]
+                into.setdefault(layer, []).append(torch.stack(sure).cpu().numpy())
+        self._targets.append(batch.target.cpu().numpy())
+        self._lengths += batch.lengths
+
+    @property
+    def sure(self) -> dict[int, NDArray[np.float32]]:
+        """Exit layer -> calibrated confidence, shape [ages, N]."""
+        return _joined(self._sure)
+
+    @property
+    def uncalibrated(self) -> dict[int, NDArray[np.float32]]:
+        """Exit layer -> confidence at T = 1, shape [ages, N]."""
+        return _joined(self._uncalibrated)
+
+    @property
+    def right(self) -> dict[int, NDArray[np.bool_]]:
+        """Exit layer -> whether the draft is the base's choice, shape [ages, N]."""
+        return _joined(self._right)
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """The base's choice, shape [N]."""
+        return np.concatenate(self._targets)
+
+    @property
+    def sequence(self) -> NDArray[np.int64]:
+        """Index of each position's sequence, shape [N]."""
+        return np.repeat(np.arange(len(self._lengths)), self._lengths)
+
+
+def _joined(parts: Mapping[int, list[NDArray[Any]]]) -> dict[int, NDArray[Any]]:
+    return {layer: np.concatenate(arrays, axis=1) for layer, arrays in parts.items()}

@@ -1,0 +1,114 @@
+"""The depth-0 exit on logged text: what the lookup would have proposed, and the table of its confidence.
+
+Knows no model: token ids and the base's choices are enough.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.drafting.lookup import MAX_MATCH, NUM_SUPPORTS, ContextLookup, LookupTable
+from train.calibration.reliability import expected_calibration_error
+
+# Positions that the prior of a cell counts for: few proposals say little.
+PRIOR_WEIGHT = 8.0
+# Drafts behind a wrong one that are followed: as many as any round makes that is replayed, or nearly.
+FOLLOWED = 15
+NOTHING = ((0,) * FOLLOWED,) * 2
+
+
+@dataclass(frozen=True, slots=True)
+class LookupTraces:
+    """Proposals at N response positions.
+
+    Attributes:
+        match: length of the match, shape [N]; 0 where nothing was proposed.
+        support: see `runtime.drafting.lookup`, shape [N].
+        right: whether the proposal is the base's choice, shape [N].
+        after_wrong: match and support of what the lookup would go on to propose behind a wrong proposal of its own,
+            shape [2, FOLLOWED, N]; match 0 behind a right one, and where it would propose nothing.
+    """
+
+    match: NDArray[np.int64]
+    support: NDArray[np.int64]
+    right: NDArray[np.bool_]
+    after_wrong: NDArray[np.int64]
+
+    @classmethod
+    def collect(cls, rows: Iterable[tuple[Sequence[int], Sequence[int]]], targets: Iterable[int]) -> "LookupTraces":
+        """Run the lookup over texts as the runtime would, one token at a time.
+
+        Args:
+            rows: prompt ids and response ids of each text.
+            targets: the base's choice at each response position, text after text.
+        """
+        found, behind = [], []
+        choices = iter(targets)
+        for prompt, response in rows:
+            lookup = ContextLookup(prompt[:-1])
+            for newest in [prompt[-1], *response[:-1]]:
+                proposal = lookup.propose([newest])
+                choice = next(choices)
+                found.append(
+                    (0, 0, False) if proposal is None else (proposal.match, proposal.support, proposal.token == choice)
+                )
+                lost = proposal is not None and proposal.token != choice
+                behind.append(_followed(lookup, newest) if lost else NOTHING)
+                lookup.extend([newest])
+        match, support, right = zip(*found, strict=True)
+        return cls(np.array(match), np.array(support), np.array(right), np.moveaxis(np.array(behind), 0, -1))
+
+    def fit(self) -> LookupTable:
+        """Share of right proposals by match length and support, drawn to the share of its match length."""
+        proposed = self.match > 0
+        overall = float(self.right[proposed].mean()) if proposed.any() else 0.0
+        rows = []
+        for length in range(1, MAX_MATCH + 1):
+            of_length = self.match == length
+            prior = _share(self.right[of_length], overall)
+            cells = [
+                _share(self.right[of_length & (self.support == support)], prior) for support in range(NUM_SUPPORTS)
+            ]
+            rows.append(tuple(round(cell, 4) for cell in cells))
+        return LookupTable(tuple(rows))
+
+    def report(self, table: LookupTable) -> dict[str, float]:
+        """Share of positions with a proposal, share of those that are right, and ECE; for `calibration.json`."""
+        proposed = self.match > 0
+        sure = self.confidences(table)
+        return {
+            "proposed": float(proposed.mean()),
+            "agreement": float(self.right.mean()),
+            "precision": float(self.right[proposed].mean()) if proposed.any() else 0.0,
+            "ece": expected_calibration_error(sure, self.right),
+        }
+
+    def confidences(self, table: LookupTable) -> NDArray[np.float32]:
+        """Calibrated confidence at each position, shape [N]; 0 where nothing was proposed."""
+        return _looked_up(table, self.match, self.support)
+
+    def confidences_after_wrong(self, table: LookupTable) -> NDArray[np.float32]:
+        """Calibrated confidence of each proposal of `after_wrong`, shape [FOLLOWED, N]."""
+        return _looked_up(table, *self.after_wrong)
+
+
+def _followed(lookup: ContextLookup, newest: int) -> tuple[tuple[int, ...], ...]:
+    """Match and support of so many proposals in a row, each on the ones before it, behind the one after `newest`."""
+    found: list[tuple[int, int]] = []
+    pending = [newest]
+    while len(found) <= FOLLOWED and (proposal := lookup.propose(pending)) is not None:
+        found.append((proposal.match, proposal.support))
+        pending.append(proposal.token)
+    found += [(0, 0)] * (1 + FOLLOWED - len(found))
+    return tuple(zip(*found[1:], strict=True))
+
+
+def _looked_up(table: LookupTable, match: NDArray[np.int64], support: NDArray[np.int64]) -> NDArray[np.float32]:
+    cells = np.array(table.rows)[np.maximum(match, 1) - 1, support]
+    return np.where(match > 0, cells, 0.0).astype(np.float32)
+
+
+def _share(right: NDArray[np.bool_], prior: float) -> float:
+    return (float(right.sum()) + PRIOR_WEIGHT * prior) / (len(right) + PRIOR_WEIGHT)

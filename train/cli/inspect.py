@@ -1,0 +1,118 @@
+"""`specbound inspect`: what an adapter is, and whether it is whole and valid. Knows no command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from runtime.adapter.folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from runtime.adapter.hub import resolve_adapter
+
+
+def describe(adapter: str, *, revision: str | None = None) -> dict[str, Any]:
+    """What `specbound inspect` says of an adapter, as plain JSON values.
+
+    Raises:
+        SpecBoundError: where the adapter cannot be found or does not load.
+    """
+    folder = resolve_adapter(adapter, revision=revision)
+    loaded = load_adapter(folder)
+    config, stamps = loaded.config, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    measured, remarks = _calibration(folder / "calibration.json", config.exit_layers)
+    return {
+        "adapter": adapter,
+        "valid": True,
+        "format": stamps["format"],
+        "specbound_version": stamps["specbound_version"],
+        "license": config.license,
+        "base": {
+            "name": config.base_model_name_or_path,
+            "revision": config.base_model_revision,
+            "fingerprint": config.base_model_fingerprint,
+            "num_hidden_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+        },
+        "tokenizer_fingerprint": config.tokenizer_fingerprint,
+        "head": {"kind": config.head, "rank": None if config.head == "linear" else config.head_rank},
+        "dtype": str(next(loaded.heads.parameters()).dtype).removeprefix("torch."),
+        "draft_vocab_size": config.draft_vocab_size,
+        "lookup": config.lookup is not None,
+        "schedule": {"kind": config.temperatures.kind, "alpha": config.temperatures.alpha},
+        "bounds": {
+            "exit_threshold": config.bounds.exit_threshold,
+            "max_exit_layer": config.bounds.max_exit_layer,
+            "max_draft_tokens": config.bounds.max_draft_tokens,
+            "exit_thresholds": {str(layer): tau for layer, tau in config.bounds.exit_thresholds.items()},
+            "min_survival": config.bounds.min_survival,
+            "min_draft_survival": config.bounds.min_draft_survival,
+        },
+        "weights_bytes": (folder / WEIGHTS_FILE).stat().st_size,
+        "weights_sha256": config.weights_sha256,
+        "exits": [
+            {"layer": layer, "temperature": config.temperatures[layer]} | measured.get(layer, {})
+            for layer in config.exit_layers
+        ],
+        "warnings": remarks,
+    }
+
+
+FIGURES = ("agreement", "ece_before", "ece_after")
+
+
+def _calibration(path: Path, exit_layers: tuple[int, ...]) -> tuple[dict[int, dict[str, float]], list[str]]:
+    """Figures of each exit, and a remark where the file is there but not usable: it is evidence only."""
+    if not path.exists():
+        return {}, []
+    try:
+        exits = json.loads(path.read_text(encoding="utf-8"))["exits"]
+        found = {layer: {name: exits[str(layer)][name] for name in FIGURES} for layer in exit_layers}
+        good = all(type(x) in (int, float) and 0 <= x <= 1 for figures in found.values() for x in figures.values())
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        good = False
+    return (found, []) if good else ({}, ["calibration.json is damaged or of other exits; its figures are left out"])
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """Print what `describe` returned, readable in 80 columns and in a pipe."""
+    base, bounds, head = found["base"], found["bounds"], found["head"]
+    alpha = found["schedule"]["alpha"]
+    lines = {
+        "adapter": found["adapter"],
+        "valid": "yes",
+        "format": f"{found['format']}, written by specbound {found['specbound_version']}",
+        "license": found["license"] or "not stated",
+        "base": base["name"],
+        "revision": base["revision"] or "not stated",
+        "fingerprint": f"{base['fingerprint'][:23]}... (all of it: --json)",
+        "shape": f"{base['num_hidden_layers']} layers, hidden size {base['hidden_size']}, {base['vocab_size']} tokens",
+        "heads": head["kind"] + ("" if head["rank"] is None else f", rank {head['rank']}") + f", {found['dtype']}",
+        "depth-0 lookup": "on" if found["lookup"] else "off",
+        "draft vocabulary": f"{found['draft_vocab_size']} of {base['vocab_size']} tokens",
+        "temperatures": found["schedule"]["kind"] + ("" if alpha is None else f", alpha {alpha:g}"),
+        "exit_threshold": f"{bounds['exit_threshold']:g}"
+        + "".join(f", {tau:g} at layer {layer}" for layer, tau in bounds["exit_thresholds"].items()),
+        "max_exit_layer": str(bounds["max_exit_layer"]),
+        "max_draft_tokens": str(bounds["max_draft_tokens"]),
+        "min_survival": f"{bounds['min_survival']:g}",
+        "min_draft_survival": f"{bounds['min_draft_survival']:g}",
+        "size": f"{found['weights_bytes'] / 1e6:.1f} MB",
+    }
+    grid = Table(box=None, show_header=False, pad_edge=False)
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in lines.items():
+        grid.add_row(name, Text(value))  # Text: brackets in a name are no markup
+    console.print(grid)
+    measured = [name for name in FIGURES if name in found["exits"][0]]
+    titles = {"agreement": "agreement", "ece_before": "ECE before", "ece_after": "ECE after"}
+    exits = Table("exit after layer", "temperature", *(titles[name] for name in measured), box=None, pad_edge=False)
+    for column in exits.columns:
+        column.justify = "right"
+    for row in found["exits"]:
+        exits.add_row(str(row["layer"]), f"{row['temperature']:.3f}", *(f"{row[name]:.3f}" for name in measured))
+    console.print()
+    console.print(exits)

@@ -1,0 +1,61 @@
+"""`specbound plan`: what a fit will take, before anything is bought or downloaded. Knows the command line only."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def plan_command(
+    model: Annotated[str, typer.Option(help="A base (Hub id or folder), or a recipe (.yaml).")],
+    gpus: Annotated[str, typer.Option(help="NUMBERxGIB of memory, such as 8x80.")],
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of the corpus.")] = 100_000,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Mean length of a prompt.")] = 200,
+    tflops: Annotated[float, typer.Option(min=0.001, help="bfloat16 peak of a device; that of an A100.")] = 312.0,
+    bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s of its memory; that of an A100.")] = 2000.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what a fit takes: parameters, memory of each device, disk, hours. Nothing is run or downloaded but a config.
+
+    Example: specbound plan --model configs/fit/llama-3.1-8b.yaml --gpus 8x80
+    """
+    from runtime.errors import SpecBoundError
+    from train.planning.plan import Devices, estimate, recipe_for
+    from train.planning.shapes import empty_model
+
+    try:
+        devices = Devices.parse(gpus, tflops=tflops, bandwidth=bandwidth)
+        config = recipe_for(model)
+        base = empty_model(config.model_name_or_path, revision=config.model_revision)
+        found = estimate(recipe_for(model, base), base, devices, num_prompts=prompts, prompt_tokens=prompt_tokens)
+    except SpecBoundError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps(asdict(found) | {"total_memory": found.total_memory}, indent=2))
+    else:
+        print("\n".join(show(found, devices, Path(model).name, num_prompts=prompts)))
+
+
+def show(found: Any, devices: Any, name: str, *, num_prompts: int) -> list[str]:
+    """The estimate as lines."""
+    from train.features.disk import readable
+
+    gib = {what: size / 2**30 for what, size in found.memory.items()}
+    spread = "decoder layers spread over all" if found.sharded else "whole on each"
+    lines = [
+        f"{name} on {devices.number} x {devices.memory_gib:g} GiB",
+        f"parameters  base {found.base_parameters:,} ({spread}), heads {found.head_parameters:,}",
+        f"memory      {found.total_memory / 2**30:.1f} of {devices.memory_gib:g} GiB on each device: "
+        + ", ".join(f"{what} {size:.1f}" for what, size in gib.items()),
+        f"disk        checkpoint {readable(found.checkpoint)}"
+        + (f", cached features {readable(found.cache)}" if found.cache else ""),
+        f"corpus      {num_prompts:,} prompts, at most {found.tokens:,} answer tokens: {found.corpus_hours:.1f} h"
+        + (f", {found.generation / 2**30:.1f} GiB" if found.generation else ", by a --generator"),
+        f"fit         {found.fit_hours:.1f} h; {found.times_forward:.2f} times the base's forward",
+        f"hours take {devices.utilisation:.0%} of {devices.tflops:g} TFLOP/s and {devices.bandwidth:g} GB/s a device",
+    ]
+    return lines

@@ -1,0 +1,48 @@
+"""`specbound publish`: the verb and what it prints. Registered in `train.cli.app`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from train.cli.failure import fail
+
+
+def publish_command(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder; it stays as it is.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Made if absent.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="By default the repository is private.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the commit, do not make it.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; by default main.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Set on the commit, such as v1.0.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the base, for one fitted from a folder.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="Commit of the base on the Hub.")] = None,
+    license: Annotated[str | None, typer.Option(help="Of the adapter, where it states none.")] = None,
+    bench: Annotated[Path | None, typer.Option(help="Report of `specbound bench`: speeds for the card.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Publish an adapter to the Hub: one commit, whole or not at all, read back. Run again, it goes on or says so.
+
+    Example: specbound publish outputs/demo/adapter my-org/smollm2-135m-specbound --license apache-2.0
+    """
+    from runtime.errors import SpecBoundError
+    from train.publishing.publish import publish
+    from train.publishing.staging import Claims
+
+    try:
+        found = publish(
+            adapter,
+            repo_id,
+            private=not public,
+            create_pr=create_pr,
+            revision=revision,
+            tag=tag,
+            claims=Claims(base_model, base_revision, license, bench),
+        )
+    except (SpecBoundError, OSError) as error:
+        fail(error, {"adapter": str(adapter), "repo_id": repo_id} if as_json else None)
+    if as_json:
+        print(json.dumps({"repo_id": repo_id, "url": found.url, "commit": found.commit, "changed": found.changed}))
+        return
+    print(f"{found.url} commit {found.commit[:12]}" + ("" if found.changed else ", as it was: nothing to do"))

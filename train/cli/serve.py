@@ -1,0 +1,72 @@
+"""`specbound serve`. Slow libraries, and those of the `serve` extra, are imported when it runs."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from train.cli.failure import fail
+from train.cli.text import Adapter, Dtype, Exactness, Model, Threads
+
+
+def serve_command(
+    adapter: Adapter,
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Address to bind; public ones need an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's id for clients; by default the base's name.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SPECBOUND_API_KEY", help="What clients must send; better in the environment.", show_envvar=True
+        ),
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered 429.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 2048,
+    request_timeout: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds for a request, the queue included; then 504.")
+    ] = None,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds for the running request to finish on SIGTERM.")] = 30,
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+    exactness: Exactness = "bitwise",
+) -> None:
+    """Serve OpenAI's API and a page to watch speculation on, one request at a time.
+
+    Example: specbound serve --adapter outputs/demo/adapter --port 8000
+
+    Example: SPECBOUND_API_KEY=... specbound serve --adapter ORG/NAME --host 0.0.0.0
+    """
+    from runtime.errors import ConfigError, SpecBoundError
+
+    try:
+        try:
+            from runtime.server.limits import Limits
+            from runtime.server.serve import serve
+        except ImportError as error:
+            raise ConfigError(f"{error.name} is not installed: pip install 'specbound[serve]'") from None
+        from train.cli.speaker import Speaker
+
+        def load():
+            speaker = Speaker.load(adapter, model, dtype=dtype, threads=threads, exactness=exactness)
+            print(f"ready: {speaker.model.specbound.certificate}", file=sys.stderr)
+            return speaker.model, speaker.tokenizer
+
+        def say(url: str) -> None:
+            print(f"serving {model_id} on {url}, loading", file=sys.stderr, flush=True)
+
+        model_id = name or _default_name(adapter, model)
+        limits = Limits(max_tokens=max_tokens, max_waiting=max_waiting, seconds=request_timeout)
+        serve(load, model_id=model_id, host=host, port=port, api_key=api_key, limits=limits, grace=grace, on_bound=say)
+    except (SpecBoundError, OSError) as error:
+        fail(error, None)
+
+
+def _default_name(adapter: str, model: str | None) -> str:
+    """A name for clients that holds no path of this machine."""
+    from runtime.adapter.folder import load_adapter
+    from runtime.adapter.hub import resolve_adapter
+
+    source = model or load_adapter(resolve_adapter(adapter)).config.base_model_name_or_path
+    return Path(source).name if Path(source).is_dir() else source

@@ -1,0 +1,85 @@
+"""`Speaker`: a model with its adapter that answers messages, for the verbs of the command line. Knows no terminal."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from runtime.errors import DataError
+from runtime.text.transcript import Round, Token, Transcript, Written, write
+from train.cli.attached import encode, load_attached
+from train.corpus.prompts import Message, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """A model as `load_specbound` returns it, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, adapter: str, base_model: str | None, **options: Any) -> "Speaker":
+        """Load both; options are those of `load_attached`.
+
+        Raises:
+            SpecBoundError: wrong options, adapter or base.
+        """
+        transformers_logging.disable_progress_bar()  # it would stand between the lines of a conversation
+        model = load_attached(adapter, base_model, **options)
+        return cls(model, AutoTokenizer.from_pretrained(model.name_or_path))
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """Exits that may draft, shallowest first; 0 is the lookup."""
+        specbound = self.model.specbound
+        found: list[int] = specbound.bounds.exits(specbound.drafter.exit_layers)
+        return found
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return int(self.model.config.max_position_embeddings)
+
+    def encode(self, messages: Sequence[tuple[str, str]], *, raw: bool = False) -> torch.Tensor:
+        """Token ids [1, T] of messages, each a role and a text, through the chat template unless `raw`.
+
+        Raises:
+            DataError: they are no tokens, or more than fit.
+        """
+        if raw:
+            ids = torch.tensor([self.tokenizer("\n".join(text for _, text in messages))["input_ids"]])
+        else:
+            ids = encode(self.tokenizer, Prompt(tuple(Message(role, text) for role, text in messages)))
+        if not 0 < ids.shape[1] < self.context:
+            raise DataError(f"the prompt is {ids.shape[1]} tokens: this model takes 1 to {self.context - 1}")
+        return ids.to(self.model.device)
+
+    def answer(
+        self,
+        prompt: torch.Tensor,
+        listener: Callable[[Token | Round], None] = lambda event: None,
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        **options: Any,
+    ) -> tuple[Transcript, Written]:
+        """Generate after a prompt of `encode`, cut to the model's context; options are those of `write`."""
+        limit = min(max_new_tokens, self.context - prompt.shape[1])
+        transcript = Transcript(self.tokenizer, stop=stop, listener=listener)
+        return transcript, write(self.model, prompt, transcript, max_new_tokens=limit, **options)
+
+    def describe(self, prompt: torch.Tensor, **options: Any) -> dict[str, Any]:
+        """Answer a prompt, and all about it as JSON values."""
+        transcript, written = self.answer(prompt, **options)
+        return {
+            "text": transcript.text,
+            "tokens": transcript.ids,
+            "prompt_tokens": prompt.shape[1],
+            "finish_reason": written.finish_reason,
+            "statistics": written.stats.to_dict(),
+            "certificate": str(self.model.specbound.certificate),
+        }

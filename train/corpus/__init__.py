@@ -1,0 +1,1 @@
+"""Prompts, and the base model's own answers to them."""

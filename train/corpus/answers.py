@@ -1,0 +1,121 @@
+"""Answers: conversations rendered to token ids, and the base model's own continuations of them.
+
+Knows nothing of files, splits or processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jinja2 import TemplateError
+
+from runtime.errors import ConfigError, DataError
+from train.corpus.prompts import Message, Prompt, hash_fraction
+
+if TYPE_CHECKING:
+    from train.corpus.corpus import CorpusOptions
+
+Conversation = tuple[Prompt, tuple[Message, ...]]  # a prompt, and the messages of it up to a user's
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One user turn to answer, with the conversation up to it, also as token ids."""
+
+    prompt: Prompt
+    messages: tuple[Message, ...]
+    prompt_ids: list[int]
+    sampled: bool
+
+
+class Answerer:
+    """The model with its tokenizer: conversations to batches of token ids, batches to answers.
+
+    Args:
+        together: the model is spread over the processes, which all answer at the same time.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, options: CorpusOptions, *, together: bool = False) -> None:
+        if options.chat_template not in ("auto", "none"):
+            raise ConfigError(f"chat_template {options.chat_template!r}: expected auto or none")
+        if options.chat_template == "auto" and not tokenizer.chat_template:
+            raise DataError("the tokenizer has no chat template; set `chat_template: none` to use plain text")
+        self.model, self.tokenizer, self.options, self.together = model, tokenizer, options, together
+        positions = getattr(model.config, "max_position_embeddings", None)
+        room = options.max_prompt_tokens if positions is None else positions - options.max_new_tokens
+        self.max_prompt_tokens = min(options.max_prompt_tokens, room)
+        if self.max_prompt_tokens < 1:
+            raise ConfigError(
+                f"max_new_tokens {options.max_new_tokens}: expected less than the {positions}"
+                " positions of the model, which leaves no room for a prompt; lower it"
+            )
+        eos = model.generation_config.eos_token_id
+        eos = tokenizer.eos_token_id if eos is None else eos
+        self.eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
+        pad = tokenizer.pad_token_id
+        self.pad_id = pad if pad is not None else (self.eos_ids or [0])[0]
+
+    def batches(self, pending: Sequence[Conversation]) -> list[list[Turn]]:
+        """The turns short enough, sorted by length, in batches that are all greedy or all sampled."""
+        turns = []
+        for prompt, messages in pending:
+            prompt_ids = self._encode(messages, prompt=prompt)
+            if 0 < len(prompt_ids) <= self.max_prompt_tokens:
+                # Other digits than assign_split reads, so that every split has its share of sampled prompts.
+                sampled = hash_fraction(prompt.hash, offset=16) < self.options.sample_fraction
+                turns.append(Turn(prompt, messages, prompt_ids, sampled))
+        turns.sort(key=lambda turn: (turn.sampled, len(turn.prompt_ids), turn.prompt.hash))
+        first_sampled = sum(not turn.sampled for turn in turns)
+        size = self.options.batch_size
+        groups = (turns[:first_sampled], turns[first_sampled:])
+        return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+    def answer(self, batch: Sequence[Turn], *, name: str) -> list[list[int]]:
+        """The response ids of each turn, the first end-of-sequence token the last. `name` seeds sampling."""
+        rows, width = [turn.prompt_ids for turn in batch], max(len(turn.prompt_ids) for turn in batch)
+        device = self.model.device
+        input_ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        options = self.options
+        how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if batch[0].sampled:  # top_k 0 is off, where the library's default keeps the best 50
+            how = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+        how |= {"num_beams": 1, "max_new_tokens": options.max_new_tokens, "use_cache": True}
+        how["synced_gpus"] = self.together
+        how |= {"pad_token_id": self.pad_id, "eos_token_id": self.eos_ids or None}
+        # Seeded by what the batch is, not by what ran before, so that a resumed run draws the same.
+        seed = hashlib.sha256(f"{options.seed} {name}".encode()).digest()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int.from_bytes(seed[:7], "big"))
+            output = self.model.generate(input_ids=input_ids, attention_mask=mask, **how)
+        return [self._until_eos(row) for row in output[:, width:].tolist()]
+
+    def _until_eos(self, row: list[int]) -> list[int]:
+        return row[: next((end for end, token in enumerate(row, start=1) if token in self.eos_ids), len(row))]
+
+    def _encode(self, messages: Sequence[Message], *, prompt: Prompt) -> list[int]:
+        if self.options.chat_template == "none":
+            return self.tokenizer("\n\n".join(message.content for message in messages))["input_ids"]
+        try:
+            chat = [asdict(message) for message in messages]
+            return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        except TemplateError as error:
+            raise DataError(
+                f"the chat template refuses the prompt {prompt.texts[0][:60]!a} ({error});"
+                " change its messages or set `chat_template: none`"
+            ) from error
+
+
+def next_turns(
+    batch: Sequence[Turn], responses: Sequence[Sequence[int]], *, wave: int, tokenizer: Any
+) -> Iterator[Conversation]:
+    """The conversations that go on after their turn of this wave, with the answer and the next question."""
+    for turn, response_ids in zip(batch, responses, strict=True):
+        if len(turn.prompt.later_turns) > wave:
+            answer = Message("assistant", tokenizer.decode(response_ids, skip_special_tokens=True))
+            question = Message("user", turn.prompt.later_turns[wave])
+            yield turn.prompt, (*turn.messages, answer, question)

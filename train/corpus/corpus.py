@@ -1,0 +1,203 @@
+"""The corpus: prompts answered by the base model itself, as token ids, in three splits.
+
+Each finished batch is a shard on disk, so that a run that is killed repeats no finished batch. Multi-turn
+prompts go wave by wave: wave 1 asks the second turns, after the model's own first answers. On one machine and
+one set of versions a resumed run gives the same corpus.
+Knows nothing of exits, losses or where the model came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from runtime.errors import ConfigError, DataError
+from train.corpus.answers import Answerer
+from train.corpus.prompts import SPLITS, Prompt, assign_split, deduplicate, ngram_filter
+from train.corpus.remote import RemoteAnswerer
+from train.corpus.shards import Shards, write_atomically
+from train.corpus.waves import Waves
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusOptions:
+    """What decides the text of a corpus, besides prompts and model. Lengths are in tokens.
+
+    `sample_fraction` of the prompts, chosen by hash, are sampled at `temperature` and `top_p`; the others are
+    answered greedily. `chat_template` is `auto` (the tokenizer's own) or `none` (plain text). Prompts that
+    share 13 words in a row with a text of `evaluation_files` are dropped.
+    """
+
+    max_new_tokens: int = 128
+    max_prompt_tokens: int = 1024
+    batch_size: int = 32
+    sample_fraction: float = 0.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    chat_template: str = "auto"
+    calibration_fraction: float = 0.1
+    held_out_fraction: float = 0.1
+    evaluation_files: tuple[str, ...] = ()
+    seed: int = 0
+
+
+def distil(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    output_dir: str | Path,
+    options: CorpusOptions,
+    *,
+    fingerprint: str = "",
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], object] = lambda: None,
+    progress: bool = True,
+    generator: str | None = None,
+    together: bool = False,
+) -> Path:
+    """Answer the prompts with the model and write the corpus; returns its folder, at once where complete.
+
+    Args:
+        model: a causal language model with `generate`, on its device; it is put into evaluation mode.
+        prompts: equal ones are dropped and counted; their order does not matter.
+        output_dir: a folder that every process reads and writes.
+        fingerprint: names the model's weights; a corpus made under another one is refused.
+        rank, world_size: this process answers the batches whose index modulo `world_size` is `rank`.
+        barrier: waits for all processes.
+        generator: URL of an engine that serves the same model and answers in its place, see `RemoteAnswerer`.
+        together: the model is spread over the processes, so that all must run it equally often.
+
+    Raises:
+        ConfigError: the folder holds a corpus of other settings, or no room for a prompt is left.
+        DataError: no usable prompt, no usable chat template, or a shard of another process is not there.
+    """
+    folder, (unique, num_duplicates) = Path(output_dir), deduplicate(prompts)
+    kept, dropped = ngram_filter(unique, evaluation_files=options.evaluation_files)
+    settings = _settings(model, tokenizer, kept, options=options, fingerprint=fingerprint)
+    if generator is not None:
+        settings["external"] = True
+    if _is_complete(folder, settings=settings):
+        return folder
+    answerer = Answerer(model.eval(), tokenizer, options, together=together)
+    if generator is not None:
+        answerer = RemoteAnswerer(answerer.model, tokenizer, options, generator, together=together)
+        world_size = 1 if together else world_size  # all check the same answers, which the first process writes
+    shards = Shards(folder / "shards", hashlib.sha256(json.dumps(settings).encode()).hexdigest())
+    barrier()  # rank 0 writes nothing before all have read what was there
+    if rank == 0:
+        _write_record(folder, {"settings": settings, "complete": False})
+    waves = Waves(answerer, shards, rank, world_size, barrier, progress)
+    tables, num_too_long = waves.run(kept)
+    if rank == 0:
+        counts = {"prompts": len(kept), "duplicates": num_duplicates, "sharing_13_words": len(dropped)}
+        counts |= {"too_long": num_too_long, **_write_splits(folder, tables, options=options)}
+        _write_record(folder, {"settings": settings, "counts": counts, "complete": True})
+    barrier()  # nobody returns before the corpus is there
+    return folder
+
+
+def load_split(corpus_dir: str | Path, split: str) -> datasets.Dataset:
+    """One split of a complete corpus, ordered by prompt hash and wave.
+
+    Rows hold `prompt_ids` and `response_ids` (lists of int32), `prompt_hash` (text), `wave` (int) and
+    `sampled` (bool). A response ends with its end-of-sequence token where it has one.
+
+    Raises:
+        ConfigError: no such split.
+        DataError: the corpus is missing, incomplete or damaged, or the split is empty.
+    """
+    folder = Path(corpus_dir)
+    if split not in SPLITS:
+        raise ConfigError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
+    record = _read_record(folder)
+    if not record.get("complete"):
+        state = "is not complete" if record else "holds no corpus"
+        raise DataError(f"{folder} {state}; run train/distil.py with this corpus_dir to make or finish it")
+    try:
+        table = pq.read_table(folder / f"{split}.parquet", memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise DataError(f"{folder}: {split}.parquet cannot be read ({reason}); delete it and run again") from error
+    if not table.num_rows:
+        raise DataError(f"{folder}: the {split} split is empty; use more prompts or another {split}_fraction")
+    return datasets.Dataset(table)
+
+
+def _settings(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, options: CorpusOptions, fingerprint: str
+) -> dict[str, Any]:
+    """What the rows depend on, as JSON; evaluation files count through the prompts they leave."""
+
+    def digest(value: object) -> str:
+        return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+    generation = model.generation_config.to_diff_dict()
+    generation.pop("transformers_version", None)
+    settings = {"model": fingerprint, "dtype": str(model.dtype), "generation_config": digest(generation)}
+    settings["tokenizer"] = digest([tokenizer.chat_template, tokenizer.get_vocab()])
+    settings["prompts"] = digest(sorted(prompt.hash for prompt in prompts))
+    chosen = asdict(options)
+    del chosen["evaluation_files"]
+    return {**settings, **chosen}
+
+
+def _is_complete(folder: Path, *, settings: dict[str, Any]) -> bool:
+    record = _read_record(folder)
+    there = record.get("settings", settings)
+    keys = [key for key in sorted({*there, *settings}) if there.get(key) != settings.get(key)]
+    if keys:
+        differing = ", ".join(f"{key} ({there.get(key)!r} there, {settings.get(key)!r} now)" for key in keys)
+        raise ConfigError(
+            f"{folder} holds a corpus of other settings: {differing};"
+            " use those settings or another corpus_dir, or delete the folder"
+        )
+    return bool(record.get("complete")) and all((folder / f"{split}.parquet").exists() for split in SPLITS)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / "corpus.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); delete it and run again") from error
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise DataError(f"{path} is not the record of a corpus; delete it and run again")
+    return record
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    text = json.dumps(record, indent=2) + "\n"
+    write_atomically(folder / "corpus.json", lambda file: file.write(text.encode("utf-8")))
+
+
+def _write_splits(folder: Path, tables: list[pa.Table], *, options: CorpusOptions) -> dict[str, Any]:
+    """Write the rows, ordered by prompt hash and wave, as a file per split. Returns the sizes of each."""
+    if not tables:
+        raise DataError(
+            "no prompt is left to answer: all are too long, duplicates or of an evaluation file;"
+            " give other prompts or raise max_prompt_tokens"
+        )
+    table = pa.concat_tables(tables).replace_schema_metadata(None)
+    table = table.sort_by([("prompt_hash", "ascending"), ("wave", "ascending")])
+    fractions = {"calibration_fraction": options.calibration_fraction}
+    fractions["held_out_fraction"] = options.held_out_fraction
+    splits = [assign_split(digest, **fractions) for digest in table["prompt_hash"].to_pylist()]
+    counts: dict[str, Any] = {"rows": {}, "response_tokens": {}}
+    for split in SPLITS:
+        rows = table.filter(pa.array([name == split for name in splits], pa.bool_()))
+        write = datasets.Dataset(rows).to_parquet
+        write_atomically(folder / f"{split}.parquet", write)
+        counts["rows"][split] = rows.num_rows
+        counts["response_tokens"][split] = sum(map(len, rows["response_ids"].to_pylist()))
+    return counts

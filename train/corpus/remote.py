@@ -1,0 +1,127 @@
+"""`RemoteAnswerer`: answers of an engine that serves the base over HTTP, checked against the base's own tokens.
+
+The engine speaks OpenAI's completions (`POST URL/completions`), as vLLM and others do. Prompts go as token ids;
+answers come as text. Knows nothing of files and splits.
+"""
+
+import hashlib
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from runtime.errors import ConfigError, DataError
+from train.corpus.answers import Answerer, Turn
+
+if TYPE_CHECKING:
+    from train.corpus.corpus import CorpusOptions
+
+ATTEMPTS = 5
+TIMEOUT = 600  # seconds of one batch
+SAMPLE = 8  # answers compared with the base
+LEAST_SHARE = 0.9
+LIKELY = 50  # a sampled token counts as the base's own among its so many most likely
+
+
+class RemoteAnswerer(Answerer):
+    """An `Answerer` whose answers another engine gives; the model only checks a sample of them.
+
+    Args:
+        url: up to and with `/v1`. A key is read from OPENAI_API_KEY, where there is one.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, options: "CorpusOptions", url: str, *, together: bool = False
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"generator {url!r}: expected a URL, such as http://127.0.0.1:8000/v1")
+        super().__init__(model, tokenizer, options, together=together)
+        self.url = url.rstrip("/")
+        self.served = ""
+        self.checked: set[bool] = set()
+
+    def answer(self, batch: Sequence[Turn], *, name: str) -> list[list[int]]:
+        """The response ids of each turn, with the end-of-sequence token where the engine says it stopped there.
+
+        Raises:
+            ConfigError: the engine cannot be reached, or refuses.
+            DataError: it answers with other tokens than the base would.
+        """
+        sampled = batch[0].sampled
+        if not self.together:
+            responses = self._responses(batch, name=name)
+        else:  # an engine need not say twice the same, and all must check the same
+            first = PartialState().is_main_process
+            responses = broadcast_object_list([self._responses(batch, name=name) if first else None])[0]
+        if sampled not in self.checked:
+            self._check(batch[:SAMPLE], responses[:SAMPLE], sampled=sampled)
+            self.checked.add(sampled)
+        return responses
+
+    def _responses(self, batch: Sequence[Turn], *, name: str) -> list[list[int]]:
+        if not self.served:
+            self.served = self._ask("models", None)["data"][0]["id"]
+        sampled, options = batch[0].sampled, self.options
+        request: dict[str, Any] = {"model": self.served, "prompt": [turn.prompt_ids for turn in batch]}
+        request |= {"max_tokens": options.max_new_tokens, "temperature": options.temperature if sampled else 0.0}
+        if sampled:
+            request["top_p"] = options.top_p
+        seed = hashlib.sha256(f"{options.seed} {name}".encode()).digest()
+        request["seed"] = int.from_bytes(seed[:4], "big") >> 1
+        choices = sorted(self._ask("completions", request)["choices"], key=lambda choice: choice["index"])
+        if len(choices) != len(batch):
+            raise DataError(f"generator {self.url}: {len(choices)} answers to {len(batch)} prompts")
+        return [self._ids(choice) for choice in choices]
+
+    def _ids(self, choice: dict[str, Any]) -> list[int]:
+        ids: list[int] = self.tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
+        ended = choice.get("finish_reason") == "stop" and len(ids) < self.options.max_new_tokens
+        return [*ids[: self.options.max_new_tokens], *(self.eos_ids[:1] if ended else [])]
+
+    @torch.no_grad()
+    def _check(self, batch: Sequence[Turn], responses: Sequence[list[int]], *, sampled: bool) -> None:
+        """Compare with what the base would say at each place: its choice, or for a sample its likely tokens."""
+        right = total = 0
+        for turn, response in zip(batch, responses, strict=True):
+            if response:
+                ids = torch.tensor([turn.prompt_ids + response], device=self.model.device)
+                logits = self.model(ids).logits[0, len(turn.prompt_ids) - 1 : -1]
+                likely = logits.topk(min(LIKELY, logits.shape[-1]) if sampled else 1).indices
+                right += int((likely == ids[0, len(turn.prompt_ids) :, None]).any(-1).sum())
+                total += len(response)
+        if right < LEAST_SHARE * total:
+            raise DataError(
+                f"generator {self.url} (model {self.served!r}): {100 * right / total:.0f} % of {total} tokens are what"
+                f" the base would say, expected {100 * LEAST_SHARE:.0f}: serve the same weights and tokenizer"
+            )
+
+    def _ask(self, what: str, body: dict[str, Any] | None) -> Any:
+        """One request, tried again where the engine is busy or not there."""
+        headers = {"Content-Type": "application/json"}
+        if os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/{what}", data=data, headers=headers)
+        for attempt in range(1, ATTEMPTS + 1):
+            wait = float(2**attempt)
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                    return json.loads(response.read())
+            except urllib.error.HTTPError as error:
+                reason = f"{error.code} {error.reason}"
+                if error.code not in (408, 429) and error.code < 500:
+                    break
+                stated = error.headers.get("Retry-After", "")
+                wait = min(float(stated), 60.0) if stated.isdecimal() else wait
+            except (OSError, ValueError) as error:  # not there, cut off, or no JSON
+                reason = str(getattr(error, "reason", error))
+            if attempt < ATTEMPTS:
+                time.sleep(wait)
+        raise ConfigError(f"generator {self.url}: no answer to {what} ({reason}); start it, or leave --generator out")

@@ -1,0 +1,67 @@
+"""Shards: one parquet file per finished batch of answers, written whole or not at all.
+
+Knows nothing of models, waves or what becomes of the rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from train.corpus.answers import Turn
+
+logger = logging.getLogger(__name__)
+
+_IDS = pa.list_(pa.int32())
+_COLUMNS = [("prompt_ids", _IDS), ("response_ids", _IDS), ("prompt_hash", pa.string())]
+_COLUMNS += [("wave", pa.int32()), ("sampled", pa.bool_())]
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """The finished batches on disk; `key` stands for the settings, so that no other run's shard is taken."""
+
+    folder: Path
+    key: str
+
+    def read(self, batch: Sequence[Turn], *, name: str) -> pa.Table | None:
+        """The rows of a batch, or None where its shard is absent, torn, or not of this batch."""
+        path = self.folder / f"{name}.parquet"
+        if not path.exists():
+            return None
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            logger.warning("%s cannot be read (%s): the batch is generated again", path, error)
+            return None
+        same_run = (table.schema.metadata or {}).get(b"settings") == self.key.encode()
+        if same_run and table["prompt_hash"].to_pylist() == [turn.prompt.hash for turn in batch]:
+            return table
+        logger.warning("%s is of another run: the batch is generated again", path)
+        return None
+
+    def write(self, batch: Sequence[Turn], responses: list[list[int]], *, name: str, wave: int) -> None:
+        """Write the rows of a batch: its turns, in order, with the response ids of each."""
+        columns = [[turn.prompt_ids for turn in batch], responses, [turn.prompt.hash for turn in batch]]
+        columns += [[wave] * len(batch), [turn.sampled for turn in batch]]
+        schema = pa.schema(_COLUMNS, metadata={"settings": self.key})
+        table = pa.table(columns, schema=schema)
+        write_atomically(self.folder / f"{name}.parquet", lambda file: pq.write_table(table, file))
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write beside `path`, then move into place: a kill leaves the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,75 @@
+"""Waves: every prompt's first turn is answered, then every second turn, shared over the processes.
+
+Each finished batch is a shard on disk before its wave ends, and whoever needs an answer reads it there. Knows
+nothing of splits, settings and records.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from runtime.errors import DataError
+from train.corpus.answers import Answerer, Conversation, Turn, next_turns
+from train.corpus.prompts import Prompt
+from train.corpus.shards import Shards
+
+
+@dataclass(frozen=True, slots=True)
+class Waves:
+    """Turns of all prompts, wave by wave, shared over the processes."""
+
+    answerer: Answerer
+    shards: Shards
+    rank: int
+    world_size: int
+    barrier: Callable[[], object]
+    progress: bool
+
+    def run(self, prompts: Sequence[Prompt]) -> tuple[list[pa.Table], int]:
+        """Answer every turn. Returns the rows (all of them on rank 0) and the number of turns too long."""
+        pending: list[Conversation] = [(prompt, prompt.messages) for prompt in prompts]
+        tables: list[pa.Table] = []
+        num_too_long = wave = 0
+        while pending:
+            named = enumerate(self.answerer.batches(pending))
+            batches = {f"wave-{wave}-batch-{index:05d}": batch for index, batch in named}
+            num_too_long += len(pending) - sum(map(len, batches.values()))
+            self._answer(batches, wave=wave)
+            self.barrier()
+            pending = []
+            for name, batch in batches.items():
+                if self.rank != 0 and all(len(turn.prompt.later_turns) <= wave for turn in batch):
+                    continue  # only rank 0 needs the answers that nothing follows
+                table = self.shards.read(batch, name=name)
+                if table is None:
+                    raise DataError(
+                        f"{self.shards.folder}: {name}.parquet is not there or damaged after its wave;"
+                        " every process must see the same folder; run again to go on"
+                    )
+                tables.append(table)
+                responses = table["response_ids"].to_pylist()
+                pending += next_turns(batch, responses, wave=wave, tokenizer=self.answerer.tokenizer)
+            wave += 1
+        return tables, num_too_long
+
+    def _answer(self, batches: dict[str, list[Turn]], *, wave: int) -> None:
+        num_tokens, start = 0, time.perf_counter()
+        names, hidden = list(batches), self.rank != 0 or not self.progress
+        with tqdm(range(0, len(names), self.world_size), f"wave {wave}", unit="batch", disable=hidden) as bar:
+            for first in bar:
+                turn = names[first : first + self.world_size]  # a batch for each process; the last turn may be short
+                name, mine = (turn[self.rank], True) if self.rank < len(turn) else (turn[0], False)
+                missing = mine and self.shards.read(batches[name], name=name) is None
+                if missing or (self.answerer.together and self._any_missing(turn, batches)):
+                    responses = self.answerer.answer(batches[name], name=name)
+                    if missing:
+                        self.shards.write(batches[name], responses, name=name, wave=wave)
+                    num_tokens += sum(map(len, responses))
+                    bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s")
+
+    def _any_missing(self, turn: Sequence[str], batches: dict[str, list[Turn]]) -> bool:
+        """The same for all: none of a turn is written before all processes have answered."""
+        return any(self.shards.read(batches[name], name=name) is None for name in turn)

@@ -1,0 +1,1 @@
+"""Speed and exactness of an adapter on prompts, beside other methods."""

@@ -1,0 +1,210 @@
+"""The benchmark: prompts through several methods in turn, in one process, ids compared with stock's in every run.
+
+What each generation took is a record; the report is rewritten after every prompt, and can be resumed. Knows no
+statistics: those are `train.evaluation.report`'s.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from runtime.adapter.config import VERSION
+from train.cli.attached import load_attached, spread, to_ids
+from train.corpus.prompts import Prompt, read_prompts
+from train.evaluation.clock import Clock
+from train.evaluation.comparison import hardware
+from train.evaluation.methods import Method, make_methods, require_known
+from train.evaluation.prediction import predict
+from train.evaluation.record import earlier_entries, write_report
+from train.evaluation.report import summarize
+from train.fitting.throughput import peak_memory
+from train.replay.costs import CostTable
+
+# Spec-Bench counts the eight categories of MT-bench as one task.
+MT_BENCH = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
+WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSettings:
+    """What is run.
+
+    Attributes:
+        prompts: a .jsonl file or the name of a data set; the first turn of each is asked.
+        limit, per_task: this many prompts, of all or of each task, spread evenly over the file.
+        methods: names out of `train.evaluation.methods.METHODS`; `stock` always runs, the others are held against it.
+        costs: of this machine, to set what replay predicts for the same texts beside what was measured.
+    """
+
+    adapter: str
+    prompts: str
+    methods: tuple[str, ...]
+    base_model: str | None = None
+    limit: int | None = None
+    per_task: int | None = None
+    max_new_tokens: int = 128
+    dtype: str = "bfloat16"
+    threads: int | None = None
+    exactness: str = "bitwise"
+    costs: Path | None = None
+
+
+def run_bench(settings: BenchSettings, *, report: Path | None = None, resume: bool = False) -> dict[str, Any]:
+    """Run every method on every prompt.
+
+    Args:
+        report: written anew after every prompt.
+        resume: go on from what `report` holds, which must be of the same settings and machine.
+
+    Raises:
+        SpecBoundError: wrong options, prompts, adapter or base; a report to resume that is of another benchmark.
+        KeyboardInterrupt: before the first prompt was through; later it ends the run with what there is.
+    """
+    require_known(settings.methods)
+    prompts = choose(read_prompts(settings.prompts), settings.limit, settings.per_task)
+    started = time.perf_counter()
+    model = load_attached(
+        settings.adapter,
+        settings.base_model,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        exactness=settings.exactness,
+    )
+    names = ["stock", *(name for name in settings.methods if name != "stock")]
+    methods = make_methods(model, names)
+    loading = time.perf_counter() - started
+    conditions = _conditions(settings, model, methods)
+    records = earlier_entries(report, "records", conditions) if report is not None and resume else []
+    ids = to_ids(model, prompts)
+    _warm_up(model, methods, ids[0])
+    try:
+        with tqdm(total=len(ids), initial=len(records), desc="bench", unit="prompt") as bar:
+            for number in range(len(records), len(ids)):
+                records.append(_record(model, methods, prompts[number], ids[number], number, settings.max_new_tokens))
+                found = _report(records, len(ids), conditions, loading)
+                if report is not None:
+                    write_report(report, found)
+                speeds = (f"{name} {one['speedup_over_stock']:.2f}x" for name, one in found["methods"].items())
+                bar.set_postfix_str(" ".join(speeds))
+                bar.update()
+    except KeyboardInterrupt:  # what there is, is worth having
+        if not records:
+            raise
+    found = _report(records, len(ids), conditions, loading)
+    if settings.costs is not None:
+        predict(model, methods, ids, records, CostTable.read(settings.costs), found)
+        if report is not None:
+            write_report(report, found)
+    return found
+
+
+def _report(records: list[dict[str, Any]], total: int, conditions: dict[str, Any], loading: float) -> dict[str, Any]:
+    """The report on the prompts run so far, of `total`."""
+    return {
+        "complete": len(records) == total,
+        **conditions,
+        **summarize(records),
+        "loading_seconds": round(loading, 1),
+        "peak_memory_mib": peak_memory(torch.device("cpu")) >> 20,
+        "records": records,
+    }
+
+
+def choose(prompts: Sequence[Prompt], limit: int | None, per_task: int | None) -> list[Prompt]:
+    """Prompts spread evenly over the file, or over each task of it."""
+    if per_task is None:
+        return spread(prompts, limit)
+    by_task: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_task.setdefault(task_of(prompt), []).append(prompt)
+    chosen = [spread(group, per_task) for group in by_task.values()]
+    # In turn, so that a benchmark cut short has seen every task.
+    turns = max(map(len, chosen), default=0)
+    return [group[turn] for turn in range(turns) for group in chosen if turn < len(group)]
+
+
+def task_of(prompt: Prompt) -> str:
+    """The task that Spec-Bench counts a prompt under."""
+    return "mt_bench" if prompt.task in MT_BENCH else prompt.task or "all"
+
+
+def _record(
+    model: Any, methods: dict[str, Method], prompt: Prompt, ids: torch.Tensor, number: int, max_new_tokens: int
+) -> dict[str, Any]:
+    """One prompt through every method, the order turned round by one each time."""
+    names = list(methods)
+    turn = number % len(names)
+    outputs, runs = {}, {}
+    for name in names[turn:] + names[:turn]:
+        outputs[name], runs[name] = _generate(model, methods[name], ids, max_new_tokens)
+    for name, run in runs.items():
+        run["identical"] = torch.equal(outputs[name], outputs["stock"])
+    response = outputs["stock"][0, ids.shape[1] :].tolist()
+    return {
+        "task": task_of(prompt),
+        "prompt_tokens": ids.shape[1],
+        "response": response,
+        "runs": {name: runs[name] for name in names},
+    }
+
+
+def _generate(
+    model: Any, method: Method, ids: torch.Tensor, max_new_tokens: int
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Ids, and what the generation took."""
+    clock = Clock()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    output = method.generate(model, ids, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
+    seconds = time.perf_counter() - started
+    run: dict[str, Any] = {"seconds": seconds, "tokens": output.shape[1] - ids.shape[1]}
+    run["first_token"] = clock.times[1] - started  # after the prompt itself
+    if model.device.type == "cuda":
+        run["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20
+    if method.bounds is not None:
+        stats = model.specbound.stats
+        run |= {"rounds": stats.rounds, "resting_rounds": stats.resting_rounds, "parts": dict(stats.parts)}
+        run |= {"drafted": dict(stats.drafted), "accepted": dict(stats.accepted)}
+    return output, run
+
+
+def _warm_up(model: Any, methods: dict[str, Method], ids: torch.Tensor) -> None:
+    """The first calls pay for allocations."""
+    for method in methods.values():
+        method.generate(model, ids, max_new_tokens=WARM_UP_TOKENS, do_sample=False)
+
+
+def _conditions(settings: BenchSettings, model: Any, methods: dict[str, Method]) -> dict[str, Any]:
+    """What the figures hold for; names of files without their folders."""
+    specbound = model.specbound
+    return {
+        "settings": {
+            **asdict(settings),
+            "methods": list(methods),
+            "costs": None if settings.costs is None else settings.costs.name,
+            "adapter": Path(settings.adapter).name if Path(settings.adapter).exists() else settings.adapter,
+            "prompts": "/".join(Path(settings.prompts).parts[-2:]),
+            "base_model": specbound.config.base_model_name_or_path,
+        },
+        "adapter_sha256": specbound.config.weights_sha256,
+        "titles": {name: method.title for name, method in methods.items()},
+        "hardware": hardware(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "specbound": VERSION,
+        },
+        "certificate": str(specbound.certificate),
+    }

@@ -1,0 +1,154 @@
+"""The methods that a benchmark runs side by side on one model: stock's, our own loop, and ways to draft in it.
+
+Each keeps its own controller, so that one does not learn from another's rounds. Knows no prompts and no clocks.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from runtime.decoding.draft import HeadDrafter
+from runtime.drafting.controller import Controller
+from runtime.drafting.policy import SpeculationBounds
+from runtime.drafting.temperature import TemperatureSchedule
+from runtime.errors import ConfigError
+from runtime.handle import SpecBound
+from train.replay.search import OFF
+
+# What users of transformers' own methods take: prompt lookup as in its documentation, an exit after a quarter.
+LOOKUP_TOKENS = 10
+EARLY_EXIT_SHARE = 0.25
+# Bounds as one would set them by hand, for the paper's policy and for ours; the paper names no values.
+HAND_THRESHOLD, HAND_WIDTH, HAND_ALPHA = 0.6, 4, 0.5
+
+
+@dataclass(slots=True)
+class Method:
+    """One way to generate.
+
+    Attributes:
+        title: what it is, in words.
+        bounds, drafter: of our own loop; None runs stock's `generate`.
+        controller: None speculates always.
+        options: given to `generate` besides the caller's.
+    """
+
+    title: str
+    bounds: SpeculationBounds | None = None
+    drafter: Any = None
+    controller: Controller | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def generate(self, model: Any, prompt: torch.Tensor, **options: Any) -> torch.Tensor:
+        """The model's `generate` on one prompt [1, T]; the model's own settings are put back."""
+        specbound: SpecBound = model.specbound
+        before = specbound.enabled, specbound.bounds, specbound.drafter, specbound.controller
+        specbound.enabled = self.bounds is not None
+        if self.bounds is not None:
+            specbound.bounds, specbound.drafter, specbound.controller = self.bounds, self.drafter, self.controller
+        try:
+            output: torch.Tensor = model.generate(prompt, **self.options, **options)
+            return output
+        finally:
+            specbound.enabled, specbound.bounds, specbound.drafter, specbound.controller = before
+
+
+def make_methods(model: Any, names: Sequence[str]) -> dict[str, Method]:
+    """The methods of these names, for a model as `load_specbound` returns it.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    require_known(names)
+    specbound: SpecBound = model.specbound
+    specbound.prepare(model)  # so that the drafter is on the model's device
+    methods = {name: METHODS[name](specbound) for name in names}
+    own = specbound.bounds
+    widest = max((one.bounds.max_draft_tokens for one in methods.values() if one.bounds), default=0)
+    specbound.bounds = replace(own, max_draft_tokens=max(widest, own.max_draft_tokens))
+    specbound.prepare(model)  # one certificate for all
+    specbound.bounds = own
+    return methods
+
+
+def require_known(names: Iterable[str]) -> None:
+    """Raise ConfigError for a name that is not a method's."""
+    for name in names:
+        if name not in METHODS:
+            raise ConfigError(f"method {name!r} is unknown: expected some of {', '.join(METHODS)}")
+
+
+def _stock(specbound: SpecBound) -> Method:
+    return Method("transformers' generate")
+
+
+def _plain(specbound: SpecBound) -> Method:
+    return Method("our loop, nothing drafted", SpeculationBounds(OFF, 0, 0), specbound.drafter)
+
+
+def _specbound(specbound: SpecBound) -> Method:
+    return Method("the adapter as it is", specbound.bounds, specbound.drafter, Controller())
+
+
+def _steady(specbound: SpecBound) -> Method:
+    return Method("the adapter, speculating always", specbound.bounds, specbound.drafter)
+
+
+def _heads(specbound: SpecBound) -> Method:
+    bounds = replace(specbound.bounds, exit_thresholds={**specbound.bounds.exit_thresholds, 0: OFF})
+    return Method("exit heads alone", bounds, specbound.drafter, Controller())
+
+
+def _lookup(specbound: SpecBound) -> Method:
+    off = {layer: OFF for layer in specbound.drafter.exit_layers if layer > 0}
+    bounds = replace(specbound.bounds, exit_thresholds={**specbound.bounds.exit_thresholds, **off})
+    return Method("lookup alone", bounds, specbound.drafter, Controller())
+
+
+def _hand(specbound: SpecBound) -> Method:
+    deepest = max(specbound.drafter.exit_layers)
+    bounds = SpeculationBounds(HAND_THRESHOLD, deepest, HAND_WIDTH)
+    return Method(f"bounds set by hand: tau {HAND_THRESHOLD}, every exit", bounds, specbound.drafter, Controller())
+
+
+def _paper(specbound: SpecBound) -> Method:
+    drafter: HeadDrafter = specbound.drafter  # type: ignore[assignment]
+    layers = drafter.heads.exit_layers
+    linear = TemperatureSchedule.linear(HAND_ALPHA, layers, specbound.layers.num_layers)
+    bounds = SpeculationBounds(HAND_THRESHOLD, max(layers), HAND_WIDTH)
+    title = f"the paper's policy: linear temperatures (alpha {HAND_ALPHA}), one tau, heads alone"
+    return Method(title, bounds, replace(drafter, temperatures=linear, lookup=None))
+
+
+def _fixed_exit(specbound: SpecBound) -> Method:
+    drafter: HeadDrafter = specbound.drafter  # type: ignore[assignment]
+    layer = max(drafter.heads.exit_layers)
+    thresholds = {other: OFF for other in drafter.heads.exit_layers if other != layer}
+    bounds = SpeculationBounds(0.0, layer, HAND_WIDTH, thresholds)
+    return Method(f"LayerSkip's policy: {HAND_WIDTH} drafts at layer {layer}", bounds, replace(drafter, lookup=None))
+
+
+def _prompt_lookup(specbound: SpecBound) -> Method:
+    return Method("transformers' prompt lookup", options={"prompt_lookup_num_tokens": LOOKUP_TOKENS})
+
+
+def _early_exit(specbound: SpecBound) -> Method:
+    layer = max(1, round(specbound.layers.num_layers * EARLY_EXIT_SHARE))
+    return Method(f"transformers' early exit at layer {layer}", options={"assistant_early_exit": layer})
+
+
+METHODS: dict[str, Callable[[SpecBound], Method]] = {
+    "stock": _stock,
+    "plain": _plain,
+    "specbound": _specbound,
+    "steady": _steady,
+    "heads": _heads,
+    "lookup": _lookup,
+    "hand": _hand,
+    "paper": _paper,
+    "fixed_exit": _fixed_exit,
+    "prompt_lookup": _prompt_lookup,
+    "early_exit": _early_exit,
+}

@@ -1,0 +1,84 @@
+"""`Split`: the sequences of one corpus split and the way to their features. Knows no heads."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+
+from runtime.adapter.identity import base_fingerprint
+from runtime.decoding.layers import DecoderLayers
+from train.corpus.corpus import load_split
+from train.features.cache import FeatureCache
+from train.features.extractor import FeatureExtractor, Features, Sequences
+from train.settings.fit_config import FitConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Split:
+    """One split of the corpus; `cache` is None where features are computed when they are needed."""
+
+    sequences: Sequences
+    extract: FeatureExtractor
+    cache: FeatureCache | None = None
+
+    @classmethod
+    def load(cls, config: FitConfig, layers: DecoderLayers, name: str) -> "Split":
+        """The split of a complete corpus.
+
+        Raises:
+            DataError: the split is missing, or nothing is left of it after truncation.
+        """
+        sequences = Sequences.from_corpus(
+            load_split(config.corpus_path, name), max_length=config.max_length, name=name
+        )
+        if sequences.num_dropped:
+            logger.info("%s: %d rows dropped, cut to nothing", name, sequences.num_dropped)
+        return cls(sequences, FeatureExtractor(layers, config.exit_layers, top_k=config.teacher_top_k))
+
+    def fill_cache(self, config: FitConfig, accelerator: Accelerator, name: str) -> None:
+        """Compute features not on disk yet, shared over the processes; then read from disk."""
+        settings = {
+            "format": 2,
+            "base": base_fingerprint(self.extract.layers.model),
+            "dtype": config.dtype,
+            "exits": config.exit_layers,
+            "top_k": config.teacher_top_k,
+            "max_length": config.max_length,
+            "corpus": (config.corpus_path / "corpus.json").read_text(encoding="utf-8"),
+        }
+        self.cache = FeatureCache(Path(config.output_dir) / "features" / name, settings)
+        filled = self.cache.fill(
+            self.sequences,
+            self.extract,
+            batch_size=config.per_device_train_batch_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        with tqdm(total=len(self.sequences), desc=f"features {name}", unit="text") as bar:
+            for done in filled:
+                bar.update(done - bar.n)
+        accelerator.wait_for_everyone()
+
+    def features(self, indices: list[int]) -> Features:
+        """Features of some sequences on the device, from the cache or from a forward of the base."""
+        if self.cache is None:
+            return self.extract([self.sequences[index] for index in indices])
+        device = self.extract.layers.device
+        joined = Features.join([self.cache[index] for index in indices])
+        names = ("embedding", "deep", "target", "top_ids", "top_log_probs")
+        return replace(
+            joined,
+            hidden={layer: tensor.to(device) for layer, tensor in joined.hidden.items()},
+            **{name: getattr(joined, name).to(device) for name in names},
+        )
+
+    def batches(self, batch_size: int, *, limit: int | None = None) -> Iterator[Features]:
+        """All sequences in order, up to `limit`."""
+        number = len(self.sequences) if limit is None else min(limit, len(self.sequences))
+        for start in range(0, number, batch_size):
+            yield self.features(list(range(start, min(start + batch_size, number))))

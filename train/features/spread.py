@@ -1,0 +1,109 @@
+"""A frozen base spread over the processes: FSDP2 as transformers loads it, or DeepSpeed's ZeRO-3. Knows no heads.
+
+Each process holds a part of every parameter from the first byte read, and layers are gathered while they run. So
+all processes must run the base equally often, and who reads a parameter asks for the whole of it. The heads are
+small and stay whole on every process: accelerate never hears of the spreading.
+"""
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from runtime.decoding.layers import DecoderLayers
+
+FSDP, ZERO_3 = "FSDP", "DeepSpeed ZeRO-3"
+
+
+def take_from_launcher() -> str | None:
+    """How `accelerate launch` was asked to spread: `FSDP`, `ZERO_3` or None; accelerate does not see it any more."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        del os.environ["ACCELERATE_USE_FSDP"]
+        return FSDP
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if zero and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]
+        return ZERO_3
+    return None
+
+
+def load_spread(kind: str, name: str, *, dtype: torch.dtype, **options: Any) -> Any:
+    """A base for evaluation, of which each process holds a part; options are `from_pretrained`'s.
+
+    Every process calls it, with the group of processes there. One process alone holds all of it under FSDP.
+    """
+    if kind == FSDP:
+        spread = DistributedConfig(fsdp_size=PartialState().num_processes)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, distributed_config=spread, **options)
+        model.eval().requires_grad_(False)
+        # FSDP2 makes a root of whatever runs first, and parts of the base are run by themselves.
+        model(torch.zeros(1, 1, dtype=torch.int64, device=model.device))
+        return model
+    import deepspeed
+
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    settings |= {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
+    request = HfDeepSpeedConfig(settings)  # from_pretrained looks for one that is alive
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    del request
+    engine = deepspeed.initialize(model=model.eval().requires_grad_(False), config=settings)[0]
+    model.spread_by = [engine]  # type: ignore[assignment]  # kept, for its end takes the gathering away; in a list, for it is a module
+    return model
+
+
+def is_spread(model: Any) -> bool:
+    """Whether each process holds a part of the model only."""
+    return any(isinstance(each, DTensor) or hasattr(each, "ds_id") for each in model.parameters())
+
+
+def whole_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and all of every parameter, one at a time; of a module that is spread every process reads them."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # FSDP2 leaves the top gathered, and weights that were tied are then two
+    for name, parameter in module.named_parameters():
+        with _whole(parameter) as found:
+            yield name, found
+
+
+@contextmanager
+def _whole(parameter: Tensor) -> Iterator[Tensor]:
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter
+    else:
+        yield parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def shaped(model: Any) -> Any:
+    """The model itself, or where it is spread one of its shapes without memory."""
+    if not is_spread(model):
+        return model
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+
+
+def decoder_layers(model: Any) -> DecoderLayers:
+    """The parts of a base that is spread; final norm and unembedding are whole copies, to be run at any time."""
+    layers, empty = DecoderLayers(model), DecoderLayers(shaped(model))
+    layers.norm = _copy(layers.norm, empty.norm, layers.device)
+    layers.unembedding = _copy(layers.unembedding, empty.unembedding, layers.device)
+    return layers
+
+
+def _copy(module: nn.Module, empty: nn.Module, device: torch.device) -> nn.Module:
+    for name, found in whole_parameters(module):
+        empty.register_parameter(name, nn.Parameter(found.detach().to(device, copy=True), requires_grad=False))
+    return empty

@@ -1,0 +1,1 @@
+"""The fit of exit heads: losses, steps, checkpoints, log."""

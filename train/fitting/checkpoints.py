@@ -1,0 +1,246 @@
+"""Checkpoints of a fit: `checkpoint-<step>` folders, whole or passed over. Knows no heads and no data.
+
+Accelerate writes model, optimizer and random states; this file names, finds, verifies and prunes the folders. A
+checkpoint takes its name last, and holds size and hash of each of its files.
+
+A checkpoint is a local file of the user's own run and never published: its optimizer and random states are
+pickles. Accelerate reads them with `weights_only`, so they run no code; DeepSpeed's own are read in full.
+"""
+
+import json
+import logging
+import os
+import pickle
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+
+from runtime.adapter.identity import file_sha256
+from runtime.errors import ConfigError
+from train.corpus.shards import write_atomically
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "fit_state.json"
+PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True, slots=True)
+class FitState:
+    """What a checkpoint holds besides weights, optimizer and random states.
+
+    Attributes:
+        step: steps done.
+        skipped: batches left out so far because their loss was not finite.
+        score: mean accepted length by replay of held-out text, where it was measured at this step.
+        best: the highest score up to this step.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    score: float | None = None
+    best: float | None = None
+
+
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: Path, state: FitState, settings: dict[str, Any], *, keep: int
+) -> None:
+    """Write `checkpoint-<step>`, then remove all but the best and the newest; every process calls it.
+
+    Of the `keep` that stay, one is the newest and one the best by score: where these are two, no fewer stay.
+    Checkpoints of later steps are removed: they are left from before the run went back to an older one.
+    """
+    unfinished = output_dir / f".{PREFIX}{state.step}"
+    if accelerator.is_main_process:
+        for left in output_dir.glob(f".{PREFIX}*"):  # by a kill
+            shutil.rmtree(left)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(unfinished))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _finish(unfinished, output_dir / f"{PREFIX}{state.step}", asdict(state) | {"settings": settings})
+            _prune(output_dir, state.step, keep=keep)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStream" not in str(error):  # torch's own for a failed write
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        free = shutil.disk_usage(output_dir).free
+        raise ConfigError(
+            f"{PREFIX}{state.step} cannot be written in {output_dir} ({reason}; {free} bytes free): make room, and go"
+            " on with --resume_from_checkpoint latest; older checkpoints are as they were"
+        ) from None
+    accelerator.wait_for_everyone()
+
+
+def _finish(unfinished: Path, final: Path, record: dict[str, Any]) -> None:
+    """Record the files, see them on disk, and give the folder its name."""
+    paths = sorted(path for path in unfinished.rglob("*") if path.is_file())
+    record["files"] = {path.relative_to(unfinished).as_posix(): _seal(path) for path in paths}
+    text = json.dumps(record, indent=2) + "\n"
+    write_atomically(unfinished / STATE_FILE, lambda file: file.write(text.encode()))
+    _remove(final)
+    unfinished.rename(final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Flush a file to disk; its size in bytes and its sha256."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint: its name first, so that a kill leaves no part of it under that name."""
+    if folder.exists():
+        nameless = folder.with_name(f".{folder.name}-removed")
+        shutil.rmtree(nameless, ignore_errors=True)
+        folder.rename(nameless)
+        shutil.rmtree(nameless)
+
+
+def _prune(output_dir: Path, step: int, *, keep: int) -> None:
+    found = find_checkpoints(output_dir)
+    valid = [path for path in found if _step(path) <= step and _damage(path, hashes=False) is None]
+    best = best_checkpoint(valid)
+    first = [valid[-1], *([] if best is None else [best])]
+    kept = list(dict.fromkeys([*first, *reversed(valid)]))[: max(keep, len(set(first)))]
+    for folder in found:
+        if folder not in kept:
+            _remove(folder)
+
+
+def best_checkpoint(folders: list[Path]) -> Path | None:
+    """Of these whole checkpoints the one with the highest score, the newest of equals; None where none has one."""
+    scores = {folder: _read(folder)[0].score for folder in reversed(folders)}
+    return max((folder for folder in scores if scores[folder] is not None), key=lambda f: scores[f] or 0, default=None)
+
+
+def _read(folder: Path) -> tuple[FitState, dict[str, Any], dict[str, Any]]:
+    """State, settings and files of a checkpoint."""
+    record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    settings, files = dict(record.pop("settings")), dict(record.pop("files"))
+    return FitState(**record), settings, files
+
+
+def load_checkpoint(
+    accelerator: Accelerator, wanted: str | None, output_dir: Path, settings: dict[str, Any]
+) -> FitState:
+    """Restore the wanted checkpoint; its state, that of step 0 where none is wanted or none is there yet.
+
+    Args:
+        wanted: None, `latest`, or a checkpoint folder. `latest` passes over damaged ones, and names them.
+        settings: what must be as it was when the checkpoint was made; JSON values.
+
+    Raises:
+        ConfigError: the folder is no whole checkpoint, none of them is whole, or it was made with other settings
+            (which are listed).
+    """
+    # The main process alone reads and hashes; the others take its word.
+    chosen: list[Any] = [_choose(wanted, output_dir, settings) if accelerator.is_main_process else None]
+    folder, state, complaint = broadcast_object_list(chosen)[0]
+    if complaint:
+        raise ConfigError(complaint)
+    if folder is None:
+        return FitState()
+    _restore(accelerator, folder)
+    assert isinstance(state, FitState)
+    return state
+
+
+def load_best(accelerator: Accelerator, output_dir: Path) -> FitState | None:
+    """Restore the whole checkpoint with the highest score; its state, or None where none has one."""
+    chosen: list[Any] = [None]
+    if accelerator.is_main_process:
+        best = best_checkpoint([path for path in find_checkpoints(output_dir) if _damage(path) is None])
+        chosen = [None if best is None else (best, _read(best)[0])]
+    found = broadcast_object_list(chosen)[0]
+    if found is None:
+        return None
+    _restore(accelerator, found[0])
+    state: FitState = found[1]
+    return state
+
+
+def _restore(accelerator: Accelerator, folder: Path) -> None:
+    try:
+        accelerator.load_state(str(folder))
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        pickle.PickleError,
+        SafetensorError,
+    ) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{folder} is damaged ({reason}): remove it, or name another checkpoint") from None
+    accelerator.wait_for_everyone()
+
+
+def _choose(
+    wanted: str | None, output_dir: Path, settings: dict[str, Any]
+) -> tuple[Path | None, FitState | None, str | None]:
+    """The checkpoint to go on from with its state, and what is wrong with it or with all of them."""
+    if wanted is None:
+        return None, None, None
+    folders = find_checkpoints(output_dir)[::-1] if wanted == "latest" else [Path(wanted)]
+    for folder in folders:
+        damage = _damage(folder)
+        if damage is None:
+            state, before, _ = _read(folder)
+            return folder, state, _difference(folder, before, settings)
+        if wanted != "latest":
+            return folder, None, f"{folder} is {damage}: name another {PREFIX}STEP folder, or latest"
+        logger.warning("%s is %s: passed over", folder, damage)
+    if folders:
+        return None, None, f"no checkpoint in {output_dir} is whole: start anew in another output_dir"
+    return None, None, None
+
+
+def _damage(folder: Path, *, hashes: bool = True) -> str | None:
+    """What is wrong with a checkpoint, or None where every file is as it was written (by size, and by hash)."""
+    try:
+        _, _, files = _read(folder)
+        for name, written in files.items():
+            size = (folder / name).stat().st_size
+            if size != written["bytes"]:
+                return f"damaged ({name} has {size} of {written['bytes']} bytes)"
+            if hashes and file_sha256(folder / name) != written["sha256"]:
+                return f"damaged ({name} is not what was written)"
+    except FileNotFoundError as error:
+        return f"not a whole checkpoint ({Path(error.filename).name} is missing)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"not a whole checkpoint ({STATE_FILE} cannot be read)"
+    return None
+
+
+def _difference(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> str | None:
+    differing = [
+        f"{key} ({before.get(key)!r} there, {settings.get(key)!r} now)"
+        for key in sorted({*before, *settings})
+        if before.get(key) != settings.get(key)
+    ]
+    if not differing:
+        return None
+    listed = ", ".join(differing)
+    return f"{folder} was made with other settings: {listed}; use those, or start anew in another output_dir"
+
+
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders named as checkpoints, by rising step; whole or not."""
+    found = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))

@@ -1,0 +1,143 @@
+"""`Learner`: one optimizer step of the heads at a time. Knows no steps before or after, no files and no figures."""
+
+import logging
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from runtime.drafting.heads import DraftUnembedding
+from runtime.errors import DataError
+from train.features.extractor import Features
+from train.features.split import Split
+from train.fitting.alarms import Alarms
+from train.fitting.losses import Targets, distillation_loss
+from train.fitting.schedule import StepText
+from train.settings.fit_config import FitConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Learner:
+    """One optimizer step at a time; a batch whose loss is not finite is left out and counted.
+
+    Attributes:
+        skipped: batches left out so far, by all processes, because their loss or gradient was not finite.
+    """
+
+    def __init__(
+        self,
+        config: FitConfig,
+        accelerator: Accelerator,
+        wrapped: Any,
+        optimizer: Any,
+        unembedding: DraftUnembedding,
+        inverse: torch.Tensor,
+        split: Split,
+        skipped: int,
+    ) -> None:
+        self.config, self.accelerator, self.split = config, accelerator, split
+        self.wrapped, self.optimizer = wrapped, optimizer
+        self.unembedding, self.inverse = unembedding, inverse
+        self.loss, self.skipped = float("nan"), skipped
+        self.alarms = Alarms()
+        self.faults: list[str] = []
+        self.norms: dict[int, float] = {}
+
+    def learn(self, text: StepText, *, step: int, learning_rate: float) -> dict[str, float]:
+        """Do one step; returns the mean loss over its positions, those of all processes, and what went with it.
+
+        Raises:
+            DataError: more batches than `max_skipped_batches` were left out.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.wrapped.train()
+        self.faults.clear()
+        total = torch.zeros((), device=self.accelerator.device)
+        for batch in text.batches:
+            with self.accelerator.accumulate(self.wrapped):
+                total += self._micro_step(batch, text, step, where=f"step {step + 1}, sequences {batch}")
+        counts = torch.tensor(float(len(self.faults)), device=total.device)
+        whole = self.accelerator.gather(torch.stack([total, counts])[None]).sum(0)
+        self.loss, new = float(whole[0]), int(whole[1])
+        if new:
+            self._count(new)
+        self.alarms.gradients(self.norms)
+        norms = {f"fit/gradient/layer_{layer:02d}": norm for layer, norm in self.norms.items()}
+        return {"fit/loss": self.loss, "fit/skipped": self.skipped, **norms}
+
+    def _count(self, new: int) -> None:
+        self.skipped += new
+        for fault in self.faults:
+            logger.warning("%s: left out", fault)
+        if self.skipped > self.config.max_skipped_batches:
+            last = gather_object(self.faults)[-1]
+            raise DataError(
+                f"{self.skipped} batches were left out, more than max_skipped_batches"
+                f" {self.config.max_skipped_batches}; the last: {last}; look at that text, or fit in float32"
+            )
+
+    def _micro_step(self, batch: list[int], text: StepText, turn: int, *, where: str) -> torch.Tensor:
+        """One micro-batch; returns its part of the step's mean loss."""
+        features = self.split.features(batch)
+        part = self._part(features, text, turn)
+        if not torch.isfinite(part):
+            self.faults.append(f"{where}: {_fault(features)}")
+            # Every process must go backward once, so a batch that is left out gives a gradient of zero.
+            part = self._part(_blank(features), text, turn) * 0.0
+        # What follows averages over processes and micro-batches; the parts are to be summed.
+        self.accelerator.backward(part * (self.accelerator.num_processes * len(text.batches)))
+        finite = True
+        if self.accelerator.sync_gradients:
+            self.norms = _norms(self.accelerator.unwrap_model(self.wrapped))
+            norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
+            finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
+            if not finite and self.accelerator.is_main_process:
+                self.faults.append(f"{where}: the gradient is not finite")
+        if finite or self.accelerator.scaler is not None:  # the scaler of float16 leaves the step out itself
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return part.detach()
+
+    def _part(self, features: Features, text: StepText, turn: int) -> torch.Tensor:
+        targets = Targets.of(features.target, features.top_ids, features.top_log_probs, self.inverse)
+        logits = self.wrapped(features.hidden, features.context(turn=turn), self.unembedding)
+        losses = [distillation_loss(z, targets, kl_weight=self.config.kl_weight) for z in logits.values()]
+        return torch.stack(losses).mean() * (len(features.target) / text.num_positions)
+
+
+def _norms(heads: Any) -> dict[int, float]:
+    """Exit layer -> norm of its head's gradient; nothing where DeepSpeed or FSDP keep gradients to themselves."""
+    learned = {int(layer): [p for p in head.parameters() if p.requires_grad] for layer, head in heads.heads.items()}
+    gradients = {layer: [p.grad for p in found if p.grad is not None] for layer, found in learned.items()}
+    if not all(type(gradient) is torch.Tensor for found in gradients.values() for gradient in found):
+        return {}
+    if not any(gradients.values()):
+        return {}
+    norms = torch.stack([torch.nn.utils.get_total_norm(found) for found in gradients.values()])
+    return dict(zip(gradients, norms.tolist(), strict=True))
+
+
+def _fault(features: Features) -> str:
+    """Where values that are not finite came in."""
+    bad = [f"hidden states of layer {layer}" for layer, hidden in features.hidden.items() if not _is_finite(hidden)]
+    bad += [name for name in ("embedding", "deep", "top_log_probs") if not _is_finite(getattr(features, name))]
+    return f"values that are not finite in {', '.join(bad)}" if bad else "the loss is not finite"
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _blank(features: Features) -> Features:
+    """Features of the same shapes with zeros for numbers; ids stay."""
+
+    def zeros(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: zeros(entry) for key, entry in value.items()}
+        return torch.zeros_like(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return replace(features, **{field.name: zeros(getattr(features, field.name)) for field in fields(features)})

@@ -1,0 +1,33 @@
+"""`metrics.jsonl`: the figures of every step of a fit, kept in step with its checkpoints. Knows no heads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from train.corpus.shards import write_atomically
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, each with `step` and the figures of that step.
+
+    Args:
+        path: the file; lines of later steps than `step`, left by a run that was cut off, are dropped.
+    """
+
+    def __init__(self, path: Path, *, step: int) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = "".join(f"{line}\n" for line in lines if _is_up_to(line, step))
+        write_atomically(path, lambda file: file.write(kept.encode("utf-8")))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):  # a line cut off by a kill
+        return False

@@ -1,0 +1,70 @@
+"""LoRA heads while they are fitted: PEFT's own layers on frozen rows; the result is a `runtime` head.
+
+Knows no fitting loop and no files. `runtime.drafting.heads.LoraHead` computes the same numbers without PEFT.
+"""
+
+from typing import Any
+
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from torch import Tensor, nn
+
+from runtime.drafting.heads import LORA_ALPHA_PER_RANK, DraftUnembedding, ExitHeads, LoraHead
+
+
+class FrozenRows(nn.Linear):
+    """A Linear on the base's own rows, which stay out of its state and so of checkpoints."""
+
+    def __init__(self, unembedding: DraftUnembedding) -> None:
+        nn.Module.__init__(self)  # the Linear's own would allocate rows
+        self.out_features, self.in_features = unembedding.weight.shape
+        self.weight = nn.Parameter(unembedding.weight, requires_grad=False)
+        bias = unembedding.bias
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing of it is saved."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing of it is missed in a state that is loaded."""
+
+
+class PeftLoraHead(nn.Module):
+    """`LoraHead` with its arithmetic done by PEFT, as the twin that is fitted."""
+
+    def __init__(self, unembedding: DraftUnembedding, rank: int) -> None:
+        super().__init__()
+        self.rows: nn.Module = FrozenRows(unembedding)
+        alpha = int(LORA_ALPHA_PER_RANK * rank)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=["rows"]), self)
+        for parameter in self.parameters():
+            if parameter.requires_grad:  # PEFT gives them the rows' dtype; heads are fitted in float32
+                parameter.data = parameter.data.float()
+
+    def forward(self, hidden: Tensor, embedding: Tensor, unembedding: DraftUnembedding) -> Tensor:
+        """Draft logits [N, V] from the hidden state [N, D]; the embedding is not read."""
+        logits: Tensor = self.rows(unembedding.normalize(hidden))
+        return logits / unembedding.scaling if unembedding.scaling != 1.0 else logits
+
+
+def use_peft(heads: ExitHeads, unembedding: DraftUnembedding, *, rank: int) -> None:
+    """Put a PEFT twin in the place of every LoRA head; other heads stay."""
+    for layer, head in heads.heads.items():
+        if isinstance(head, LoraHead):
+            heads.heads[layer] = PeftLoraHead(unembedding, rank)
+
+
+def without_peft(heads: ExitHeads) -> ExitHeads:
+    """Put a `LoraHead` with the fitted weights in the place of every twin; returns the same heads."""
+    for layer, head in heads.heads.items():
+        if isinstance(head, PeftLoraHead):
+            heads.heads[layer] = _export(head)
+    return heads
+
+
+def _export(twin: PeftLoraHead) -> LoraHead:
+    state = get_peft_model_state_dict(twin)
+    lora_A, lora_B = state.pop("rows.lora_A.weight"), state.pop("rows.lora_B.weight")
+    assert not state, f"PEFT trained more than LoRA: {sorted(state)}"
+    head = LoraHead(lora_A.shape[1], lora_B.shape[0], lora_A.shape[0]).to(lora_A.device)
+    head.load_state_dict({"lora_A": lora_A, "lora_B": lora_B})
+    return head

@@ -1,0 +1,180 @@
+"""From fitted heads to an adapter folder: calibrated, with its evidence, its provenance and a card.
+
+Knows no fitting loop and no network.
+"""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
+
+from runtime.adapter.config import VERSION, SpecBoundConfig
+from runtime.adapter.folder import WEIGHTS_FILE, Adapter, load_adapter, save_adapter
+from runtime.adapter.identity import base_fingerprint, file_sha256, tokenizer_fingerprint
+from runtime.decoding.draft import HeadDrafter
+from runtime.decoding.layers import DecoderLayers
+from runtime.drafting.heads import DraftUnembedding, ExitHeads
+from runtime.files import write_atomic
+from train.calibration.calibration import calibrate
+from train.calibration.traces import TRACES_FILE, Traces
+from train.features.split import Split
+from train.features.spread import whole_parameters
+from train.publishing.card import card
+from train.publishing.contents import (
+    BENCH_FILE,
+    CALIBRATION_FILE,
+    CARD_FILE,
+    RUN_FILE,
+    SPEED_FILE,
+    write_custom_generate,
+)
+from train.publishing.plots import precision_plot, reliability_plot, sources_plot, speed_plot
+from train.replay.agreement import check_agreement
+from train.replay.costs import CostTable
+from train.replay.replay import Replayer
+from train.settings.fit_config import FitConfig
+
+LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "specbound")
+
+
+def publish_locally(
+    config: FitConfig,
+    model: Any,
+    tokenizer: Any,
+    heads: ExitHeads,
+    draft_to_target: Tensor,
+    unembedding: DraftUnembedding,
+    target_to_draft: Tensor,
+    *,
+    calibration: Split,
+    evidence: dict[str, Any],
+    write: bool = True,
+) -> Path:
+    """Calibrate the heads and write `output_dir/adapter`; returns the folder.
+
+    Args:
+        write: not where another process does; all of them run a base that is spread.
+
+    Raises:
+        DataError: too little calibration text, or logits that are not finite.
+        SpecBoundError: replay and runtime accept differently on the same text.
+        AdapterError: the folder cannot be written.
+    """
+    calibrated = calibrate(config, model, heads, unembedding, target_to_draft, calibration)
+    drafter = HeadDrafter(heads, unembedding, draft_to_target.tolist(), calibrated.schedule, lookup=calibrated.lookup)
+    agreement = check_agreement(
+        DecoderLayers(model), drafter, calibrated.bounds, calibration.sequences.rows, calibrated.traces
+    )
+    figures = calibrated.figures | {"agreement": agreement, "datasets": _datasets(config)} | evidence
+    adapter_config = SpecBoundConfig(
+        base_model_name_or_path=portable(config.model_name_or_path),
+        base_model_revision=base_commit(config.model_name_or_path, config.model_revision),
+        base_model_fingerprint=base_fingerprint(model, whole_parameters(model)),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        num_hidden_layers=model.config.num_hidden_layers,
+        hidden_size=model.config.hidden_size,
+        vocab_size=len(target_to_draft),
+        exit_layers=tuple(config.exit_layers),
+        head=config.head,
+        head_rank=config.head_rank,
+        draft_vocab_size=len(draft_to_target),
+        temperatures=calibrated.schedule,
+        bounds=calibrated.bounds,
+        weights_sha256="",
+        license=config.license,
+        lookup=calibrated.lookup,
+    )
+    folder = Path(config.output_dir) / "adapter"
+    adapter = Adapter(adapter_config, heads, draft_to_target)
+
+    def evidence_files(path: Path) -> None:
+        (path / RUN_FILE).write_text(yaml.safe_dump(_provenance(config), sort_keys=True), encoding="utf-8")
+        write_custom_generate(path)
+        reliability_plot(calibrated.found, calibrated.schedule, path / "reliability.png")
+        calibrated.traces.write(path / TRACES_FILE, weights_sha256=file_sha256(path / WEIGHTS_FILE))
+        write_replayed(path, calibrated.traces, calibrated.costs, adapter_config, figures)
+
+    if write:
+        save_adapter(adapter, folder, extra=evidence_files)
+    return folder
+
+
+def write_replayed(
+    folder: Path, traces: Traces, costs: CostTable, config: SpecBoundConfig, figures: dict[str, Any]
+) -> None:
+    """What changes with the bounds: `calibration.json`, the pictures of the replay, and the card."""
+    replayer = Replayer(traces, costs)
+    precision_plot(traces, config.bounds, folder / "precision.png")
+    speed_plot(replayer, config.bounds, folder / "speed.png")
+    sources_plot(replayer.run(config.bounds), folder / "sources.png")
+    (folder / CALIBRATION_FILE).write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text(card(config, figures), encoding="utf-8")
+
+
+def portable(name: str) -> str:
+    """A name without a machine's path or address: Hub ids, and folders below this one, as they are."""
+    path = Path(name)
+    if "://" in name:
+        return "URL"
+    return path.name if path.is_absolute() or ".." in path.parts else name
+
+
+def base_commit(name: str, revision: str | None) -> str | None:
+    """Commit of a base that was loaded from the Hub just now, by where the cache has it; None for a folder."""
+    if Path(name).exists():
+        return None
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _datasets(config: FitConfig) -> list[str]:
+    """The prompts' data sets on the Hub, without their splits; files are nobody else's to find."""
+    names = [source.split(":")[0] for source in config.prompts if not source.endswith((".json", ".jsonl"))]
+    return [name for name in names if not Path(name).exists()]
+
+
+def _provenance(config: FitConfig) -> dict[str, Any]:
+    """Settings and versions, without paths of this machine."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        return portable(value) if isinstance(value, str) else value
+
+    settings = {name: clean(getattr(config, name)) for name in config.sources}
+    return {
+        "settings": settings,
+        "versions": versions(),
+        "python": platform.python_version(),
+        "specbound": VERSION,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide the numbers."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def add_speed(folder: Path, speed: dict[str, Any]) -> None:
+    """Keep figures measured by `train.evaluation.comparison` in an adapter's folder, and write its card anew."""
+    write_atomic(folder / SPEED_FILE, (json.dumps(speed, indent=2, sort_keys=True) + "\n").encode())
+    write_card(folder)
+
+
+def write_card(folder: Path) -> None:
+    """The card of an adapter's folder anew, from the figures that lie in it."""
+    found: list[Any] = []
+    for path in (folder / name for name in (CALIBRATION_FILE, SPEED_FILE, BENCH_FILE)):
+        found.append(json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
+    write_atomic(folder / CARD_FILE, card(load_adapter(folder).config, *found).encode())

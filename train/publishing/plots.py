@@ -1,0 +1,125 @@
+"""Pictures of what was measured. Knows arrays and files, no models."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.drafting.policy import SpeculationBounds
+from runtime.drafting.temperature import TemperatureSchedule
+from train.calibration.reliability import expected_calibration_error
+from train.calibration.temperatures import Confidences
+from train.calibration.traces import Traces
+from train.replay.replay import Replayed, Replayer
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+BINS = 12
+
+
+def reliability_plot(found: Confidences, schedule: TemperatureSchedule, path: Path) -> None:
+    """Confidence against share of right drafts, one panel an exit, before (T = 1) and after calibration."""
+    layers = sorted(found.grid)
+    before = found.at(TemperatureSchedule.none(layers))
+    after = found.at(schedule)
+    figure, panels = plt.subplots(1, len(layers), figsize=(3.4 * len(layers), 3.6), sharey=True, squeeze=False)
+    for panel, layer in zip(panels[0], layers, strict=True):
+        panel.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
+        for sure, label, color in (
+            (before[layer], "T = 1", "tab:orange"),
+            (after[layer], "calibrated", "tab:blue"),
+        ):
+            error = expected_calibration_error(sure, found.right[layer])
+            panel.plot(
+                *_points(sure, found.right[layer]),
+                "o-",
+                markersize=3,
+                color=color,
+                label=f"{label}, ECE {error:.3f}",
+            )
+        panel.set(
+            title=f"exit after layer {layer}, T = {schedule[layer]:.2f}",
+            xlabel="confidence",
+            xlim=(0, 1),
+            ylim=(0, 1),
+        )
+        panel.legend(fontsize=8, loc="upper left", frameon=False)
+    panels[0][0].set_ylabel("share of drafts that are right")
+    _save(figure, path)
+
+
+def precision_plot(traces: Traces, bounds: SpeculationBounds, path: Path) -> None:
+    """Share of drafts that are right against share of positions drafted at, one line a source, its own tau marked."""
+    figure, panel = plt.subplots(figsize=(5.2, 4.0))
+    for row, layer in enumerate(traces.layers):
+        sure, hits = traces.sure[row, 0], traces.right[row, 0]  # as the first draft of a round
+        order = np.argsort(-sure, kind="stable")
+        right = np.cumsum(hits[order])
+        count = np.arange(1, len(order) + 1)
+        shown = count >= min(30, len(order))  # the first few say nothing
+        (line,) = panel.plot((count / len(order))[shown], (right / count)[shown], label=_source(layer))
+        taken = bounds.accepts(layer, sure) & (layer <= bounds.max_exit_layer)
+        if taken.any():
+            panel.plot(taken.mean(), hits[taken].mean(), "o", color=line.get_color())
+    panel.set(
+        xlabel="share of positions drafted at", ylabel="share of drafts that are right", xlim=(0, 1), ylim=(0, 1)
+    )
+    panel.legend(fontsize=8, frameon=False, title="dots: the bounds chosen", title_fontsize=8)
+    _save(figure, path)
+
+
+def speed_plot(replayer: Replayer, bounds: SpeculationBounds, path: Path) -> None:
+    """Predicted speed-up over stock by one tau for all exits and by width, the best marked."""
+    taus, widths = np.linspace(0.2, 0.95, 16), range(1, 9)
+    speed = np.array(
+        [
+            [replayer.run(SpeculationBounds(float(tau), bounds.max_exit_layer, width)).speedup for tau in taus]
+            for width in widths
+        ]
+    )
+    figure, panel = plt.subplots(figsize=(6.0, 3.4))
+    image = panel.pcolormesh(taus, list(widths), speed, cmap="viridis", shading="nearest")
+    row, column = np.unravel_index(speed.argmax(), speed.shape)
+    panel.plot(taus[column], row + 1, "r*", markersize=12)
+    chosen = replayer.run(bounds).speedup
+    panel.set(
+        xlabel="exit_threshold, the same at every exit",
+        ylabel="max_draft_tokens",
+        title=f"best here {speed.max():.2f}x; bounds chosen {chosen:.2f}x",
+    )
+    panel.title.set_fontsize(9)
+    figure.colorbar(image, label="predicted speed-up over stock")
+    _save(figure, path)
+
+
+def sources_plot(replayed: Replayed, path: Path) -> None:
+    """Drafts by source, and how many of them were accepted, per 100 tokens emitted."""
+    layers = sorted(replayed.drafted)
+    share = 100.0 / replayed.emitted
+    figure, panel = plt.subplots(figsize=(5.2, 0.5 * len(layers) + 1.4))
+    drafted = [share * replayed.drafted[layer] for layer in layers]
+    accepted = [share * replayed.accepted[layer] for layer in layers]
+    panel.barh([_source(layer) for layer in layers], drafted, color="0.82", label="drafted")
+    panel.barh([_source(layer) for layer in layers], accepted, color="tab:blue", label="accepted", height=0.5)
+    panel.invert_yaxis()
+    panel.set_xlabel("per 100 tokens emitted")
+    panel.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0))
+    _save(figure, path)
+
+
+def _source(layer: int) -> str:
+    return "lookup" if layer == 0 else f"exit after layer {layer}"
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _points(sure: NDArray[np.float32], right: NDArray[np.bool_]) -> tuple[list[float], list[float]]:
+    parts = [part for part in np.array_split(np.argsort(sure, kind="stable"), BINS) if len(part)]
+    return [float(sure[part].mean()) for part in parts], [float(right[part].mean()) for part in parts]

@@ -1,0 +1,108 @@
+"""Does the runtime do what replay says? Both on the same held-out text; an adapter where they differ is not published.
+
+Source: SpecBound's bounds are chosen by replay, so a difference would make every predicted figure wrong. Knows no
+files.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from runtime.decoding.cache import KVCache
+from runtime.decoding.draft import Drafter
+from runtime.decoding.layers import DecoderLayers
+from runtime.decoding.rounds import decode
+from runtime.decoding.state import DecodeState
+from runtime.drafting.policy import SpeculationBounds
+from runtime.errors import SpecBoundError
+from runtime.exact.execution import ExecutionPolicy, execution
+from runtime.stats import SpeculationStats
+from train.calibration.traces import Traces
+from train.replay.costs import CostTable
+from train.replay.replay import Replayer
+
+# Enough text to see a fault, few enough tokens to decode one round after another.
+TOKENS = 600
+# Features are logged in batches and drafts made one by one, so single confidences cross a threshold.
+TOLERANCE, FREE_ROUNDS = 0.02, 3
+
+
+def check_agreement(
+    layers: DecoderLayers, drafter: Drafter, bounds: SpeculationBounds, rows: Sequence[Any], traces: Traces
+) -> dict[str, Any]:
+    """Mean accepted length by replay and by run on the first of the texts, as JSON values.
+
+    Args:
+        rows: (prompt ids, response ids) of every text that was traced, in their order.
+
+    Raises:
+        SpecBoundError: the two differ by more than 2 %.
+    """
+    lengths = np.cumsum([len(response) for _, response in rows])
+    number = min(len(rows), int(np.searchsorted(lengths, TOKENS)) + 1)
+    measured = run_on(layers, drafter, bounds, rows[:number])
+    chosen = np.arange(traces.num_sequences) < number
+    counted = CostTable.layer_passes(layers.num_layers)
+    replayed = Replayer(traces.of_sequences(chosen), counted).run(bounds).mean_accepted_length
+    ran = measured.mean_accepted_length
+    found = {"tokens": int(lengths[number - 1]), "by_replay": round(replayed, 4), "by_run": round(ran, 4)}
+    if not agrees(found):
+        raise SpecBoundError(
+            f"on the same {found['tokens']} tokens replay accepts {replayed:.3f} tokens a round and the"
+            f" runtime {ran:.3f}, more than {TOLERANCE:.0%} apart: the adapter is not published, since no"
+            " figure of it would hold; please report this"
+        )
+    return found
+
+
+def agrees(found: Mapping[str, Any]) -> bool:
+    """Whether replay and run, as `check_agreement` returns them, need the same number of rounds for the tokens."""
+    tokens, by_replay, by_run = found["tokens"], found["by_replay"], found["by_run"]
+    if not (by_replay > 0 and by_run > 0):
+        return False
+    rounds = tokens / by_run
+    return bool(abs(rounds - tokens / by_replay) <= max(FREE_ROUNDS, TOLERANCE * rounds))
+
+
+@torch.no_grad()
+def run_on(
+    layers: DecoderLayers, drafter: Drafter, bounds: SpeculationBounds, rows: Sequence[Any]
+) -> SpeculationStats:
+    """The runtime's own rounds on texts that are known, as if the base chose each token of them."""
+    stats = SpeculationStats()
+    model = layers.model
+    for prompt, response in rows:
+        prefix = DynamicCache()
+        with layers.watching_top() as top:
+            logits = model(
+                input_ids=torch.tensor([list(prompt)], device=layers.device), past_key_values=prefix, use_cache=True
+            ).logits[:, -1]
+        cache = KVCache.from_dynamic(prefix, len(prompt) + len(response) + bounds.max_draft_tokens)
+        state = DecodeState(layers, cache, list(prompt), deep=top[-1])
+        with execution(model, ExecutionPolicy.batched()):
+            decode(state, logits, drafter, bounds, Told(response), stats)
+    return stats
+
+
+class Told:
+    """Emits a text that is known, whatever the logits say."""
+
+    stop_tokens: Collection[int] = ()
+
+    def __init__(self, response: Sequence[int]) -> None:
+        self._tokens = [int(token) for token in response]
+        self._emitted = 0
+
+    def emit(self, logits: torch.Tensor) -> tuple[int, bool]:
+        """The next token of the text; whether it is the last."""
+        token = self._tokens[self._emitted]
+        self._emitted += 1
+        return token, self._emitted == len(self._tokens)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to come."""
+        return len(self._tokens) - self._emitted

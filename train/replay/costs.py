@@ -1,0 +1,136 @@
+"""`CostTable`: what the parts of a round cost on one machine, in milliseconds. Knows no policy and no traces.
+
+Measured by `train.replay.profile`, or counted from the weights where nothing was measured.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import DataError
+from runtime.files import write_atomic
+
+FORMAT = 1
+# A further row of a block, as a share of the first: weights are read once for all of them.
+COUNTED_EXTRA_ROW = 0.15
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
+
+
+@dataclass(frozen=True, slots=True)
+class CostTable:
+    """Costs of the parts of a round.
+
+    Attributes:
+        num_hidden_layers: L.
+        layer: tokens in a block -> ms of one decoder layer with an empty context.
+        layer_context: tokens in a block -> ms that every token of context adds to that.
+        unembedding: tokens in a block -> ms of the final norm and the unembedding.
+        head: ms of asking one exit head.
+        lookup: ms of asking the lookup.
+        token: ms of choosing one token: processors, criteria, streamer.
+        plain, plain_context: ms a token of stock `generate`, and what every token of context adds.
+        round: ms of everything else in a round.
+        conditions: hardware, dtype, threads, exactness, versions; empty where the table was counted.
+    """
+
+    num_hidden_layers: int
+    layer: Mapping[int, float]
+    layer_context: Mapping[int, float]
+    unembedding: Mapping[int, float]
+    head: float
+    lookup: float
+    token: float
+    plain: float
+    plain_context: float
+    round: float = 0.0
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def counted(cls, num_hidden_layers: int, *, head: float, unembedding: float) -> "CostTable":
+        """In units of one decoder layer run on one token, from numbers of weights.
+
+        Args:
+            head, unembedding: of one token, in those units.
+        """
+        rows = {width: 1.0 + COUNTED_EXTRA_ROW * (width - 1) for width in WIDTHS}
+        return cls(
+            num_hidden_layers=num_hidden_layers,
+            layer=rows,
+            layer_context=dict.fromkeys(WIDTHS, 0.0),
+            unembedding={width: unembedding * share for width, share in rows.items()},
+            head=head,
+            lookup=0.0,
+            token=0.0,
+            plain=num_hidden_layers + unembedding,
+            plain_context=0.0,
+        )
+
+    @classmethod
+    def layer_passes(cls, num_hidden_layers: int) -> "CostTable":
+        """Counts passes of a decoder layer, whatever the width, and nothing else; plain decoding makes L a token."""
+        free = dict.fromkeys((1, 2), 0.0)
+        return cls(
+            num_hidden_layers=num_hidden_layers,
+            layer=dict.fromkeys((1, 2), 1.0),
+            layer_context=free,
+            unembedding=free,
+            head=0.0,
+            lookup=0.0,
+            token=0.0,
+            plain=float(num_hidden_layers),
+            plain_context=0.0,
+        )
+
+    def block(self, table: Mapping[int, float], width: int) -> float:
+        """An entry; between and beyond the widths measured along the line through the nearest two."""
+        if width in table:
+            return table[width]
+        widths = sorted(table)
+        above = next((index for index, other in enumerate(widths) if other > width), len(widths) - 1)
+        low, high = widths[max(0, above - 1)], widths[max(1, above)]
+        slope = (table[high] - table[low]) / (high - low)
+        return max(0.0, table[low] + slope * (width - low))
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{name} {value}" for name, value in self.conditions.items()) or "counted, not measured"
+        widths = sorted(self.layer)
+
+        def row(title: str, values: Mapping[int, float], scale: float = 1.0) -> str:
+            return f"{title:<24}" + "".join(f"{scale * values[width]:9.3f}" for width in widths)
+
+        lines = [
+            where,
+            f"stock generate: {self.plain:.3g} ms a token, and {1000 * self.plain_context:.3g} for 1,000 of context",
+            f"head {self.head:.3g} ms, lookup {self.lookup:.2g} ms, choosing a token {self.token:.2g} ms",
+            f"the rest of a round {self.round:.3g} ms",
+            f"{'tokens in a block':<24}" + "".join(f"{width:>9}" for width in widths),
+            row("one layer, ms", self.layer),
+            row("  for 1,000 of context", self.layer_context, 1000.0),
+            row("unembedding, ms", self.unembedding),
+        ]
+        return "\n".join(lines)
+
+    def write(self, path: Path) -> None:
+        """Keep it as JSON."""
+        write_atomic(path, (json.dumps(asdict(self) | {"format": FORMAT}, indent=1) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path) -> "CostTable":
+        """Read what `write` wrote.
+
+        Raises:
+            DataError: no such file, or not one of costs.
+        """
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if fields.pop("format") != FORMAT:
+                raise ValueError("another format")
+            for name in ("layer", "layer_context", "unembedding"):
+                fields[name] = {int(width): float(value) for width, value in fields[name].items()}
+                if len(fields[name]) < 2:
+                    raise ValueError(f"{name} has fewer than two widths")
+            return cls(**fields)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is not a cost table ({error}): measure one with `specbound profile`") from None

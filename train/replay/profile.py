@@ -1,0 +1,219 @@
+"""Measures a cost table: what the parts of a round take on this machine, in this dtype, in this exactness mode.
+
+Everything in turn, many times over, means of the middle half: a busy moment then falls on all alike. Each time the
+context is some tokens shorter, for what attention costs depends on where in a vector a block of rows begins. Knows no
+policy.
+"""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import isotonic_regression
+from scipy.stats import trim_mean
+from tqdm import trange
+from transformers import DynamicCache
+
+from runtime.decoding.cache import KVCache
+from runtime.decoding.state import DecodeState
+from runtime.drafting.policy import SpeculationBounds
+from runtime.exact.execution import execution
+from runtime.exact.static import StaticCache
+from runtime.handle import SpecBound
+from train.evaluation.clock import Clock
+from train.evaluation.comparison import hardware
+from train.replay.costs import CostTable
+from train.replay.search import WIDTHS
+
+CONTEXTS = (64, 384, 1024)
+REPEATS = 9
+WARM_UP = 2
+TRIMMED = 0.25  # this share of the times at either end is left out of a mean
+SHORTER = 5  # tokens of context from one time to the next: every alignment comes up
+GENERATED = 8
+# A token more than the widest draft that is tried.
+MAX_WIDTH = max(WIDTHS) + 1
+
+
+@torch.no_grad()
+def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, progress: bool = True) -> CostTable:
+    """The cost table of a model that an adapter is attached to.
+
+    Args:
+        max_width: widest block measured, in tokens.
+    """
+    specbound: SpecBound = model.specbound
+    policy, _ = specbound.prepare(model)
+    rounds = WARM_UP + repeats
+    longer = SHORTER * (rounds // 2)  # than the context that they are on average
+    longest = getattr(model.config, "max_position_embeddings", None) or CONTEXTS[-1] * 2
+    contexts = [min(context, longest - GENERATED - max_width - 1 - longer) for context in CONTEXTS]
+    benches = [_Bench(model, context, longer, max_width) for context in contexts]
+    seconds: dict[Any, list[float]] = defaultdict(list)
+    for number in trange(rounds, desc="profile", unit="round", disable=not progress):
+        for bench in benches:
+            timed = bench.gaps()
+            with execution(model, policy, specbound.packed):
+                timed |= bench.sources() | bench.blocks()
+            # Within a round, since the machine drifts from one to the next.
+            timed["rest", None, bench.context] = timed.pop(("alone", None, bench.context)) - sum(
+                timed[name, 1, bench.context] for name in ("layers", "unembedding")
+            )
+            if number >= WARM_UP:
+                for key, taken in timed.items():
+                    seconds[key].append(taken)
+            bench.shorten()
+    ms = {key: 1000 * float(trim_mean(taken, TRIMMED)) for key, taken in seconds.items()}
+    return _table(ms, contexts, max_width, specbound, model)
+
+
+def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound: SpecBound, model: Any) -> CostTable:
+    """Straight lines through the contexts, rising steps over the widths; per layer, per token."""
+    num_layers = specbound.layers.num_layers
+    widths = range(1, max_width + 1)
+    for name, context in product(("layers", "unembedding"), contexts):  # noise: cost does not fall with more tokens
+        rising = isotonic_regression([ms[name, width, context] for width in widths]).x
+        ms |= {(name, width, context): float(value) for width, value in zip(widths, rising, strict=True)}
+
+    def line(name: str, width: int | None = None) -> tuple[float, float]:
+        costs = [ms[name, width, context] for context in contexts]
+        slope, base = np.polyfit(contexts, costs, 1) if len(set(contexts)) > 1 else (0.0, statistics.mean(costs))
+        if slope < 0:  # noise: cost does not fall as a text grows
+            slope, base = 0.0, statistics.mean(costs)
+        return max(0.0, float(base)), float(slope)
+
+    layers = {width: line("layers", width) for width in widths}
+    unembedding = {
+        width: statistics.mean(ms["unembedding", width, context] for context in contexts) for width in widths
+    }
+    plain, plain_context = line("stock")
+    # A head as a draft pays for it: everything between two drafts but the layers.
+    token = ms["choose", None, contexts[0]]
+    heads = [
+        step - ms["push", None, context] - layer * (layers[1][0] + layers[1][1] * context) / num_layers
+        for (name, layer, context), step in ms.items()
+        if name == "step"
+    ]
+    lookups = [value for (name, *_), value in ms.items() if name == "lookup"]
+    certificate = specbound.certificate
+    assert certificate is not None
+    return CostTable(
+        num_hidden_layers=num_layers,
+        layer={width: base / num_layers for width, (base, _) in layers.items()},
+        layer_context={width: slope / num_layers for width, (_, slope) in layers.items()},
+        unembedding=unembedding,
+        head=max(0.0, statistics.mean(heads)) if heads else 0.0,
+        lookup=statistics.mean(lookups) if lookups else 0.0,
+        token=token,
+        round=max(0.0, statistics.median(ms["rest", None, context] for context in contexts) - token),
+        plain=plain,
+        plain_context=plain_context,
+        conditions={
+            "hardware": hardware(model.device),
+            "dtype": certificate.dtype,
+            "threads": certificate.threads,
+            "exactness": specbound.exactness,
+            "versions": certificate.versions,
+            "contexts": contexts,
+            **({"graphs": True} if certificate.policy.static else {}),
+        },
+    )
+
+
+class _Bench:
+    """Everything measured after a context of one length; a call of each method gives seconds by what was timed.
+
+    Args:
+        longer: tokens more than that to begin with; each `shorten` takes some away.
+    """
+
+    def __init__(self, model: Any, context: int, longer: int, max_width: int) -> None:
+        self.model, self.context, self.max_width = model, context, max_width
+        self.length = length = context + longer
+        self.specbound: SpecBound = model.specbound
+        self.layers = self.specbound.layers
+        generator = torch.Generator().manual_seed(0)
+        self.token_ids = torch.randint(model.config.vocab_size, (1, length + max_width), generator=generator).to(
+            model.device
+        )
+        stock = DynamicCache()
+        model(input_ids=self.token_ids[:, :length], past_key_values=stock, use_cache=True)
+        certificate = self.specbound.certificate
+        kind = StaticCache if certificate is not None and certificate.policy.static else KVCache
+        self.cache = kind.from_dynamic(stock, length + max_width + 1)
+
+    def shorten(self) -> None:
+        """Go on with `SHORTER` tokens less."""
+        self.length = max(1, self.length - SHORTER)
+        self.cache.crop(self.length)
+
+    @torch.inference_mode()
+    def blocks(self) -> dict[Any, float]:
+        """All layers, and the unembedding, by width."""
+        found = {}
+        for width in range(1, self.max_width + 1):
+            given = self.layers.embed(self.token_ids[:, self.length : self.length + width], self.length)
+            run = partial(self.layers.run, given, 0, self.layers.num_layers, self.length, self.cache)
+            found["layers", width, self.context], hidden = self._timed(run)
+            self.cache.crop(self.length)
+            found["unembedding", width, self.context], _ = self._timed(partial(self.layers.logits, hidden))
+        return found
+
+    def sources(self) -> dict[Any, float]:
+        """Making a token pending, and then asking each exit for a draft, on the way through the layers below it."""
+        state = DecodeState(self.layers, self.cache, self.token_ids[0, : self.length].tolist())
+        drafter, newest = self.specbound.drafter, int(self.token_ids[0, self.length])
+        found: dict[Any, float] = {}
+        for layer in drafter.exit_layers:
+            push, _ = self._timed(partial(state.push, newest))
+            climb, _ = self._timed(partial(state.advance, layer))
+            ask, _ = self._timed(partial(drafter.propose, layer, state))
+            state.crop(self.length)
+            found["push", None, self.context] = push
+            if layer == 0:
+                found["lookup", layer, self.context] = ask
+            else:
+                found["step", layer, self.context] = push + climb + ask
+        return found
+
+    def gaps(self) -> dict[Any, float]:
+        """Seconds between tokens of stock `generate` and of rounds that draft nothing, and to choose one token."""
+        specbound = self.specbound
+        bounds, controller = specbound.bounds, specbound.controller
+        # As wide as before, so that the same certificate holds.
+        specbound.bounds = SpeculationBounds(2.0, bounds.max_exit_layer, bounds.max_draft_tokens)
+        specbound.controller = None
+        try:
+            alone = self._gap()
+            choose = specbound.stats.parts["emit"] / specbound.stats.rounds
+            with specbound.disabled():
+                stock = self._gap()
+        finally:
+            specbound.bounds, specbound.controller = bounds, controller
+        where = None, self.context
+        return {("stock", *where): stock, ("alone", *where): alone, ("choose", *where): choose}
+
+    def _gap(self) -> float:
+        clock = Clock()
+        never = self.model.config.vocab_size  # `min_new_tokens` would cost a processor in every token
+        options = {"max_new_tokens": GENERATED, "eos_token_id": never, "do_sample": False, "pad_token_id": 0}
+        prompt = self.token_ids[:, : self.length]
+        self.model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock, **options)
+        return statistics.median(late - early for early, late in zip(clock.times[1:-1], clock.times[2:], strict=True))
+
+    def _timed(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds that a call takes, its work on the device included, and what it returned."""
+        cuda = self.model.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        result = call()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started, result

@@ -1,0 +1,94 @@
+"""Figures of exit heads on text: agreement, expected acceptance, precision and coverage. Knows no files."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from runtime.drafting.temperature import confidence
+from train.calibration.exit_log import Logged
+from train.features.extractor import Features
+from train.fitting.losses import Targets, distillation_loss, expected_acceptance
+from train.replay.simulation import Simulation
+
+THRESHOLD = 0.8
+
+
+@torch.no_grad()
+def evaluate(
+    batches: Iterable[Features],
+    heads: Any,
+    unembedding: Any,
+    target_to_draft: torch.Tensor,
+    *,
+    kl_weight: float,
+    ages: Sequence[int],
+    simulation: Simulation | None = None,
+) -> dict[str, float]:
+    """Means over all positions, by exit, under the keys `held_out/<figure>/layer_<NN>`: as a round's first draft.
+
+    Figures: `loss`; `agreement` with the base's choice; `acceptance`, the chance that a sampled draft is
+    accepted; `precision` and `coverage` of drafts whose confidence (at T = 1) is at least 0.8. Also `held_out/chance`,
+    the agreement of always the same token; and with a simulation what replay says of these heads.
+
+    Args:
+        ages: those of the heads.
+    """
+    sums: dict[str, float] = {}
+    logged: Logged | None = None
+    said: list[int] = []
+    positions = 0
+    for batch in batches:
+        targets = Targets.of(batch.target, batch.top_ids, batch.top_log_probs, target_to_draft)
+        number = len(batch.target)
+        positions += number
+        by_age = [heads(batch.hidden, batch.context(age), unembedding) for age in ages]
+        if simulation is not None:
+            logged = logged or Logged(dict.fromkeys(by_age[0], 1.0), ages)
+            logged.add(batch, by_age, targets.choice)
+        for layer, logits in by_age[0].items():
+            right = logits.argmax(-1) == targets.choice
+            confidences = confidence(logits, 1.0)
+            sure = confidences >= THRESHOLD
+            values = {
+                "loss": float(distillation_loss(logits, targets, kl_weight=kl_weight)) * number,
+                "agreement": float(right.sum()),
+                "acceptance": float(expected_acceptance(logits, targets).sum()),
+                "sure": float(sure.sum()),
+                "sure_and_right": float((sure & right).sum()),
+            }
+            for name, value in values.items():
+                key = f"held_out/{name}/layer_{layer:02d}"
+                sums[key] = sums.get(key, 0.0) + value
+        said += batch.target.tolist()
+    means = _means(sums, positions) | {"held_out/chance": max(Counter(said).values(), default=0) / max(1, positions)}
+    if simulation is None or logged is None:
+        return means
+    return means | simulation.figures(logged.sure, logged.right, logged.targets)
+
+
+def show(step: int, values: dict[str, float]) -> str:
+    """The figures of one evaluation as text, a line an exit."""
+    lines = []
+    for key in sorted(key for key in values if "/agreement/" in key):
+        of = {name: values[key.replace("agreement", name)] for name in ("acceptance", "precision", "coverage")}
+        lines.append(
+            f"step {step} {key.rpartition('/')[2]}: agreement {values[key]:.3f}, expected acceptance "
+            f"{of['acceptance']:.3f}, at confidence {THRESHOLD} precision {of['precision']:.3f} "
+            f"coverage {of['coverage']:.3f}"
+        )
+    if "held_out/accepted_length" in values:
+        length, speed = values["held_out/accepted_length"], values["held_out/predicted_speedup"]
+        lines.append(f"step {step} by replay: mean accepted length {length:.2f}, {speed:.2f}x by layer counts")
+    return "\n".join(lines)
+
+
+def _means(sums: dict[str, float], positions: int) -> dict[str, float]:
+    means = {key: value / max(1, positions) for key, value in sums.items() if "/sure" not in key}
+    for key, value in sums.items():
+        if "/sure/" in key:
+            right = sums[key.replace("/sure/", "/sure_and_right/")]
+            means[key.replace("/sure/", "/coverage/")] = value / max(1, positions)
+            means[key.replace("/sure/", "/precision/")] = right / value if value else 0.0
+    return means

@@ -1,0 +1,149 @@
+"""The bounds that replay says are fastest on one machine. Knows no model: traces and a cost table are enough.
+
+Every setting together is too many to try, so: all uniform thresholds, depths and widths first, then one setting at
+a time, each exit's own threshold and the survival stop included, as long as that helps.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+import numpy as np
+from tqdm import tqdm
+
+from runtime.drafting.policy import SpeculationBounds
+from train.calibration.traces import Traces
+from train.replay.costs import CostTable
+from train.replay.replay import Replayed, Replayer
+
+THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
+SURVIVALS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+DRAFT_SURVIVALS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5)
+OFF = 2.0  # a threshold no confidence reaches
+MIN_GAIN = 1e-4
+PASSES = 4
+# What a draft is charged beyond its measured cost, in tokens of stock `generate`: costs are noisy, the fastest bounds
+# have many nearly as fast beside them, and those that draft less lose less where text or machine are others.
+CAUTION = 0.01
+# Candidates are compared on about so many positions, whole texts, and the first few of them then on all.
+QUICK_POSITIONS, FINALISTS = 2000, 5
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Settings that the user has chosen, and that stay; None is free."""
+
+    exit_threshold: float | None = None
+    max_exit_layer: int | None = None
+    max_draft_tokens: int | None = None
+
+
+def tune(
+    traces: Traces, costs: CostTable, held: Held | None = None, *, progress: bool = True
+) -> tuple[SpeculationBounds, Replayed]:
+    """The fastest bounds and their replay; of equally fast ones the first, which are the smallest.
+
+    Where nothing beats decoding without drafts, nothing is drafted, unless a threshold is held.
+    """
+    replayer, quick, held = Replayer(traces, costs), Replayer(_some(traces), costs), held or Held()
+    with tqdm(desc="tune", unit="replay", disable=not progress) as bar:
+
+        def best(candidates: Iterator[SpeculationBounds]) -> tuple[float, SpeculationBounds]:
+            scored = []
+            for bounds in candidates:
+                scored.append((_speed(quick.run(bounds), costs), bounds))
+                bar.update()
+            scored.sort(key=lambda pair: -pair[0])
+            finalists = [(_speed(replayer.run(bounds), costs), bounds) for _, bounds in scored[:FINALISTS]]
+            return max(finalists, key=lambda pair: pair[0])
+
+        speed, bounds = best(_uniform(traces, held))
+        for _ in range(PASSES):
+            before = speed
+            for vary in _settings(traces, held):
+                found, candidate = best(vary(bounds))
+                if found > speed * (1 + MIN_GAIN):
+                    speed, bounds = found, candidate
+            if speed <= before * (1 + MIN_GAIN):
+                break
+    bounds = _tidy(traces, bounds, held)
+    if held.exit_threshold is None:
+        idle = SpeculationBounds(OFF, bounds.max_exit_layer, held.max_draft_tokens or 0)
+        if replayer.run(idle).tokens_per_second >= speed:
+            bounds = idle
+    return bounds, replayer.run(bounds)
+
+
+def _speed(replayed: Replayed, costs: CostTable) -> float:
+    """Tokens a second with `CAUTION`, so rounded that sums in another order are equal."""
+    caution = CAUTION * costs.plain * replayed.drafted.total()
+    return round(1000.0 * replayed.emitted / max(1e-9, float(replayed.ms_by_text.sum()) + caution), 6)
+
+
+def _some(traces: Traces) -> Traces:
+    """About `QUICK_POSITIONS` of the positions, in texts at even distances; all where there are few."""
+    texts = traces.num_sequences
+    number = max(1, round(texts * min(1.0, QUICK_POSITIONS / len(traces))))
+    chosen = np.zeros(texts, dtype=bool)
+    chosen[np.arange(number) * texts // number] = True
+    return traces.of_sequences(chosen)
+
+
+def best_uniform(traces: Traces, costs: CostTable) -> Replayed:
+    """The fastest replay with one threshold for all exits: a quick look."""
+    replayer = Replayer(traces, costs)
+    bounds = (SpeculationBounds(tau, max(traces.layers), 4) for tau in THRESHOLDS)
+    return max((replayer.run(one) for one in bounds), key=lambda found: found.speedup)
+
+
+def cross_fitted(traces: Traces, costs: CostTable, held: Held | None = None) -> float:
+    """Speed-up over stock on texts that the bounds were not chosen on: half of them tuned, the other half replayed."""
+    odd = np.arange(traces.num_sequences) % 2 == 1
+    plain = ms = 0.0
+    for part in (odd, ~odd):
+        if part.any() and (~part).any():
+            bounds, _ = tune(traces.of_sequences(part), costs, held, progress=False)
+            found = Replayer(traces.of_sequences(~part), costs).run(bounds)
+            plain, ms = plain + float(found.plain_by_text.sum()), ms + float(found.ms_by_text.sum())
+    return plain / ms if ms else 1.0
+
+
+def _uniform(traces: Traces, held: Held) -> Iterator[SpeculationBounds]:
+    """One threshold for all exits: the paper's policy."""
+    widths = WIDTHS if held.max_draft_tokens is None else (held.max_draft_tokens,)
+    deepest = traces.layers if held.max_exit_layer is None else (held.max_exit_layer,)
+    thresholds = THRESHOLDS if held.exit_threshold is None else (held.exit_threshold,)
+    return (SpeculationBounds(*point) for point in product(thresholds, deepest, widths))
+
+
+def _settings(traces: Traces, held: Held) -> list[Callable[[SpeculationBounds], Iterator[SpeculationBounds]]]:
+    """For each setting that is free: all its values, the others as they are."""
+    deepest = max(traces.layers) if held.max_exit_layer is None else held.max_exit_layer
+    found: list[Callable[[SpeculationBounds], Iterator[SpeculationBounds]]] = []
+
+    def thresholds(bounds: SpeculationBounds, varied: int) -> Iterator[SpeculationBounds]:
+        own = {layer: bounds.threshold(layer) if layer <= bounds.max_exit_layer else OFF for layer in traces.layers}
+        for value in (*THRESHOLDS, OFF):
+            yield replace(bounds, max_exit_layer=deepest, exit_thresholds=own | {varied: value})
+
+    if held.exit_threshold is None:
+        found += [partial(thresholds, varied=layer) for layer in traces.layers if layer <= deepest]
+    if held.max_draft_tokens is None:
+        found.append(lambda bounds: (replace(bounds, max_draft_tokens=width) for width in WIDTHS))
+    found.append(lambda bounds: (replace(bounds, min_survival=survival) for survival in SURVIVALS))
+    found.append(lambda bounds: (replace(bounds, min_draft_survival=survival) for survival in DRAFT_SURVIVALS))
+    return found
+
+
+def _tidy(traces: Traces, bounds: SpeculationBounds, held: Held) -> SpeculationBounds:
+    """The same decisions, said shortly: no deeper than the deepest exit in use, no threshold twice."""
+    used = bounds.exits(traces.layers)
+    deepest = used[-1] if used and held.max_exit_layer is None else bounds.max_exit_layer
+    own = {
+        layer: bounds.threshold(layer)
+        for layer in traces.layers
+        if layer <= deepest and bounds.threshold(layer) != bounds.exit_threshold
+    }
+    return replace(bounds, max_exit_layer=deepest, exit_thresholds=own)

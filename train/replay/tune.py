@@ -1,0 +1,84 @@
+"""`specbound tune`: an adapter's bounds chosen anew, for the costs of one machine.
+
+The traces that were logged when it was fitted are replayed with those costs. Knows no search (`tuning`) and no
+clock (`measure`).
+"""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from runtime import DataError
+from runtime.adapter.folder import Adapter, load_adapter, save_adapter
+from runtime.drafting.policy import SpeculationBounds
+from train.calibration.traces import TRACES_FILE, Traces
+from train.publishing.assembly import write_replayed
+from train.publishing.contents import BENCH_FILE, CALIBRATION_FILE, SPEED_FILE, write_custom_generate
+from train.replay.costs import CostTable
+from train.replay.replay import Replayer
+from train.replay.search import Held, cross_fitted, tune
+from train.replay.variants import ablate
+
+COSTS_FILE = "costs.json"
+
+
+def tune_adapter(folder: Path, costs: CostTable, held: Held, *, traces: Traces | None = None) -> dict[str, Any]:
+    """Choose bounds for these costs and write them, the evidence and the card into an adapter's folder.
+
+    Args:
+        traces: of a workload; by default those logged when the adapter was fitted.
+
+    Returns:
+        JSON values: `before` and `after`, each with its `bounds` and what replay predicts of them, and
+        `cross_fitted_speedup`, predicted on texts that the bounds were not chosen on.
+
+    Raises:
+        DataError: the folder holds no traces, or none that fit the adapter.
+        AdapterError: the folder is not an adapter, or cannot be written.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: give a copy of the adapter that can be written")
+    adapter = load_adapter(folder)
+    if traces is None:
+        traces = Traces.read(folder / TRACES_FILE, weights_sha256=adapter.config.weights_sha256)
+    if set(traces.layers) - {0} != set(adapter.config.exit_layers) or costs.num_hidden_layers != (
+        adapter.config.num_hidden_layers
+    ):
+        raise DataError(f"{folder}: traces, costs and adapter are not of the same exits and layers: fit it again")
+    before = adapter.config.bounds
+    after, replayed = tune(traces, costs, held)
+    found = {
+        "before": _described(before, Replayer(traces, costs).run(before).describe(costs)),
+        "after": _described(after, replayed.describe(costs)),
+        "cross_fitted_speedup": cross_fitted(traces, costs, held),
+    }
+    _rewrite(folder, replace(adapter, config=replace(adapter.config, bounds=after)), traces, costs, found)
+    return found
+
+
+def _described(bounds: SpeculationBounds, predicted: dict[str, Any]) -> dict[str, Any]:
+    fields = asdict(bounds)
+    fields["exit_thresholds"] = {str(layer): value for layer, value in bounds.exit_thresholds.items()}
+    return {"bounds": fields} | predicted
+
+
+def _rewrite(folder: Path, adapter: Adapter, traces: Traces, costs: CostTable, found: dict[str, Any]) -> None:
+    """The same folder with other bounds: whole or not at all; speeds measured with the old ones go."""
+    calibrated = json.loads((folder / CALIBRATION_FILE).read_text(encoding="utf-8"))
+    calibrated |= {
+        "replay": {key: value for key, value in found["after"].items() if key != "bounds"},
+        "ablations": ablate(traces, adapter.config.bounds, costs),
+        "tuned": found,
+    }
+
+    def others(unfinished: Path) -> None:
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in (SPEED_FILE, BENCH_FILE) and not (unfinished / path.name).exists():
+                shutil.copyfile(path, unfinished / path.name)
+        write_custom_generate(unfinished)
+        costs.write(unfinished / COSTS_FILE)
+        write_replayed(unfinished, traces, costs, adapter.config, calibrated)
+
+    save_adapter(adapter, folder, extra=others)

@@ -1,0 +1,79 @@
+"""Traces of a workload of one's own: the base answers the prompts, and every source is asked at every position.
+
+Knows no bounds: those the adapter has only make the answers come faster.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from runtime.decoding.draft import HeadDrafter
+from runtime.errors import ConfigError
+from train.calibration.calibration import LOOKUP_LAYER
+from train.calibration.exit_log import Logged
+from train.calibration.lookup_traces import LookupTraces
+from train.calibration.temperatures import require_positions
+from train.calibration.traces import Traces
+from train.features.extractor import FeatureExtractor
+from train.features.vocabulary import target_to_draft
+
+
+def log_workload(model: Any, prompts: Sequence[Tensor], *, max_new_tokens: int) -> Traces:
+    """Traces of the base's own greedy answers.
+
+    Args:
+        model: as `load_specbound` returns it.
+        prompts: token ids, each of shape [1, T], int64.
+
+    Raises:
+        DataError: too little text comes of it.
+        ConfigError: the model drafts with something other than an adapter's heads.
+    """
+    rows = []
+    for prompt in tqdm(prompts, "answer", unit="prompt"):
+        text = model.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)[0].tolist()
+        rows.append((text[: prompt.shape[1]], text[prompt.shape[1] :]))
+    require_positions(sum(len(response) for _, response in rows))
+    return log_texts(model, rows)
+
+
+@torch.no_grad()
+def log_texts(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Traces:
+    """Traces of texts that are the base's own.
+
+    Args:
+        model: as `load_specbound` returns it.
+        rows: (prompt ids, response ids) of each.
+
+    Raises:
+        ConfigError: the model drafts with something other than an adapter's heads.
+    """
+    drafter, layers = model.specbound.drafter, model.specbound.layers
+    if not isinstance(drafter, HeadDrafter):
+        raise ConfigError("traces are logged of an adapter's heads: load the model with load_specbound")
+    exits = drafter.heads.exit_layers
+    extract = FeatureExtractor(layers, exits, top_k=1)
+    vocab_size = model.specbound.config.vocab_size
+    known = torch.arange(vocab_size) if drafter.draft_to_target is None else torch.tensor(drafter.draft_to_target)
+    features = (extract([row]) for row in tqdm(rows, "trace", unit="text"))
+    found = Logged.collect(
+        features,
+        drafter.heads,
+        drafter.unembedding,
+        target_to_draft(known, vocab_size).to(layers.device),
+        temperatures=drafter.temperatures.temperatures,
+        ages=drafter.heads.ages,
+    )
+    sure, uncalibrated, right = found.sure, found.uncalibrated, found.right
+    after_wrong = None
+    if drafter.lookup is not None:
+        looked_up = LookupTraces.collect(rows, found.targets.tolist())
+        by_lookup = {LOOKUP_LAYER: looked_up.confidences(drafter.lookup)}
+        sure, uncalibrated, right = sure | by_lookup, uncalibrated | by_lookup, right | {LOOKUP_LAYER: looked_up.right}
+        after_wrong = looked_up.confidences_after_wrong(drafter.lookup)
+    lengths = np.array([len(prompt) for prompt, _ in rows])
+    return Traces.join(sure, right, found.sequence, lengths, uncalibrated, after_wrong)

@@ -1,0 +1,1 @@
+"""The settings of a fit: the recipe file and the flags."""

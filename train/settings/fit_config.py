@@ -1,0 +1,202 @@
+"""The settings of a fit: one flat dataclass for the recipe file and the flags, parsed and checked.
+
+`--config FILE.yaml` comes first and flags override it. Of the model it knows only depth and vocabulary size.
+"""
+
+# No postponed annotations: HfArgumentParser makes the flags from the types themselves.
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn, get_type_hints
+
+from transformers import HfArgumentParser
+
+from runtime.drafting.heads import HEAD_KINDS
+from runtime.errors import ConfigError
+from train.settings.recipe import nearest, read_recipe, refuse_unknown
+
+CHOICES = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "chat_template": ("auto", "none"),
+    "head": HEAD_KINDS,
+    "features": ("online", "cache"),
+    "schedule": ("auto", "linear", "fitted", "monotone", "none"),
+}
+
+# Numbers that may be 0, and fractions; all others must be above 0, but for max_steps.
+_RANGES = {"draft_vocab_size": (0, math.inf), "weight_decay": (0, math.inf), "kl_weight": (0, math.inf)}
+_RANGES |= {
+    "seed": (0, 2**32 - 1),
+    "sample_fraction": (0, 1),
+    "warmup_ratio": (0, 1),
+    "exit_threshold": (0, 1),
+}
+_RANGES |= {"max_skipped_batches": (0, math.inf), "calibration_fraction": (0, 1), "held_out_fraction": (0, 1)}
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """The settings of a fit. Lengths are in tokens; an exit at layer l reads the output of l decoder layers.
+
+    `sources` maps each field to where its value came from: default, file or flag.
+    """
+
+    model_name_or_path: str = field(metadata=_help("base model: Hub id or folder"))
+    model_revision: str | None = field(default=None, metadata=_help("branch, tag or commit of the base"))
+    dtype: str = field(default="bfloat16", metadata=_help("of the base: float32, bfloat16 or float16"))
+    prompts: list[str] = field(metadata=_help("files (.jsonl, .json) or data sets (name or name:split)"))
+    prompt_limit: int | None = field(default=None, metadata=_help("most prompts read from each source"))
+    generator: str | None = field(default=None, metadata=_help("URL of an OpenAI-compatible engine that answers"))
+    evaluation_files: list[str] = field(default_factory=list, metadata=_help("drop prompts like theirs"))
+    corpus_dir: str | None = field(default=None, metadata=_help("default: output_dir/corpus"))
+    calibration_fraction: float = field(default=0.1, metadata=_help("of the prompts, by hash"))
+    held_out_fraction: float = field(default=0.1, metadata=_help("of the prompts, by hash"))
+    max_new_tokens: int = field(default=128, metadata=_help("longest answer"))
+    max_prompt_tokens: int = field(default=1024, metadata=_help("longer prompts are skipped"))
+    generation_batch_size: int = field(default=32, metadata=_help("prompts answered at a time"))
+    sample_fraction: float = field(default=0.0, metadata=_help("of the prompts, sampled; others are greedy"))
+    temperature: float = field(default=1.0, metadata=_help("of the sampled answers"))
+    top_p: float = field(default=1.0, metadata=_help("of the sampled answers"))
+    chat_template: str = field(default="auto", metadata=_help("auto (the tokenizer's) or none (plain text)"))
+
+    exit_layers: list[int] = field(metadata=_help("exits after so many decoder layers"))
+    head: str = field(default="deep", metadata=_help("deep, residual, linear or lora"))
+    head_rank: int = field(default=256, metadata=_help("inner width of a head"))
+    draft_vocab_size: int = field(default=8192, metadata=_help("tokens a head can draft; 0: all"))
+
+    output_dir: str = field(metadata=_help("adapter, checkpoints and logs"))
+    features: str = field(default="online", metadata=_help("hidden states: online, or cache on disk"))
+    per_device_train_batch_size: int = field(default=8, metadata=_help("sequences"))
+    gradient_accumulation_steps: int = field(default=1, metadata=_help("batches per step"))
+    num_train_epochs: float = field(default=3.0, metadata=_help("passes over the fit split"))
+    max_steps: int = field(default=-1, metadata=_help("if above 0, overrides num_train_epochs"))
+    learning_rate: float = field(default=1e-3, metadata=_help("the highest, after warm-up"))
+    weight_decay: float = field(default=0.01, metadata=_help("of AdamW"))
+    warmup_ratio: float = field(default=0.05, metadata=_help("of the steps"))
+    max_grad_norm: float = field(default=1.0, metadata=_help("gradients are clipped to it"))
+    max_skipped_batches: int = field(default=10, metadata=_help("more batches that give no finite loss: an error"))
+    kl_weight: float = field(default=0.5, metadata=_help("weight of the divergence from the base"))
+    teacher_top_k: int = field(default=32, metadata=_help("tokens of the base's distribution kept"))
+    max_length: int = field(default=1024, metadata=_help("of prompt and response; the right end is cut"))
+    seed: int = field(default=0, metadata=_help("of heads, order and sampling"))
+    logging_steps: int = field(default=10, metadata=_help("steps between log lines"))
+    save_steps: int = field(default=200, metadata=_help("steps between checkpoints"))
+    save_total_limit: int = field(default=2, metadata=_help("checkpoints kept"))
+    load_best_model_at_end: bool = field(default=True, metadata=_help("else the adapter is made from the last step"))
+    resume_from_checkpoint: str | None = field(default=None, metadata=_help("latest, or a checkpoint folder"))
+    report_to: list[str] = field(default_factory=list, metadata=_help("trackers, such as tensorboard"))
+
+    schedule: str = field(default="auto", metadata=_help("exit temperatures: auto, linear, fitted, monotone, none"))
+    exit_threshold: float | None = field(default=None, metadata=_help("default: chosen on calibration data"))
+    max_exit_layer: int | None = field(default=None, metadata=_help("deepest exit used"))
+    max_draft_tokens: int | None = field(default=None, metadata=_help("longest draft"))
+
+    license: str | None = field(default=None, metadata=_help("licence of the adapter"))
+    push_to_hub: bool = field(default=False, metadata=_help("publish the adapter, privately, when it is done"))
+    hub_model_id: str | None = field(default=None, metadata=_help("where to: ORG/NAME"))
+
+    sources: dict[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    @property
+    def corpus_path(self) -> Path:
+        """The corpus folder: `corpus_dir`, or `corpus` in the output folder."""
+        return Path(self.corpus_dir or Path(self.output_dir) / "corpus")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message}; see --help")
+
+
+def parse_config(argv: Sequence[str]) -> FitConfig:
+    """The settings from flags and, for those not given as flags, from the YAML file named by `--config`.
+
+    Args:
+        argv: the command line without the program's name.
+
+    Raises:
+        ConfigError: an unknown or wrongly typed key or flag, a missing setting, or an unreadable file.
+    """
+    pre_parser = _Parser(add_help=False, allow_abbrev=False)
+    pre_parser.add_argument("--config")
+    chosen, rest = pre_parser.parse_known_args(argv)
+    types = {name: kind for name, kind in get_type_hints(FitConfig).items() if name != "sources"}
+    flags = {part[2:].split("=")[0].replace("-", "_") for part in rest if part.startswith("--")}
+    flags -= {"help"}
+    refuse_unknown(flags, known=types, where="command line", prefix="--")
+    values = read_recipe(Path(chosen.config), types=types) if chosen.config is not None else {}
+    parser = _Parser([FitConfig], allow_abbrev=False)  # type: ignore[list-item]
+    parser.add_argument("--config", help="recipe: a YAML file of these settings; flags override it")
+    parser.set_defaults(**values)
+    for action in parser._actions:  # argparse asks for a required flag even where it has a default
+        action.required = action.required and action.dest not in values
+    config, _, extra = parser.parse_args_into_dataclasses(
+        rest, look_for_args_file=False, return_remaining_strings=True
+    )
+    if extra:
+        raise ConfigError(f"command line: {extra[0]!r} belongs to no flag; give a recipe as --config FILE")
+    assert isinstance(config, FitConfig)
+    for name in types:
+        config.sources[name] = "flag" if name in flags else "file" if name in values else "default"
+    if config.report_to == ["none"]:
+        config.report_to.clear()
+    return config
+
+
+def validate(config: FitConfig) -> None:
+    """Check all that needs no model.
+
+    Raises:
+        ConfigError: a value out of its range; names the field, the value and what was expected.
+    """
+    for name, choices in CHOICES.items():
+        value = getattr(config, name)
+        _require(value in choices, name, value, f"one of {', '.join(choices)}{nearest(value, choices)}")
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            _require(math.isfinite(value), entry.name, value, "a finite number")
+            if entry.name in _RANGES:
+                low, high = _RANGES[entry.name]
+                bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+                _require(low <= value <= high, entry.name, value, bound)
+            elif entry.name != "max_steps":
+                _require(value > 0, entry.name, value, "a number above 0")
+    _require(config.max_steps == -1 or config.max_steps > 0, "max_steps", config.max_steps, "-1 or above 0")
+    for name in ("model_name_or_path", "output_dir", "prompts"):
+        _require(bool(getattr(config, name)), name, getattr(config, name), "a value that is not empty")
+    _require(config.top_p <= 1, "top_p", config.top_p, "at most 1")
+    parts = (config.calibration_fraction, config.held_out_fraction)
+    _require(sum(parts) < 1, "calibration_fraction and held_out_fraction", parts, "a sum below 1")
+    _require(not config.push_to_hub or bool(config.hub_model_id), "hub_model_id", None, "ORG/NAME, with push_to_hub")
+    layers = config.exit_layers
+    right = bool(layers) and layers[0] >= 1 and layers == sorted(set(layers))
+    _require(right, "exit_layers", layers, "layers from 1 on, each once, in rising order, such as [4, 8]")
+    deepest = config.max_exit_layer
+    _require(deepest is None or deepest >= layers[0], "max_exit_layer", deepest, f"at least {layers[0]}")
+
+
+def validate_against_model(config: FitConfig, *, num_hidden_layers: int, vocab_size: int) -> None:
+    """Check what depends on the base's depth and vocabulary.
+
+    Raises:
+        ConfigError: as for `validate`, which comes first.
+    """
+    last = num_hidden_layers - 1
+    layers, deepest, size = config.exit_layers, config.max_exit_layer, config.draft_vocab_size
+    _require(layers[-1] <= last, "exit_layers", layers, f"layers in 1 to {last} of a model of {last + 1}")
+    _require(deepest is None or deepest <= last, "max_exit_layer", deepest, f"at most {last}")
+    _require(size <= vocab_size, "draft_vocab_size", size, f"at most the model's {vocab_size}, or 0 for all")
+    kept = config.teacher_top_k
+    _require(kept <= vocab_size, "teacher_top_k", kept, f"at most the model's {vocab_size} tokens")
+
+
+def _require(right: bool, name: str, value: object, expected: str) -> None:
+    if not right:
+        raise ConfigError(f"{name}: expected {expected}; got {value!r}")
