@@ -169,9 +169,16 @@ def test_code_of_others_decodes_by_stocks_loop(model: Any, name: str, caplog: py
 
 
 def test_negative_control_code_of_others(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.handle.why_stock", lambda model: None)
-    CHANGES["hook on the model"](model)
-    assert not same(model)
+    """A hook that does nothing while it is probed, and flips the logits afterwards."""
+    armed: list[int] = []
+    model.register_forward_hook(lambda s, a, o: setattr(o, "logits", -o.logits) if armed else None)
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.handle.why_stock", lambda model: None)
+        assert same(model) and speculated(model)
+        armed.append(1)
+        assert not same(model)
+    model.specbound._forget()
+    assert same(model) and not speculated(model)
 
 
 def reheaded(model: Any) -> None:
@@ -181,6 +188,7 @@ def reheaded(model: Any) -> None:
 def relayered(model: Any) -> None:
     model.model.layers[2] = copy.deepcopy(model.model.layers[3])
     model.model.layers[2].self_attn.layer_idx = 2
+    model.model.layers[2].self_attn.config = model.config  # a copy of it would attend in another way than the rest
 
 
 @pytest.mark.parametrize("change", [reheaded, relayered])

@@ -36,6 +36,8 @@ _CLASS_DATA = frozenset(
     "__module__ __qualname__ __doc__ __dict__ __weakref__ __annotations__ __init__ __firstlineno__"
     " __static_attributes__ __abstractmethods__ _abc_impl __parameters__ __annotate_func__ __annotations_cache__".split()
 )
+# What computes the same in training mode; a LoRA added after load is in it, and its dropout is a module of its own.
+_SAME_IN_TRAINING = (nn.Linear, nn.Embedding, nn.Identity, nn.ModuleDict, nn.ModuleList, nn.ParameterDict)
 _SIMPLE = (int, float, str, bool, type(None), torch.dtype)
 _ENVIRONMENT = ("ONEDNN_", "DNNL_", "MKL_", "ATEN_", "CUBLAS_", "NVIDIA_TF32")
 
@@ -162,7 +164,7 @@ def _own_code(model: Any) -> str | None:
 def _why_not_module(module: nn.Module) -> str | None:
     """What of a module, of whatever kind, may do otherwise than its class says; None for nothing."""
     kind, values = type(module), module.__dict__
-    if module.training:
+    if module.training and not isinstance(module, _SAME_IN_TRAINING) and not kind.__module__.startswith("peft."):
         return "is in training mode"
     if values.get("_compiled_call_impl") is not None or kind.__module__.startswith(OTHER_RUNNERS):
         return "is compiled or run by a wrapper"
@@ -179,7 +181,9 @@ def _why_not_module(module: nn.Module) -> str | None:
                 return "has a forward of its own"
         elif name not in _INTERNAL and callable(value) and not _only_moves(module) and not _is_stock(value):
             return f"has a {name} of its own"
-    if any(tensor.is_meta for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None):
+    if any(
+        tensor.is_meta for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None
+    ):
         return "has weights that are not in memory"
     return None
 
