@@ -9,6 +9,7 @@ own (beam search, assisted decoding), run stock's loop, with one warning. Knows 
 import logging
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from runtime.decoding.rounds import decode
 from runtime.decoding.state import DecodeState
 from runtime.errors import SpecBoundError
 from runtime.exact.execution import execution
+from runtime.exact.running import STOCK
 from runtime.handle import SpecBound
 from runtime.stats import SpeculationStats
 
@@ -52,21 +54,45 @@ def attach(model: Any, specbound: SpecBound) -> PreTrainedModel:
     """
     if hasattr(model, "specbound"):
         raise SpecBoundError("this model already has an adapter: call runtime.detach(model) first")
-    stock = type(model)
-    # The name, module and signature stay the base's: transformers looks models up by them.
-    namespace = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    namespace |= {"_sample": _sample} | {name: _plain_mode(name, mode) for name, mode in PLAIN_MODES.items()}
-    model.__class__ = type(stock.__name__, (stock,), namespace)
+    model.__class__ = speculating(type(model))
     model.specbound = specbound
     attached: PreTrainedModel = model
     return attached
+
+
+@cache
+def speculating(stock: type) -> type:
+    """The subclass of a model's class whose loops are ours; one for all models of that class."""
+    # The name, module and signature stay the base's: transformers looks models up by them.
+    namespace = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+    namespace |= {STOCK: stock, "_sample": _sample, "__reduce_ex__": _reduce}
+    namespace |= {name: _plain_mode(name, mode) for name, mode in PLAIN_MODES.items()}
+    return type(stock.__name__, (stock,), namespace)
+
+
+def stock_class(model: Any) -> Any:
+    """The class that a model with an adapter had before."""
+    return next(kind.__dict__[STOCK] for kind in type(model).__mro__ if STOCK in kind.__dict__)
+
+
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+    """For pickles and copies, which find classes by name: the stock class, made speculating again."""
+    return _rebuild, (stock_class(self),), self.__dict__
+
+
+def _rebuild(stock: Any) -> Any:
+    """An empty model of the speculating class."""
+    model = stock.__new__(stock)
+    model.__class__ = speculating(stock)
+    return model
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `attach`: the model is what it was."""
     if hasattr(model, "specbound"):
         del model.specbound
-        model.__class__ = type(model).__mro__[1]
+        if STOCK in type(model).__dict__:
+            model.__class__ = stock_class(model)
     return model
 
 
@@ -84,15 +110,16 @@ def _sample(
     """Greedy and sampled decoding of `generate`, with speculation where it keeps every bit."""
     specbound: SpecBound = self.specbound
     reason = _plain_reason(self, input_ids, generation_config, synced_gpus, model_kwargs)
-    speculating = reason is None and specbound.enabled
-    with specbound.exclusive(speculating=speculating):
-        if speculating:
-            emitter = TargetEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-            return _speculate(self, specbound, emitter, generation_config, model_kwargs)
-        if specbound.enabled:
-            specbound.warn_plain(str(reason))
-        stock: Any = type(self).__mro__[1]
-        plain: Tensor = stock._sample(
+    if specbound.enabled and reason is None:
+        with specbound.exclusive(speculating=True):
+            reason = specbound.why_stock(self)
+            if reason is None:
+                emitter = TargetEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+                return _speculate(self, specbound, emitter, generation_config, model_kwargs)
+    if specbound.enabled:
+        specbound.warn_plain(str(reason))
+    with specbound.exclusive(speculating=False):
+        plain: Tensor = stock_class(self)._sample(
             self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
             **model_kwargs,
         )  # fmt: skip
@@ -107,7 +134,7 @@ def _plain_mode(name: str, mode: str) -> Callable[..., Any]:
         if specbound.enabled:
             specbound.warn_plain(f"it asks for {mode}")
         with specbound.exclusive(speculating=False), specbound.disabled():
-            return getattr(type(self).__mro__[1], name)(self, *args, **kwargs)
+            return getattr(stock_class(self), name)(self, *args, **kwargs)
 
     return run
 
@@ -129,18 +156,22 @@ def _speculate(
         outputs = model._prefill(emitter.input_ids, generation_config, model_kwargs)
     stock_cache: DynamicCache = outputs.past_key_values
     capacity = stock_cache.get_seq_length() + min(emitter.remaining, 1024) + bounds.max_draft_tokens
-    cache = specbound.cache_of(stock_cache, capacity)
+    kv = specbound.cache_of(stock_cache, capacity)
+    prompt_length = kv.get_seq_length()
     positions = model_kwargs.get("position_ids")
-    offset = 0 if positions is None else int(positions[0, -1]) + 1 - cache.get_seq_length()
+    offset = 0 if positions is None else int(positions[0, -1]) + 1 - prompt_length
     known = emitter.input_ids[0].tolist()
     deep = top[-1] if top else None
-    state = DecodeState(specbound.layers, cache, known, deep=deep, position_offset=offset)
-    with execution(model, policy, specbound.packed):
-        drafter, stats, controller = specbound.drafter, specbound.stats, specbound.controller
-        on_round = getattr(emitter.streamer, "end_round", None)  # a streamer may ask what became of the drafts
-        decode(state, outputs.logits[:, -1], drafter, bounds, emitter, stats, controller, on_round)
-    if generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False):
-        cache.copy_to(stock_cache)
+    state = DecodeState(specbound.layers, kv, known, deep=deep, position_offset=offset)
+    try:
+        with execution(model, policy, specbound.packed):
+            drafter, stats, controller = specbound.drafter, specbound.stats, specbound.controller
+            on_round = getattr(emitter.streamer, "end_round", None)  # a streamer may ask what became of the drafts
+            decode(state, outputs.logits[:, -1], drafter, bounds, emitter, stats, controller, on_round)
+    finally:  # also where a streamer, a criterion or the user interrupts: the rows that stock would have left
+        if generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False):
+            kv.crop(prompt_length + max(0, emitter.begun - 1))
+            kv.copy_to(stock_cache)
     specbound.stats.unpromised = emitter.unpromised
     specbound.stats.seconds = time.perf_counter() - started
     return emitter.finish(stock_cache)

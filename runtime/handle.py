@@ -2,12 +2,12 @@
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from runtime.adapter.config import SpecBoundConfig
@@ -22,12 +22,14 @@ from runtime.exact.certificate import Certificate
 from runtime.exact.execution import ExecutionPolicy
 from runtime.exact.packed import PackedLinears
 from runtime.exact.probe import certify
+from runtime.exact.running import settings, structure, tensors, why_stock
 from runtime.exact.static import StaticCache, addresses, why_not
 from runtime.stats import SpeculationStats
 
 logger = logging.getLogger(__name__)
 
 EXACTNESS = ("bitwise", "batched")
+_KEPT: Any = object()
 
 
 class SpecBound:
@@ -70,41 +72,88 @@ class SpecBound:
         self.static: StaticCache | None = None
         self.controller: Controller | None = None
         self.stats = SpeculationStats()
-        self.enabled = True
+        self._disabled = 0
         self.source: tuple[str, str | None] | None = None
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._generating: Counter[int] = Counter()  # plain calls by thread
         self._speculating = False
         self._warned: set[str] = set()
+        self._forget()
+        self._addresses: tuple[int, ...] = ()
+
+    def _forget(self) -> None:
+        """Nothing that was found out about the model holds any more."""
+        self._structure: tuple[Any, ...] = ()
+        self._tensors: tuple[Any, ...] = ()
+        self._stock: str | None = None
+        self._drafter_on: Any = None
         self._certified_for: tuple[object, ...] = ()
         self._certified_width = 0
-        self._addresses: tuple[int, ...] = ()
-        self._drafter_on: tuple[object, ...] = ()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether `generate` speculates; not while `disabled` is open anywhere."""
+        return self._disabled == 0
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._disabled = 0 if value else 1
 
     def __getstate__(self) -> dict[str, Any]:
-        """For `copy.deepcopy` of the model: all but the lock, and what was made for the weights where they lie now."""
-        state = self.__dict__ | {"packed": None, "_certified_for": (), "_drafter_on": (), "_speculating": False}
-        state["static"] = None
+        """For copies and pickles of the model: all but the lock, and what was made for the weights where they lie now."""
+        state = self.__dict__ | {"packed": None, "static": None, "_speculating": False, "_generating": Counter()}
+        state |= {"_structure": (), "_tensors": (), "_certified_for": (), "_drafter_on": None}
         del state["_lock"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
 
     def prepare(self, model: PreTrainedModel) -> tuple[ExecutionPolicy, SpeculationBounds]:
         """How to run and how far to draft on the model as it is now; probes it where that was not done yet.
 
-        Bits depend on device, dtype, threads and attention, any of which the user may change between calls.
+        Bits depend on the code that runs, weights, device, dtype, threads and attention, any of which the user may
+        change between calls. Where `why_stock` has a reason, nothing may be drafted.
         """
-        where = (model.device, model.dtype)
-        if where != self._drafter_on:
-            self.drafter = self.drafter.on(self.layers)
-            self._drafter_on = where
+        self.why_stock(model)
+        assert self.certificate is not None
+        width = self.bounds.max_draft_tokens + 1
+        limit = min(width, self.certificate.max_width) - 1
+        return self.certificate.policy, replace(self.bounds, max_draft_tokens=limit)
+
+    def why_stock(self, model: PreTrainedModel) -> str | None:
+        """Why the model as it is now must decode by stock's own loop; None where it may speculate, and is ready to."""
+        self._look(model)
+        if self._stock is None and self._drafter_on is not self.drafter:
+            self.drafter = self._drafter_on = self.drafter.on(self.layers)
+        if self._stock is None:
+            self._certify(model)
+            assert self.certificate is not None
+            if self.exactness == "bitwise" and not self.certificate.bitwise:
+                return f"no way to run blocks keeps every bit on this machine: {self.certificate}"
+        return self._stock
+
+    def _look(self, model: PreTrainedModel) -> None:
+        """Drop all that was made of the model as it was, where it is not that any more."""
+        code = structure(model), settings()
+        held = tensors(model)
+        if code == self._structure and held == self._tensors and (self.packed is None or self.packed.current()):
+            return
+        self._forget()
+        self.packed = None
+        self._structure, self._tensors = code, held
+        self._stock = why_stock(model)
+        if self._stock is None and len(model_layers := DecoderLayers(model).layers) != self.layers.num_layers:
+            self._stock = f"it has {len(model_layers)} layers, its adapter is for {self.layers.num_layers}"
+        if self._stock is None:
+            self.layers = DecoderLayers(model)
+
+    def _certify(self, model: PreTrainedModel) -> None:
+        """Probe the model, or read its certificate, where that was not done for it as it is."""
         width = self.bounds.max_draft_tokens + 1
         static = self._may_be_static(model)
-        now = (*where, torch.get_num_threads(), model.config._attn_implementation, static)
-        if self.packed is not None and not self.packed.current():  # the weights are no longer those copied
-            self.packed, self._certified_for = None, ()
+        now = (self.exactness, static)
         if self.certificate is None or now != self._certified_for or width > self._certified_width:
             packed = self.packed or PackedLinears.of(model)
             self.static = None  # recorded under the policy before
@@ -115,10 +164,6 @@ class SpecBound:
                 self._warn("no graphs, because on this machine they have other bits; exactness='batched' takes them")
             self.packed = packed if self.certificate.policy.packed_rows else None
             self._certified_for, self._certified_width = now, width
-            if self.certificate.max_width < width:
-                logger.warning("SpecBound: nothing is drafted on this machine. %s.", self.certificate)
-        limit = min(width, self.certificate.max_width) - 1
-        return self.certificate.policy, replace(self.bounds, max_draft_tokens=limit)
 
     def _may_be_static(self, model: PreTrainedModel) -> bool:
         """Whether graphs are asked for and possible; drops those recorded where the weights no longer are."""
@@ -150,32 +195,59 @@ class SpecBound:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """While open, `generate` is plain decoding."""
-        before, self.enabled = self.enabled, False
+        with self._lock:
+            self._disabled += 1
         try:
             yield
         finally:
-            self.enabled = before
+            with self._lock:
+                self._disabled -= 1
+
+    @contextmanager
+    def using(
+        self,
+        *,
+        bounds: SpeculationBounds = _KEPT,
+        drafter: Drafter = _KEPT,
+        controller: Controller | None = _KEPT,
+        exactness: str = _KEPT,
+    ) -> Iterator[None]:
+        """While open, these stand in the place of the handle's own; afterwards all is as before."""
+        given = {"bounds": bounds, "drafter": drafter, "controller": controller, "exactness": exactness}
+        if exactness is not _KEPT and exactness not in EXACTNESS:
+            raise ConfigError(f"exactness is {exactness!r}: expected one of {', '.join(EXACTNESS)}")
+        before = {name: getattr(self, name) for name in given}
+        self.__dict__.update({name: value for name, value in given.items() if value is not _KEPT})
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
 
     @contextmanager
     def exclusive(self, *, speculating: bool) -> Iterator[None]:
         """Hold the model: while it speculates, its modules run blocks their own way, so nobody else may use them.
 
-        Plain modes may call `generate` again, as assisted decoding does for its drafts.
+        Plain calls may run beside one another, in one thread or many, as stock's do.
 
         Raises:
-            SpecBoundError: another thread generates, or this one does from inside a speculating call.
+            SpecBoundError: a call speculates already, or this one would while another thread generates.
         """
-        if not self._lock.acquire(blocking=False):
-            raise SpecBoundError("this model is generating already: give each thread its own model, or wait")
-        if self._speculating:
-            self._lock.release()
-            raise SpecBoundError("this model is generating already: call generate again after it returns")
-        self._speculating = speculating
+        me = threading.get_ident()
+        with self._lock:
+            others = any(thread != me for thread in self._generating)
+            if self._speculating or (speculating and others):
+                raise SpecBoundError(
+                    "this model is generating already: give each thread its own model, or call generate again after"
+                    " it returns"
+                )
+            self._speculating = speculating
+            self._generating[me] += 1
         try:
             yield
         finally:
-            self._speculating = False
-            self._lock.release()
+            with self._lock:
+                self._speculating = False
+                self._generating -= Counter([me])
 
     def warn_plain(self, reason: str) -> None:
         """Say once why a call runs as plain decoding."""

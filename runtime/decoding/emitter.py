@@ -22,6 +22,7 @@ class TargetEmitter:
     Attributes:
         largest_shift: how far the logits given may be from those of plain decoding; 0 where they are its bits.
         unpromised: tokens that plain decoding may have chosen otherwise for that reason.
+        begun: tokens whose choice has begun; one more than `emitted` where a processor failed.
         emitted: tokens so far.
     """
 
@@ -39,6 +40,7 @@ class TargetEmitter:
         self.streamer = streamer
         self.largest_shift = 0.0
         self.unpromised = 0
+        self.begun = 0
         self.emitted = 0
         self.do_sample = generation_config.do_sample
         self.return_dict = generation_config.return_dict_in_generate
@@ -58,6 +60,7 @@ class TargetEmitter:
 
     def emit(self, logits: Tensor) -> tuple[int, bool]:
         """Choose the next token from target logits [1, V] on the text so far; whether generation stops with it."""
+        self.begun += 1
         logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
         scores: Any = self.processors(self.input_ids, logits)
         if self.scores is not None:

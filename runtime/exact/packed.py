@@ -5,7 +5,6 @@ the model's own Linears is the probe's business; what packs is bfloat16 on a CPU
 not public: where they are missing nothing is packed. Knows no policy and no probe.
 """
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -15,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from runtime.exact.running import checksum
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,19 @@ MIN_WEIGHTS = 2**14
 MEMORY_SHARE = 0.25
 
 Forward = Callable[..., Tensor]
-Key = tuple[tuple[int, int], ...]
+Key = tuple[object, ...]
+
+
+def reorder(weight: Tensor) -> Tensor:
+    """A weight in oneDNN's own layout; the tests put a copy in its place."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, LAYOUT_ROWS)
+    return packed
+
+
+def multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A Linear from a weight in that layout."""
+    output: Tensor = torch.ops.mkldnn._linear_pointwise.default(hidden, weight, bias, "none", [], "")
+    return output
 
 
 class JointLinear:
@@ -41,22 +54,19 @@ class JointLinear:
         self.sizes = [module.weight.shape[0] for module in modules]
         self.shape = (sum(self.sizes), modules[0].weight.shape[1])
         weight = torch.cat([module.weight.detach() for module in modules])
-        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, LAYOUT_ROWS)
+        self._weight = reorder(weight)
         self._bias = None if modules[0].bias is None else torch.cat([module.bias.detach() for module in modules])
-        self._multiply = torch.ops.mkldnn._linear_pointwise.default  # looked up once
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Outputs of all modules, shape [..., sum of their sizes], of hidden states [..., in]."""
-        output: Tensor = self._multiply(hidden, self._weight, self._bias, "none", [], "")
-        return output
+        return multiply(hidden, self._weight, self._bias)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
-        """A copy of a Linear that runs packed runs from its own weights: the layout cannot be copied."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or pickle of a Linear that runs packed runs from its own weights: the layout cannot be copied."""
         (module,) = self.modules
-        copied = copy.deepcopy(module, memo)
-        return partial(type(copied).forward, copied)
+        return partial, (type(module).forward, module)
 
     def forwards(self, call: Forward) -> list[Forward]:
         """A `forward` for each module, of which one call of `call` (this object, maybe in rows) serves all."""
@@ -119,6 +129,8 @@ def _is_packable(module: nn.Module) -> bool:
     return (
         type(module) is nn.Linear
         and "forward" not in module.__dict__
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and (module.bias is None or module.bias.dtype == torch.bfloat16)
         and module.weight.dtype == torch.bfloat16
         and module.weight.device.type == "cpu"
         and not module.weight.is_inference()
@@ -160,8 +172,12 @@ def _has_operators() -> bool:
 
 
 def _key(groups: Sequence[Sequence[Any]]) -> Key:
-    """Where the weights lie and how often they were written."""
-    return tuple((module.weight.data_ptr(), module.weight._version) for group in groups for module in group)
+    """Where the weights and biases lie, how often they were written, and what they are, to the bit.
+
+    A write through `.data` changes no pointer and no version, so all bits are read.
+    """
+    held = [tensor for group in groups for module in group for tensor in (module.weight, module.bias)]
+    return tuple((tensor.data_ptr(), tensor._version, checksum(tensor)) for tensor in held if tensor is not None)
 
 
 def _free_memory() -> int:

@@ -9,9 +9,9 @@ import pytest
 from runtime.drafting.policy import SpeculationBounds
 from runtime.errors import DataError
 from train.calibration.traces import Traces
+from train.replay import search as tuning
 from train.replay.costs import CostTable
 from train.replay.replay import Replayer
-from train.replay import search as tuning
 from train.replay.search import OFF, WIDTHS, Held, cross_fitted, tune
 from train.replay.variants import FULL, UNCALIBRATED, ablate
 

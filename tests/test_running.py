@@ -1,0 +1,289 @@
+"""Whatever is done to the model after load: ids stay those of its own plain decoding, or it decodes plainly."""
+
+import copy
+import io
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from runtime import SpecBoundError, SpeculationBounds, detach
+from runtime.exact import packed, running
+from runtime.generate import attach
+from runtime.handle import SpecBound
+from tests.helpers.fake_heads import FakeHeads
+
+PROMPT = torch.tensor([[5, 17, 33, 8, 5, 17, 60]])
+GREEDY = {"max_new_tokens": 24, "do_sample": False}
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "attention_bias": True, "mlp_bias": True}
+pytestmark = pytest.mark.usefixtures("own_certificates")
+
+
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing on any machine: copies of the weights take the place of oneDNN's."""
+    monkeypatch.setattr(packed, "_has_operators", lambda: True)
+    monkeypatch.setattr(packed, "reorder", lambda weight: weight.clone())
+    monkeypatch.setattr(packed, "multiply", nn.functional.linear)
+
+
+@pytest.fixture
+def model(make_model: Callable[..., Any]) -> Any:
+    """A tiny base with random biases and norms, in bfloat16, with heads that are right two times of three."""
+    made = make_model(**WIDE).to(torch.bfloat16)
+    torch.manual_seed(3)
+    for name, parameter in made.named_parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter.data, mean=float("norm" in name), std=0.3)
+    attach(made, SpecBound(made, FakeHeads("mixed", [2, 4], vocabulary=128), SpeculationBounds(0.2, 4, 4)))
+    return made
+
+
+def same(model: Any) -> bool:
+    """Whether the ids are those of the same model with speculation off; whether it speculated is in its statistics."""
+    with model.specbound.disabled():
+        stock = model.generate(PROMPT, **GREEDY)
+    model.specbound.stats.emitted = 0
+    model.specbound.drafter.truth = stock[0].tolist()
+    return torch.equal(model.generate(PROMPT, **GREEDY), stock)
+
+
+def speculated(model: Any) -> bool:
+    return bool(model.specbound.stats.emitted)
+
+
+def write_data(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data.mul_(-1.5)
+
+
+def write_one(model: Any) -> None:
+    model.lm_head.weight.data[int(model.generate(PROMPT, **GREEDY)[0, 9])] = 0.0
+
+
+def write_bias(model: Any) -> None:
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.bias.normal_()
+
+
+def swap_rows(model: Any) -> None:
+    for layer in model.model.layers:
+        weight = layer.mlp.gate_proj.weight.data
+        weight[[0, 1]] = weight[[1, 0]]
+
+
+WRITES = [write_data, write_one, write_bias, swap_rows]
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_packed_copies_follow_every_write(packs: None, model: Any, write: Callable[[Any], None]) -> None:
+    assert same(model) and speculated(model) and model.specbound.packed is not None
+    with model.specbound.disabled():
+        write(model)
+    assert same(model) and speculated(model)
+
+
+def test_negative_control_without_the_checksum(packs: None, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "checksum", lambda tensor: ())
+    assert same(model)
+    write_data(model)
+    assert not same(model)
+
+
+@pytest.mark.parametrize("shape", [(7,), (64, 5), (128, 64)])
+def test_a_checksum_sees_one_bit_and_exchanged_rows_and_columns(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    tensor = torch.randn(shape).to(torch.bfloat16)
+    first = running.checksum(tensor)
+    for place in (0, tensor.numel() // 2, tensor.numel() - 1):
+        changed = tensor.clone()
+        changed.view(torch.int16).view(-1)[place] ^= 1
+        assert running.checksum(changed) != first
+    assert running.checksum(tensor.clone()) == first and running.checksum(tensor.flip(0)) != first
+
+
+def mixing(module: nn.Module, args: Any, output: Any) -> Any:
+    return output + output.mean(1, keepdim=True)
+
+
+class Flipped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.weight = inner, inner.weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return -self.inner(hidden)
+
+
+def wrapped(model: Any) -> None:
+    forward = model.forward
+
+    def flipping(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = -output.logits
+        return output
+
+    model.forward = flipping
+
+
+def subclassed(model: Any) -> None:
+    class Other(type(model.model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.last_hidden_state = -output.last_hidden_state
+            return output
+
+    model.model.__class__ = Other
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "hook on the model": lambda m: m.register_forward_hook(lambda s, a, o: setattr(o, "logits", -o.logits)),
+    "hook on the body": lambda m: m.model.register_forward_pre_hook(
+        lambda s, a, k: (a, k | {"input_ids": 127 - k["input_ids"]}), with_kwargs=True
+    ),
+    "hook on the norm": lambda m: m.model.norm.register_forward_hook(lambda s, a, o: -o),
+    "hook that mixes rows": lambda m: m.model.layers[2].register_forward_hook(mixing),
+    "model.forward": wrapped,
+    "subclass of the body": subclassed,
+    "lm_head": lambda m: setattr(m, "lm_head", Flipped(m.lm_head)),
+    "compiled": lambda m: setattr(m.model.layers[1].mlp, "_compiled_call_impl", m.model.layers[1].mlp._call_impl),
+    "one module in training mode": lambda m: m.model.layers[3].mlp.train(),
+    "fewer layers": lambda m: setattr(m.config, "num_hidden_layers", 4),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CHANGES))
+def test_code_of_others_decodes_by_stocks_loop(model: Any, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert same(model) and speculated(model)
+    CHANGES[name](model)
+    assert same(model) and not speculated(model) and same(model)
+    assert sum("plain decoding for this call" in record.message for record in caplog.records) == 1
+
+
+def test_negative_control_code_of_others(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook that does nothing while it is probed, and flips the logits afterwards."""
+    armed: list[int] = []
+    model.register_forward_hook(lambda s, a, o: setattr(o, "logits", -o.logits) if armed else None)
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.handle.why_stock", lambda model: None)
+        assert same(model) and speculated(model)
+        armed.append(1)
+        assert not same(model)
+    model.specbound._forget()
+    assert same(model) and not speculated(model)
+
+
+def reheaded(model: Any) -> None:
+    model.set_output_embeddings(nn.Linear(128, 128, bias=False, dtype=torch.bfloat16))
+
+
+def relayered(model: Any) -> None:
+    model.model.layers[2] = copy.deepcopy(model.model.layers[3])
+    model.model.layers[2].self_attn.layer_idx = 2
+    model.model.layers[2].self_attn.config = model.config  # a copy of it would attend in another way than the rest
+
+
+@pytest.mark.parametrize("change", [reheaded, relayered])
+def test_replaced_modules_are_read_again(packs: None, model: Any, change: Callable[[Any], None]) -> None:
+    assert same(model)
+    change(model)
+    assert same(model) and speculated(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_lora_added_merged_and_unmerged(packs: None, model: Any) -> None:
+    """Each time probed anew."""
+    assert same(model)
+    settings = LoraConfig(r=8, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    carrier = get_peft_model(model, settings)
+    assert same(model) and speculated(model)
+    for change in (carrier.merge_adapter, carrier.unmerge_adapter):
+        change()
+        assert same(model) and speculated(model)
+    with carrier.disable_adapter():
+        assert same(model)
+    assert same(carrier.merge_and_unload()) and speculated(model)
+
+
+def test_pickle_and_copies(packs: None, model: Any) -> None:
+    assert same(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for made in (
+        pickle.loads(pickle.dumps(model)),
+        copy.deepcopy(model),
+        torch.load(file, weights_only=False),
+    ):
+        assert type(made) is type(model) and made.specbound.layers.layers[0] is made.model.layers[0]
+        assert same(made) and speculated(made)
+        assert type(detach(made)).__name__ == "LlamaForCausalLM"
+    assert same(model)
+
+
+class Interrupts(BaseStreamer):
+    """Stops at the n-th call."""
+
+    def __init__(self, calls: int, then: Callable[[], Any] | None = None) -> None:
+        self.calls, self.then = calls, then
+
+    def put(self, value: torch.Tensor) -> None:
+        self.calls -= 1
+        if self.calls == 0 and self.then is None:
+            raise KeyboardInterrupt
+        if self.calls == 0 and self.then is not None:
+            self.then()
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 6, 9])
+def test_an_interrupted_call_leaves_the_callers_cache_as_stock_does(model: Any, calls: int) -> None:
+    assert same(model)
+    caches = []
+    for enabled in (True, False):
+        model.specbound.enabled = enabled
+        caches.append(DynamicCache())
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(PROMPT, past_key_values=caches[-1], streamer=Interrupts(calls), **GREEDY)
+    for mine, theirs in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_threads_may_decode_plainly_side_by_side(model: Any, outer: bool) -> None:
+    """And nobody beside a call that speculates."""
+    failures: list[BaseException] = []
+
+    def beside() -> None:
+        try:
+            model.generate(torch.cat([PROMPT, PROMPT]), **GREEDY)  # a batch: plain
+        except SpecBoundError as error:
+            failures.append(error)
+
+    def start() -> None:
+        thread = threading.Thread(target=beside)
+        thread.start()
+        thread.join()
+
+    model.specbound.enabled = outer
+    model.generate(PROMPT, streamer=Interrupts(3, start), **GREEDY)
+    assert len(failures) == outer
+
+
+def test_using_restores_what_was_before(model: Any) -> None:
+    handle = model.specbound
+    before = handle.bounds, handle.drafter, handle.controller, handle.exactness
+    with pytest.raises(KeyError), handle.using(bounds=SpeculationBounds(0.5, 2, 1), exactness="batched"):
+        assert handle.bounds.max_draft_tokens == 1 and handle.exactness == "batched"
+        raise KeyError
+    assert (handle.bounds, handle.drafter, handle.controller, handle.exactness) == before
