@@ -1,0 +1,28 @@
+"""Packed Linears where this machine's oneDNN has no bfloat16: a copy of the weight in the place of a packed one."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from runtime import packed
+
+
+def copied(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """In the place of oneDNN's layout; like it, it does not follow what is written to the weight."""
+    return weight.clone()
+
+
+def multiplied(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, *ignored: Any) -> torch.Tensor:
+    """In the place of oneDNN's product."""
+    return nn.functional.linear(hidden, weight, bias)
+
+
+def pretend_to_pack(monkeypatch: pytest.MonkeyPatch, *, min_weights: int = 1) -> None:
+    """Linears of bfloat16 with so many weights are packed, on any machine."""
+    monkeypatch.setattr(packed, "_has_operators", lambda: True)
+    monkeypatch.setattr(packed, "MIN_WEIGHTS", min_weights)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", copied, raising=False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", SimpleNamespace(default=multiplied), raising=False)

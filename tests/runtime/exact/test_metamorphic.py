@@ -1,0 +1,45 @@
+"""Whatever is done to a model, its answers are stock's: random sequences of changes, then ids, logits and cache.
+
+300 sequences with fixed seeds; `METAMORPHIC_SEQUENCES=5000 pytest -s tests/runtime/exact/test_metamorphic.py` runs
+more of them and prints how many answers were compared.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from tests.helpers.packing import pretend_to_pack
+from tests.helpers.sequences import Count, Sequence, run, shortened
+from tests.helpers.subject import FAMILIES
+
+SEQUENCES = int(os.environ.get("METAMORPHIC_SEQUENCES", "300"))
+CASES = [(family, dtype) for family in FAMILIES for dtype in (torch.float32, torch.bfloat16)]
+# Many changes are answered by plain decoding, and rightly so; but a suite in which nothing is drafted proves nothing.
+SPECULATING_SHARE = 0.3
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def packing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Linears are packed on any machine; certificates are of the test's own."""
+    pretend_to_pack(monkeypatch)
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize(("family", "dtype"), CASES)
+def test_every_answer_is_stocks(family: str, dtype: torch.dtype) -> None:
+    """A failing sequence is shown with its seeds, shortened."""
+    count = Count()
+    failures = []
+    for seed in range(-(-SEQUENCES // len(CASES))):
+        sequence = Sequence.draw(family, dtype, seed)
+        found = run(sequence, count)
+        if found is not None:
+            failures.append(f"{shortened(sequence)}\n    {found}")
+    print(f"{family} {dtype}: {count}, {len(failures)} differ")
+    assert not failures, "\n".join(failures)
+    assert count.speculating > SPECULATING_SHARE * count.sequences
