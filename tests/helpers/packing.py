@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from runtime import packed
+from runtime.exact import packed
 
 
 def copied(weight: torch.Tensor, rows: int) -> torch.Tensor:

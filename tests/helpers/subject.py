@@ -11,11 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from runtime import SpeculationBounds, TemperatureSchedule
-from runtime.draft import HeadDrafter
+from runtime.decoding.draft import HeadDrafter
+from runtime.decoding.layers import DecoderLayers
+from runtime.drafting.heads import DraftUnembedding, ExitHeads
 from runtime.generate import attach
 from runtime.handle import SpecBound
-from runtime.heads import DraftUnembedding, ExitHeads
-from runtime.layers import DecoderLayers
 
 VOCABULARY = 96
 LAYERS = 3
