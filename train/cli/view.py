@@ -13,7 +13,7 @@ from runtime.text.transcript import Round, Token, Written
 
 # By exit, shallowest first; more exits begin anew.
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue")
-REJECTED = "red strike"
+REJECTED = "dim strike"
 # Tokens that wait for the end of their round; plain decoding has no rounds.
 MAX_PENDING = 32
 
@@ -37,7 +37,9 @@ class TextView:
 
 
 class RoundsView:
-    """Accepted drafts in the colour of their exit, rejected ones struck out, the speed below.
+    """Accepted drafts in the colour of their exit, rejected ones dimmed between words, the speed below.
+
+    Of rejected drafts only the first of a round is shown: those after it were made for a text that did not come.
 
     Args:
         exit_layers: that may draft, shallowest first; 0 is the lookup.
@@ -50,6 +52,7 @@ class RoundsView:
         self.tokens = 0
         self._line = Text()
         self._pending: list[str] = []
+        self._rejected: list[str] = []
         self._first_at = 0.0
         self._live: Live | None = None
 
@@ -62,7 +65,7 @@ class RoundsView:
         return Text.assemble(*parts, "or by nobody; ", self._struck("rejected"))
 
     def __enter__(self) -> "RoundsView":
-        self.tokens, self._line, self._pending = 0, Text(), []
+        self.tokens, self._line, self._pending, self._rejected = 0, Text(), [], []
         if self.console.is_terminal:
             self._live = Live(console=self.console, auto_refresh=False, vertical_overflow="visible")
             self._live.start()
@@ -70,6 +73,7 @@ class RoundsView:
 
     def __exit__(self, *exception: object) -> None:
         self._flush([(text, "") for text in self._pending])
+        self._add_rejected()
         if self._live is not None:
             self._live.update(self._line, refresh=True)
             self._live.stop()
@@ -91,9 +95,9 @@ class RoundsView:
         styles = [self.styles.get(layer, "") for layer in event.exit_layers[: event.num_accepted]]
         pieces = [(text, "") for text in before] + list(zip(ours, styles, strict=False))
         if event.num_tokens > event.num_accepted:
-            rejected = [self.tokenizer.decode([token]) for token in event.drafts[event.num_accepted :]]
-            pieces += [self._struck(text) for text in rejected]
-            pieces.append((ours[-1], ""))
+            self._flush(pieces)
+            self._rejected += [self.tokenizer.decode([token]) for token in event.drafts[event.num_accepted :][:1]]
+            pieces = [(ours[-1], "")]
         self._flush(pieces)
 
     def summarize(self, written: Written) -> None:
@@ -118,6 +122,8 @@ class RoundsView:
         """Add to the line; whole lines leave the live part of the screen, which must stay small."""
         self._pending = []
         for text, style in pieces:
+            if text[:1].isspace():
+                self._add_rejected()
             self._line.append(text, style)
         done, _, _ = self._line.plain.rpartition("\n")
         if done:
@@ -125,6 +131,13 @@ class RoundsView:
             self.console.print(whole, soft_wrap=self._live is None)
         if self._live is not None:
             self._live.update(Group(self._line, Text(self._speed(), style="dim")), refresh=True)
+
+    def _add_rejected(self) -> None:
+        """Add the rejected drafts that wait for the end of a word, apart from it, so that words stay whole."""
+        for text in self._rejected:
+            if text.strip():
+                self._line.append(" ").append(*self._struck(text.strip()))
+        self._rejected = []
 
     def _speed(self) -> str:
         took = time.perf_counter() - self._first_at
