@@ -34,3 +34,9 @@ class BaseModelMismatch(SpecBoundError, ValueError):
 
 class UnsupportedModel(SpecBoundError, NotImplementedError):
     """The base model's layers cannot be driven one by one."""
+
+
+def one_line(error: object) -> str:
+    """What an error or a warning says, on one line: the first line of its text, or its type's name where it has none."""
+    lines = str(error).strip().splitlines()
+    return " ".join(lines[0].split()) if lines else type(error).__name__

@@ -5,17 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime.adapter.folder import Adapter, load_adapter
 from runtime.adapter.hub import resolve_adapter
-from runtime.adapter.identity import base_fingerprint, tokenizer_fingerprint
+from runtime.base import check_base, find_base, given_base, load_model, load_tokenizer
 from runtime.decoding.draft import HeadDrafter
 from runtime.decoding.layers import DecoderLayers, check_supported
 from runtime.drafting.controller import Controller
 from runtime.drafting.heads import DraftUnembedding
-from runtime.errors import AdapterError, BaseModelMismatch, ConfigError
+from runtime.errors import ConfigError
 from runtime.generate import attach
 from runtime.handle import EXACTNESS, SpecBound
 
@@ -24,6 +23,7 @@ def load_specbound(
     adapter: str | os.PathLike[str],
     base_model: str | os.PathLike[str] | PreTrainedModel | None = None,
     *,
+    strict: bool = False,
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
@@ -39,7 +39,9 @@ def load_specbound(
 
     Args:
         adapter: folder or Hub id.
-        base_model: a loaded model, a folder or a Hub id; None takes the base the adapter names.
+        base_model: a loaded model (transformers' or PEFT's), a folder or a Hub id; None takes the base that the adapter
+            names. Other weights than the adapter was fitted on are warned of: they cost drafts, never a token.
+        strict: refuse other weights.
         revision: of the adapter's repository.
         dtype: as `from_pretrained` takes it, for a base that is loaded here.
         device_map: the same.
@@ -57,35 +59,34 @@ def load_specbound(
 
     Raises:
         AdapterError: the adapter is not whole or not valid.
-        BaseModelMismatch: it was fitted on another base or tokenizer.
+        BaseModelMismatch: it was fitted for another architecture or tokenizer, or, with `strict`, on other weights.
         UnsupportedModel: the base's layers cannot be driven one by one.
         ConfigError: an argument is wrong.
     """
     if exactness not in EXACTNESS:
         raise ConfigError(f"exactness is {exactness!r}: expected one of {', '.join(EXACTNESS)}")
-    if not (base_model is None or isinstance(base_model, (str, os.PathLike, PreTrainedModel))):
-        raise ConfigError(
-            f"base_model is a {type(base_model).__name__}: expected a transformers model, a folder or a Hub"
-            " id (of a PEFT model, pass model.merge_and_unload())"
-        )
-    if isinstance(base_model, PreTrainedModel) and not (dtype is None and device_map is None):
+    if not (tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)):
+        raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}: expected a tokenizer of transformers")
+    if not (revision is None or isinstance(revision, str)):
+        raise ConfigError(f"revision is {revision!r}: expected a branch, a tag or a commit, as text")
+    given = given_base(base_model)
+    if isinstance(given, PreTrainedModel) and not (dtype is None and device_map is None):
         raise ConfigError(
             "dtype and device_map are for a base that is loaded here, this one is loaded: leave them out"
         )
     hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     loaded = load_adapter(resolve_adapter(adapter, revision=revision, **hub))
-    if isinstance(base_model, PreTrainedModel):
-        model = base_model
+    if isinstance(given, PreTrainedModel):
+        model = given
     else:
-        source = str(loaded.config.base_model_name_or_path if base_model is None else base_model)
-        hub["revision"] = loaded.config.base_model_revision if base_model is None else None
+        source = find_base(loaded.config.base_model_name_or_path) if given is None else given
+        hub["revision"] = loaded.config.base_model_revision if given is None else None
+        model = load_model(source, hub, dtype=dtype, device_map=device_map)
         if tokenizer is None:
-            tokenizer = from_pretrained(AutoTokenizer, source, hub)
-        options = {"dtype": dtype or "auto", "device_map": device_map}
-        model = from_pretrained(AutoModelForCausalLM, source, hub | options)
+            tokenizer = load_tokenizer(source, hub)
     check_supported(model)
-    check_base(model, tokenizer, loaded)
-    specbound = make_specbound(model, loaded, exactness=exactness, graphs=graphs)
+    fingerprint = check_base(model, tokenizer, loaded, strict=strict)
+    specbound = make_specbound(model, loaded, exactness=exactness, graphs=graphs, fingerprint=fingerprint)
     if adaptive:
         specbound.controller = Controller()
     if not model.training:  # such a model decodes plainly, and dropout would fail the probe
@@ -93,13 +94,23 @@ def load_specbound(
     return attach(model, specbound)
 
 
-def make_specbound(model: PreTrainedModel, adapter: Adapter, *, exactness: str, graphs: bool = False) -> SpecBound:
-    """An adapter ready to run on this model, its heads on the model's device and in its dtype."""
+def make_specbound(
+    model: PreTrainedModel,
+    adapter: Adapter,
+    *,
+    exactness: str,
+    graphs: bool = False,
+    fingerprint: str | None = None,
+) -> SpecBound:
+    """An adapter ready to run on this model, its heads on the model's device and in its dtype.
+
+    Args:
+        fingerprint: of this base's weights; None has it taken here.
+    """
     layers = DecoderLayers(model)
     config = adapter.config
-    whole = config.draft_vocab_size == config.vocab_size and bool(
-        (adapter.draft_to_target == torch.arange(config.vocab_size)).all()
-    )
+    rows = layers.unembedding.weight.shape[0]  # type: ignore[index,union-attr]  # it may have more than the heads know
+    whole = config.draft_vocab_size == rows and bool((adapter.draft_to_target == torch.arange(rows)).all())
     drafter = HeadDrafter(
         heads=adapter.heads,
         unembedding=DraftUnembedding(layers, None if whole else adapter.draft_to_target),
@@ -114,41 +125,5 @@ def make_specbound(model: PreTrainedModel, adapter: Adapter, *, exactness: str, 
         exactness=exactness,
         graphs=graphs,
         config=config,
-        fingerprint=config.base_model_fingerprint,
+        fingerprint=fingerprint,
     )
-
-
-def check_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, adapter: Adapter) -> None:
-    """Raise BaseModelMismatch unless the adapter was fitted on this base and this tokenizer."""
-    config = adapter.config
-    name = config.base_model_name_or_path
-    shape = {
-        "num_hidden_layers": model.config.num_hidden_layers,
-        "hidden_size": model.config.hidden_size,
-        "vocab_size": model.get_output_embeddings().weight.shape[0],  # type: ignore[no-untyped-call]
-    }
-    for field, found in shape.items():
-        if found != getattr(config, field):
-            raise BaseModelMismatch(
-                f"the adapter was fitted on {name} with {field} {getattr(config, field)}, this base has"
-                f" {found}: load that base"
-            )
-    if base_fingerprint(model) != config.base_model_fingerprint:
-        raise BaseModelMismatch(
-            f"the adapter was fitted on {name}, this base has other weights:"
-            " load that base, or fit an adapter for this one"
-        )
-    if tokenizer is not None and tokenizer_fingerprint(tokenizer) != config.tokenizer_fingerprint:
-        raise BaseModelMismatch(
-            f"the adapter was fitted with the tokenizer of {name}, this one maps text otherwise: use that one"
-        )
-
-
-def from_pretrained(auto: Any, source: str, options: dict[str, Any]) -> Any:
-    """A base or its tokenizer, as the class of transformers' `auto` gives it; raises AdapterError where it cannot."""
-    try:
-        return auto.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        what = "tokenizer of the base" if auto is AutoTokenizer else "base"
-        raise AdapterError(f"the {what} {source} could not be loaded (pass base_model=...): {first}") from None

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runtime.adapter.identity import base_fingerprint
+from runtime.base import check_base_config, load_model, load_tokenizer
 from runtime.decoding.layers import settle_kernels
-from runtime.errors import ConfigError, SpecBoundError
+from runtime.errors import AdapterError, ConfigError, SpecBoundError
 from train.corpus.corpus import CorpusOptions, distil
 from train.corpus.prompts import read_prompts
 from train.features.spread import is_spread, load_spread, whole_parameters
@@ -74,19 +73,18 @@ def load_base(config: FitConfig, spread: str | None = None) -> tuple[Any, Any]:
 
     Raises:
         ConfigError: it cannot be loaded.
+        UnsupportedModel: its layers cannot be driven one by one.
     """
     settle_kernels()
-    name, revision = config.model_name_or_path, config.model_revision
+    name, options = config.model_name_or_path, {"revision": config.model_revision}
+    dtype = getattr(torch, config.dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        dtype = getattr(torch, config.dtype)
-        if spread is not None:
-            return load_spread(spread, name, revision=revision, dtype=dtype), tokenizer
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"model_name_or_path {name!r}: cannot be loaded ({reason})") from error
-    return model, tokenizer
+        if spread is None:
+            return load_model(name, options, dtype=dtype), load_tokenizer(name, options)
+        check_base_config(name, options)
+        return load_spread(spread, name, dtype=dtype, **options), load_tokenizer(name, options)
+    except AdapterError as error:
+        raise ConfigError(f"model_name_or_path {name!r}: {error}") from error
 
 
 def main(config: FitConfig) -> None:

@@ -65,11 +65,24 @@ def plain_tensors(parameters: Parameters) -> Iterator[tuple[str, Tensor]]:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Identity of what a tokenizer maps: its vocabulary and special tokens, `sha256:` and 64 hex digits.
 
-    Not the padding token, which users set to what they like and which changes no text.
+    Not which token pads, which users set to what they like and which changes no text.
     """
+    return _vocabulary_fingerprint(tokenizer, tokenizer.get_vocab())
+
+
+def tokenizer_matches(tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> bool:
+    """Whether a tokenizer has this fingerprint, or would have it without a padding token that was added to it."""
+    vocabulary = tokenizer.get_vocab()
+    if _vocabulary_fingerprint(tokenizer, vocabulary) == fingerprint:
+        return True
+    added = vocabulary.pop(str(tokenizer.pad_token), None)
+    return added is not None and _vocabulary_fingerprint(tokenizer, vocabulary) == fingerprint
+
+
+def _vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int]) -> str:
     special: dict[str, Any] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     special.pop("pad_token", None)
-    text = json.dumps([sorted(tokenizer.get_vocab().items()), special], sort_keys=True)
+    text = json.dumps([sorted(vocabulary.items()), special], sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
 

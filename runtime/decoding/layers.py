@@ -5,6 +5,7 @@ modules are and what its layers call the cache; masks are not needed, because `a
 its own keys. Knows nothing of drafting, exits or files.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,19 +61,37 @@ def check_supported(model: Any) -> Family:
     Raises:
         UnsupportedModel: naming the architecture and the reason, where its layers cannot be driven one by one.
     """
-    config = model.config
-    name = f"{type(model).__name__} (model_type {config.model_type!r})"
+    family = check_config(model.config, type(model).__name__)
+    if not hasattr(model, family.body) or model.get_output_embeddings() is None:
+        name = f"{type(model).__name__} (model_type {model.config.model_type!r})"
+        raise UnsupportedModel(f"{name} is not a causal language model: load it with AutoModelForCausalLM")
+    return family
+
+
+def check_config(config: Any, kind: str) -> Family:
+    """The family of a model, from its config alone: no weights are needed.
+
+    Args:
+        kind: what to call it in a message.
+
+    Raises:
+        UnsupportedModel: as `check_supported`.
+    """
+    name = f"{kind} (model_type {config.model_type!r})"
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModel(f"{name} is not supported: expected one of {', '.join(sorted(FAMILIES))}")
-    if not hasattr(model, family.body) or model.get_output_embeddings() is None:
-        raise UnsupportedModel(f"{name} is not a causal language model: load it with AutoModelForCausalLM")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    if kinds != {"full_attention"} or sliding:
-        raise UnsupportedModel(
-            f"{name} has sliding or mixed attention: only full attention in every layer is supported"
-        )
+    if not _has_full_attention(config):
+        window = getattr(config, "sliding_window", None)
+        whole = copy.deepcopy(config)
+        whole.sliding_window = None
+        hint = "only full attention in every layer is supported"
+        if window is not None and _has_full_attention(whole):
+            hint = (
+                f"load it with sliding_window=None (as AutoModelForCausalLM.from_pretrained takes it) and pass the"
+                f" model; for texts shorter than its window of {window} tokens it computes the same"
+            )
+        raise UnsupportedModel(f"{name} has sliding or mixed attention: {hint}")
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     if kind not in STEADY_ROPE:
@@ -80,6 +99,13 @@ def check_supported(model: Any) -> Family:
     if getattr(config, "add_cross_attention", False) or getattr(config, "reorder_and_upcast_attn", False):
         raise UnsupportedModel(f"{name} has cross-attention or upcast attention, which is not supported")
     return family
+
+
+def _has_full_attention(config: Any) -> bool:
+    """Whether every layer sees all of the text."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return kinds == {"full_attention"} and not sliding
 
 
 class DecoderLayers:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from runtime.base import from_pretrained
 from runtime.decoding.layers import DecoderLayers
 
 FSDP, ZERO_3 = "FSDP", "DeepSpeed ZeRO-3"
@@ -44,7 +45,7 @@ def load_spread(kind: str, name: str, *, dtype: torch.dtype, **options: Any) -> 
     """
     if kind == FSDP:
         spread = DistributedConfig(fsdp_size=PartialState().num_processes)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, distributed_config=spread, **options)
+        model = from_pretrained(AutoModelForCausalLM, name, options | {"dtype": dtype, "distributed_config": spread})
         model.eval().requires_grad_(False)
         # FSDP2 makes a root of whatever runs first, and parts of the base are run by themselves.
         model(torch.zeros(1, 1, dtype=torch.int64, device=model.device))
@@ -54,7 +55,7 @@ def load_spread(kind: str, name: str, *, dtype: torch.dtype, **options: Any) -> 
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     settings |= {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
     request = HfDeepSpeedConfig(settings)  # from_pretrained looks for one that is alive
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    model = from_pretrained(AutoModelForCausalLM, name, options | {"dtype": dtype})
     del request
     engine = deepspeed.initialize(model=model.eval().requires_grad_(False), config=settings)[0]
     model.spread_by = [engine]  # type: ignore[assignment]  # kept, for its end takes the gathering away; in a list, for it is a module

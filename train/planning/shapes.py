@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from runtime.errors import ConfigError
+from runtime.base import from_pretrained
+from runtime.decoding.layers import check_config
+from runtime.errors import AdapterError, ConfigError
 
 _LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
 KNOWN: dict[str, dict[str, Any]] = {
@@ -55,17 +57,18 @@ def empty_model(name: str, *, revision: str | None = None) -> Any:
 
     Raises:
         ConfigError: there is no such config.
+        UnsupportedModel: SpecBound cannot run such a base.
     """
     if name in KNOWN:
         figures = dict(KNOWN[name])
         config = AutoConfig.for_model(figures.pop("model_type"), **figures)
     else:
         try:
-            config = AutoConfig.from_pretrained(name, revision=revision)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
+            config = from_pretrained(AutoConfig, str(name), {"revision": revision})
+        except AdapterError as error:
             raise ConfigError(
-                f"no config of {name!r} can be had ({reason}): give a folder, or one of {', '.join(KNOWN)}"
+                f"no config of {name!r} can be had ({error}); known without one: {', '.join(KNOWN)}"
             ) from error
+    check_config(config, type(config).__name__)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)

@@ -72,7 +72,7 @@ def publish_locally(
     )
     figures = calibrated.figures | {"agreement": agreement, "datasets": _datasets(config)} | evidence
     adapter_config = SpecBoundConfig(
-        base_model_name_or_path=portable(config.model_name_or_path),
+        base_model_name_or_path=findable(config.model_name_or_path),
         base_model_revision=base_commit(config.model_name_or_path, config.model_revision),
         base_model_fingerprint=base_fingerprint(model, whole_parameters(model)),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
@@ -114,6 +114,12 @@ def write_replayed(
     sources_plot(replayer.run(config.bounds), folder / "sources.png")
     (folder / CALIBRATION_FILE).write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / CARD_FILE).write_text(card(config, figures), encoding="utf-8")
+
+
+def findable(name: str) -> str:
+    """A base's name for an adapter that stays here: a folder outside this one by its whole path. It is not published."""
+    path = Path(name)
+    return str(path.resolve()) if path.is_dir() and (path.is_absolute() or ".." in path.parts) else name
 
 
 def portable(name: str) -> str:

@@ -6,13 +6,13 @@ from pathlib import Path
 from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runtime.adapter.folder import load_adapter
+from runtime.adapter.hub import TRANSPORT_ERROR
+from runtime.base import check_base, load_model, load_tokenizer
 from runtime.errors import AdapterError, ConfigError, SpecBoundError
-from runtime.loading import check_base, from_pretrained
 from train.publishing.staging import Claims, base_is_local, stage
-from train.publishing.upload import TRANSPORT_ERROR, Published, Upload, one_line
+from train.publishing.upload import Published, Upload
 from train.settings.fit_config import FitConfig
 
 
@@ -95,10 +95,8 @@ def _check_claim(target: Path, token: str | None) -> None:
     """Load the base that is said to be the adapter's, as its users will; raises BaseModelMismatch where it is not."""
     adapter = load_adapter(target)
     name, options = adapter.config.base_model_name_or_path, {"revision": adapter.config.base_model_revision}
-    tokenizer = from_pretrained(AutoTokenizer, name, options | {"token": token})
-    check_base(
-        from_pretrained(AutoModelForCausalLM, name, options | {"token": token, "dtype": "auto"}), tokenizer, adapter
-    )
+    options |= {"token": token}
+    check_base(load_model(name, options), load_tokenizer(name, options), adapter, strict=True)
 
 
 def _explain(error: Exception, token: str | None) -> str:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
 
 from runtime.adapter.config import VERSION
 from runtime.adapter.folder import CONFIG_FILE
+from runtime.adapter.hub import RETRIED, TRANSPORT_ERROR
 from runtime.adapter.identity import file_sha256
 from runtime.errors import AdapterError
 from train.publishing.staging import OURS, published
@@ -26,9 +27,6 @@ from train.publishing.staging import OURS, published
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
-# The class that all errors of the Hub's HTTP library derive from; its name differs between huggingface_hub's versions.
-TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
-RETRIED = (408, 429, 500, 502, 503, 504)
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try, where the Hub names none
 LONGEST_WAIT = 300.0
 
