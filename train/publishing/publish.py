@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from runtime.adapter.folder import load_adapter
 from runtime.adapter.hub import TRANSPORT_ERROR
 from runtime.base import check_base, load_model, load_tokenizer
-from runtime.errors import AdapterError, ConfigError, SpecBoundError
+from runtime.errors import AdapterError, ConfigError, SpecBoundError, one_line
 from train.publishing.staging import Claims, base_is_local, stage
 from train.publishing.upload import Published, Upload
 from train.settings.fit_config import FitConfig
