@@ -14,7 +14,7 @@ from tests.helpers.paths import ROOT
 from train.cli.app import app
 from train.settings.fit_config import FitConfig
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 VERBS: Any = typer.main.get_command(app)
 TESTS = {
     path.stem: set(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
@@ -123,9 +123,7 @@ def test_python_runs(page: Path, demo_outputs: Path, monkeypatch: pytest.MonkeyP
         exec(compile(block, page.name, "exec"), {})
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "docs" / "faults.md", ROOT / "docs" / "faults-fitting.md"], ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "faults").glob("*.md")), ids=lambda page: page.stem)
 def test_the_tests_of_faults_exist(page: Path) -> None:
     named = re.findall(r"`((?:test_|::test_)[\w.:]+)`", page.read_text(encoding="utf-8"))
     assert len(named) > 20
@@ -146,9 +144,16 @@ def exists(name: str, among: set[str]) -> bool:
 
 def test_faults_of_the_list_are_all_there() -> None:
     """Adapters, Hub, publishing and serving: each number has a row."""
-    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "faults" / "runtime.md").read_text(encoding="utf-8")
     told = {int(number) for row in re.findall(r"^\| ([\d, ]+) \|", text, re.MULTILINE) for number in row.split(",")}
     assert set(range(32, 55)) | set(range(70, 81)) <= told
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_files_that_pages_name_exist(page: Path) -> None:
+    """Paths from the top of the repository, in backquotes."""
+    named = re.findall(r"`((?:runtime|train|scripts|tests|docs|configs)/[\w./-]*)`", page.read_text(encoding="utf-8"))
+    assert [path for path in named if not (ROOT / path).exists()] == []
 
 
 def test_missing_tests_are_noticed() -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from tests.helpers.metamorphic.sequences import Count, Sequence, run, shortened
+from tests.helpers.metamorphic.subject import FAMILIES
 from tests.helpers.packing import pretend_to_pack
-from tests.helpers.sequences import Count, Sequence, run, shortened
-from tests.helpers.subject import FAMILIES
 
 SEQUENCES = int(os.environ.get("METAMORPHIC_SEQUENCES", "300"))
 CASES = [(family, dtype) for family in FAMILIES for dtype in (torch.float32, torch.bfloat16)]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from tests.helpers.subject import Subject
+from tests.helpers.metamorphic.subject import Subject
 
 
 @torch.no_grad()

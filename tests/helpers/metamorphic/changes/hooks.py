@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from tests.helpers.subject import VOCABULARY, Subject
+from tests.helpers.metamorphic.subject import VOCABULARY, Subject
 
 EFFECTS = ("nothing", "scale", "mix", "last", "count", "gate")
 PLACES = ("model", "body", "layer", "attention", "mlp", "norm", "linear", "embedding", "head")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.helpers.changes.hooks import After
-from tests.helpers.subject import Subject
+from tests.helpers.metamorphic.changes.hooks import After
+from tests.helpers.metamorphic.subject import Subject
 
 
 class OwnLinear(nn.Linear):

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tests.helpers.answers import compare_answers
-from tests.helpers.changes import CHANGES, TABLES
-from tests.helpers.subject import NotApplicable, Subject, base, speculative
+from tests.helpers.metamorphic.answers import compare_answers
+from tests.helpers.metamorphic.changes import CHANGES, TABLES
+from tests.helpers.metamorphic.subject import NotApplicable, Subject, base, speculative
 
 # One sequence in so many is compared with a copy that has no adapter, too.
 INDEPENDENT = 4

@@ -7,7 +7,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tests.helpers.subject import Subject
+from tests.helpers.metamorphic.subject import Subject
 
 
 def to_another_dtype(subject: Subject) -> None:

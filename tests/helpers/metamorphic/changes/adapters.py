@@ -5,7 +5,7 @@ from typing import Any
 from peft import IA3Config, LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from tests.helpers.subject import Subject
+from tests.helpers.metamorphic.subject import Subject
 
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj", "gate_proj", "lm_head"],

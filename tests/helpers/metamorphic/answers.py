@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from runtime import detach
-from tests.helpers.subject import Coached, Subject
+from tests.helpers.metamorphic.subject import Coached, Subject
 
 PROMPT = torch.tensor([[5, 17, 33, 8, 5, 17, 60]])
 NEW_TOKENS = 14

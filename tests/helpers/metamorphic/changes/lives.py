@@ -9,8 +9,8 @@ from typing import Any
 from runtime import SpeculationBounds, detach
 from runtime.generate import attach
 from runtime.handle import SpecBound
-from tests.helpers.answers import compare_answers
-from tests.helpers.subject import Subject, drafter, speculative
+from tests.helpers.metamorphic.answers import compare_answers
+from tests.helpers.metamorphic.subject import Subject, drafter, speculative
 
 
 def _copied(subject: Subject, copying: Callable[[Any], Any]) -> None:

@@ -1,0 +1,1 @@
+"""Random changes to a model, and answers compared after them."""

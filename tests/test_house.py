@@ -1,0 +1,60 @@
+"""The rules of the house that a program can check: sizes of files, functions and folders, and who imports tests."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.paths import ROOT
+
+PRODUCT = [path for folder in ("runtime", "train", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+MAX_LINES = 250
+MAX_FUNCTION_LINES = 50
+MAX_FILES = 15
+FULL = {"docs/results"}  # one file a measurement
+
+
+def name(path: Path) -> str:
+    """As pytest shows it."""
+    return str(path.relative_to(ROOT))
+
+
+def long_functions(text: str) -> list[str]:
+    """Functions of a source that do not fit on a screen."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+    return [node.name for node in functions if (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES]
+
+
+@pytest.mark.parametrize("path", PRODUCT + TESTS, ids=name)
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES
+    assert long_functions(text) == []
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name)
+def test_no_test_imports_another(path: Path) -> None:
+    """What tests share lies in tests/helpers."""
+    nodes = [
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)
+    ]
+    modules = [(node.module or "").rpartition(".")[2] for node in nodes]
+    assert not any(module.startswith("test_") for module in modules)
+
+
+def test_folders_are_small() -> None:
+    """Tracked files, without the folders below."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    folders = [str(Path(line).parent) for line in listed.stdout.splitlines()]
+    full = {folder for folder in set(folders) if folders.count(folder) > MAX_FILES}
+    assert full <= FULL
+
+
+def test_the_checks_can_fail() -> None:
+    """Negative control."""
+    assert long_functions("def f():\n" + "    x = 1\n" * 50) == ["f"]
