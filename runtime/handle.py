@@ -20,7 +20,7 @@ from runtime.drafting.policy import SpeculationBounds
 from runtime.errors import ConfigError, SpecBoundError
 from runtime.exact.certificate import Certificate
 from runtime.exact.execution import ExecutionPolicy
-from runtime.exact.packed import PackedLinears
+from runtime.exact.packed import PackedLinears, pack_in_place
 from runtime.exact.probe import certify
 from runtime.exact.running import settings, structure, tensors, why_stock
 from runtime.exact.static import StaticCache, addresses, why_not
@@ -127,6 +127,7 @@ class SpecBound:
         self._look(model)
         if self._stock is None and self._drafter_on is not self.drafter:
             self.drafter = self._drafter_on = self.drafter.on(self.layers)
+            pack_in_place(self.drafter.modules)
         if self._stock is None:
             self._certify(model)
             assert self.certificate is not None

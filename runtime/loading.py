@@ -13,7 +13,7 @@ from runtime.base import check_base, find_base, given_base, load_model, load_tok
 from runtime.decoding.draft import HeadDrafter
 from runtime.decoding.layers import DecoderLayers, check_supported
 from runtime.drafting.controller import Controller
-from runtime.drafting.heads import DraftUnembedding
+from runtime.drafting.draft_heads import DraftHeads
 from runtime.errors import ConfigError
 from runtime.generate import attach
 from runtime.handle import EXACTNESS, SpecBound
@@ -107,17 +107,9 @@ def make_specbound(
     Args:
         fingerprint: of this base's weights; None has it taken here.
     """
-    layers = DecoderLayers(model)
     config = adapter.config
-    rows = layers.unembedding.weight.shape[0]  # type: ignore[index,union-attr]  # it may have more than the heads know
-    whole = config.draft_vocab_size == rows and bool((adapter.draft_to_target == torch.arange(rows)).all())
-    drafter = HeadDrafter(
-        heads=adapter.heads,
-        unembedding=DraftUnembedding(layers, None if whole else adapter.draft_to_target),
-        draft_to_target=None if whole else adapter.draft_to_target.tolist(),
-        temperatures=config.temperatures,
-        lookup=config.lookup,
-    )
+    heads = DraftHeads.of(adapter.heads, DecoderLayers(model), adapter.draft_to_target)
+    drafter = HeadDrafter(heads, config.temperatures, config.lookup)
     return SpecBound(
         model,
         drafter,

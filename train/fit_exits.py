@@ -17,14 +17,15 @@ from torch import Tensor
 
 from runtime.adapter.identity import weights_sha256
 from runtime.decoding.layers import DecoderLayers
-from runtime.drafting.heads import DraftUnembedding, ExitHeads, LinearHead
+from runtime.drafting.draft_heads import DraftHeads
+from runtime.drafting.heads import ExitHeads
 from runtime.errors import DataError, SpecBoundError
 from train.calibration.temperatures import require_positions
 from train.distil import load_base, make_corpus
 from train.features.disk import bytes_per_position, require_disk
 from train.features.split import Split
 from train.features.spread import decoder_layers, is_spread, take_from_launcher, whole_parameters
-from train.features.vocabulary import coverage, draft_vocabulary, target_to_draft
+from train.features.vocabulary import coverage, draft_vocabulary
 from train.fitting.interrupts import StopSignals
 from train.fitting.launch import (
     check_output_dir,
@@ -77,16 +78,14 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     # 2) the heads, on the tokens the base uses most
     vocabulary, covered = _vocabulary(config, tokenizer, splits, vocab_size)
     accelerator.print(f"draft vocabulary: {len(vocabulary)} tokens, {100 * covered:.1f} % of held-out text")
-    unembedding = DraftUnembedding(layers, vocabulary)
-    inverse = target_to_draft(vocabulary, vocab_size).to(accelerator.device)
     set_seed(config.seed)  # here and not earlier: new heads do not depend on what was drawn before
-    heads = make_heads(config, model.config.hidden_size, unembedding)
+    heads = make_heads(config, layers, vocabulary)
 
     # 3) fit, calibrate, publish
     start_trackers(accelerator, config)
     then = " and raise gradient_accumulation_steps, with another output_dir"
     with memory_for("fitting", "per_device_train_batch_size", config.per_device_train_batch_size, then=then):
-        heads = without_peft(fit(config, accelerator, heads, unembedding, inverse, splits, stop))
+        heads = without_peft(fit(config, accelerator, heads, splits, stop))
     if weights_sha256(model, whole_parameters(model)) != before:
         raise SpecBoundError("the base's weights changed while fitting: this adapter is not to be trusted")
     if accelerator.is_main_process or is_spread(model):  # a base that is spread is run by all
@@ -94,10 +93,7 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
             config,
             model,
             tokenizer,
-            heads.to(model.dtype),
-            vocabulary,
-            unembedding,
-            inverse,
+            heads.with_exits(heads.exits.to(model.dtype)),
             calibration=splits["calibration"],
             write=accelerator.is_main_process,
             evidence={
@@ -157,20 +153,19 @@ def _state_budget(config: FitConfig, accelerator: Accelerator, splits: dict[str,
     accelerator.print(require_disk(Path(config.output_dir) / "features", needed))
 
 
-def make_heads(config: FitConfig, hidden_size: int, unembedding: DraftUnembedding) -> ExitHeads:
-    """New heads that start at the logit lens: a linear head as the base's own rows; LoRA heads are PEFT's."""
-    heads = ExitHeads(
+def make_heads(config: FitConfig, layers: DecoderLayers, draft_to_target: Tensor) -> DraftHeads:
+    """New heads where fitting starts."""
+    exits = ExitHeads(
         config.head,
         config.exit_layers,
-        hidden_size=hidden_size,
-        draft_vocab_size=unembedding.weight.shape[0],
+        hidden_size=layers.config.hidden_size,
+        draft_vocab_size=len(draft_to_target),
         rank=config.head_rank,
     )
-    for head in heads.heads.values():
-        if isinstance(head, LinearHead):
-            head.weight.data.copy_(unembedding.weight / unembedding.scaling)
-    use_peft(heads, unembedding, rank=config.head_rank)
-    return heads
+    heads = DraftHeads.of(exits, layers, draft_to_target)
+    for head in exits:
+        head.start(heads.unembedding)
+    return use_peft(heads)
 
 
 def run(argv: list[str]) -> None:

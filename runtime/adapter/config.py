@@ -51,7 +51,7 @@ class SpecBoundConfig:
         num_hidden_layers, hidden_size, vocab_size: shape of the base.
         exit_layers: decoder layers below each exit, ascending.
         head: one of `HEAD_KINDS`.
-        head_rank: inner width of a `residual` or `lora` head.
+        head_rank: inner width of a head that has one.
         draft_vocab_size: draft logits of a head; equal to `vocab_size` for the whole vocabulary.
         temperatures: exit temperatures.
         bounds: default bounds.

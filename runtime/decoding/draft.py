@@ -1,22 +1,23 @@
-"""Drafting: the newest token climbs from exit to exit until one is sure enough; the draft becomes the newest.
+"""Drafting: the newest token climbs from exit to exit until one is confident enough; the draft becomes the newest.
 
 Source: SpecBound (arXiv 2604.12247): annealed confidence threshold and bounded speculation. Knows nothing of the
 target's choices.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.state import DecodeState
-from runtime.drafting.heads import MAX_AGE, DraftUnembedding, ExitHeads, HeadContext
+from runtime.drafting.draft_heads import DraftHeads
+from runtime.drafting.heads import MAX_AGE, HeadContext
 from runtime.drafting.lookup import LookupTable
 from runtime.drafting.policy import SpeculationBounds
 from runtime.drafting.temperature import TemperatureSchedule, confidence
-from runtime.exact.packed import pack_in_place
 
 
 class Drafter(Protocol):
@@ -25,6 +26,10 @@ class Drafter(Protocol):
     @property
     def exit_layers(self) -> list[int]:
         """Exit layers that can be asked, shallowest first."""
+
+    @property
+    def modules(self) -> Iterable[nn.Module]:
+        """Modules of its own, not the base's."""
 
     def on(self, layers: DecoderLayers) -> "Drafter":
         """The same drafter on the base as it is now, which may have moved to another device or dtype."""
@@ -39,15 +44,11 @@ class HeadDrafter:
 
     Attributes:
         heads: on the base's device and dtype.
-        unembedding: the base's frozen rows for the draft vocabulary.
-        draft_to_target: shape [V], int64; None for the whole vocabulary.
         temperatures: exit temperatures.
         lookup: confidence of the depth-0 exit; None switches it off.
     """
 
-    heads: ExitHeads
-    unembedding: DraftUnembedding
-    draft_to_target: list[int] | None
+    heads: DraftHeads
     temperatures: TemperatureSchedule
     lookup: LookupTable | None = None
 
@@ -56,24 +57,24 @@ class HeadDrafter:
         """Exit layers of the heads, after depth 0 where the lookup is on."""
         return self.heads.exit_layers if self.lookup is None else [0, *self.heads.exit_layers]
 
+    @property
+    def modules(self) -> Iterable[nn.Module]:
+        """Those of the heads, and their copy of the base's rows."""
+        return self.heads.modules
+
     def on(self, layers: DecoderLayers) -> "HeadDrafter":
         """The heads in the base's device and dtype, the borrowed rows taken anew."""
-        rows = None if self.draft_to_target is None else torch.tensor(self.draft_to_target)
-        heads = self.heads.to(device=layers.device, dtype=layers.dtype)
-        unembedding = DraftUnembedding(layers, rows)
-        pack_in_place([*heads.modules(), *([] if rows is None else [unembedding.rows])])  # else the base's own
-        return replace(self, heads=heads, unembedding=unembedding)
+        return replace(self, heads=self.heads.on(layers, device=layers.device, dtype=layers.dtype))
 
     @torch.inference_mode()
     def propose(self, layer: int, state: DecodeState) -> tuple[int, float]:
         """What the lookup proposes at depth 0; elsewhere the head's most likely token, at its exit's temperature."""
         if layer == 0:
             return self._look_up(state)
-        logits = self.heads.logits(layer, state.newest[0], head_context(state), self.unembedding)[0].float()
+        logits = self.heads.logits(layer, state.newest[0], head_context(state))[0].float()
         best = logits.argmax()
-        sure, index = torch.stack([confidence(logits, self.temperatures[layer]), best.float()]).tolist()
-        token = int(index)
-        return (token if self.draft_to_target is None else self.draft_to_target[token]), sure
+        chance, index = torch.stack([confidence(logits, self.temperatures[layer]), best.float()]).tolist()
+        return int(self.heads.draft_to_target[int(index)]), chance
 
     def _look_up(self, state: DecodeState) -> tuple[int, float]:
         proposal = state.lookup.propose(state.pending)
@@ -124,15 +125,15 @@ def draft_tokens(
     draft = Draft()
     survival = 1.0
     while len(draft.tokens) < limit:
-        found = _find_exit(state, drafter, bounds, bounds.exits(drafter.exit_layers, survival))
-        if found is None:
+        chosen = _find_exit(state, drafter, bounds, bounds.exits(drafter.exit_layers, survival))
+        if chosen is None:
             draft.hard = bounds.runs_layers(survival)
             break
-        token, layer, sure = found
-        survival *= sure
+        token, layer, chance = chosen
+        survival *= chance
         draft.tokens.append(token)
         draft.exit_layers.append(layer)
-        draft.confidences.append(sure)
+        draft.confidences.append(chance)
         state.push(token)
         if token in stop_tokens:
             break
@@ -142,10 +143,10 @@ def draft_tokens(
 def _find_exit(
     state: DecodeState, drafter: Drafter, bounds: SpeculationBounds, exits: list[int]
 ) -> tuple[int, int, float] | None:
-    """Draft, exit layer and confidence of the newest token; None where no exit is sure: a hard token."""
+    """Draft, exit layer and confidence of the newest token; None where no exit is confident enough: a hard token."""
     for layer in exits:
         state.advance(layer)
-        token, sure = drafter.propose(layer, state)
-        if bounds.accepts(layer, sure):
-            return token, layer, sure
+        token, chance = drafter.propose(layer, state)
+        if bounds.accepts(layer, chance):
+            return token, layer, chance
     return None

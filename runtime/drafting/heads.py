@@ -1,23 +1,22 @@
-"""`ExitHead` and `ExitHeads`: hidden state at an exit layer (and what else is known of the token) -> draft logits.
+"""`ExitHead` and its kinds, `ExitHeads`: hidden state at an exit layer, and more of the token -> draft logits.
 
-The base's final norm and the rows of its unembedding for the draft vocabulary are borrowed, frozen and never
-part of a head's state; a head holds only what was trained. Knows no policy, no cache and no file.
+All that differs between kinds is a method here: what a head reads, how it starts, what it costs. A head holds only
+what was trained; the base's norm and unembedding rows come from outside. Knows no policy, no cache and no file.
 
 Shape suffixes: N tokens (any leading shape), D hidden size, R rank, V draft vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from runtime.decoding.layers import DecoderLayers
+from runtime.drafting.unembedding import DraftUnembedding
 from runtime.errors import ConfigError
 
-HEAD_KINDS = ("deep", "residual", "linear", "lora")
 LORA_ALPHA_PER_RANK = 2.0
 # Verified states older than this are of no use for the next token.
 MAX_AGE = 4
@@ -40,85 +39,62 @@ class HeadContext:
     age: Tensor
 
 
-class DraftUnembedding:
-    """The base's frozen way from a top hidden state to logits, pruned to the draft vocabulary.
+class ExitHead(nn.Module):
+    """What heads of every kind have: sizes, and what they read and cost.
 
-    Args:
-        layers: the base.
-        draft_to_target: shape [V], int64, target token id of each draft id; None for the whole vocabulary.
-        dtype: dtype of the copied rows; the base's own where None.
+    Attributes:
+        ages: those of `AGES` that make a difference to the head.
+        borrows_rows: whether its logits come from the base's rows.
+        rank: its inner width; None where it has none.
     """
 
-    def __init__(
-        self, layers: DecoderLayers, draft_to_target: Tensor | None, *, dtype: torch.dtype | None = None
-    ) -> None:
-        weight = cast(Tensor, layers.unembedding.weight).detach()
-        bias: Tensor | None = getattr(layers.unembedding, "bias", None)
-        if draft_to_target is not None:
-            rows = draft_to_target.to(weight.device)
-            weight = weight[rows]
-            bias = None if bias is None else bias.detach()[rows]
-        self.norm = layers.norm
-        self.rows = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        self.rows.weight = nn.Parameter(weight if dtype is None else weight.to(dtype), requires_grad=False)
-        if bias is not None:
-            self.rows.bias = nn.Parameter(bias if dtype is None else bias.to(dtype), requires_grad=False)
-        self.scaling = layers.logits_scaling
+    ages: ClassVar[tuple[int, ...]] = AGES[-1:]
+    borrows_rows: ClassVar[bool] = True
 
-    @property
-    def weight(self) -> Tensor:
-        """Shape [V, D]."""
-        return self.rows.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Shape [V]; None where the base's unembedding has none."""
-        return self.rows.bias
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Draft logits [N, V] of hidden states [N, D]."""
-        logits: Tensor = self.rows(self.normalize(hidden))
-        return logits / self.scaling if self.scaling != 1.0 else logits
-
-    def normalize(self, hidden: Tensor) -> Tensor:
-        """The base's final norm; a norm in another dtype than the head's rows is cast back."""
-        normed: Tensor = self.norm(hidden)
-        return normed.to(self.weight.dtype)
-
-
-class ResidualHead(nn.Module):
-    """A small gated block on the hidden state and the token's embedding, then the base's frozen unembedding.
-
-    `h' = h + down(silu(gate(x)) * up(x))` with `x = [rms(h); rms(e)]`; zero at the start, so that training
-    begins at the logit lens. Reading the embedding tells a shallow layer which token it stands on.
-    """
-
-    def __init__(self, hidden_size: int, rank: int) -> None:
+    def __init__(self, hidden_size: int, draft_vocab_size: int, rank: int | None) -> None:
         super().__init__()
-        self.hidden_norm = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.embedding_norm = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.gate_up = nn.Linear(2 * hidden_size, 2 * rank, bias=False)
-        self.down = nn.Linear(rank, hidden_size, bias=False)
-        nn.init.zeros_(self.down.weight)
+        self.hidden_size, self.draft_vocab_size, self.rank = hidden_size, draft_vocab_size, rank
 
-    def forward(self, hidden: Tensor, context: HeadContext, unembedding: DraftUnembedding) -> Tensor:
-        """Draft logits [N, V] from the hidden state [N, D] and the token's embedding."""
-        dtype = self.down.weight.dtype  # while fitting, heads are float32 on a base of any dtype
-        hidden, embedding = hidden.to(dtype), context.embedding.to(dtype)
-        features = torch.cat([self.hidden_norm(hidden), self.embedding_norm(embedding)], dim=-1)
-        gate, up = self.gate_up(features).chunk(2, dim=-1)
-        return unembedding(hidden + self.down(functional.silu(gate) * up))
+    def start(self, unembedding: DraftUnembedding) -> None:
+        """Set the weights that fitting starts from; those it was made with, unless a kind says otherwise."""
+
+    @property
+    def num_weights(self) -> int:
+        """Trained numbers."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def weights_read(self) -> int:
+        """Numbers read for one draft: its own, and the rows that it borrows."""
+        return self.num_weights + (self.draft_vocab_size * self.hidden_size if self.borrows_rows else 0)
+
+    @property
+    def fit_flops(self) -> int:
+        """Floating-point operations at one position, forward and backward; a product and a sum are two.
+
+        A matrix takes two a weight forward, two for its gradient where it is trained, and two for the gradient of its
+        input where something trained lies below.
+        """
+        raise NotImplementedError
+
+    @property
+    def kept_numbers(self) -> int:
+        """Numbers kept of one position until the head goes backward, its logits left out."""
+        raise NotImplementedError
 
 
-class DeepHead(nn.Module):
-    """As `ResidualHead`, which also reads the base's top state at the newest verified position, and how old it is.
+class DeepHead(ExitHead):
+    """A gated block on the hidden state, the token's embedding and the base's newest verified top state, with its age.
 
     That state is what the base itself predicted the token before from, so a shallow layer learns what the deep
-    ones were about to say (the idea of EAGLE, arXiv 2401.15077, here without a layer of its own).
+    ones were about to say (the idea of EAGLE, arXiv 2401.15077, here without a layer of its own). The embedding tells
+    a shallow layer which token it stands on.
     """
 
-    def __init__(self, hidden_size: int, rank: int) -> None:
-        super().__init__()
+    ages = AGES
+
+    def __init__(self, hidden_size: int, draft_vocab_size: int, rank: int) -> None:
+        super().__init__(hidden_size, draft_vocab_size, rank)
         self.hidden_norm = nn.RMSNorm(hidden_size, eps=1e-6)
         self.embedding_norm = nn.RMSNorm(hidden_size, eps=1e-6)
         self.deep_norm = nn.RMSNorm(hidden_size, eps=1e-6)
@@ -132,7 +108,7 @@ class DeepHead(nn.Module):
 
     def forward(self, hidden: Tensor, context: HeadContext, unembedding: DraftUnembedding) -> Tensor:
         """Draft logits [N, V] from the hidden state [N, D] and its context."""
-        dtype = self.down.weight.dtype
+        dtype = self.down.weight.dtype  # while fitting, heads are float32 on a base of any dtype
         hidden, embedding, deep = hidden.to(dtype), context.embedding.to(dtype), context.deep.to(dtype)
         parts = [
             self.hidden_norm(hidden),
@@ -143,25 +119,52 @@ class DeepHead(nn.Module):
         skipped = self.keep * hidden + self.carry * deep
         return unembedding(skipped + self.down(functional.silu(gate) * up))
 
+    @property
+    def fit_flops(self) -> int:
+        """As `ExitHead.fit_flops`."""
+        matrices = self.gate_up.weight.numel() + self.down.weight.numel()
+        return 6 * matrices + 4 * self.draft_vocab_size * self.hidden_size
 
-class LinearHead(nn.Module):
-    """The paper's head: a trained LM head on the normed hidden state, rows started at the base's own."""
+    @property
+    def kept_numbers(self) -> int:
+        """As `ExitHead.kept_numbers`."""
+        return 9 * self.hidden_size + 4 * self.down.in_features
 
-    def __init__(self, hidden_size: int, draft_vocab_size: int) -> None:
-        super().__init__()
+
+class LinearHead(ExitHead):
+    """The paper's head: a trained LM head on the normed hidden state."""
+
+    borrows_rows = False
+
+    def __init__(self, hidden_size: int, draft_vocab_size: int, rank: int) -> None:
+        super().__init__(hidden_size, draft_vocab_size, None)
         self.weight = nn.Parameter(torch.empty(draft_vocab_size, hidden_size))
         nn.init.normal_(self.weight, std=hidden_size**-0.5)
+
+    def start(self, unembedding: DraftUnembedding) -> None:
+        """The base's own rows."""
+        self.weight.data.copy_(unembedding.weight / unembedding.scaling)
 
     def forward(self, hidden: Tensor, context: HeadContext, unembedding: DraftUnembedding) -> Tensor:
         """Draft logits [N, V] from the hidden state [N, D]; the context is not read."""
         return functional.linear(unembedding.normalize(hidden).to(self.weight.dtype), self.weight)
 
+    @property
+    def fit_flops(self) -> int:
+        """As `ExitHead.fit_flops`."""
+        return 4 * self.draft_vocab_size * self.hidden_size
 
-class LoraHead(nn.Module):
-    """LoRA on the frozen unembedding, in PEFT's parametrisation: `W + (alpha / R) B A`."""
+    @property
+    def kept_numbers(self) -> int:
+        """As `ExitHead.kept_numbers`."""
+        return self.hidden_size
+
+
+class LoraHead(ExitHead):
+    """LoRA on the frozen unembedding, in PEFT's parametrisation: `W + (alpha / R) B A`. PEFT fits it."""
 
     def __init__(self, hidden_size: int, draft_vocab_size: int, rank: int) -> None:
-        super().__init__()
+        super().__init__(hidden_size, draft_vocab_size, rank)
         self.lora_A = nn.Parameter(torch.empty(rank, hidden_size))
         self.lora_B = nn.Parameter(torch.zeros(draft_vocab_size, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
@@ -173,47 +176,56 @@ class LoraHead(nn.Module):
         logits = functional.linear(normed, unembedding.weight, unembedding.bias) + LORA_ALPHA_PER_RANK * update
         return logits / unembedding.scaling if unembedding.scaling != 1.0 else logits
 
+    @property
+    def num_weights(self) -> int:
+        """As `ExitHead.num_weights`; by its sizes, for PEFT's twin has the base's rows among its parameters."""
+        return cast(int, self.rank) * (self.hidden_size + self.draft_vocab_size)
 
-ExitHead = DeepHead | ResidualHead | LinearHead | LoraHead
+    @property
+    def fit_flops(self) -> int:
+        """As `ExitHead.fit_flops`; nothing trained lies below the rows and A."""
+        own = cast(int, self.rank) * (4 * self.hidden_size + 6 * self.draft_vocab_size)
+        return own + 2 * self.draft_vocab_size * self.hidden_size
+
+    @property
+    def kept_numbers(self) -> int:
+        """As `ExitHead.kept_numbers`."""
+        return self.hidden_size + cast(int, self.rank)
 
 
-def make_head(kind: str, *, hidden_size: int, draft_vocab_size: int, rank: int) -> ExitHead:
-    """A new head of one of `HEAD_KINDS`.
-
-    Raises:
-        ConfigError: for an unknown kind.
-    """
-    if kind == "deep":
-        return DeepHead(hidden_size, rank)
-    if kind == "residual":
-        return ResidualHead(hidden_size, rank)
-    if kind == "linear":
-        return LinearHead(hidden_size, draft_vocab_size)
-    if kind == "lora":
-        return LoraHead(hidden_size, draft_vocab_size, rank)
-    raise ConfigError(f"head {kind!r} is unknown: expected one of {', '.join(HEAD_KINDS)}")
+_KINDS = {"deep": DeepHead, "linear": LinearHead, "lora": LoraHead}
+HEAD_KINDS = tuple(_KINDS)
 
 
 class ExitHeads(nn.Module):
-    """One head per exit layer; its state is what an adapter stores.
+    """One head of one kind per exit layer; its state is what an adapter stores.
 
     Attributes:
         exit_layers: ascending.
-        ages: those of `AGES` that make a difference to these heads.
+
+    Raises:
+        ConfigError: for an unknown kind.
     """
 
     def __init__(
         self, kind: str, exit_layers: Sequence[int], *, hidden_size: int, draft_vocab_size: int, rank: int
     ) -> None:
         super().__init__()
+        if kind not in _KINDS:
+            raise ConfigError(f"head {kind!r} is unknown: expected one of {', '.join(HEAD_KINDS)}")
         self.exit_layers = sorted(exit_layers)
-        self.ages = AGES if kind == "deep" else AGES[-1:]
         self.heads = nn.ModuleDict(
-            {
-                str(layer): make_head(kind, hidden_size=hidden_size, draft_vocab_size=draft_vocab_size, rank=rank)
-                for layer in self.exit_layers
-            }
+            {str(layer): _KINDS[kind](hidden_size, draft_vocab_size, rank) for layer in self.exit_layers}
         )
+
+    def __iter__(self) -> Iterator[ExitHead]:
+        """The heads, shallowest first."""
+        return (cast(ExitHead, head) for head in self.heads.values())
+
+    @property
+    def one(self) -> ExitHead:
+        """Any of them: they are of one kind and size."""
+        return next(iter(self))
 
     def logits(self, layer: int, hidden: Tensor, context: HeadContext, unembedding: DraftUnembedding) -> Tensor:
         """Draft logits [N, V] of one exit from hidden states [N, D]."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from runtime.drafting.controller import Controller
-from runtime.exact.packed import pack_in_place
+from runtime.drafting.draft_heads import DraftHeads
 from runtime.files import write_atomic
 from train.cli.attached import load_attached
 from train.evaluation.comparison import hardware
@@ -87,15 +87,14 @@ def texts(kind: str, number: int) -> Iterator[str]:
             yield " ".join(numbers.choice(SENTENCES) for _ in range(12))
 
 
-def noise(heads: torch.nn.Module) -> torch.nn.Module:
+def noise(heads: DraftHeads) -> DraftHeads:
     """The same heads with random weights."""
-    noisy = copy.deepcopy(heads)
+    noisy = copy.deepcopy(heads.exits)
     generator = torch.Generator().manual_seed(0)
     for parameter in noisy.parameters():
         random_weights = torch.randn(parameter.shape, generator=generator) * 0.3
         parameter.data.copy_(random_weights.to(parameter.dtype))
-    pack_in_place(noisy.modules())
-    return noisy
+    return heads.with_exits(noisy)
 
 
 def compare(model: Any, ids: torch.Tensor, max_new_tokens: int, *, sample: bool) -> tuple[float, float, float, bool]:

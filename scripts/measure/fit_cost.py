@@ -23,14 +23,13 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from runtime.decoding.layers import DecoderLayers
-from runtime.drafting.heads import HEAD_KINDS, DraftUnembedding
+from runtime.drafting.heads import HEAD_KINDS
 from runtime.files import write_atomic
 from train.distil import load_base
 from train.evaluation.comparison import hardware
 from train.features.cache import FeatureCache
 from train.features.extractor import FeatureExtractor, Sequences
 from train.features.split import Split
-from train.features.vocabulary import target_to_draft
 from train.fit_exits import make_heads
 from train.fitting.learner import Learner
 from train.fitting.schedule import StepText
@@ -145,13 +144,11 @@ def make_split(config: FitConfig, layers: DecoderLayers, number: int, folder: Pa
 def make_step(config: FitConfig, layers: DecoderLayers, split: Split) -> Callable[[int], object]:
     """`step(number)`: one step of the learner, on the texts of that number."""
     vocabulary = torch.arange(config.draft_vocab_size)
-    unembedding = DraftUnembedding(layers, vocabulary)
-    heads = make_heads(config, layers.config.hidden_size, unembedding)
+    heads = make_heads(config, layers, vocabulary)
     accelerator = Accelerator(cpu=True)
-    learned = [parameter for parameter in heads.parameters() if parameter.requires_grad]
-    wrapped, optimizer = accelerator.prepare(heads, torch.optim.AdamW(learned))
-    inverse = target_to_draft(vocabulary, layers.config.vocab_size)
-    learner = Learner(config, accelerator, wrapped, optimizer, unembedding, inverse, split, 0)
+    learned = [parameter for parameter in heads.exits.parameters() if parameter.requires_grad]
+    wrapped, optimizer = accelerator.prepare(heads.exits, torch.optim.AdamW(learned))
+    learner = Learner(config, accelerator, heads.with_exits(wrapped), optimizer, split, 0)
     size = config.per_device_train_batch_size
 
     def step(number: int) -> object:

@@ -52,7 +52,7 @@ def main(
     lengths += [(FIXED_CONTEXT, output) for output in OUTPUTS]
     methods = make_methods(model, METHODS)
     rows = [measure(model, methods, ids, *pair, repeats) for pair in tqdm(lengths, "lengths", unit="length")]
-    heads = sum(tensor.nbytes for tensor in model.specbound.drafter.heads.state_dict().values())
+    heads = sum(tensor.nbytes for tensor in model.specbound.drafter.heads.exits.state_dict().values())
     keys = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
     found = {
         "hardware": hardware(model.device),
@@ -62,7 +62,7 @@ def main(
         "mebibytes": {
             "base": round(model.get_memory_footprint() / 2**20, 1),
             "heads": round(heads / 2**20, 1),
-            "draft rows": round(model.specbound.drafter.unembedding.weight.nbytes / 2**20, 1),
+            "draft rows": round(model.specbound.drafter.heads.unembedding.weight.nbytes / 2**20, 1),
             "cache of 1,000 tokens": round(1000 * keys * model.dtype.itemsize / 2**20, 1),
             "peak of the process": round((peak_memory(CPU) - before) / 2**20, 1),
         },

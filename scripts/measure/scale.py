@@ -21,7 +21,8 @@ from transformers.utils import logging as transformers_logging
 from runtime.adapter.folder import load_adapter
 from runtime.decoding.draft import HeadDrafter
 from runtime.decoding.layers import DecoderLayers
-from runtime.drafting.heads import DraftUnembedding, ExitHeads
+from runtime.drafting.draft_heads import DraftHeads
+from runtime.drafting.heads import ExitHeads
 from runtime.drafting.lookup import LookupTable
 from runtime.drafting.policy import SpeculationBounds
 from runtime.drafting.temperature import TemperatureSchedule
@@ -78,9 +79,7 @@ def part(shape: PretrainedConfig, dtype: torch.dtype, device: str, repeats: int)
         device, dtype
     )
     drafter = HeadDrafter(
-        heads.eval(),
-        DraftUnembedding(layers, torch.tensor(kept)),
-        kept,
+        DraftHeads.of(heads.eval(), layers, torch.tensor(kept)),
         TemperatureSchedule.none([1]),
         LookupTable(((0.5,) * 3,) * 8),
     )

@@ -13,6 +13,7 @@ class FakeHeads:
         self, kind: str, exit_layers: list[int], truth: list[int] | None = None, vocabulary: int = 96
     ) -> None:
         self.kind = kind
+        self.modules = ()
         self.exit_layers = exit_layers
         self.truth = truth or []
         self.vocabulary = vocabulary

@@ -52,7 +52,7 @@ def refusal(kind, *args, **options):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("head", ["residual", "linear", "lora"])
+@pytest.mark.parametrize("head", ["linear", "lora"])
 @pytest.mark.parametrize("draft_vocab_size", [64, 128])
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_generate_gives_the_tokens_of_the_stock_model(
@@ -82,7 +82,7 @@ def test_the_dtype_is_that_of_the_files_unless_given(folder, base, make_model):
     assert load_specbound(folder).dtype == torch.float32
     model = load_specbound(folder, base, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
-    assert next(model.specbound.drafter.heads.parameters()).dtype == torch.bfloat16
+    assert next(model.specbound.drafter.heads.exits.parameters()).dtype == torch.bfloat16
     stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)  # .to() would round the rotary table too
     assert generate(model) == generate(stock)
 
@@ -191,7 +191,7 @@ def test_an_adapter_of_the_whole_vocabulary_in_another_order(tmp_path, make_mode
     shuffled = dataclasses.replace(made, draft_to_target=made.draft_to_target.flip(0))
     save_adapter(shuffled, tmp_path / "a")
     model = load_specbound(tmp_path / "a", make_model())
-    assert model.specbound.drafter.draft_to_target == list(range(127, -1, -1))
+    assert model.specbound.drafter.heads.draft_to_target.tolist() == list(range(127, -1, -1))
     assert generate(model) == generate(make_model())
 
 
@@ -220,8 +220,10 @@ def test_a_copy_has_an_adapter_of_its_own(base, folder, dtype):
     model.specbound.stats.rounds = -1
     assert generate(copied) == expected and copied.specbound.stats.rounds > 0
     assert model.specbound.stats.rounds == -1 and "bit for bit" in str(copied.specbound.certificate)
-    ours = {parameter.data_ptr() for parameter in (*model.parameters(), *model.specbound.drafter.heads.parameters())}
-    theirs = (*copied.parameters(), *copied.specbound.drafter.heads.parameters())
+    ours = {
+        parameter.data_ptr() for parameter in (*model.parameters(), *model.specbound.drafter.heads.exits.parameters())
+    }
+    theirs = (*copied.parameters(), *copied.specbound.drafter.heads.exits.parameters())
     assert ours.isdisjoint(parameter.data_ptr() for parameter in theirs)
     with torch.no_grad():  # the copy's drafts and target are of its own weights
         for parameter in copied.parameters():

@@ -60,7 +60,7 @@ def test_adversarial(adapted: Any) -> None:
     assert list(adversarial.texts("random strings", 2)) == list(adversarial.texts("random strings", 2))
     heads = adapted.specbound.drafter.heads
     noisy = adversarial.noise(heads)
-    pairs = list(zip(heads.parameters(), noisy.parameters(), strict=True))
+    pairs = list(zip(heads.exits.parameters(), noisy.exits.parameters(), strict=True))
     assert all(not torch.equal(before, after) for before, after in pairs)
     *seconds, same = adversarial.compare(adapted, torch.arange(3, 12)[None], 12, sample=True)
     assert same and min(seconds) > 0

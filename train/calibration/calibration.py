@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from tqdm import tqdm
 
-from runtime.drafting.heads import DraftUnembedding, ExitHeads
+from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.lookup import LookupTable
 from runtime.drafting.policy import SpeculationBounds
 from runtime.drafting.temperature import TemperatureSchedule
@@ -52,9 +51,7 @@ class Calibrated:
 def calibrate(
     config: FitConfig,
     model: Any,
-    heads: ExitHeads,
-    unembedding: DraftUnembedding,
-    target_to_draft: Tensor,
+    heads: DraftHeads,
     calibration: Split,
 ) -> Calibrated:
     """Temperatures, lookup table, traces and bounds from the calibration split.
@@ -64,7 +61,7 @@ def calibrate(
     """
     size = config.per_device_train_batch_size
     batches = calibration.batches(size)
-    found = collect(tqdm(batches, "calibrate", unit="batch"), heads, unembedding, target_to_draft)
+    found = collect(tqdm(batches, "calibrate", unit="batch"), heads)
     require_positions(len(found.sequence))
     schedule, scores = fit_schedule(found, config.schedule, model.config.num_hidden_layers)
     looked_up = LookupTraces.collect(calibration.sequences.rows, found.targets)
@@ -73,10 +70,8 @@ def calibrate(
     logged = Logged.collect(
         tqdm(calibration.batches(size), "log", unit="batch"),
         heads,
-        unembedding,
-        target_to_draft,
         temperatures=schedule.temperatures,
-        ages=heads.ages,
+        ages=heads.exits.one.ages,
     )
     traces = Traces.join(
         logged.sure | by_lookup,
@@ -86,7 +81,7 @@ def calibrate(
         uncalibrated=logged.uncalibrated | by_lookup,
         after_wrong=looked_up.confidences_after_wrong(table),
     )
-    costs = counted_costs(model, heads, unembedding)
+    costs = counted_costs(model, heads)
     bounds, replayed = tune(traces, costs, Held(config.exit_threshold, config.max_exit_layer, config.max_draft_tokens))
     figures = report(found, schedule) | {
         "negative_log_likelihood": scores,
@@ -98,14 +93,12 @@ def calibrate(
     return Calibrated(found, schedule, table, traces, costs, bounds, figures)
 
 
-def counted_costs(model: Any, heads: ExitHeads, unembedding: DraftUnembedding) -> CostTable:
+def counted_costs(model: Any, heads: DraftHeads) -> CostTable:
     """Costs by counting weights: a head or an unembedding against one decoder layer."""
     model = shaped(model)
     total = sum(parameter.numel() for parameter in model.parameters())
     matrix = model.get_output_embeddings().weight.numel()
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     layer = (total - matrix * (1 if tied else 2)) / model.config.num_hidden_layers
-    head = sum(parameter.numel() for parameter in heads.parameters()) / len(heads.exit_layers)
-    if not hasattr(next(iter(heads.heads.values())), "weight"):
-        head += unembedding.weight.numel()
-    return CostTable.counted(model.config.num_hidden_layers, head=head / layer, unembedding=matrix / layer)
+    head = heads.exits.one.weights_read / layer
+    return CostTable.counted(model.config.num_hidden_layers, head=head, unembedding=matrix / layer)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.temperature import confidence
 from train.features.extractor import Features
 
@@ -37,9 +38,7 @@ class Logged:
     def collect(
         cls,
         batches: Iterable[Features],
-        heads: Any,
-        unembedding: Any,
-        target_to_draft: torch.Tensor,
+        heads: DraftHeads,
         *,
         temperatures: Mapping[int, float],
         ages: Sequence[int],
@@ -47,8 +46,8 @@ class Logged:
         """Run the heads over features, once for each age."""
         logged = cls(temperatures, ages)
         for batch in batches:
-            logits = [heads(batch.hidden, batch.context(age), unembedding) for age in ages]
-            logged.add(batch, logits, target_to_draft[batch.target])
+            logits = [heads(batch.hidden, batch.context(age)) for age in ages]
+            logged.add(batch, logits, heads.target_to_draft[batch.target])
         return logged
 
     def add(self, batch: Features, logits: Sequence[Mapping[int, torch.Tensor]], choice: torch.Tensor) -> None:

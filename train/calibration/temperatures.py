@@ -8,12 +8,12 @@ sequences not used to fit them is kept.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.temperature import TemperatureSchedule, linear_temperature
 from runtime.errors import DataError
 from train.features.extractor import Features
@@ -50,11 +50,8 @@ class Confidences:
 
 
 @torch.no_grad()
-def collect(batches: Iterable[Features], heads: Any, unembedding: Any, target_to_draft: torch.Tensor) -> Confidences:
+def collect(batches: Iterable[Features], heads: DraftHeads) -> Confidences:
     """Run the heads over features.
-
-    Args:
-        heads: an `ExitHeads` or what wraps it: called with hidden states, context and unembedding.
 
     Raises:
         DataError: logits that are not numbers (naming the exit layer).
@@ -66,8 +63,8 @@ def collect(batches: Iterable[Features], heads: Any, unembedding: Any, target_to
     for batch in batches:
         lengths += batch.lengths
         targets += batch.target.tolist()
-        choice = target_to_draft[batch.target]
-        for layer, logits in heads(batch.hidden, batch.context(), unembedding).items():
+        choice = heads.target_to_draft[batch.target]
+        for layer, logits in heads(batch.hidden, batch.context()).items():
             if not bool(torch.isfinite(logits).all()):
                 raise DataError(f"the head of exit layer {layer} gives logits that are not finite: fit it again")
             grids.setdefault(layer, []).append(_confidence_grid(logits))

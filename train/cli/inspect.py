@@ -37,7 +37,7 @@ def describe(adapter: str, *, revision: str | None = None) -> dict[str, Any]:
             "vocab_size": config.vocab_size,
         },
         "tokenizer_fingerprint": config.tokenizer_fingerprint,
-        "head": {"kind": config.head, "rank": None if config.head == "linear" else config.head_rank},
+        "head": {"kind": config.head, "rank": loaded.heads.one.rank},
         "dtype": str(next(loaded.heads.parameters()).dtype).removeprefix("torch."),
         "draft_vocab_size": config.draft_vocab_size,
         "lookup": config.lookup is not None,

@@ -28,13 +28,6 @@ def draft_vocabulary(responses: Iterable[Sequence[int]], *, size: int, vocab_siz
     return torch.tensor(sorted(list(chosen)[:size]), dtype=torch.int64)
 
 
-def target_to_draft(draft_to_target: Tensor, vocab_size: int) -> Tensor:
-    """Inverse map, shape [vocab_size], int64: -1 where a target id has no draft id."""
-    inverse = torch.full((vocab_size,), -1, dtype=torch.int64)
-    inverse[draft_to_target] = torch.arange(len(draft_to_target))
-    return inverse
-
-
 def coverage(responses: Iterable[Sequence[int]], draft_to_target: Tensor) -> float:
     """Share of response tokens that the draft vocabulary holds."""
     known = set(draft_to_target.tolist())

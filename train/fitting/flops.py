@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from runtime.drafting.heads import ExitHeads
+
 # Dense bfloat16 operations a second, as the makers state them; matched against the device's name, longest first.
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -39,28 +41,20 @@ class FitFlops:
     heads_per_position: int
 
     @classmethod
-    def of(cls, model: Any, heads: nn.Module, *, head: str, draft_vocab_size: int) -> "FitFlops":
-        """Of a base with its heads, of a kind of `HEAD_KINDS`."""
+    def of(cls, model: Any, heads: ExitHeads) -> "FitFlops":
+        """Of a base with its heads."""
         hidden, vocab_size = model.config.hidden_size, model.config.vocab_size
         matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
         matrices -= sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding))
         tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
         body = matrices - (0 if tied else model.get_output_embeddings().weight.numel())
-        # Forward and to the weight; to the input as well where something learned lies below.
-        inner = sum(
-            (4 if head == "linear" or "lora_A" in name else 6) * parameter.numel()
-            for name, parameter in heads.named_parameters()
-            if parameter.requires_grad and parameter.dim() > 1
-        )
-        # The base's rows are frozen: forward, and to the input below what is learned; a linear head has its own.
-        rows = {"deep": 4, "residual": 4, "lora": 2, "linear": 0}[head] * len(heads.exit_layers)  # type: ignore[arg-type]
         heads_of = getattr(model.config, "num_attention_heads", 1)
         width = heads_of * (getattr(model.config, "head_dim", None) or hidden // heads_of)
         return cls(
             base_per_token=2 * body,
             attention_per_pair=4 * width * model.config.num_hidden_layers,
             choice_per_position=2 * hidden * vocab_size,
-            heads_per_position=inner + rows * hidden * draft_vocab_size,
+            heads_per_position=sum(head.fit_flops for head in heads),
         )
 
     def base(self, tokens: int, positions: int, pairs: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from runtime.drafting.heads import DraftUnembedding
+from runtime.drafting.draft_heads import DraftHeads
 from runtime.errors import DataError
 from train.features.extractor import Features
 from train.features.split import Split
@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 class Learner:
     """One optimizer step at a time; a batch whose loss is not finite is left out and counted.
 
+    Args:
+        heads: with what accelerate made of the exit heads.
+
     Attributes:
         skipped: batches left out so far, by all processes, because their loss or gradient was not finite.
     """
@@ -31,16 +34,13 @@ class Learner:
         self,
         config: FitConfig,
         accelerator: Accelerator,
-        wrapped: Any,
+        heads: DraftHeads,
         optimizer: Any,
-        unembedding: DraftUnembedding,
-        inverse: torch.Tensor,
         split: Split,
         skipped: int,
     ) -> None:
         self.config, self.accelerator, self.split = config, accelerator, split
-        self.wrapped, self.optimizer = wrapped, optimizer
-        self.unembedding, self.inverse = unembedding, inverse
+        self.heads, self.wrapped, self.optimizer = heads, heads.exits, optimizer
         self.loss, self.skipped = float("nan"), skipped
         self.alarms = Alarms()
         self.faults: list[str] = []
@@ -103,8 +103,8 @@ class Learner:
         return part.detach()
 
     def _part(self, features: Features, text: StepText, turn: int) -> torch.Tensor:
-        targets = Targets.of(features.target, features.top_ids, features.top_log_probs, self.inverse)
-        logits = self.wrapped(features.hidden, features.context(turn=turn), self.unembedding)
+        targets = Targets.of(features.target, features.top_ids, features.top_log_probs, self.heads.target_to_draft)
+        logits = self.heads(features.hidden, features.context(turn=turn))
         losses = [distillation_loss(z, targets, kl_weight=self.config.kl_weight) for z in logits.values()]
         return torch.stack(losses).mean() * (len(features.target) / text.num_positions)
 

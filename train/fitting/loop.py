@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, tqdm
 
 from runtime.adapter.identity import file_sha256
-from runtime.drafting.heads import DraftUnembedding, ExitHeads
+from runtime.drafting.draft_heads import DraftHeads
 from train.calibration.calibration import counted_costs
 from train.features.split import Split
 from train.features.spread import shaped
@@ -40,17 +40,14 @@ EVALUATION_SEQUENCES = 64
 def fit(
     config: FitConfig,
     accelerator: Accelerator,
-    heads: ExitHeads,
-    unembedding: DraftUnembedding,
-    inverse: torch.Tensor,
+    heads: DraftHeads,
     splits: dict[str, Split],
     stop: StopSignals,
-) -> ExitHeads:
+) -> DraftHeads:
     """Fit the heads, from the start or from a checkpoint; returns the best, unwrapped, in evaluation mode.
 
     Args:
         heads: on any device; those parameters that require a gradient are fitted.
-        inverse: target id -> draft id, shape [vocabulary], int64, -1 where there is none.
         splits: `fit` and `held_out`.
         stop: looked at after every step.
 
@@ -63,21 +60,21 @@ def fit(
     responses = [response for _, response in lengths]
     plan = Plan(config, responses, rank=accelerator.process_index, world_size=accelerator.num_processes)
     base = splits["fit"].extract.layers.model
-    flops = FitFlops.of(shaped(base), heads, head=config.head, draft_vocab_size=unembedding.weight.shape[0])
+    flops = FitFlops.of(shaped(base), heads.exits)
     speed = Speed(flops, lengths, accelerator.device)
     accelerator.print(f"{plan.total} steps; with its heads the fit costs {speed.cost():.2f} times the base's forward")
-    costs = counted_costs(base, heads, unembedding)
-    learned = [parameter for parameter in heads.parameters() if parameter.requires_grad]
+    costs = counted_costs(base, heads)
+    learned = [parameter for parameter in heads.exits.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=config.learning_rate, weight_decay=config.weight_decay)
-    ages = heads.ages
-    wrapped, optimizer = accelerator.prepare(heads, optimizer)
+    ages = heads.exits.one.ages
+    wrapped, optimizer = accelerator.prepare(heads.exits, optimizer)
     settings = {key: value for key, value in asdict(config).items() if key not in FREE_TO_CHANGE}
     settings["num_processes"] = accelerator.num_processes
     settings["corpus"] = file_sha256(config.corpus_path / "corpus.json")  # of prompts, base and how it answered
     state = load_checkpoint(accelerator, config.resume_from_checkpoint, Path(config.output_dir), settings)
     if state.step >= plan.total:
         accelerator.print(f"the fit is already complete: {state.step} of {plan.total} steps are done")
-    learner = Learner(config, accelerator, wrapped, optimizer, unembedding, inverse, splits["fit"], state.skipped)
+    learner = Learner(config, accelerator, heads.with_exits(wrapped), optimizer, splits["fit"], state.skipped)
     judge = _Judge(config, learner, splits["held_out"], costs, ages)
     with stop.waiting():
         _steps(config, plan, state, learner, judge, speed, settings, stop)
@@ -87,8 +84,8 @@ def fit(
     if accelerator.is_main_process:
         draw_curves(Path(config.output_dir) / "metrics.jsonl", Path(config.output_dir) / "curves.png")
     # Without the wrapper that computes in mixed precision: an adapter is measured as it will be used.
-    fitted: ExitHeads = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    return fitted.eval()
+    fitted = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    return heads.with_exits(fitted.eval())
 
 
 def _steps(
@@ -152,9 +149,7 @@ class _Judge:
         learner.wrapped.eval()  # on its own line: DeepSpeed's engine returns None
         values = evaluate(
             batches,
-            learner.wrapped,
-            learner.unembedding,
-            learner.inverse,
+            learner.heads,
             kl_weight=self.config.kl_weight,
             ages=self.ages,
             simulation=self.simulation,

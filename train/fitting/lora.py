@@ -8,7 +8,9 @@ from typing import Any
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor, nn
 
-from runtime.drafting.heads import LORA_ALPHA_PER_RANK, DraftUnembedding, ExitHeads, LoraHead
+from runtime.drafting.draft_heads import DraftHeads
+from runtime.drafting.heads import LORA_ALPHA_PER_RANK, ExitHead, HeadContext, LoraHead
+from runtime.drafting.unembedding import DraftUnembedding
 
 
 class FrozenRows(nn.Linear):
@@ -28,11 +30,12 @@ class FrozenRows(nn.Linear):
         """Nothing of it is missed in a state that is loaded."""
 
 
-class PeftLoraHead(nn.Module):
+class PeftLoraHead(LoraHead):
     """`LoraHead` with its arithmetic done by PEFT, as the twin that is fitted."""
 
     def __init__(self, unembedding: DraftUnembedding, rank: int) -> None:
-        super().__init__()
+        draft_vocab_size, hidden_size = unembedding.weight.shape
+        ExitHead.__init__(self, hidden_size, draft_vocab_size, rank)  # the weights are PEFT's
         self.rows: nn.Module = FrozenRows(unembedding)
         alpha = int(LORA_ALPHA_PER_RANK * rank)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=["rows"]), self)
@@ -40,24 +43,25 @@ class PeftLoraHead(nn.Module):
             if parameter.requires_grad:  # PEFT gives them the rows' dtype; heads are fitted in float32
                 parameter.data = parameter.data.float()
 
-    def forward(self, hidden: Tensor, embedding: Tensor, unembedding: DraftUnembedding) -> Tensor:
-        """Draft logits [N, V] from the hidden state [N, D]; the embedding is not read."""
+    def forward(self, hidden: Tensor, context: HeadContext, unembedding: DraftUnembedding) -> Tensor:
+        """Draft logits [N, V] from the hidden state [N, D]; the context is not read."""
         logits: Tensor = self.rows(unembedding.normalize(hidden))
         return logits / unembedding.scaling if unembedding.scaling != 1.0 else logits
 
 
-def use_peft(heads: ExitHeads, unembedding: DraftUnembedding, *, rank: int) -> None:
-    """Put a PEFT twin in the place of every LoRA head; other heads stay."""
-    for layer, head in heads.heads.items():
-        if isinstance(head, LoraHead):
-            heads.heads[layer] = PeftLoraHead(unembedding, rank)
+def use_peft(heads: DraftHeads) -> DraftHeads:
+    """Put a PEFT twin in the place of every LoRA head; other heads stay. Returns the same heads."""
+    for layer, head in heads.exits.heads.items():
+        if isinstance(head, LoraHead) and head.rank is not None:
+            heads.exits.heads[layer] = PeftLoraHead(heads.unembedding, head.rank)
+    return heads
 
 
-def without_peft(heads: ExitHeads) -> ExitHeads:
+def without_peft(heads: DraftHeads) -> DraftHeads:
     """Put a `LoraHead` with the fitted weights in the place of every twin; returns the same heads."""
-    for layer, head in heads.heads.items():
+    for layer, head in heads.exits.heads.items():
         if isinstance(head, PeftLoraHead):
-            heads.heads[layer] = _export(head)
+            heads.exits.heads[layer] = _export(head)
     return heads
 
 

@@ -110,8 +110,7 @@ def estimate(config: FitConfig, model: Any, devices: Devices, *, num_prompts: in
     if sharded:
         base = {"base": _sharded_base(model, devices.number) * itemsize}
         base |= _sharing(learned, devices.number)
-    draft = config.draft_vocab_size or model.config.vocab_size
-    flops = FitFlops.of(model, heads, head=config.head, draft_vocab_size=draft)
+    flops = FitFlops.of(model, heads)
     tokens = num_prompts * responses
     forward = flops.base(num_prompts * length, tokens, num_prompts * length * (length + 1) // 2)
     fitted = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -145,7 +144,7 @@ def estimate(config: FitConfig, model: Any, devices: Devices, *, num_prompts: in
     return found
 
 
-def step_memory(config: FitConfig, model: Any, heads: Any, *, length: int, responses: int) -> dict[str, float]:
+def step_memory(config: FitConfig, model: Any, heads: ExitHeads, *, length: int, responses: int) -> dict[str, float]:
     """Bytes of the tensors of one step of one process: what for -> bytes.
 
     Args:
@@ -162,19 +161,12 @@ def step_memory(config: FitConfig, model: Any, heads: Any, *, length: int, respo
     choice = min(CHUNK, positions) * shape.vocab_size * 8
     # All exits' logits and log-probabilities; going backward the former are gone, and three of one exit's come.
     logits = max(8 * exits, 4 * exits + 12) * positions * draft
-    inner = 4 * positions * sum(_inner(config, shape.hidden_size) for _ in range(exits))
+    inner = 4 * positions * sum(head.kept_numbers for head in heads)
     return {
-        "draft rows": 0.0 if config.head == "linear" else draft * shape.hidden_size * itemsize,
+        "draft rows": draft * shape.hidden_size * itemsize if heads.one.borrows_rows else 0.0,
         "features": float(kept + positions * 12 * config.teacher_top_k),
         "largest of layer, choice and logits": float(max(layer, choice, logits + inner)),
     }
-
-
-def _inner(config: FitConfig, hidden_size: int) -> int:
-    """Numbers that a head keeps of one position until it goes backward."""
-    if config.head in ("deep", "residual"):
-        return (9 if config.head == "deep" else 6) * hidden_size + 4 * config.head_rank
-    return hidden_size + (config.head_rank if config.head == "lora" else 0)
 
 
 def position_bytes(config: FitConfig, model: Any) -> float:

@@ -11,14 +11,13 @@ from typing import Any
 
 import yaml
 from huggingface_hub import try_to_load_from_cache
-from torch import Tensor
 
 from runtime.adapter.config import VERSION, SpecBoundConfig
 from runtime.adapter.folder import WEIGHTS_FILE, Adapter, load_adapter, save_adapter
 from runtime.adapter.identity import base_fingerprint, file_sha256, tokenizer_fingerprint
 from runtime.decoding.draft import HeadDrafter
 from runtime.decoding.layers import DecoderLayers
-from runtime.drafting.heads import DraftUnembedding, ExitHeads
+from runtime.drafting.draft_heads import DraftHeads
 from runtime.files import write_atomic
 from train.calibration.calibration import calibrate
 from train.calibration.traces import TRACES_FILE, Traces
@@ -46,10 +45,7 @@ def publish_locally(
     config: FitConfig,
     model: Any,
     tokenizer: Any,
-    heads: ExitHeads,
-    draft_to_target: Tensor,
-    unembedding: DraftUnembedding,
-    target_to_draft: Tensor,
+    heads: DraftHeads,
     *,
     calibration: Split,
     evidence: dict[str, Any],
@@ -65,8 +61,8 @@ def publish_locally(
         SpecBoundError: replay and runtime accept differently on the same text.
         AdapterError: the folder cannot be written.
     """
-    calibrated = calibrate(config, model, heads, unembedding, target_to_draft, calibration)
-    drafter = HeadDrafter(heads, unembedding, draft_to_target.tolist(), calibrated.schedule, lookup=calibrated.lookup)
+    calibrated = calibrate(config, model, heads, calibration)
+    drafter = HeadDrafter(heads, calibrated.schedule, calibrated.lookup)
     agreement = check_agreement(
         DecoderLayers(model), drafter, calibrated.bounds, calibration.sequences.rows, calibrated.traces
     )
@@ -78,11 +74,11 @@ def publish_locally(
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         num_hidden_layers=model.config.num_hidden_layers,
         hidden_size=model.config.hidden_size,
-        vocab_size=len(target_to_draft),
+        vocab_size=len(heads.target_to_draft),
         exit_layers=tuple(config.exit_layers),
         head=config.head,
         head_rank=config.head_rank,
-        draft_vocab_size=len(draft_to_target),
+        draft_vocab_size=len(heads.draft_to_target),
         temperatures=calibrated.schedule,
         bounds=calibrated.bounds,
         weights_sha256="",
@@ -90,7 +86,7 @@ def publish_locally(
         lookup=calibrated.lookup,
     )
     folder = Path(config.output_dir) / "adapter"
-    adapter = Adapter(adapter_config, heads, draft_to_target)
+    adapter = Adapter(adapter_config, heads.exits, heads.draft_to_target)
 
     def evidence_files(path: Path) -> None:
         (path / RUN_FILE).write_text(yaml.safe_dump(_provenance(config), sort_keys=True), encoding="utf-8")

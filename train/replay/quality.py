@@ -2,10 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 
+from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.temperature import confidence
 from train.calibration.exit_log import Logged
 from train.features.extractor import Features
@@ -18,9 +18,7 @@ THRESHOLD = 0.8
 @torch.no_grad()
 def evaluate(
     batches: Iterable[Features],
-    heads: Any,
-    unembedding: Any,
-    target_to_draft: torch.Tensor,
+    heads: DraftHeads,
     *,
     kl_weight: float,
     ages: Sequence[int],
@@ -40,10 +38,10 @@ def evaluate(
     said: list[int] = []
     positions = 0
     for batch in batches:
-        targets = Targets.of(batch.target, batch.top_ids, batch.top_log_probs, target_to_draft)
+        targets = Targets.of(batch.target, batch.top_ids, batch.top_log_probs, heads.target_to_draft)
         number = len(batch.target)
         positions += number
-        by_age = [heads(batch.hidden, batch.context(age), unembedding) for age in ages]
+        by_age = [heads(batch.hidden, batch.context(age)) for age in ages]
         if simulation is not None:
             logged = logged or Logged(dict.fromkeys(by_age[0], 1.0), ages)
             logged.add(batch, by_age, targets.choice)

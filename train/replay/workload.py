@@ -19,7 +19,6 @@ from train.calibration.lookup_traces import LookupTraces
 from train.calibration.temperatures import require_positions
 from train.calibration.traces import Traces
 from train.features.extractor import FeatureExtractor
-from train.features.vocabulary import target_to_draft
 
 
 def log_workload(model: Any, prompts: Sequence[Tensor], *, max_new_tokens: int) -> Traces:
@@ -57,16 +56,12 @@ def log_texts(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Traces
         raise ConfigError("traces are logged of an adapter's heads: load the model with load_specbound")
     exits = drafter.heads.exit_layers
     extract = FeatureExtractor(layers, exits, top_k=1)
-    vocab_size = model.specbound.config.vocab_size
-    known = torch.arange(vocab_size) if drafter.draft_to_target is None else torch.tensor(drafter.draft_to_target)
     features = (extract([row]) for row in tqdm(rows, "trace", unit="text"))
     found = Logged.collect(
         features,
         drafter.heads,
-        drafter.unembedding,
-        target_to_draft(known, vocab_size).to(layers.device),
         temperatures=drafter.temperatures.temperatures,
-        ages=drafter.heads.ages,
+        ages=drafter.heads.exits.one.ages,
     )
     sure, uncalibrated, right = found.sure, found.uncalibrated, found.right
     after_wrong = None

@@ -66,7 +66,7 @@ class FitConfig:
     chat_template: str = field(default="auto", metadata=_help("auto (the tokenizer's) or none (plain text)"))
 
     exit_layers: list[int] = field(metadata=_help("exits after so many decoder layers"))
-    head: str = field(default="deep", metadata=_help("deep, residual, linear or lora"))
+    head: str = field(default="deep", metadata=_help("deep, linear or lora"))
     head_rank: int = field(default=256, metadata=_help("inner width of a head"))
     draft_vocab_size: int = field(default=8192, metadata=_help("tokens a head can draft; 0: all"))
 

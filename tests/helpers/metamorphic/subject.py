@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 from runtime import SpeculationBounds, TemperatureSchedule
 from runtime.decoding.draft import HeadDrafter
 from runtime.decoding.layers import DecoderLayers
-from runtime.drafting.heads import DraftUnembedding, ExitHeads
+from runtime.drafting.draft_heads import DraftHeads
+from runtime.drafting.heads import ExitHeads
 from runtime.generate import attach
 from runtime.handle import SpecBound
 
@@ -65,6 +66,11 @@ class Coached:
         """As the heads have them."""
         return self.heads.exit_layers
 
+    @property
+    def modules(self) -> Any:
+        """As the heads have them."""
+        return self.heads.modules
+
     def on(self, layers: DecoderLayers) -> "Coached":
         """The heads on the base as it is now."""
         return Coached(self.heads.on(layers))
@@ -85,8 +91,8 @@ def drafter(model: Any, seed: int = 0) -> Coached:
         torch.manual_seed(seed)
         heads = ExitHeads("deep", EXITS, hidden_size=32, draft_vocab_size=len(chosen), rank=8)
     temperatures = TemperatureSchedule.linear(0.5, EXITS, LAYERS)
-    unembedding = DraftUnembedding(layers, chosen)
-    return Coached(HeadDrafter(heads.requires_grad_(False).eval(), unembedding, chosen.tolist(), temperatures))
+    made = DraftHeads.of(heads.requires_grad_(False).eval(), layers, chosen)
+    return Coached(HeadDrafter(made, temperatures))
 
 
 def speculative(model: Any) -> Any:

@@ -217,15 +217,17 @@ def test_heads_run_packed_and_follow_the_base(model: Any, make_adapter: Any) -> 
         state.advance(2)
         unpacked = drafter.propose(2, state)
         drafter = drafter.on(layers)
-        linears = [module for module in drafter.heads.modules() if isinstance(module, nn.Linear)]
+        packed.pack_in_place(drafter.modules)
+        linears = [module for module in drafter.heads.exits.modules() if isinstance(module, nn.Linear)]
         assert all("forward" in module.__dict__ for module in linears if module.weight.numel() >= packed.MIN_WEIGHTS)
         assert any("forward" in module.__dict__ for module in linears)
-        for heads in (drafter.heads, copy.deepcopy(drafter.heads)):
-            token, sure = replace(drafter, heads=heads).propose(2, state)
+        for heads in (drafter.heads.exits, copy.deepcopy(drafter.heads.exits)):
+            token, sure = replace(drafter, heads=drafter.heads.with_exits(heads)).propose(2, state)
             assert token == unpacked[0] and abs(sure - unpacked[1]) < 0.02
         assert heads.heads["2"].gate_up.weight is heads.heads["2"].gate_up.forward.args[0].weight
         drafter = drafter.on(DecoderLayers(model.float()))
-        assert not any("forward" in module.__dict__ for module in drafter.heads.modules())
+        packed.pack_in_place(drafter.modules)
+        assert not any("forward" in module.__dict__ for module in drafter.heads.exits.modules())
 
 
 @pytest.mark.parametrize("shape", [(4, 4, 32), (6, 2, 64)])

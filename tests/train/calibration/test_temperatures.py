@@ -38,9 +38,9 @@ class FakeHeads:
     """Gives the hidden states back as logits, moved so that the draws of each layer are the base's choice."""
 
     def __init__(self, draws: dict) -> None:
-        self.draws = draws
+        self.draws, self.target_to_draft = draws, torch.arange(CLASSES)
 
-    def __call__(self, hidden, context, unembedding):
+    def __call__(self, hidden, context):
         rows = torch.arange(len(context.embedding))
         moved = {}
         for layer, logits in hidden.items():
@@ -55,7 +55,7 @@ class FakeHeads:
 
 def collected(seed: int = 0, number: int = 20_000) -> Confidences:
     whole, draws = features(number, torch.Generator().manual_seed(seed))
-    return collect([whole], FakeHeads(draws), None, torch.arange(CLASSES))
+    return collect([whole], FakeHeads(draws))
 
 
 def made(right: np.ndarray, grid_value: float = 0.7) -> Confidences:
@@ -75,7 +75,7 @@ def test_known_temperatures_are_recovered_within_five_percent():
 def test_a_known_slope_is_recovered_within_five_percent():
     true = {layer: linear_temperature(1.6, layer, NUM_HIDDEN_LAYERS) for layer in LAYERS}
     whole, draws = features(20_000, torch.Generator().manual_seed(1), temperatures=true)
-    found = collect([whole], FakeHeads(draws), None, torch.arange(CLASSES))
+    found = collect([whole], FakeHeads(draws))
     schedule, _ = fit_schedule(found, "linear", NUM_HIDDEN_LAYERS)
     assert schedule.kind == "linear"
     for layer in LAYERS:
@@ -115,7 +115,14 @@ def test_a_single_class_is_always_sure_and_works():
         whole.top_log_probs,
         whole.lengths,
     )
-    found = collect([one], lambda hidden, context, unembedding: hidden, None, torch.zeros(1, dtype=torch.int64))
+
+    class SameHeads:
+        target_to_draft = torch.zeros(1, dtype=torch.int64)
+
+        def __call__(self, hidden, context):
+            return hidden
+
+    found = collect([one], SameHeads())
     schedule, _ = fit_schedule(found, "auto", NUM_HIDDEN_LAYERS)
     assert found.at(schedule)[2].min() == 1.0
     assert report(found, schedule)["exits"]["2"]["agreement"] == 1.0
@@ -126,7 +133,7 @@ def test_logits_that_are_not_finite_name_their_layer(value):
     whole, draws = features(400, torch.Generator().manual_seed(0))
     whole.hidden[4][17, 3] = value
     with pytest.raises(DataError, match="exit layer 4 gives logits that are not finite"):
-        collect([whole], FakeHeads(draws), None, torch.arange(CLASSES))
+        collect([whole], FakeHeads(draws))
 
 
 def test_too_few_positions_are_refused():

@@ -2,7 +2,7 @@
 
 import torch
 
-from train.features.vocabulary import coverage, draft_vocabulary, target_to_draft
+from train.features.vocabulary import coverage, draft_vocabulary
 
 RESPONSES = [[5, 5, 5, 2, 2, 9], [2, 7, 5]]
 
@@ -25,11 +25,6 @@ def test_too_few_tokens_are_filled_up_with_the_lowest_ids():
 def test_zero_and_the_whole_size_mean_every_token():
     for size in (0, 12, 99):
         assert draft_vocabulary(RESPONSES, size=size, vocab_size=12, keep=[]).tolist() == list(range(12))
-
-
-def test_the_inverse_leads_back_and_is_minus_one_elsewhere():
-    inverse = target_to_draft(torch.tensor([2, 5, 11]), 12)
-    assert inverse.tolist() == [-1, -1, 0, -1, -1, 1, -1, -1, -1, -1, -1, 2]
 
 
 def test_coverage_is_the_share_of_response_tokens():

@@ -105,7 +105,7 @@ def test_a_head_no_better_than_chance_is_named(caplog):
 
 
 def test_a_base_that_changed_is_noticed(quick_fit, tmp_path, monkeypatch):
-    def spoil(config, accelerator, heads, unembedding, inverse, splits, stop):
+    def spoil(config, accelerator, heads, splits, stop):
         next(iter(splits["fit"].extract.layers.model.parameters())).data[0, 0] += 1
         return heads
 

@@ -63,7 +63,7 @@ CASES = {
         lambda tmp: {"learning_rte": 0.1},
         "unknown setting learning_rte (did you mean learning_rate?)",
     ),
-    "wrong choice": (lambda tmp: {"head": "residul"}, "did you mean residual?"),
+    "wrong choice": (lambda tmp: {"head": "linaer"}, "did you mean linear?"),
     "exit layer 0": (lambda tmp: {"exit_layers": [0, 2]}, "exit_layers: expected layers from 1 on"),
     "exit layer L": (
         lambda tmp: {"exit_layers": [2, 6]},
@@ -152,7 +152,7 @@ def test_logits_that_are_not_finite_stop_the_fit(recipe, tmp_path, monkeypatch):
     def spoil(heads):
         (tmp_path / "out" / "metrics.jsonl").write_text("")
         with torch.no_grad():
-            heads.heads["4"].down.weight.fill_(float("nan"))
+            heads.exits.heads["4"].down.weight.fill_(float("nan"))
         return heads
 
     with pytest.raises(SystemExit) as caught:

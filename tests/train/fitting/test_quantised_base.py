@@ -35,7 +35,7 @@ def test_it_fits_and_runs_exactly_and_is_told_from_the_base_it_was_made_of(fit, 
     whole = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=stock.dtype)
     assert not torch.equal(whole.generate(**TEXT, max_new_tokens=24, do_sample=False), plain)
     model = load_specbound(folder / "adapter", base, adaptive=False)
-    heads = next(iter(model.specbound.drafter.heads.parameters()))
+    heads = next(iter(model.specbound.drafter.heads.exits.parameters()))
     assert str(heads.dtype) == f"torch.{dtype}"
     model.specbound.bounds = SpeculationBounds(0.0, 4, 4)  # so that every round drafts
     assert torch.equal(model.generate(**TEXT, max_new_tokens=24, do_sample=False), plain)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from runtime.decoding.layers import DecoderLayers
-from runtime.drafting.heads import HEAD_KINDS, DraftUnembedding
+from runtime.drafting.heads import HEAD_KINDS
 from runtime.errors import ConfigError
 from tests.helpers.paths import ROOT
 from train.cli.app import app
@@ -49,23 +49,21 @@ def base(make_model):
     return make_model(**MEASURED)
 
 
-def step(config, base, heads=None):
+def step(config, base):
     """Tensors of a step: a function that does one as the learner does, and the heads."""
-    unembedding = DraftUnembedding(DecoderLayers(base.requires_grad_(False)), torch.arange(config.draft_vocab_size))
-    heads = heads or make_heads(config, base.config.hidden_size, unembedding)
-    extract = FeatureExtractor(DecoderLayers(base), config.exit_layers, top_k=config.teacher_top_k)
+    layers = DecoderLayers(base.requires_grad_(False))
+    heads = make_heads(config, layers, torch.arange(config.draft_vocab_size))
+    extract = FeatureExtractor(layers, config.exit_layers, top_k=config.teacher_top_k)
     rows = [([5] * PROMPT, [7] * RESPONSE)] * BATCH
-    inverse = torch.full((base.config.vocab_size,), -1)
-    inverse[: config.draft_vocab_size] = torch.arange(config.draft_vocab_size)
 
     def run():
         features = extract(rows)
-        targets = Targets.of(features.target, features.top_ids, features.top_log_probs, inverse)
-        logits = heads(features.hidden, features.context(), unembedding)
+        targets = Targets.of(features.target, features.top_ids, features.top_log_probs, heads.target_to_draft)
+        logits = heads(features.hidden, features.context())
         torch.stack([distillation_loss(z, targets, kl_weight=0.5) for z in logits.values()]).mean().backward()
         return features
 
-    return run, heads
+    return run, heads.exits
 
 
 def peak_bytes(run) -> int:
@@ -101,7 +99,7 @@ def test_operations_are_those_that_torch_counts(make_model, head):
     config = tiny_config(head=head)
     base.set_attn_implementation("eager")  # torch counts no other on a CPU
     run, heads = step(config, base)
-    flops = FitFlops.of(base, heads, head=head, draft_vocab_size=config.draft_vocab_size)
+    flops = FitFlops.of(base, heads)
     with FlopCounterMode(display=False) as counted:
         run()
     length = PROMPT + RESPONSE

@@ -162,7 +162,7 @@ class LoggedHeads:
     """Drafts and confidences of a log: right ones are the truth's, wrong ones another token."""
 
     def __init__(self, traces: Traces, truth: list[int], prompt_length: int) -> None:
-        self.exit_layers = list(traces.layers)
+        self.exit_layers, self.modules = list(traces.layers), ()
         self.traces, self.truth, self.prompt_length = traces, truth, prompt_length
 
     def on(self, layers: Any) -> "LoggedHeads":

@@ -143,7 +143,7 @@ def test_help_lists_every_setting(capsys):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("head", "residul", "did you mean residual?"),
+        ("head", "linaer", "did you mean linear?"),
         ("dtype", "int8", "one of float32, bfloat16, float16"),
         ("features", "x", "one of online, cache"),
         ("schedule", "linaer", "did you mean linear?"),
