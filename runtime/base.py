@@ -135,9 +135,10 @@ def given_base(base_model: Any) -> PreTrainedModel | str | None:
     return inner
 
 
-def _inside_peft(model: Any) -> PreTrainedModel | None:
+def _inside_peft(given: Any) -> PreTrainedModel | None:
     """The transformers model inside a PEFT model, with its LoRA layers in place; None where it is none."""
-    if not (isinstance(model, torch.nn.Module) and hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
+    model: Any = given
+    if not (isinstance(given, torch.nn.Module) and hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
         return None
     if any(config.is_prompt_learning for config in model.peft_config.values()):
         raise UnsupportedModel(

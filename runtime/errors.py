@@ -37,6 +37,6 @@ class UnsupportedModel(SpecBoundError, NotImplementedError):
 
 
 def one_line(error: object) -> str:
-    """What an error or a warning says, on one line: the first line of its text, or its type's name where it has none."""
+    """The first line of what an error or a warning says; the name of its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return " ".join(lines[0].split()) if lines else type(error).__name__

@@ -29,7 +29,7 @@ from runtime.decoding.rounds import decode
 from runtime.decoding.state import DecodeState
 from runtime.errors import SpecBoundError
 from runtime.exact.execution import execution
-from runtime.exact.running import STOCK
+from runtime.exact.fingerprint import STOCK
 from runtime.handle import SpecBound
 from runtime.stats import SpeculationStats
 
@@ -54,7 +54,7 @@ def attach(model: Any, specbound: SpecBound) -> PreTrainedModel:
     """
     if hasattr(model, "specbound"):
         raise SpecBoundError("this model already has an adapter: call runtime.detach(model) first")
-    model.__class__ = speculating(type(model))
+    model.__class__ = speculating(type(model))  # type: ignore[arg-type]
     model.specbound = specbound
     attached: PreTrainedModel = model
     return attached
@@ -64,7 +64,11 @@ def attach(model: Any, specbound: SpecBound) -> PreTrainedModel:
 def speculating(stock: type) -> type:
     """The subclass of a model's class whose loops are ours; one for all models of that class."""
     # The name, module and signature stay the base's: transformers looks models up by them.
-    namespace = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+    namespace: dict[str, Any] = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+    }
     namespace |= {STOCK: stock, "_sample": _sample, "__reduce_ex__": _reduce}
     namespace |= {name: _plain_mode(name, mode) for name, mode in PLAIN_MODES.items()}
     return type(stock.__name__, (stock,), namespace)

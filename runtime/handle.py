@@ -20,9 +20,10 @@ from runtime.drafting.policy import SpeculationBounds
 from runtime.errors import ConfigError, SpecBoundError
 from runtime.exact.certificate import Certificate
 from runtime.exact.execution import ExecutionPolicy
+from runtime.exact.fingerprint import settings, structure, tensors
 from runtime.exact.packed import PackedLinears, pack_in_place
 from runtime.exact.probe import certify
-from runtime.exact.running import settings, structure, tensors, why_stock
+from runtime.exact.running import why_stock
 from runtime.exact.static import StaticCache, addresses, why_not
 from runtime.stats import SpeculationStats
 
@@ -100,7 +101,7 @@ class SpecBound:
         self._disabled = 0 if value else 1
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles of the model: all but the lock, and what was made for the weights where they lie now."""
+        """For copies and pickles: all but the lock, and what belongs to the weights where they lie now."""
         state = self.__dict__ | {"packed": None, "static": None, "_speculating": False, "_generating": Counter()}
         state |= {"_structure": (), "_tensors": (), "_certified_for": (), "_drafter_on": None}
         del state["_lock"]

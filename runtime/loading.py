@@ -39,8 +39,8 @@ def load_specbound(
 
     Args:
         adapter: folder or Hub id.
-        base_model: a loaded model (transformers' or PEFT's), a folder or a Hub id; None takes the base that the adapter
-            names. Other weights than the adapter was fitted on are warned of: they cost drafts, never a token.
+        base_model: a loaded model (transformers' or PEFT's), a folder or a Hub id; None takes the base that the
+            adapter names. Other weights than the adapter was fitted on are warned of: they cost drafts, never a token.
         strict: refuse other weights.
         revision: of the adapter's repository.
         dtype: as `from_pretrained` takes it, for a base that is loaded here.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from runtime.exact.running import checksum
+from runtime.exact.fingerprint import checksum
 
 logger = logging.getLogger(__name__)
 

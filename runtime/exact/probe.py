@@ -24,13 +24,13 @@ from runtime.decoding.layers import DecoderLayers
 from runtime.exact.attention import KINDS
 from runtime.exact.certificate import Certificate, environment, read_certificate, write_certificate
 from runtime.exact.execution import ExecutionPolicy, Shape, execution, in_rows
+from runtime.exact.fingerprint import digest as running_digest
 from runtime.exact.packed import MIN_WEIGHTS, JointLinear, PackedLinears
 from runtime.exact.reference import Reference
-from runtime.exact.running import digest as running_digest
 from runtime.exact.static import StaticCache
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 10
+PROBE_FORMAT = 11
 # Cheapest first: one call for the block, one call at a steady number of rows, one call a row.
 LINEAR_ROWS = (None, 8, 16, 32, 1)
 
@@ -121,7 +121,8 @@ def _candidates(
     """Policies under which every Linear, alone, has its bits; cheapest first, the last with nothing left to chance."""
     rows = linear_rows(reference, widths)
     joint = {} if packed is None else packed_rows(reference, packed, [1, *widths])
-    found = [ExecutionPolicy(kind, rows, packed_rows=joint) for kind in KINDS]
+    # Attention of a whole block adds in another order; where that shows in one row of thousands, a probe may miss it.
+    found = [ExecutionPolicy(kind, rows, packed_rows=joint) for kind in KINDS if kind != "batched"]
     fused = [replace(policy, fused=True) for policy in found] if joint else []
     plain = [ExecutionPolicy("rowwise", rows)] if joint else []
     segments = [ExecutionPolicy("batched", rows, static=True), ExecutionPolicy("batched", other_rows=1, static=True)]

@@ -58,7 +58,7 @@ def load_spread(kind: str, name: str, *, dtype: torch.dtype, **options: Any) -> 
     model = from_pretrained(AutoModelForCausalLM, name, options | {"dtype": dtype})
     del request
     engine = deepspeed.initialize(model=model.eval().requires_grad_(False), config=settings)[0]
-    model.spread_by = [engine]  # type: ignore[assignment]  # kept, for its end takes the gathering away; in a list, for it is a module
+    model.spread_by = [engine]  # kept, for its end takes the gathering away; in a list, for it is a module
     return model
 
 

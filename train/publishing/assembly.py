@@ -113,7 +113,7 @@ def write_replayed(
 
 
 def findable(name: str) -> str:
-    """A base's name for an adapter that stays here: a folder outside this one by its whole path. It is not published."""
+    """A base's name for an adapter that stays here: a folder outside this one by its whole path."""
     path = Path(name)
     return str(path.resolve()) if path.is_dir() and (path.is_absolute() or ".." in path.parts) else name
 

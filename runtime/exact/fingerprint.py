@@ -1,0 +1,140 @@
+"""A fingerprint of the running model: the code that generation runs through, its settings, and every tensor.
+
+`structure`, `settings` and `tensors` are cheap and compared before each call, within one process; `digest` goes into
+a certificate's file name. Knows no policy and no probe.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from runtime.adapter.identity import plain_tensors
+
+# The stock class that a speculating class was made of (see generate.py).
+STOCK = "_specbound_stock"
+INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_SIMPLE = (int, float, str, bool, type(None), torch.dtype)
+_ENVIRONMENT = ("ONEDNN_", "DNNL_", "MKL_", "ATEN_", "CUBLAS_", "NVIDIA_TF32")
+
+
+def structure(model: PreTrainedModel) -> tuple[Any, ...]:
+    """Everything but the tensors: equal before and after means that the same code runs, with the same settings.
+
+    Objects are compared by identity, and held here so that no new one takes their address.
+    """
+    parts: list[Any] = [*hooks_of(torch_module.__dict__, "_global"), tuple(_settings(vars(model.config)))]
+    parts.append(ALL_ATTENTION_FUNCTIONS.get(model.config._attn_implementation))
+    for module in model.modules():
+        values = module.__dict__
+        parts.append((type(module), type(module).forward, tuple(module._modules)))
+        parts += hooks_of(values)
+        for name, value in values.items():
+            if name not in INTERNAL:
+                if isinstance(value, _SIMPLE):
+                    parts.append((name, value))
+                elif callable(value):
+                    parts.append(value)
+                elif isinstance(value, (list, tuple, dict, set)) and (plain := _plain(value)) is not None:
+                    parts.append((name, plain))
+    return tuple(parts)
+
+
+def tensors(model: nn.Module) -> tuple[Any, ...]:
+    """Where every tensor lies, its layout, and how often it was written; a write through `.data` is not seen."""
+    return tuple(
+        (tensor.data_ptr(), _version(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+        for tensor in _all_tensors(model)
+        if not tensor.is_meta
+    )
+
+
+def settings() -> tuple[Any, ...]:
+    """What else decides which kernels run: torch's switches, and variables that its libraries read."""
+    return (
+        torch.get_num_threads(),
+        torch.backends.mkldnn.enabled,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.flash_sdp_enabled(),  # type: ignore[no-untyped-call]
+        torch.backends.cuda.mem_efficient_sdp_enabled(),  # type: ignore[no-untyped-call]
+        torch.backends.cuda.math_sdp_enabled(),  # type: ignore[no-untyped-call]
+        torch.backends.cuda.matmul.allow_tf32,
+        *sorted((name, value) for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)),
+    )
+
+
+def digest(model: nn.Module) -> str:
+    """The same for a file: what runs and every bit of every weight, 64 hex digits; no addresses, only alignments."""
+    hashed = hashlib.sha256(repr((settings(), list(_settings(vars(model.config))))).encode())
+    for name, module in model.named_modules():
+        own = sorted((key, repr(value)) for key, value in vars(module).items() if isinstance(value, _SIMPLE))
+        kind = type(module)
+        stock: type = kind.__dict__.get(STOCK, kind)
+        hashed.update(repr((name, stock.__module__, stock.__qualname__, len(module._forward_hooks), own)).encode())
+    for tensor in _all_tensors(model):
+        layout = (tensor.dtype, str(tensor.device), tuple(tensor.shape), tensor.stride(), tensor.data_ptr() % 64)
+        hashed.update(repr((*layout, checksum(tensor))).encode())
+    return hashed.hexdigest()
+
+
+def checksum(tensor: Tensor) -> tuple[int, ...]:
+    """The sum of all bits, 64 at a time, so that one changed bit is seen, and some of them by their place."""
+    if tensor.is_meta or tensor.numel() == 0:
+        return ()
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    whole = flat[: flat.numel() // 8 * 8]
+    if whole.data_ptr() % 8:
+        whole = whole.clone()
+    words = whole.view(torch.int64)
+    rest = flat[whole.numel() :].tolist()
+    # Parted at no multiple of a row: two rows or columns that change places are seen as well.
+    first = words.numel() * 5 // 11
+    return int(words[:first].sum()), int(words[first:].sum()), *words[:: max(1, words.numel() // 7)].tolist(), *rest
+
+
+def hooks_of(values: dict[str, Any], prefix: str = "") -> list[Any]:
+    """Forward hooks among a module's values; with `_global`, those on all modules."""
+    found: list[Any] = []
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        if hooks := values.get(prefix + name):
+            found += hooks.values()
+    return found
+
+
+def _plain(value: Any) -> tuple[Any, ...] | None:
+    """A container of simple values as a tuple; None for any other."""
+    items = tuple(value.items()) if isinstance(value, dict) else tuple(value)
+    flat = [part for item in items for part in item] if isinstance(value, dict) else items
+    return items if all(isinstance(part, _SIMPLE) for part in flat) else None
+
+
+def _settings(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a config says, but for names and paths."""
+    for name, value in values.items():
+        if name not in ("name_or_path", "_name_or_path", "_commit_hash", "transformers_version"):
+            if isinstance(value, _SIMPLE):
+                yield name, value
+            elif isinstance(value, (list, tuple, dict, set)):
+                yield name, repr(value)
+
+
+def _all_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers and plain tensors that modules hold; of a quantised one all that it is made of."""
+    for module in model.modules():
+        held: Iterable[Any] = (*module._parameters.values(), *module._buffers.values())
+        for tensor in (*held, *(value for value in module.__dict__.values() if isinstance(value, Tensor))):
+            if type(tensor) in (nn.Parameter, Tensor):
+                yield tensor
+            elif tensor is not None:
+                yield from (part for _, part in plain_tensors([("", tensor)]))
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
