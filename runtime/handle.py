@@ -98,6 +98,7 @@ class SpecBound:
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
+        """Switch speculation on or off for good; `disabled` does so for a while."""
         self._disabled = 0 if value else 1
 
     def __getstate__(self) -> dict[str, Any]:

@@ -246,7 +246,7 @@ def quick_fit(fit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Calla
     def publish(config: FitConfig, model: Any, tokenizer: Any, heads: Any, *rest: Any, **options: Any) -> Path:
         folder = Path(config.output_dir) / "adapter"
         folder.mkdir(exist_ok=True)
-        save_file(heads.state_dict(), folder / "model.safetensors")
+        save_file(heads.exits.state_dict(), folder / "model.safetensors")
         return folder
 
     monkeypatch.setattr(fit_exits, "publish_locally", publish)

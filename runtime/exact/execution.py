@@ -21,6 +21,8 @@ from runtime.exact.fused import fused_layers
 from runtime.exact.packed import PackedLinears
 
 Shape = tuple[int, ...]
+# Bytes. Torch allocates so; some kernels add in another order where a row of a block, such as LoRA's, lies otherwise.
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,5 +122,8 @@ def call_in_rows(forward: Callable[..., Tensor], rows: int, hidden: Tensor, *arg
     for part in torch.split(hidden, rows, dim=-2):
         given = part.shape[-2]
         full = part if given == rows else nn.functional.pad(part, (0, 0, 0, rows - given))
+        full = full.reshape(-1).view(full.shape)  # with the strides of a row alone, which decide how torch multiplies
+        if full.data_ptr() % ALIGNMENT:
+            full = full.clone()
         outputs.append(forward(full, *args, **kwargs)[..., :given, :])
     return torch.cat(outputs, dim=-2)

@@ -5,7 +5,8 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from runtime import (
     AdapterError,
@@ -46,6 +47,7 @@ def generate(model, **options):
 
 
 def refusal(kind, *args, **options):
+    """What `load_specbound` says, on one line."""
     with pytest.raises(kind) as caught:
         load_specbound(*args, **options)
     assert "\n" not in str(caught.value)
@@ -108,12 +110,69 @@ def test_a_second_adapter_on_one_model(folder, make_model):
 
 
 @pytest.mark.parametrize("layer", ["model.embed_tokens", "model.layers.3.mlp.up_proj", "lm_head"])
-def test_a_fine_tuned_base(folder, make_model, layer):
+def test_a_fine_tuned_base(folder, make_model, layer, caplog):
+    """Other weights load with one warning, and their ids are those of that very base; `strict` refuses them."""
     model = make_model()
     with torch.no_grad():
         model.get_submodule(layer).weight.mul_(1.02)
-    assert "other weights" in refusal(BaseModelMismatch, folder, model)
-    assert not hasattr(model, "specbound")
+    stock = generate(model)
+    assert "other weights" in refusal(BaseModelMismatch, folder, model, strict=True)
+    assert not hasattr(model, "specbound") and not caplog.records
+    assert generate(load_specbound(folder, model)) == stock
+    assert model.specbound.stats.emitted == 40
+    assert ["other weights" in record.message for record in caplog.records] == [True]
+
+
+def test_a_base_with_a_padding_token_added(folder, make_model):
+    """The table is larger than that of the fit; ids stay the base's own."""
+    model = make_model()
+    model.resize_token_embeddings(136)
+    stock = generate(model)
+    assert generate(load_specbound(folder, model)) == stock and model.specbound.stats.emitted == 40
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_peft_model_is_taken_as_it_is(folder, make_model, merged):
+    """Its LoRA in place or merged; a name that is no model is refused with what is expected."""
+    config = LoraConfig(r=2, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    tuned = get_peft_model(make_model(), config).eval()
+    if merged:
+        tuned.merge_adapter()
+    stock = generate(tuned.get_base_model())
+    assert stock != generate(make_model())
+    assert generate(load_specbound(folder, tuned)) == stock
+    assert tuned.get_base_model().specbound.stats.emitted == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dtype": "bf16"}, "dtype is 'bf16': expected auto, float32"),
+        ({"dtype": torch.int8}, "dtype is torch.int8"),
+        ({"device_map": "cuda:7"}, "torch sees no such device on this machine"),
+        ({"device_map": "gpu"}, "device_map is 'gpu': expected auto"),
+        ({"device_map": 3.5}, "device_map is 3.5: expected auto"),
+        ({"tokenizer": "x"}, "tokenizer is a str"),
+        ({"revision": 3}, "revision is 3"),
+        ({"exactness": None}, "exactness is None: expected one of bitwise, batched"),
+        ({"base_model": ""}, "base_model is ''"),
+        ({"base_model": 3}, "base_model is 3"),
+        ({"adapter": None}, "adapter is None"),
+        ({"adapter": 3}, "adapter is 3"),
+        ({"adapter": ""}, "adapter is ''"),
+    ],
+)
+def test_every_wrong_argument_is_told_in_one_line(folder, base, options, said):
+    given = {"adapter": folder, "base_model": base} | options
+    assert said in refusal(ConfigError, **given)
+
+
+def test_mistral_is_told_how_to_do_without_its_window(folder):
+    config = MistralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4, vocab_size=128
+    )
+    assert "sliding_window=None" in refusal(UnsupportedModel, folder, AutoModelForCausalLM.from_config(config))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +180,7 @@ def test_a_fine_tuned_base(folder, make_model, layer):
     [
         ({"num_hidden_layers": 7}, "num_hidden_layers 6, this base has 7"),
         ({"hidden_size": 64}, "hidden_size 32, this base has 64"),
-        ({"vocab_size": 130}, "vocab_size 128, this base has 130"),
+        ({"vocab_size": 512}, "vocab_size 128, this base has 512"),
     ],
 )
 def test_a_base_of_another_shape(folder, make_model, changes, expected):
@@ -150,8 +209,8 @@ def test_wrong_arguments(folder, base, make_model):
 
 
 def test_a_base_or_adapter_that_is_not_there(folder, base, tmp_path, make_model, make_tokenizer):
-    assert "pass base_model=" in refusal(AdapterError, folder, tmp_path / "absent")
-    assert "pass base_model=" in refusal(AdapterError, folder, "nobody/nothing")
+    assert "does not exist: give the base's folder" in refusal(AdapterError, folder, tmp_path / "absent")
+    assert "give the base's folder" in refusal(AdapterError, folder, "nobody/nothing")
     assert "nobody/nothing" in refusal(AdapterError, "nobody/nothing", base)
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -43,7 +43,7 @@ def test_two_threads_on_one_model(model: Any, plain: list[int]) -> None:
     found, _ = with_speculation(model, stock[0].tolist(), lambda: model.generate(**options, streamer=Intruder()))
     assert torch.equal(found, stock)
     assert [str(error) for error in errors] == [
-        "this model is generating already: give each thread its own model, or wait"
+        "this model is generating already: give each thread its own model, or call generate again after it returns"
     ]
 
 

@@ -335,9 +335,9 @@ def test_resolving_folders_files_and_wrong_ids(folder, tmp_path):
         resolve_adapter(folder, revision="main")
     wrong = {
         folder / "config.json": "is not a folder",
-        tmp_path / "absent": "neither a folder nor a Hub id",
-        "a/b/c": "neither a folder nor a Hub id",
-        "no spaces/here": "neither a folder nor a Hub id",
+        tmp_path / "absent": "does not exist: expected the adapter's folder, or a Hub id",
+        "a/b/c": "does not exist: expected the adapter's folder, or a Hub id",
+        "no spaces/here": "does not exist: expected the adapter's folder, or a Hub id",
         "nobody/nothing": "no folder here, and the Hub could not give it",
         "x" * 5000: "cannot be looked up",
         "a\0b": "",

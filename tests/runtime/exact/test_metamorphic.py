@@ -1,6 +1,6 @@
 """Whatever is done to a model, its answers are stock's: random sequences of changes, then ids, logits and cache.
 
-300 sequences with fixed seeds; `METAMORPHIC_SEQUENCES=5000 pytest -s tests/runtime/exact/test_metamorphic.py` runs
+60 sequences with fixed seeds; `METAMORPHIC_SEQUENCES=5000 pytest -s tests/runtime/exact/test_metamorphic.py` runs
 more of them and prints how many answers were compared.
 """
 
@@ -15,7 +15,7 @@ from tests.helpers.metamorphic.sequences import Count, Sequence, run, shortened
 from tests.helpers.metamorphic.subject import FAMILIES
 from tests.helpers.packing import pretend_to_pack
 
-SEQUENCES = int(os.environ.get("METAMORPHIC_SEQUENCES", "300"))
+SEQUENCES = int(os.environ.get("METAMORPHIC_SEQUENCES", "60"))
 CASES = [(family, dtype) for family in FAMILIES for dtype in (torch.float32, torch.bfloat16)]
 # Many changes are answered by plain decoding, and rightly so; but a suite in which nothing is drafted proves nothing.
 SPECULATING_SHARE = 0.3

@@ -195,17 +195,15 @@ def test_a_damaged_certificate_is_made_anew(make_model: Any, kept: Path, text: s
     assert certify(model, "sha256:base", max_width=2).policy == first.policy
 
 
-def test_where_nothing_passes_nothing_is_drafted(
-    make_model: Any, kept: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A warning, width 1, and no certificate kept."""
+def test_where_nothing_passes_nothing_is_drafted(make_model: Any, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock's own loop and the reason why, width 1, and no certificate kept."""
     monkeypatch.setattr(runtime.exact.probe, "compare", lambda *args, **kwargs: Agreement(50, 3, 0.25))
     model = make_model()
     specbound = SpecBound(model, FakeHeads("random", [2]), SpeculationBounds(0.0, 2, 4))
     _, bounds = specbound.prepare(model)
     assert bounds.max_draft_tokens == 0
     assert specbound.certificate is not None and not specbound.certificate.bitwise
-    assert "nothing is drafted on this machine. NOT bit for bit" in caplog.text
+    assert "no way to run blocks keeps every bit on this machine: NOT bit for bit" in str(specbound.why_stock(model))
     assert not kept.exists()
 
 

@@ -144,7 +144,9 @@ def test_too_few_positions_are_refused():
 
 def test_a_choice_outside_the_draft_vocabulary_is_never_right():
     whole, draws = features(400, torch.Generator().manual_seed(0))
-    found = collect([whole], FakeHeads(draws), None, torch.full((CLASSES,), -1))
+    heads = FakeHeads(draws)
+    heads.target_to_draft = torch.full((CLASSES,), -1)
+    found = collect([whole], heads)
     assert not any(right.any() for right in found.right.values())
 
 

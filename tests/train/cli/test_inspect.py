@@ -114,7 +114,7 @@ def test_what_is_not_valid(folder, tmp_path):
     for adapter, expected in (
         (folder, "damaged"),
         (tmp_path, "config.json cannot be read"),
-        (tmp_path / "absent", "neither a folder nor a Hub id"),
+        (tmp_path / "absent", "does not exist: expected the adapter's folder, or a Hub id"),
         ("nobody/nothing", "the Hub could not give it"),
     ):
         result = run(adapter)

@@ -78,7 +78,7 @@ def test_generate(folders: Any, make_tokenizer: Any) -> None:
         ([], "", "the prompt is empty"),
         (["w1", "--temperature", "0.5"], None, "temperature is of sampling: add --sample"),
         (["w1", "--stop", ""], None, "--stop is empty"),
-        (["w1", "--model", "/nowhere"], None, "could not be loaded"),
+        (["w1", "--model", "/nowhere"], None, "the folder /nowhere of the base does not exist"),
         (["w1 " * 600], None, "this model takes 1 to 511"),
     ],
 )

@@ -116,7 +116,10 @@ def test_a_base_that_changed_is_noticed(quick_fit, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("place", "setting"),
-    [("answers.Answerer.answer", "generation_batch_size"), ("learner.Learner.learn", "per_device_train_batch_size")],
+    [
+        ("corpus.answers.Answerer.answer", "generation_batch_size"),
+        ("fitting.learner.Learner.learn", "per_device_train_batch_size"),
+    ],
 )
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()])
 def test_memory_that_is_not_there_names_the_setting(quick_fit, tmp_path, monkeypatch, place, setting, error):

@@ -93,7 +93,7 @@ CASES = {
         "'tensorbord' is unknown (did you mean tensorboard?)",
     ),
     "tracker not there": (lambda tmp: {"report_to": ["aim"]}, "report_to: 'aim' is not installed"),
-    "missing base": (lambda tmp: {"model_name_or_path": str(tmp / "base")}, "cannot be loaded"),
+    "missing base": (lambda tmp: {"model_name_or_path": str(tmp / "base")}, "does not exist"),
     "no chat template": (
         lambda tmp: {"chat_template": "auto"},
         "no chat template; set `chat_template: none`",
@@ -136,7 +136,7 @@ def test_each_error_is_one_line_and_leaves_nothing(case, recipe, tmp_path, capsy
     assert not left or whole <= {entry.name for entry in left}
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("t5", "T5Config"), ("mixtral", "MixtralForCausalLM")])
+@pytest.mark.parametrize(("kind", "expected"), [("t5", "model_type 't5'"), ("mixtral", "MixtralForCausalLM")])
 def test_an_unsupported_base_is_named(kind, expected, recipe, tmp_path, make_tokenizer):
     base = save_other_base(tmp_path / kind, make_tokenizer, kind)
     with pytest.raises(SystemExit) as caught:

@@ -33,4 +33,4 @@ def test_it_fits_and_runs_and_is_told_from_the_bare_base(fit, tmp_path, tiny_bas
     assert torch.equal(model.generate(**TEXT, max_new_tokens=16, do_sample=False), plain)
     assert model.specbound.stats.emitted == 16
     with pytest.raises(BaseModelMismatch):
-        load_specbound(folder / "adapter", tiny_base)
+        load_specbound(folder / "adapter", tiny_base, strict=True)

@@ -101,7 +101,7 @@ def test_a_commit_of_somebody_else_in_between_is_not_overwritten(hub, folder, mo
 def test_other_bytes_than_were_sent_are_noticed(hub, folder, monkeypatch):
     publish(folder, NAME)
     files = hub.files(NAME)
-    monkeypatch.setattr("loopback_hub.Handler.ranged", lambda self, *rest: (200, b"[]", {}))
+    monkeypatch.setattr("tests.helpers.loopback_hub.Handler.ranged", lambda self, *rest: (200, b"[]", {}))
     assert "came back from some-org/tiny-specbound with other bytes" in refusal(folder, NAME)
     assert hub.files(NAME) == files
 
