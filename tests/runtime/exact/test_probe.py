@@ -103,7 +103,7 @@ def test_calls_of_a_steady_number_of_rows(rows: int) -> None:
 def test_attention_runs_in_groups_where_that_keeps_every_bit_and_never_as_a_block(
     make_model: Any, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Float32 has other bits in groups, so here groups are made to pass; a block may differ in one row of thousands."""
+    """Float32 has other bits in groups, so groups are made to pass; a block may differ in one row of thousands."""
     assert probe(make_model(), max_width=3).policy.attention == "rowwise"
 
     def steady(model: Any, policy: ExecutionPolicy, packed: Any) -> Any:
