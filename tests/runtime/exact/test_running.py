@@ -15,7 +15,8 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from runtime import SpecBoundError, SpeculationBounds, detach
-from runtime.exact import packed, running
+from runtime.exact import packed
+from runtime.exact.fingerprint import checksum
 from runtime.generate import attach
 from runtime.handle import SpecBound
 from tests.helpers.fake_heads import FakeHeads
@@ -102,12 +103,12 @@ def test_negative_control_without_the_checksum(packs: None, model: Any, monkeypa
 def test_a_checksum_sees_one_bit_and_exchanged_rows_and_columns(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     tensor = torch.randn(shape).to(torch.bfloat16)
-    first = running.checksum(tensor)
+    first = checksum(tensor)
     for place in (0, tensor.numel() // 2, tensor.numel() - 1):
         changed = tensor.clone()
         changed.view(torch.int16).view(-1)[place] ^= 1
-        assert running.checksum(changed) != first
-    assert running.checksum(tensor.clone()) == first and running.checksum(tensor.flip(0)) != first
+        assert checksum(changed) != first
+    assert checksum(tensor.clone()) == first and checksum(tensor.flip(0)) != first
 
 
 def mixing(module: nn.Module, args: Any, output: Any) -> Any:

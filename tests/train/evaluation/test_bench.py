@@ -99,6 +99,7 @@ def test_methods_leave_the_adapter_as_it_was(prompts: Path) -> None:
     model: Any = load_specbound("outputs/demo/adapter")
     specbound = model.specbound
     names = [name for name in METHODS if name != "early_exit"]
+    specbound.prepare(model)
     before = (specbound.bounds, specbound.drafter, specbound.controller, specbound.enabled)
     methods = make_methods(model, names)
     certificate = specbound.certificate
