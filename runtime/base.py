@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from runtime.adapter.folder import Adapter
 from runtime.adapter.hub import chain_of, is_hub_id, kept_base, patiently
 from runtime.adapter.identity import base_fingerprint, tokenizer_matches
-from runtime.decoding.layers import check_config
+from runtime.decoding.families import check_config
 from runtime.errors import AdapterError, BaseModelMismatch, ConfigError, UnsupportedModel, one_line
 
 logger = logging.getLogger(__name__)

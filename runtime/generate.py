@@ -28,7 +28,6 @@ from runtime.decoding.emitter import TargetEmitter
 from runtime.decoding.rounds import decode
 from runtime.decoding.state import DecodeState
 from runtime.errors import SpecBoundError
-from runtime.exact.execution import execution
 from runtime.exact.fingerprint import STOCK
 from runtime.handle import SpecBound
 from runtime.stats import SpeculationStats
@@ -115,14 +114,14 @@ def _sample(
     specbound: SpecBound = self.specbound
     reason = _plain_reason(self, input_ids, generation_config, synced_gpus, model_kwargs)
     if specbound.enabled and reason is None:
-        with specbound.exclusive(speculating=True):
+        with specbound.prepared.exclusive(speculating=True):
             reason = specbound.why_stock(self)
             if reason is None:
                 emitter = TargetEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
                 return _speculate(self, specbound, emitter, generation_config, model_kwargs)
     if specbound.enabled:
         specbound.warn_plain(str(reason))
-    with specbound.exclusive(speculating=False):
+    with specbound.prepared.exclusive(speculating=False):
         plain: Tensor = stock_class(self)._sample(
             self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
             **model_kwargs,
@@ -137,7 +136,7 @@ def _plain_mode(name: str, mode: str) -> Callable[..., Any]:
         specbound: SpecBound = self.specbound
         if specbound.enabled:
             specbound.warn_plain(f"it asks for {mode}")
-        with specbound.exclusive(speculating=False), specbound.disabled():
+        with specbound.prepared.exclusive(speculating=False), specbound.disabled():
             return getattr(stock_class(self), name)(self, *args, **kwargs)
 
     return run
@@ -151,24 +150,24 @@ def _speculate(
     model_kwargs: dict[str, Any],
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Prompt through the stock forward, then rounds; what plain `generate` returns comes back."""
-    policy, bounds = specbound.prepare(model)
-    assert specbound.certificate is not None
-    emitter.largest_shift = specbound.certificate.largest_shift
+    bounds, prepared = specbound.prepare(model), specbound.prepared
+    assert prepared.certificate is not None
+    emitter.largest_shift = prepared.certificate.largest_shift
     started = time.perf_counter()
     specbound.stats = SpeculationStats()
-    with specbound.stats.timing("prompt"), specbound.layers.watching_top() as top:
+    with specbound.stats.timing("prompt"), prepared.layers.watching_top() as top:
         outputs = model._prefill(emitter.input_ids, generation_config, model_kwargs)
     stock_cache: DynamicCache = outputs.past_key_values
     capacity = stock_cache.get_seq_length() + min(emitter.remaining, 1024) + bounds.max_draft_tokens
-    kv = specbound.cache_of(stock_cache, capacity)
+    kv = prepared.cache_of(stock_cache, capacity)
     prompt_length = kv.get_seq_length()
     positions = model_kwargs.get("position_ids")
     offset = 0 if positions is None else int(positions[0, -1]) + 1 - prompt_length
     known = emitter.input_ids[0].tolist()
     deep = top[-1] if top else None
-    state = DecodeState(specbound.layers, kv, known, deep=deep, position_offset=offset)
+    state = DecodeState(prepared.layers, kv, known, deep=deep, position_offset=offset)
     try:
-        with execution(model, policy, specbound.packed):
+        with prepared.running(model):
             drafter, stats, controller = specbound.drafter, specbound.stats, specbound.controller
             on_round = getattr(emitter.streamer, "end_round", None)  # a streamer may ask what became of the drafts
             decode(state, outputs.logits[:, -1], drafter, bounds, emitter, stats, controller, on_round)

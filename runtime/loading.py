@@ -11,12 +11,13 @@ from runtime.adapter.folder import Adapter, load_adapter
 from runtime.adapter.hub import resolve_adapter
 from runtime.base import check_base, find_base, given_base, load_model, load_tokenizer
 from runtime.decoding.draft import HeadDrafter
-from runtime.decoding.layers import DecoderLayers, check_supported
+from runtime.decoding.families import check_supported
+from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.controller import Controller
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.errors import ConfigError
 from runtime.generate import attach
-from runtime.handle import EXACTNESS, SpecBound
+from runtime.handle import SpecBound, require_exactness
 
 
 def load_specbound(
@@ -32,7 +33,6 @@ def load_specbound(
     local_files_only: bool = False,
     exactness: str = "bitwise",
     adaptive: bool = True,
-    graphs: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
     """Load an adapter onto its base; `generate` then gives the base's own tokens, faster.
@@ -50,8 +50,6 @@ def load_specbound(
         local_files_only: the same.
         exactness: `bitwise` (default): the bits of plain decoding. `batched`: faster; near-ties may differ.
         adaptive: draft less, or nothing for a while, where that is measured to be slower. Ids are the same.
-        graphs: on a GPU, run layers as CUDA graphs over a static cache where `exactness` allows it. Not yet run on a
-            GPU; on a CPU the same fixed shapes run without graphs, which is for tests.
         tokenizer: checked against the adapter's; for a base loaded here its own is.
 
     Returns:
@@ -63,8 +61,7 @@ def load_specbound(
         UnsupportedModel: the base's layers cannot be driven one by one.
         ConfigError: an argument is wrong.
     """
-    if exactness not in EXACTNESS:
-        raise ConfigError(f"exactness is {exactness!r}: expected one of {', '.join(EXACTNESS)}")
+    require_exactness(exactness)
     if not (tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)):
         raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}: expected a tokenizer of transformers")
     if not (revision is None or isinstance(revision, str)):
@@ -86,7 +83,7 @@ def load_specbound(
             tokenizer = load_tokenizer(source, hub)
     check_supported(model)
     fingerprint = check_base(model, tokenizer, loaded, strict=strict)
-    specbound = make_specbound(model, loaded, exactness=exactness, graphs=graphs, fingerprint=fingerprint)
+    specbound = make_specbound(model, loaded, exactness=exactness, fingerprint=fingerprint)
     if adaptive:
         specbound.controller = Controller()
     if not model.training:  # such a model decodes plainly, and dropout would fail the probe
@@ -99,7 +96,6 @@ def make_specbound(
     adapter: Adapter,
     *,
     exactness: str,
-    graphs: bool = False,
     fingerprint: str | None = None,
 ) -> SpecBound:
     """An adapter ready to run on this model, its heads on the model's device and in its dtype.
@@ -115,7 +111,6 @@ def make_specbound(
         drafter,
         config.bounds,
         exactness=exactness,
-        graphs=graphs,
         config=config,
         fingerprint=fingerprint,
     )

@@ -4,12 +4,20 @@ Preallocated buffers that grow by doubling, so that a step writes its rows and c
 transformers' decoder layers expect a `Cache`: they only call `update`. Knows no drafting and no model family.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 MIN_CAPACITY = 64
+# Layers from one depth to another, on hidden states [1, T, D] at given positions [1, T], behind a mask.
+Through = Callable[[Tensor, int, int, Tensor, "KVCache", Tensor | None], Tensor]
+
+
+def position_ids(position: int, length: int, device: torch.device) -> Tensor:
+    """Positions of a block, shape [1, T], from that of its first token."""
+    return torch.arange(position, position + length, device=device).unsqueeze(0)
 
 
 class KVCache:
@@ -56,6 +64,19 @@ class KVCache:
         self._keys[layer_idx], self._values[layer_idx] = key_buffer, value_buffer
         self.lengths[layer_idx] = end
         return key_buffer.narrow(2, 0, end), value_buffer.narrow(2, 0, end)
+
+    def run(self, through: Through, hidden: Tensor, start: int, stop: int, position: int) -> Tensor:
+        """Layers `start` to `stop - 1` on a block, their new rows appended here.
+
+        Args:
+            through: the base's layers.
+            hidden: shape [1, T, D], at depth `start`.
+            position: of the block's first token; the caller may number positions another way than the cache's rows.
+
+        Returns:
+            Shape [1, T, D], at depth `stop`.
+        """
+        return through(hidden, start, stop, position_ids(position, hidden.shape[1], hidden.device), self, None)
 
     def rows(self, layer_idx: int, start: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer from row `start` on."""

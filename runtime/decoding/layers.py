@@ -1,111 +1,19 @@
 """`DecoderLayers`: the base's own embedding, decoder layers, final norm and unembedding, one at a time.
 
-The only file that knows the model families. No modeling code is copied: a family is a line that says where its
-modules are and what its layers call the cache; masks are not needed, because `attention.py` gives each query row
-its own keys. Knows nothing of drafting, exits or files.
+Masks are not needed, because block attention gives each query row its own keys. Knows nothing of drafting, exits or
+files, and of families only what `families.py` says.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from runtime.decoding.cache import KVCache
-from runtime.errors import UnsupportedModel
-from runtime.exact.static import StaticCache
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """Where a model family keeps the parts that generation runs through.
-
-    `fusable` says that a layer is what `runtime/exact/fused.py` computes: norm, attention with rotary positions,
-    residual, norm, gated SiLU, residual.
-    """
-
-    body: str = "model"
-    embedding: str = "embed_tokens"
-    layers: str = "layers"
-    norm: str = "norm"
-    rotary: str | None = "rotary_emb"
-    positions: str | None = None
-    cache_argument: str = "past_key_values"
-    fusable: bool = False
-
-
-FAMILIES = {
-    "llama": Family(fusable=True),
-    "mistral": Family(fusable=True),
-    "qwen2": Family(fusable=True),
-    "qwen3": Family(),
-    "smollm3": Family(),
-    "olmo2": Family(),
-    "granite": Family(),
-    "phi3": Family(),
-    "gemma": Family(),
-    "gpt_neox": Family(body="gpt_neox", embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past"),
-    "gpt2": Family(body="transformer", embedding="wte", layers="h", norm="ln_f", rotary=None, positions="wpe"),
-}
-# Rotary tables of these kinds depend on the position alone, so a block's rows equal one-by-one rows.
-STEADY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
-
-
-def check_supported(model: Any) -> Family:
-    """The family of `model`.
-
-    Raises:
-        UnsupportedModel: naming the architecture and the reason, where its layers cannot be driven one by one.
-    """
-    family = check_config(model.config, type(model).__name__)
-    if not hasattr(model, family.body) or model.get_output_embeddings() is None:
-        name = f"{type(model).__name__} (model_type {model.config.model_type!r})"
-        raise UnsupportedModel(f"{name} is not a causal language model: load it with AutoModelForCausalLM")
-    return family
-
-
-def check_config(config: Any, kind: str) -> Family:
-    """The family of a model, from its config alone: no weights are needed.
-
-    Args:
-        kind: what to call it in a message.
-
-    Raises:
-        UnsupportedModel: as `check_supported`.
-    """
-    name = f"{kind} (model_type {config.model_type!r})"
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise UnsupportedModel(f"{name} is not supported: expected one of {', '.join(sorted(FAMILIES))}")
-    if not _has_full_attention(config):
-        window = getattr(config, "sliding_window", None)
-        whole = copy.deepcopy(config)
-        whole.sliding_window = None
-        hint = "only full attention in every layer is supported"
-        if window is not None and _has_full_attention(whole):
-            hint = (
-                f"load it with sliding_window=None (as AutoModelForCausalLM.from_pretrained takes it) and pass the"
-                f" model; for texts shorter than its window of {window} tokens it computes the same"
-            )
-        raise UnsupportedModel(f"{name} has sliding or mixed attention: {hint}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind not in STEADY_ROPE:
-        raise UnsupportedModel(f"{name} has {kind!r} rotary positions, which change with the length of the text")
-    if getattr(config, "add_cross_attention", False) or getattr(config, "reorder_and_upcast_attn", False):
-        raise UnsupportedModel(f"{name} has cross-attention or upcast attention, which is not supported")
-    return family
-
-
-def _has_full_attention(config: Any) -> bool:
-    """Whether every layer sees all of the text."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    return kinds == {"full_attention"} and not sliding
+from runtime.decoding.cache import KVCache, position_ids
+from runtime.decoding.families import check_supported
 
 
 class DecoderLayers:
@@ -162,7 +70,7 @@ class DecoderLayers:
         if self.embedding_multiplier != 1.0:
             hidden = hidden * self.embedding_multiplier
         if self.positions is not None:
-            hidden = hidden + self.positions(_position_ids(position, token_ids.shape[1], hidden.device))
+            hidden = hidden + self.positions(position_ids(position, token_ids.shape[1], hidden.device))
         return hidden
 
     def run(self, hidden: Tensor, start: int, stop: int, position: int, cache: KVCache) -> Tensor:
@@ -175,10 +83,7 @@ class DecoderLayers:
         Returns:
             Shape [1, T, D], the block at depth `stop`.
         """
-        if isinstance(cache, StaticCache):
-            return cache.run(self._through, hidden, start, stop, position)
-        position_ids = _position_ids(position, hidden.shape[1], hidden.device)
-        return self._through(hidden, start, stop, position_ids, cache, None)
+        return cache.run(self._through, hidden, start, stop, position)
 
     def _through(
         self, hidden: Tensor, start: int, stop: int, position_ids: Tensor, cache: KVCache, mask: Tensor | None
@@ -225,7 +130,3 @@ def settle_kernels() -> None:
     """
     for function in (torch.cos, torch.sin):
         function(torch.ones(1))
-
-
-def _position_ids(position: int, length: int, device: torch.device) -> Tensor:
-    return torch.arange(position, position + length, device=device).unsqueeze(0)

@@ -1,22 +1,22 @@
-"""Attention for a block of new tokens, as plain decoding would have computed each of them.
+"""`BlockAttention`: attention for a block of new tokens, as plain decoding would have computed each of them.
 
-Registered with transformers' attention interface around the implementation the model already uses. `rowwise`
-calls that implementation once per query row, on exactly the keys that row may see: the same call that one-token
-decoding makes, so the same bits. `grouped` gives several rows to one call of torch's kernel, as heads of one query
-each, which on some CPUs keeps every bit too. `batched` makes one call with a causal mask: faster, not always the same
-bits. Knows nothing of models, caches or drafting.
+Registered with transformers' attention interface around the implementation the model already uses. `rowwise` takes
+one query row at a time, on exactly the keys that row may see: the same call that one-token decoding makes, so the same
+bits. `grouped` gives several rows to one call of torch's kernel, as heads of one query each, which on some CPUs keeps
+every bit too. `batched` makes one call with a causal mask: faster, not always the same bits. Knows nothing of models,
+caches or drafting.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from runtime.errors import UnsupportedModel
@@ -27,15 +27,107 @@ KINDS = ("batched", "grouped", "rowwise")
 # Keys that the CPU's kernels take in one vector. Hidden keys after a row's own add nothing, but where they fill up the
 # vector in which the row's own keys end, these are added up in another order.
 VECTOR = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+MASKS = 4  # kept, so that all layers of a block share them
 AttentionOutput = tuple[Tensor, Any]
+_numbers = count()
 
 
-@contextmanager
-def block_attention(model: PreTrainedModel, kind: str) -> Iterator[None]:
-    """While open, the model's attention modules take blocks of new tokens without a mask.
+class BlockAttention:
+    """One kind of block attention around one implementation of transformers.
+
+    Shape suffixes: T rows of the block, H query heads, G heads of keys and values, E head size, S tokens so far.
 
     Args:
         kind: one of `KINDS`; eager attention knows no groups and goes row by row there.
+        stock: `eager` or `sdpa`.
+    """
+
+    def __init__(self, kind: str, stock: str) -> None:
+        self.kind = "rowwise" if stock == "eager" and kind == "grouped" else kind
+        self.stock = stock
+        self._masks: dict[tuple[int, int, int], Tensor] = {}
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> AttentionOutput:
+        """Row t of T on the first S - T + t + 1 keys, or on those that a mask to be added leaves.
+
+        Args:
+            query: shape [1, H, T, E].
+            key, value: shape [1, G, S, E].
+
+        Returns:
+            Shape [1, T, H, E], and None, as transformers' own functions.
+        """
+        attend = _stock_attention(self.stock, module)
+        if query.shape[2] == 1 or self.kind == "batched":
+            if mask is None and query.shape[2] > 1:
+                mask = _causal(query, key, added=self.stock == "eager")
+            return attend(module, query, key, value, mask, scaling=scaling, **kwargs)
+        if self.kind == "grouped":
+            return self.in_groups(query, key, value, scaling).transpose(1, 2), None
+        if self.stock == "sdpa" and query.device.type == "cpu":
+            return in_rows(query, key, value, scaling).transpose(1, 2), None
+        rows = [
+            attend(module, row, keys, values, None, scaling=scaling, **kwargs)[0]
+            for row, keys, values in _rows(query, key, value)
+        ]
+        return torch.cat(rows, dim=1), None
+
+    def in_groups(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
+        """As a call, [1, H, T, E] and no mask: rows whose keys end in the same vector go together."""
+        num_heads, num_rows, size = query.shape[1:]
+        num_shared, num_keys = keys.shape[1], keys.shape[2]
+        attended = []
+        row = 0
+        while row < num_rows:
+            seen = num_keys - num_rows + row + 1
+            end = min(num_keys, seen - seen % VECTOR + VECTOR - 1)
+            rows = end - seen + 1
+            part = query[:, :, row : row + rows].reshape(num_shared, -1, 1, size)
+            own_keys = keys[0, :, None, :end].expand(-1, part.shape[1], -1, -1)
+            own_values = values[0, :, None, :end].expand(-1, part.shape[1], -1, -1)
+            mask = None if rows == 1 else self._hidden(seen, rows, num_heads // num_shared, query)
+            output = functional.scaled_dot_product_attention(part, own_keys, own_values, attn_mask=mask, scale=scaling)
+            attended.append(output.reshape(1, num_heads, rows, size))
+            row += rows
+        return attended[0] if len(attended) == 1 else torch.cat(attended, 2)
+
+    def _hidden(self, first: int, rows: int, times: int, like: Tensor) -> Tensor:
+        """Hides all but the first `first + r` keys from row r, shape [1, times * rows, 1, keys]."""
+        mask = self._masks.get((first, rows, times))
+        if mask is None or mask.dtype != like.dtype:
+            seen = torch.ones(rows, first + rows - 1, dtype=torch.bool, device=like.device).tril(first - 1)
+            mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
+            mask = mask.repeat(times, 1)[None, :, None]
+            if len(self._masks) == MASKS:
+                self._masks.clear()
+            self._masks[first, rows, times] = mask
+        return mask
+
+
+def in_rows(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
+    """Torch's kernel on one row at a time, [1, H, T, E]; heads that share keys get them once for all rows."""
+    shared = query.shape[1] // keys.shape[1]
+    if shared > 1:
+        keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
+    attend = functional.scaled_dot_product_attention
+    return torch.cat([attend(*row, scale=scaling) for row in _rows(query, keys, values)], 2)
+
+
+@contextmanager
+def block_attention(model: PreTrainedModel, kind: str) -> Iterator[BlockAttention]:
+    """While open, the model's attention modules take blocks of new tokens without a mask.
+
+    Args:
+        kind: one of `KINDS`.
 
     Raises:
         UnsupportedModel: where the model uses an implementation other than eager or sdpa.
@@ -45,111 +137,32 @@ def block_attention(model: PreTrainedModel, kind: str) -> Iterator[None]:
         raise UnsupportedModel(
             f"attention implementation {stock!r} is not supported: load the model with attn_implementation='sdpa'"
         )
-    if stock == "eager" and kind == "grouped":
-        kind = "rowwise"
-    name = f"specbound_{kind}_{stock}"
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        attend = {"rowwise": _rowwise, "grouped": _grouped, "batched": _batched}[kind]
-        AttentionInterface.register(name, partial(attend, stock))
+    attention = BlockAttention(kind, stock)
+    name = f"specbound_{kind}_{stock}_{next(_numbers)}"
+    ALL_ATTENTION_FUNCTIONS[name] = attention
     model.config._attn_implementation = name
     try:
-        yield
+        yield attention
     finally:
         model.config._attn_implementation = stock
+        ALL_ATTENTION_FUNCTIONS.pop(name)
 
 
-def _rowwise(
-    stock: str,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    **kwargs: Any,
-) -> AttentionOutput:
-    """Query [B, H, T, E] against key and value [B, KV, S, E], one row at a time; output [B, T, H, E]."""
-    attend = _stock_attention(stock, module)
-    num_rows, num_keys = query.shape[2], key.shape[2]
-    if num_rows == 1:
-        return attend(module, query, key, value, None, **kwargs)
-    rows = []
+def _rows(query: Tensor, keys: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each row of the block with the keys and values that it sees."""
+    num_rows, num_keys = query.shape[2], keys.shape[2]
     for row in range(num_rows):
         seen = num_keys - num_rows + row + 1
-        rows.append(
-            attend(module, query[:, :, row : row + 1], key[:, :, :seen], value[:, :, :seen], None, **kwargs)[0]
-        )
-    return torch.cat(rows, dim=1), None
+        yield query[:, :, row : row + 1], keys[:, :, :seen], values[:, :, :seen]
 
 
-def _grouped(
-    stock: str,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> AttentionOutput:
-    """As `_rowwise`, in a call for each group."""
-    if query.shape[2] == 1:
-        return _stock_attention(stock, module)(module, query, key, value, None, scaling=scaling, **kwargs)
-    return attend_in_groups(query, key, value, scaling).transpose(1, 2), None
-
-
-def attend_in_groups(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
-    """Row t of T on the first S - T + t + 1 keys, rows whose keys end in the same vector in one call.
-
-    Args:
-        query: shape [1, H, T, E].
-        keys, values: shape [1, G, S, E]; each of the G heads serves H / G heads of the query.
-
-    Returns:
-        Shape [1, H, T, E].
-    """
-    num_heads, num_rows, size = query.shape[1:]
-    num_shared, num_keys = keys.shape[1], keys.shape[2]
-    attended = []
-    row = 0
-    while row < num_rows:
-        seen = num_keys - num_rows + row + 1
-        end = min(num_keys, seen - seen % VECTOR + VECTOR - 1)
-        rows = end - seen + 1
-        part = query[:, :, row : row + rows].reshape(num_shared, -1, 1, size)
-        own_keys = keys[0, :, None, :end].expand(-1, part.shape[1], -1, -1)
-        own_values = values[0, :, None, :end].expand(-1, part.shape[1], -1, -1)
-        mask = None if rows == 1 else _hidden(seen, rows, num_heads // num_shared, query.dtype, query.device)
-        output = functional.scaled_dot_product_attention(part, own_keys, own_values, attn_mask=mask, scale=scaling)
-        attended.append(output.reshape(1, num_heads, rows, size))
-        row += rows
-    return attended[0] if len(attended) == 1 else torch.cat(attended, 2)
-
-
-@lru_cache(maxsize=8)
-def _hidden(first: int, rows: int, times: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Hides all but the first `first + r` keys from row r, shape [1, times * rows, 1, keys]; one for all layers."""
-    seen = torch.ones(rows, first + rows - 1, dtype=torch.bool, device=device).tril(first - 1)
-    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
-    return mask.repeat(times, 1)[None, :, None]
-
-
-def _batched(
-    stock: str,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    **kwargs: Any,
-) -> AttentionOutput:
-    """As `_rowwise`, in one call: row t of T sees the first S - T + t + 1 keys, or what a mask to be added tells."""
+def _causal(query: Tensor, key: Tensor, *, added: bool) -> Tensor:
+    """The mask of a block in one call, shape [1, 1, T, S]; to be added, or True for what is seen."""
     num_rows, num_keys = query.shape[2], key.shape[2]
-    if mask is None and num_rows > 1:
-        seen = torch.ones(num_rows, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_rows)
-        mask = seen[None, None]
-        if stock == "eager":
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    return _stock_attention(stock, module)(module, query, key, value, mask, **kwargs)
+    seen = torch.ones(num_rows, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_rows)[None, None]
+    if not added:
+        return seen
+    return torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
 
 
 def _stock_attention(stock: str, module: nn.Module) -> Callable[..., AttentionOutput]:

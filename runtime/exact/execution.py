@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from runtime.exact.attention import block_attention
+from runtime.exact.attention import BlockAttention, block_attention
 from runtime.exact.fused import fused_layers
 from runtime.exact.packed import PackedLinears
 
@@ -65,9 +65,9 @@ class ExecutionPolicy:
 def execution(model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None = None) -> Iterator[None]:
     """While open, `model` computes blocks by `policy`; afterwards its modules are as they were."""
     patched: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
-    with block_attention(model, policy.attention):
+    with block_attention(model, policy.attention) as attention:
         try:
-            for module, forward in _forwards(model, policy, packed):
+            for module, forward in _forwards(model, policy, packed, attention):
                 patched.append((module, module.__dict__.get("forward")))
                 module.__dict__["forward"] = forward
             yield
@@ -80,14 +80,14 @@ def execution(model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLin
 
 
 def _forwards(
-    model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None
+    model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None, attention: BlockAttention
 ) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
     """The modules that compute otherwise than by themselves, and how."""
     taken: set[nn.Module] = set()
     joints = [] if packed is None else [joint for joint in packed.joint if joint.shape in policy.packed_rows]
     calls = {joint.modules: in_rows(joint, policy.packed_rows[joint.shape]) for joint in joints}
     if policy.fused:
-        for layer, fused in fused_layers(model, calls, attention=policy.attention):
+        for layer, fused in fused_layers(model, calls, attention):
             yield layer, fused
             taken.update(layer.modules())
     for joint in joints:

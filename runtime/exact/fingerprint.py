@@ -21,7 +21,7 @@ from runtime.adapter.identity import plain_tensors
 STOCK = "_specbound_stock"
 INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _SIMPLE = (int, float, str, bool, type(None), torch.dtype)
-_ENVIRONMENT = ("ONEDNN_", "DNNL_", "MKL_", "ATEN_", "CUBLAS_", "NVIDIA_TF32")
+_ENVIRONMENT = ("TRANSFORMERS_SDPA_", "ONEDNN_", "DNNL_", "MKL_", "ATEN_", "CUBLAS_", "NVIDIA_TF32")
 
 
 def structure(model: PreTrainedModel) -> tuple[Any, ...]:

@@ -46,7 +46,7 @@ class Graphs:
             except RuntimeError as error:
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise UnsupportedModel(
-                    f"the model's layers cannot be recorded as a CUDA graph, load it without graphs=True: {first}"
+                    f"the model's layers cannot be recorded as a CUDA graph, switch graphs off: {first}"
                 ) from error
         graph, output = self._recorded[key]
         graph.replay()

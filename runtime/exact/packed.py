@@ -46,7 +46,7 @@ class JointLinear:
     """One Linear, or several that read the same input, as one packed multiplication.
 
     Args:
-        modules: in the order in which the model calls them.
+        modules: in the order of their outputs.
     """
 
     def __init__(self, modules: Sequence[nn.Linear]) -> None:
@@ -56,8 +56,6 @@ class JointLinear:
         weight = torch.cat([module.weight.detach() for module in modules])
         self._weight = reorder(weight)
         self._bias = None if modules[0].bias is None else torch.cat([module.bias.detach() for module in modules])
-        self._input: Tensor | None = None
-        self._outputs: tuple[Tensor, ...] = ()
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Outputs of all modules, shape [..., sum of their sizes], of hidden states [..., in]."""
@@ -72,14 +70,26 @@ class JointLinear:
         """A `forward` for each module, of which one call of `call` (this object, maybe in rows) serves all."""
         if len(self.modules) == 1:
             return [call]
-        return [lambda hidden, index=index: self._part(call, index, hidden) for index in range(len(self.modules))]
+        shared = _OneCall(call, self.sizes)
+        return [partial(shared.part, index) for index in range(len(self.modules))]
 
-    def _part(self, call: Forward, index: int, hidden: Tensor) -> Tensor:
-        if hidden is not self._input:
-            self._input, self._outputs = hidden, torch.split_with_sizes(call(hidden), self.sizes, dim=-1)
-        output = self._outputs[index]
-        if index == len(self.modules) - 1:
-            self._input, self._outputs = None, ()
+
+class _OneCall:
+    """One multiplication for several Linears that read the same tensor, whichever of them is called first."""
+
+    def __init__(self, call: Forward, sizes: Sequence[int]) -> None:
+        self.call, self.sizes = call, sizes
+        self._input: Tensor | None = None
+        self._parts: dict[int, Tensor] = {}
+
+    def part(self, index: int, hidden: Tensor) -> Tensor:
+        """The output of one Linear; each is handed out once, and nothing is kept after the last."""
+        if hidden is not self._input or index not in self._parts:
+            self._input = hidden
+            self._parts = dict(enumerate(torch.split_with_sizes(self.call(hidden), self.sizes, dim=-1)))
+        output = self._parts.pop(index)
+        if not self._parts:
+            self._input = None
         return output
 
 

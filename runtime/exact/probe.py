@@ -1,38 +1,37 @@
 """The probe: which operations must run row by row on this machine, so that a block has the bits of plain decoding.
 
 Compared on real activations: text the base itself continues, decoded one token at a time by the stock forward.
-First every Linear, alone, at every width of block; then the whole model, logits and cache, under the policy found,
+First every Linear, alone, at every width of block, and on numbers that tell the order of additions (`order.py`), as
+attention is; then the whole model, logits and cache, under the policy found,
 near the beginning of a text and far into one. What was checked and found is the certificate; it holds for one
 device, dtype, thread count and set of versions. Knows nothing of drafting.
 """
 
 import hashlib
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from runtime.decoding.cache import KVCache
 from runtime.decoding.layers import DecoderLayers
-from runtime.exact.attention import KINDS
+from runtime.exact.attention import BlockAttention
 from runtime.exact.certificate import Certificate, environment, read_certificate, write_certificate
-from runtime.exact.execution import ExecutionPolicy, Shape, execution, in_rows
+from runtime.exact.execution import ExecutionPolicy, Shape, execution
 from runtime.exact.fingerprint import digest as running_digest
-from runtime.exact.packed import MIN_WEIGHTS, JointLinear, PackedLinears
+from runtime.exact.linear_rows import linear_rows, packed_rows
+from runtime.exact.order import same_attention
+from runtime.exact.packed import PackedLinears
 from runtime.exact.reference import Reference
 from runtime.exact.static import StaticCache
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 11
-# Cheapest first: one call for the block, one call at a steady number of rows, one call a row.
-LINEAR_ROWS = (None, 8, 16, 32, 1)
+PROBE_FORMAT = 12
 
 
 def certify(
@@ -84,7 +83,7 @@ def probe(
     far = Reference.far(model, near)
     widths = range(2, max_width + 1)
     whole = exactness == "batched"
-    policies = _batched(packed, static) if whole else _candidates(near, packed, widths, static)
+    policies = _batched(packed, static) if whole else _candidates(model, near, packed, widths, static)
     agreement = Agreement()
     policy = policies[0]
     for policy in policies:
@@ -116,68 +115,29 @@ def _batched(packed: PackedLinears | None, static: bool) -> list[ExecutionPolicy
 
 
 def _candidates(
-    reference: Reference, packed: PackedLinears | None, widths: Sequence[int], static: bool
+    model: PreTrainedModel, reference: Reference, packed: PackedLinears | None, widths: Sequence[int], static: bool
 ) -> list[ExecutionPolicy]:
     """Policies under which every Linear, alone, has its bits; cheapest first, the last with nothing left to chance."""
     rows = linear_rows(reference, widths)
     joint = {} if packed is None else packed_rows(reference, packed, [1, *widths])
-    # Attention of a whole block adds in another order; where that shows in one row of thousands, a probe may miss it.
-    found = [ExecutionPolicy(kind, rows, packed_rows=joint) for kind in KINDS if kind != "batched"]
+    # Attention of a whole block adds in another order everywhere; in groups it does on some CPUs.
+    kinds = ["grouped", "rowwise"] if _groups_keep_order(model, reference, widths) else ["rowwise"]
+    found = [ExecutionPolicy(kind, rows, packed_rows=joint) for kind in kinds]
     fused = [replace(policy, fused=True) for policy in found] if joint else []
     plain = [ExecutionPolicy("rowwise", rows)] if joint else []
     segments = [ExecutionPolicy("batched", rows, static=True), ExecutionPolicy("batched", other_rows=1, static=True)]
     return [*(segments if static else []), *fused, *found, *plain, ExecutionPolicy.rowwise()]
 
 
-def packed_rows(reference: Reference, packed: PackedLinears, widths: Sequence[int]) -> dict[Shape, int | None]:
-    """Rows in one call of the packed Linears, by shape; shapes that have other bits than the model's are left out."""
-    by_shape: dict[Shape, list[JointLinear]] = {}
-    for joint in packed.joint:
-        by_shape.setdefault(joint.shape, []).append(joint)
-    found = {}
-    for shape, joints in by_shape.items():
-        recorded = [(joint, _joint_rows(reference, joint.modules)) for joint in joints]
-        for rows in LINEAR_ROWS:
-            if all(_same_rows(joint, given, rows, widths) for joint, given in recorded):
-                found[shape] = rows
-                break
-    return found
-
-
-def _joint_rows(reference: Reference, modules: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
-    """The recorded inputs of Linears that share them, with all their outputs side by side."""
-    inputs = [given for given, _ in reference.rows[modules[0]]]
-    outputs = zip(*([output for _, output in reference.rows[module]] for module in modules), strict=True)
-    return [(given, torch.cat(parts, dim=-1)) for given, parts in zip(inputs, outputs, strict=True)]
-
-
-def linear_rows(reference: Reference, widths: Sequence[int]) -> dict[Shape, int]:
-    """Rows in one call of the Linears, by weight shape; shapes that may run as the whole block are left out."""
-    by_shape: dict[Shape, list[nn.Module]] = {}
-    for module in reference.rows:
-        by_shape.setdefault(tuple(module.weight.shape), []).append(module)  # type: ignore[arg-type]
-    found: dict[Shape, int] = {}
-    for shape, modules in by_shape.items():
-        # stock takes small products past oneDNN, and blocks of them not: bits then differ, too seldom for a probe
-        small = modules[0].weight.dtype.itemsize == 2 and math.prod(shape) < MIN_WEIGHTS
-        for rows in (1,) if small else LINEAR_ROWS:
-            if rows == 1 or all(_same_rows(module, reference.rows[module], rows, widths) for module in modules):
-                break
-        if rows is not None:
-            found[shape] = rows
-    return found
-
-
-def _same_rows(
-    forward: Callable[..., Tensor], recorded: list[tuple[Tensor, Tensor]], rows: int | None, widths: Sequence[int]
-) -> bool:
-    """Whether blocks of these widths give every recorded row its own bits, with `rows` rows a call."""
-    for width in widths:
-        for start in range(0, len(recorded) - width + 1, width):
-            given, expected = (torch.cat(part) for part in zip(*recorded[start : start + width], strict=True))
-            if not torch.equal(in_rows(forward, rows)(given.unsqueeze(0))[0], expected):
-                return False
-    return True
+def _groups_keep_order(model: PreTrainedModel, reference: Reference, widths: Sequence[int]) -> bool:
+    """Whether a block's rows attend in groups as they would alone; eager attention knows no groups."""
+    stock = model.config._attn_implementation
+    keys = reference.cache.layers[0].keys
+    heads = (model.config.num_attention_heads, keys.shape[1], keys.shape[3])
+    attention = BlockAttention("grouped", stock)
+    return stock == "sdpa" and all(
+        same_attention(attention, heads, rows, dtype=keys.dtype, device=keys.device) for rows in {2, max(widths)}
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from runtime.decoding.layers import DecoderLayers, check_supported
+from runtime.decoding.families import check_supported
+from runtime.decoding.layers import DecoderLayers
 from runtime.errors import UnsupportedModel
 from runtime.exact.attention import SUPPORTED
 from runtime.exact.fingerprint import INTERNAL, STOCK, hooks_of

@@ -6,7 +6,7 @@ graph. Rows of padding write keys beyond the text, which no row of the text sees
 Knows no drafting and no model family.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from runtime.adapter.identity import plain_tensors
-from runtime.decoding.cache import KVCache
+from runtime.decoding.cache import KVCache, Through
 from runtime.exact.graphs import Graphs
 
 # Positions of the smallest buffer, and those kept free for the padding of a text's last block.
 MIN_POSITIONS = 256
 ROOM = 16
-# Layers from one depth to another, on hidden states [1, T, D] at given positions [1, T], behind a mask.
-Through = Callable[[Tensor, int, int, Tensor, KVCache, Tensor | None], Tensor]
 
 
 class StaticCache(KVCache):
@@ -78,16 +76,7 @@ class StaticCache(KVCache):
             self._written = length
 
     def run(self, through: Through, hidden: Tensor, start: int, stop: int, position: int) -> Tensor:
-        """Layers `start` to `stop - 1` on a block; its rows go after those that each of these layers holds.
-
-        Args:
-            through: the base's layers.
-            hidden: shape [1, T, D], at depth `start`.
-            position: of the block's first token; the caller may number positions another way than the cache's rows.
-
-        Returns:
-            Shape [1, T, D], at depth `stop`.
-        """
+        """As `KVCache.run`; the block's rows go after those that each of these layers holds."""
         count, row = hidden.shape[1], self.lengths[start]
         width = 1 << (count - 1).bit_length()
         self._reserve(row + width)

@@ -11,6 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,17 +102,18 @@ def compare(model: Any, ids: torch.Tensor, max_new_tokens: int, *, sample: bool)
     """Seconds of stock, of the loop without drafts and of SpecBound, and whether the ids are the same."""
     options = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens, "do_sample": sample}
     specbound = model.specbound
-    bounds, controller = specbound.bounds, specbound.controller
+    idle = replace(specbound.bounds, exit_threshold=OFF, exit_thresholds={})
     ways = {
-        "stock": (False, bounds, None),
-        "plain": (True, replace(bounds, exit_threshold=OFF, exit_thresholds={}), None),
-        "ours": (True, bounds, controller),
+        "stock": specbound.disabled(),
+        "plain": specbound.using(bounds=idle, controller=None),
+        "ours": nullcontext(),
     }
     outputs, seconds = [], []
-    for specbound.enabled, specbound.bounds, specbound.controller in ways.values():
+    for way in ways.values():
         torch.manual_seed(0)
         started = time.perf_counter()
-        outputs.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options))
+        with way:
+            outputs.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options))
         seconds.append(time.perf_counter() - started)
     same = all(torch.equal(output, outputs[0]) for output in outputs)
     return seconds[0], seconds[1], seconds[2], same

@@ -23,7 +23,6 @@ from transformers import DynamicCache
 
 from runtime.decoding.cache import KVCache
 from runtime.drafting.policy import SpeculationBounds
-from runtime.exact.execution import execution
 from runtime.files import write_atomic
 from train.calibration.traces import TRACES_FILE, Traces
 from train.cli.attached import load_attached
@@ -63,8 +62,8 @@ def main(
 def split(model: Any, context: int, repeats: int) -> dict[str, Any]:
     """Milliseconds of one token's forward, by kind of operation: stock's, and our loop's."""
     specbound = model.specbound
-    layers = specbound.layers
-    policy, _ = specbound.prepare(model)
+    layers = specbound.prepared.layers
+    specbound.prepare(model)
     ids = torch.randint(model.config.vocab_size, (1, context + 1), generator=torch.Generator().manual_seed(0))
     stock = DynamicCache()
     model(input_ids=ids[:, :context], past_key_values=stock, use_cache=True)
@@ -75,7 +74,7 @@ def split(model: Any, context: int, repeats: int) -> dict[str, Any]:
         stock.crop(-1)
 
     def after() -> None:
-        with execution(model, policy, specbound.packed), torch.inference_mode():
+        with specbound.prepared.running(model), torch.inference_mode():
             hidden = layers.embed(ids[:, -1:], context)
             layers.logits(layers.run(hidden, 0, layers.num_layers, context, cache))
         cache.crop(context)

@@ -22,9 +22,10 @@ GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
 def attached(model: Any, truth: torch.Tensor, *, exactness: str = "batched", width: int = 4) -> SpecBound:
     """Heads that are right two times of three, at three exits, and graphs switched on."""
     heads = FakeHeads("mixed", [1, 2, 3], truth[0].tolist(), vocabulary=model.config.vocab_size)
-    attach(model, SpecBound(model, heads, SpeculationBounds(0.4, 3, width), exactness=exactness, graphs=True))
-    found: SpecBound = model.specbound
-    return found
+    specbound = SpecBound(model, heads, SpeculationBounds(0.4, 3, width), exactness=exactness)
+    specbound.prepared.graphs = True
+    attach(model, specbound)
+    return specbound
 
 
 def same_ids(model: Any, ids: torch.Tensor, **options: Any) -> bool:

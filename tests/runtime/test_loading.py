@@ -298,7 +298,7 @@ def test_a_copy_has_an_adapter_of_its_own(base, folder, dtype):
 def test_a_copy_made_while_it_generates_is_free(base, folder):
     """The copy's lock is its own."""
     model = load_specbound(folder, str(base))
-    with model.specbound.exclusive(speculating=True):
+    with model.specbound.prepared.exclusive(speculating=True):
         copied = copy.deepcopy(model)
         assert generate(copied)
         with pytest.raises(SpecBoundError, match="generating already"):

@@ -107,7 +107,7 @@ def _conditions(settings: AuditSettings, model: Any) -> dict[str, Any]:
         "adapter_sha256": model.specbound.config.weights_sha256,
         "prompts": Path(settings.prompts).name,
         "base_model": model.specbound.config.base_model_name_or_path,
-        "base_fingerprint": model.specbound.fingerprint,
+        "base_fingerprint": model.specbound.prepared.fingerprint,
         "threads": torch.get_num_threads(),
         "hardware": hardware(model.device),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",

@@ -7,6 +7,7 @@ are equal, no tie can ever be broken another way. Knows no files.
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,13 +75,10 @@ def audit(model: Any, prompts: Sequence[Tensor], *, seed: int = 0, **options: An
     for prompt in prompts:
         outputs, seconds = {}, {}
         for name in ("stock", "specbound"):
-            model.specbound.enabled = name == "specbound"
             torch.manual_seed(seed)
             started = time.perf_counter()
-            try:
+            with model.specbound.disabled() if name == "stock" else nullcontext():
                 outputs[name] = model.generate(prompt, **options)
-            finally:
-                model.specbound.enabled = True
             seconds[name] = round(time.perf_counter() - started, 3)
         yield _compare(outputs["stock"], outputs["specbound"], prompt.shape[1], seconds)
 

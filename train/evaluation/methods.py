@@ -42,17 +42,15 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
 
     def generate(self, model: Any, prompt: torch.Tensor, **options: Any) -> torch.Tensor:
-        """The model's `generate` on one prompt [1, T]; the model's own settings are put back."""
+        """The model's `generate` on one prompt [1, T]."""
         specbound: SpecBound = model.specbound
-        before = specbound.enabled, specbound.bounds, specbound.drafter, specbound.controller
-        specbound.enabled = self.bounds is not None
-        if self.bounds is not None:
-            specbound.bounds, specbound.drafter, specbound.controller = self.bounds, self.drafter, self.controller
-        try:
+        if self.bounds is None:
+            chosen = specbound.disabled()
+        else:
+            chosen = specbound.using(bounds=self.bounds, drafter=self.drafter, controller=self.controller)
+        with chosen:
             output: torch.Tensor = model.generate(prompt, **self.options, **options)
             return output
-        finally:
-            specbound.enabled, specbound.bounds, specbound.drafter, specbound.controller = before
 
 
 def make_methods(model: Any, names: Sequence[str]) -> dict[str, Method]:
@@ -67,9 +65,8 @@ def make_methods(model: Any, names: Sequence[str]) -> dict[str, Method]:
     methods = {name: METHODS[name](specbound) for name in names}
     own = specbound.bounds
     widest = max((one.bounds.max_draft_tokens for one in methods.values() if one.bounds), default=0)
-    specbound.bounds = replace(own, max_draft_tokens=max(widest, own.max_draft_tokens))
-    specbound.prepare(model)  # one certificate for all
-    specbound.bounds = own
+    with specbound.using(bounds=replace(own, max_draft_tokens=max(widest, own.max_draft_tokens))):
+        specbound.prepare(model)  # one certificate for all
     return methods
 
 
@@ -116,7 +113,7 @@ def _hand(specbound: SpecBound) -> Method:
 def _paper(specbound: SpecBound) -> Method:
     drafter: HeadDrafter = specbound.drafter  # type: ignore[assignment]
     layers = drafter.heads.exit_layers
-    linear = TemperatureSchedule.linear(HAND_ALPHA, layers, specbound.layers.num_layers)
+    linear = TemperatureSchedule.linear(HAND_ALPHA, layers, specbound.prepared.layers.num_layers)
     bounds = SpeculationBounds(HAND_THRESHOLD, max(layers), HAND_WIDTH)
     title = f"the paper's policy: linear temperatures (alpha {HAND_ALPHA}), one tau, heads alone"
     return Method(title, bounds, replace(drafter, temperatures=linear, lookup=None))
@@ -135,7 +132,7 @@ def _prompt_lookup(specbound: SpecBound) -> Method:
 
 
 def _early_exit(specbound: SpecBound) -> Method:
-    layer = max(1, round(specbound.layers.num_layers * EARLY_EXIT_SHARE))
+    layer = max(1, round(specbound.prepared.layers.num_layers * EARLY_EXIT_SHARE))
     return Method(f"transformers' early exit at layer {layer}", options={"assistant_early_exit": layer})
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from runtime.base import from_pretrained
-from runtime.decoding.layers import check_config
+from runtime.decoding.families import check_config
 from runtime.errors import AdapterError, ConfigError
 
 _LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}

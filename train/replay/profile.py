@@ -23,7 +23,6 @@ from transformers import DynamicCache
 from runtime.decoding.cache import KVCache
 from runtime.decoding.state import DecodeState
 from runtime.drafting.policy import SpeculationBounds
-from runtime.exact.execution import execution
 from runtime.exact.static import StaticCache
 from runtime.handle import SpecBound
 from train.evaluation.clock import Clock
@@ -49,7 +48,7 @@ def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, p
         max_width: widest block measured, in tokens.
     """
     specbound: SpecBound = model.specbound
-    policy, _ = specbound.prepare(model)
+    specbound.prepare(model)
     rounds = WARM_UP + repeats
     longer = SHORTER * (rounds // 2)  # than the context that they are on average
     longest = getattr(model.config, "max_position_embeddings", None) or CONTEXTS[-1] * 2
@@ -59,7 +58,7 @@ def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, p
     for number in trange(rounds, desc="profile", unit="round", disable=not progress):
         for bench in benches:
             timed = bench.gaps()
-            with execution(model, policy, specbound.packed):
+            with specbound.prepared.running(model):
                 timed |= bench.sources() | bench.blocks()
             # Within a round, since the machine drifts from one to the next.
             timed["rest", None, bench.context] = timed.pop(("alone", None, bench.context)) - sum(
@@ -75,7 +74,7 @@ def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, p
 
 def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound: SpecBound, model: Any) -> CostTable:
     """Straight lines through the contexts, rising steps over the widths; per layer, per token."""
-    num_layers = specbound.layers.num_layers
+    num_layers = specbound.prepared.layers.num_layers
     widths = range(1, max_width + 1)
     for name, context in product(("layers", "unembedding"), contexts):  # noise: cost does not fall with more tokens
         rising = isotonic_regression([ms[name, width, context] for width in widths]).x
@@ -137,7 +136,7 @@ class _Bench:
         self.model, self.context, self.max_width = model, context, max_width
         self.length = length = context + longer
         self.specbound: SpecBound = model.specbound
-        self.layers = self.specbound.layers
+        self.layers = self.specbound.prepared.layers
         generator = torch.Generator().manual_seed(0)
         self.token_ids = torch.randint(model.config.vocab_size, (1, length + max_width), generator=generator).to(
             model.device
@@ -185,17 +184,13 @@ class _Bench:
     def gaps(self) -> dict[Any, float]:
         """Seconds between tokens of stock `generate` and of rounds that draft nothing, and to choose one token."""
         specbound = self.specbound
-        bounds, controller = specbound.bounds, specbound.controller
         # As wide as before, so that the same certificate holds.
-        specbound.bounds = SpeculationBounds(2.0, bounds.max_exit_layer, bounds.max_draft_tokens)
-        specbound.controller = None
-        try:
+        idle = SpeculationBounds(2.0, specbound.bounds.max_exit_layer, specbound.bounds.max_draft_tokens)
+        with specbound.using(bounds=idle, controller=None):
             alone = self._gap()
             choose = specbound.stats.parts["emit"] / specbound.stats.rounds
-            with specbound.disabled():
-                stock = self._gap()
-        finally:
-            specbound.bounds, specbound.controller = bounds, controller
+        with specbound.disabled():
+            stock = self._gap()
         where = None, self.context
         return {("stock", *where): stock, ("alone", *where): alone, ("choose", *where): choose}
 

@@ -51,7 +51,7 @@ def log_texts(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Traces
     Raises:
         ConfigError: the model drafts with something other than an adapter's heads.
     """
-    drafter, layers = model.specbound.drafter, model.specbound.layers
+    drafter, layers = model.specbound.drafter, model.specbound.prepared.layers
     if not isinstance(drafter, HeadDrafter):
         raise ConfigError("traces are logged of an adapter's heads: load the model with load_specbound")
     exits = drafter.heads.exit_layers

@@ -11,9 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
+import runtime.exact.prepared
 import runtime.exact.probe
 import runtime.generate
-import runtime.handle
 from runtime import SpeculationBounds, UnsupportedModel, detach, load_specbound, save_adapter
 from runtime.decoding.cache import KVCache
 from runtime.decoding.layers import DecoderLayers
@@ -55,7 +55,7 @@ def test_bitwise_goes_without_where_bits_differ(caplog: pytest.LogCaptureFixture
     for _ in range(2):
         assert torch.equal(model.generate(prompt(), **GREEDY), stock)
     assert specbound.certificate is not None and specbound.certificate.bitwise
-    assert not specbound.certificate.policy.static and specbound.static is None
+    assert not specbound.certificate.policy.static and specbound.prepared.static is None
     assert [record.message for record in caplog.records if "graphs" in record.message] == [
         "SpecBound: no graphs, because on this machine they have other bits; exactness='batched' takes them."
     ]
@@ -82,7 +82,7 @@ def test_bitwise_takes_segments_that_keep_every_bit(monkeypatch: pytest.MonkeyPa
             yield
 
     monkeypatch.setattr(runtime.exact.probe, "execution", exact)
-    monkeypatch.setattr(runtime.generate, "execution", exact)
+    monkeypatch.setattr(runtime.exact.prepared, "execution", exact)
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny("llama", dtype=dtype)
         stock = model.generate(prompt(), **GREEDY)
@@ -136,9 +136,9 @@ def test_what_cannot_be_recorded_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     layer = model.model.layers[2].mlp
     forward = type(layer).forward
     monkeypatch.setattr(type(layer), "forward", lambda self, x: forward(self, x) * float(x.isfinite().all()))
-    monkeypatch.setattr(runtime.handle, "why_stock", lambda model: None)  # code of others would decode plainly
+    monkeypatch.setattr(runtime.exact.prepared, "why_stock", lambda model: None)  # code of others would decode plainly
     attached(model, stock)
-    with pytest.raises(UnsupportedModel, match="load it without graphs=True: operation not permitted"):
+    with pytest.raises(UnsupportedModel, match="switch graphs off: operation not permitted"):
         model.generate(prompt(), **GREEDY)
     assert model.config._attn_implementation == "sdpa"
 
@@ -158,20 +158,20 @@ def test_weights_put_elsewhere_are_recorded_anew(monkeypatch: pytest.MonkeyPatch
                 module.weight = torch.nn.Parameter(module.weight * -1.5)
 
     assert same_ids(model, prompt(), **GREEDY)
-    first = specbound.static
-    assert same_ids(model, prompt(), **GREEDY) and specbound.static is first
+    first = specbound.prepared.static
+    assert same_ids(model, prompt(), **GREEDY) and specbound.prepared.static is first
     turn(1, in_place=True)
     assert same_ids(model, prompt(), **GREEDY)
-    first = specbound.static
+    first = specbound.prepared.static
     turn(2, in_place=False)
-    assert same_ids(model, prompt(), **GREEDY) and specbound.static is not first
-    second = specbound.static
+    assert same_ids(model, prompt(), **GREEDY) and specbound.prepared.static is not first
+    second = specbound.prepared.static
     model.set_attn_implementation("eager")
-    assert same_ids(model, prompt(), **GREEDY) and specbound.static is not second
+    assert same_ids(model, prompt(), **GREEDY) and specbound.prepared.static is not second
     model.to(torch.float64)
     assert same_ids(model, prompt(), **GREEDY)
-    monkeypatch.setattr(specbound, "_look", lambda model: None)  # negative control
-    monkeypatch.setattr(runtime.handle, "addresses", lambda model: specbound._addresses)
+    monkeypatch.setattr(specbound.prepared, "look", lambda model: None)  # negative control
+    monkeypatch.setattr(runtime.exact.prepared, "addresses", lambda model: specbound.prepared._addresses)
     turn(0, in_place=False)
     assert not same_ids(model, prompt(), **GREEDY)
 
@@ -183,9 +183,9 @@ def test_copies_and_detached_models() -> None:
     specbound = attached(model, stock)
     assert torch.equal(model.generate(prompt(), **GREEDY), stock)
     copied = copy.deepcopy(model)
-    assert copied.specbound.static is None and specbound.static is not None
+    assert copied.specbound.prepared.static is None and specbound.prepared.static is not None
     assert torch.equal(copied.generate(prompt(), **GREEDY), stock)
-    assert copied.specbound.static is not specbound.static
+    assert copied.specbound.prepared.static is not specbound.prepared.static
     assert torch.equal(detach(model).generate(prompt(), **GREEDY), stock)
 
 
@@ -210,7 +210,7 @@ def test_hooks_and_several_devices_go_without(caplog: pytest.LogCaptureFixture) 
     model = tiny("llama")
     stock = model.generate(prompt(), **GREEDY)
     specbound = attached(model, stock)
-    assert torch.equal(model.generate(prompt(), **GREEDY), stock) and specbound.static is not None
+    assert torch.equal(model.generate(prompt(), **GREEDY), stock) and specbound.prepared.static is not None
     calls: list[int] = []
     hook = model.model.layers[2].mlp.register_forward_hook(lambda *_: calls.append(1))
     for _ in range(2):
@@ -221,7 +221,7 @@ def test_hooks_and_several_devices_go_without(caplog: pytest.LogCaptureFixture) 
         "SpecBound: plain decoding for this call, because model.layers.2.mlp has a hook."
     ]
     hook.remove()
-    assert torch.equal(model.generate(prompt(), **GREEDY), stock) and specbound.static is not None
+    assert torch.equal(model.generate(prompt(), **GREEDY), stock) and specbound.prepared.static is not None
     layers = DecoderLayers(model).layers
     assert why_not(layers) is None
     layers[1].to("meta")
@@ -274,12 +274,13 @@ def test_one_wait_an_exit_decision(
 ) -> None:
     """To push a token, climb to an exit and ask its head; verification waits for nothing."""
     model = make_model()
-    made = make_specbound(model, make_adapter(model), exactness="batched", graphs=static)
-    policy, _ = made.prepare(model)
-    cache = made.cache_of(prefilled(model, PROMPT), 40)
+    made = make_specbound(model, make_adapter(model), exactness="batched")
+    made.prepared.graphs = static
+    made.prepare(model)
+    cache = made.prepared.cache_of(prefilled(model, PROMPT), 40)
     assert isinstance(cache, StaticCache) == static
-    state = DecodeState(made.layers, cache, PROMPT[0].tolist(), deep=torch.zeros(32))
-    with torch.no_grad(), execution(model, policy, made.packed):
+    state = DecodeState(made.prepared.layers, cache, PROMPT[0].tolist(), deep=torch.zeros(32))
+    with torch.no_grad(), made.prepared.running(model):
         for _ in range(2):  # the second time nothing is made that stays
             with Waits(monkeypatch) as waits:
                 for token in (3, 4, 5, 6, 7, 8):
@@ -300,23 +301,26 @@ def test_one_wait_an_exit_decision(
 
 
 def test_loaded_with_graphs(make_model: Callable[..., Any], make_adapter: Any, tmp_path: Path) -> None:
-    """One argument; without it nothing is static."""
+    """With the switch on; without it nothing is static."""
     model = make_model()
     save_adapter(make_adapter(model), tmp_path / "adapter")
     stock = model.generate(PROMPT, **GREEDY)
-    loaded = load_specbound(tmp_path / "adapter", model, exactness="batched", adaptive=False, graphs=True)
+    loaded = load_specbound(tmp_path / "adapter", model, exactness="batched", adaptive=False)
+    loaded.specbound.prepared.graphs = True
+    loaded.specbound.prepare(loaded)
     assert loaded.specbound.certificate.policy.static
     assert torch.equal(loaded.generate(PROMPT, **GREEDY), stock)
-    assert loaded.specbound.stats.drafted.total() > 0 and isinstance(loaded.specbound.static, StaticCache)
+    assert loaded.specbound.stats.drafted.total() > 0 and isinstance(loaded.specbound.prepared.static, StaticCache)
     loaded = load_specbound(tmp_path / "adapter", detach(model), exactness="batched", adaptive=False)
     assert torch.equal(loaded.generate(PROMPT, **GREEDY), stock)
-    assert not loaded.specbound.certificate.policy.static and loaded.specbound.static is None
+    assert not loaded.specbound.certificate.policy.static and loaded.specbound.prepared.static is None
 
 
 def test_costs_are_those_of_segments(make_model: Any, make_adapter: Any, way: str) -> None:
     """What `specbound profile` measures runs over static caches as well."""
     model = make_model()
-    specbound = make_specbound(model, make_adapter(model), exactness="batched", graphs=True)
+    specbound = make_specbound(model, make_adapter(model), exactness="batched")
+    specbound.prepared.graphs = True
     specbound.bounds = SpeculationBounds(0.0, 4, 1)
     attach(model, specbound)
     runs = []
@@ -352,7 +356,7 @@ def test_on_a_gpu_ids_are_stocks(family: str) -> None:
         for length, new in ((7, 40), (7, 40), (200, 100)):
             assert same_ids(model, prompt(length).to("cuda"), max_new_tokens=new, **options)
             assert specbound.stats.accepted.total() > 3
-            assert specbound.static is not None and len(specbound.static.graphs) > 3
+            assert specbound.prepared.static is not None and len(specbound.prepared.static.graphs) > 3
 
 
 @GPU

@@ -16,7 +16,6 @@ from runtime.decoding.cache import KVCache
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.state import DecodeState
 from runtime.exact import packed
-from runtime.exact.attention import attend_in_groups
 from runtime.exact.execution import ExecutionPolicy, execution
 from runtime.exact.fused import FusedLayer
 from runtime.exact.packed import JointLinear, PackedLinears
@@ -66,7 +65,7 @@ def test_each_part_gets_its_own_output(bias: bool) -> None:
     for given in (one, other, one):
         assert torch.allclose(first(given), modules[0](given), atol=0.05)
         assert torch.allclose(second(given), modules[1](given), atol=0.05)
-    assert joint._input is None
+    assert all(part.func.__self__._input is None for part in (first, second))
     assert torch.allclose(second(other), modules[1](other), atol=0.05)
     first(one)
     assert torch.allclose(second(other), modules[1](other), atol=0.05)
@@ -119,13 +118,13 @@ def test_generation_follows_weights_that_change(model: Any) -> None:
             return torch.equal(output, model.generate(prompt, **GREEDY))
 
     assert same()
-    first = specbound.packed
+    first = specbound.prepared.packed
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.down_proj.weight.mul_(-1.5)
     assert same()
     if first is not None:  # on a machine where something passed
-        assert specbound.packed is not first
+        assert specbound.prepared.packed is not first
 
 
 def test_nothing_is_packed_without_room_or_in_another_dtype(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +209,7 @@ def test_a_layer_that_is_listened_to_or_of_another_kind_is_not_fused(model: Any)
 def test_heads_run_packed_and_follow_the_base(model: Any, make_adapter: Any) -> None:
     """In bfloat16 from copies, in float32 from their own weights again; the same drafts either way."""
     attached = make_specbound(model, make_adapter(model, head_rank=64, draft_vocab_size=127), exactness="bitwise")
-    drafter, layers = attached.drafter, attached.layers
+    drafter, layers = attached.drafter, attached.prepared.layers
     state = DecodeState(layers, KVCache(6, 8), [1, 2])
     with torch.no_grad():
         state.push(3)
@@ -228,26 +227,6 @@ def test_heads_run_packed_and_follow_the_base(model: Any, make_adapter: Any) -> 
         drafter = drafter.on(DecoderLayers(model.float()))
         packed.pack_in_place(drafter.modules)
         assert not any("forward" in module.__dict__ for module in drafter.heads.exits.modules())
-
-
-@pytest.mark.parametrize("shape", [(4, 4, 32), (6, 2, 64)])
-def test_attention_in_groups_has_the_bits_of_row_by_row(shape: tuple[int, int, int]) -> None:
-    """Around multiples of the vector length, where groups end, and with one row more than a group holds."""
-    heads, shared, size = shape
-    torch.manual_seed(0)
-    keys, values = torch.randn(2, 1, shared, 200, size).to(torch.bfloat16)
-    attend = nn.functional.scaled_dot_product_attention
-    for length in (9, 15, 16, 17, 31, 33, 48, 64, 127, 130, 200):
-        for rows in (2, 5, 9):
-            query = torch.randn(1, heads, rows, size).to(torch.bfloat16)
-            expected = [
-                attend(query[:, :, row : row + 1], keys[:, :, :seen], values[:, :, :seen], enable_gqa=True)
-                for row, seen in enumerate(range(length - rows + 1, length + 1))
-            ]
-            found = attend_in_groups(query, keys[:, :, :length], values[:, :, :length], None)
-            torch.testing.assert_close(found, torch.cat(expected, 2))
-            if torch.backends.cpu.get_cpu_capability() == "AVX512":
-                assert torch.equal(found, torch.cat(expected, 2)), (length, rows)
 
 
 def test_fused_layers_with_other_bits_are_not_certified(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

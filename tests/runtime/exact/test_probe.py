@@ -110,6 +110,7 @@ def test_attention_runs_in_groups_where_that_keeps_every_bit_and_never_as_a_bloc
         return execution(model, replace(policy, attention="rowwise"), packed)
 
     monkeypatch.setattr(runtime.exact.probe, "execution", steady)
+    monkeypatch.setattr(runtime.exact.probe, "same_attention", lambda *args, **kwargs: True)
     certificate = probe(make_model(), max_width=3)
     assert certificate.bitwise and certificate.policy.attention == "grouped"
 
@@ -200,7 +201,7 @@ def test_where_nothing_passes_nothing_is_drafted(make_model: Any, kept: Path, mo
     monkeypatch.setattr(runtime.exact.probe, "compare", lambda *args, **kwargs: Agreement(50, 3, 0.25))
     model = make_model()
     specbound = SpecBound(model, FakeHeads("random", [2]), SpeculationBounds(0.0, 2, 4))
-    _, bounds = specbound.prepare(model)
+    bounds = specbound.prepare(model)
     assert bounds.max_draft_tokens == 0
     assert specbound.certificate is not None and not specbound.certificate.bitwise
     assert "no way to run blocks keeps every bit on this machine: NOT bit for bit" in str(specbound.why_stock(model))

@@ -86,7 +86,7 @@ WRITES = [write_data, write_one, write_bias, swap_rows]
 
 @pytest.mark.parametrize("write", WRITES)
 def test_packed_copies_follow_every_write(packs: None, model: Any, write: Callable[[Any], None]) -> None:
-    assert same(model) and speculated(model) and model.specbound.packed is not None
+    assert same(model) and speculated(model) and model.specbound.prepared.packed is not None
     with model.specbound.disabled():
         write(model)
     assert same(model) and speculated(model)
@@ -174,11 +174,11 @@ def test_negative_control_code_of_others(model: Any, monkeypatch: pytest.MonkeyP
     armed: list[int] = []
     model.register_forward_hook(lambda s, a, o: setattr(o, "logits", -o.logits) if armed else None)
     with monkeypatch.context() as patch:
-        patch.setattr("runtime.handle.why_stock", lambda model: None)
+        patch.setattr("runtime.exact.prepared.why_stock", lambda model: None)
         assert same(model) and speculated(model)
         armed.append(1)
         assert not same(model)
-    model.specbound._forget()
+    model.specbound.prepared._forget()
     assert same(model) and not speculated(model)
 
 
@@ -224,7 +224,7 @@ def test_pickle_and_copies(packs: None, model: Any) -> None:
         copy.deepcopy(model),
         torch.load(file, weights_only=False),
     ):
-        assert type(made) is type(model) and made.specbound.layers.layers[0] is made.model.layers[0]
+        assert type(made) is type(model) and made.specbound.prepared.layers.layers[0] is made.model.layers[0]
         assert same(made) and speculated(made)
         assert type(detach(made)).__name__ == "LlamaForCausalLM"
     assert same(model)

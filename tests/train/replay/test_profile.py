@@ -123,11 +123,13 @@ def test_an_adapter_that_replay_misjudges_is_not_published(fitted: Any) -> None:
     specbound, bounds = model.specbound, SpeculationBounds(0.05, 99, 4)
     rows = [(row["prompt_ids"], row["response_ids"]) for row in load_split(corpus, "calibration")]
     traces = Traces.read(folder / "traces.safetensors", weights_sha256=specbound.config.weights_sha256)
-    found = check_agreement(specbound.layers, specbound.drafter, bounds, rows, traces)
+    found = check_agreement(specbound.prepared.layers, specbound.drafter, bounds, rows, traces)
     assert found["by_run"] == pytest.approx(found["by_replay"], rel=0.02) and found["by_run"] > 1.02
     assert json.loads((folder / "calibration.json").read_text())["agreement"]["tokens"] > 0
     with pytest.raises(SpecBoundError, match="not published"):
-        check_agreement(specbound.layers, specbound.drafter, bounds, rows, replace(traces, right=~traces.right))
+        check_agreement(
+            specbound.prepared.layers, specbound.drafter, bounds, rows, replace(traces, right=~traces.right)
+        )
 
 
 def test_bounds_for_a_workload(fitted: Any, tmp_path: Path) -> None:

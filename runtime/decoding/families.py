@@ -1,0 +1,138 @@
+"""What each model family's layers look like. The only file that knows: the rest asks for parts by what they do.
+
+No modeling code is copied: a family is a line that says where its modules are and what its layers call the cache.
+Knows nothing of drafting, exits or files.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from runtime.errors import UnsupportedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Where a model family keeps the parts that generation runs through.
+
+    `fusable` says that a layer is what `runtime/exact/fused.py` computes: norm, attention with rotary positions,
+    residual, norm, gated SiLU, residual.
+    """
+
+    body: str = "model"
+    embedding: str = "embed_tokens"
+    layers: str = "layers"
+    norm: str = "norm"
+    rotary: str | None = "rotary_emb"
+    positions: str | None = None
+    cache_argument: str = "past_key_values"
+    fusable: bool = False
+
+
+FAMILIES = {
+    "llama": Family(fusable=True),
+    "mistral": Family(fusable=True),
+    "qwen2": Family(fusable=True),
+    "qwen3": Family(),
+    "smollm3": Family(),
+    "olmo2": Family(),
+    "granite": Family(),
+    "phi3": Family(),
+    "gemma": Family(),
+    "gpt_neox": Family(body="gpt_neox", embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past"),
+    "gpt2": Family(body="transformer", embedding="wte", layers="h", norm="ln_f", rotary=None, positions="wpe"),
+}
+# Rotary tables of these kinds depend on the position alone, so a block's rows equal one-by-one rows.
+STEADY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaParts:
+    """A decoder layer of a fusable family, taken apart.
+
+    Attributes:
+        attention: the module, which holds head size, scaling and layer index.
+        norms: before attention, and before the gated part; their weights and epsilons are read.
+        linears: query, key and value; output; gate and up; down. Those of a tuple read the same input.
+    """
+
+    attention: Any
+    norms: tuple[Any, Any]
+    linears: tuple[tuple[nn.Module, ...], ...]
+
+    @classmethod
+    def of(cls, layer: Any) -> "LlamaParts | None":
+        """None where the layer is of another kind, or somebody listens in."""
+        try:
+            attention, mlp = layer.self_attn, layer.mlp
+            norms = (layer.input_layernorm, layer.post_attention_layernorm)
+            linears: tuple[tuple[nn.Module, ...], ...] = (
+                (attention.q_proj, attention.k_proj, attention.v_proj),
+                (attention.o_proj,),
+                (mlp.gate_proj, mlp.up_proj),
+                (mlp.down_proj,),
+            )
+            plain = all(hasattr(norm, "variance_epsilon") and hasattr(norm, "weight") for norm in norms)
+        except AttributeError:
+            return None
+        plain = plain and "silu" in type(mlp.act_fn).__name__.lower()
+        listened = any(
+            module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+            for module in layer.modules()
+        )
+        return cls(attention, norms, linears) if plain and not listened else None
+
+
+def check_supported(model: Any) -> Family:
+    """The family of `model`.
+
+    Raises:
+        UnsupportedModel: naming the architecture and the reason, where its layers cannot be driven one by one.
+    """
+    family = check_config(model.config, type(model).__name__)
+    if not hasattr(model, family.body) or model.get_output_embeddings() is None:
+        name = f"{type(model).__name__} (model_type {model.config.model_type!r})"
+        raise UnsupportedModel(f"{name} is not a causal language model: load it with AutoModelForCausalLM")
+    return family
+
+
+def check_config(config: Any, kind: str) -> Family:
+    """The family of a model, from its config alone: no weights are needed.
+
+    Args:
+        kind: what to call it in a message.
+
+    Raises:
+        UnsupportedModel: as `check_supported`.
+    """
+    name = f"{kind} (model_type {config.model_type!r})"
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UnsupportedModel(f"{name} is not supported: expected one of {', '.join(sorted(FAMILIES))}")
+    if not _has_full_attention(config):
+        window = getattr(config, "sliding_window", None)
+        whole = copy.deepcopy(config)
+        whole.sliding_window = None
+        hint = "only full attention in every layer is supported"
+        if window is not None and _has_full_attention(whole):
+            hint = (
+                f"load it with sliding_window=None (as AutoModelForCausalLM.from_pretrained takes it) and pass the"
+                f" model; for texts shorter than its window of {window} tokens it computes the same"
+            )
+        raise UnsupportedModel(f"{name} has sliding or mixed attention: {hint}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in STEADY_ROPE:
+        raise UnsupportedModel(f"{name} has {kind!r} rotary positions, which change with the length of the text")
+    if getattr(config, "add_cross_attention", False) or getattr(config, "reorder_and_upcast_attn", False):
+        raise UnsupportedModel(f"{name} has cross-attention or upcast attention, which is not supported")
+    return family
+
+
+def _has_full_attention(config: Any) -> bool:
+    """Whether every layer sees all of the text."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return kinds == {"full_attention"} and not sliding

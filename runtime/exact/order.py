@@ -1,0 +1,111 @@
+"""Whether two ways to compute add in the same order, on numbers made so that any other order shows.
+
+Sums of bfloat16 products are mostly exact in float32, so that two orders of addition give the same bits on ordinary
+activations in all but one row of thousands: too seldom for a probe of a few hundred rows, too often for a text. These
+numbers span more bits than a sum holds, and cancel: what is left is rounding alone. Knows no model and no policy.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from runtime.exact.attention import BlockAttention
+
+# Keys around multiples of a vector, and around the block of 512 that torch's CPU kernel sums apart.
+LENGTHS = (*range(5, 60, 3), 511, 514, 526)
+# Larger weights are looked at by their first rows: bytes.
+LARGEST = 2**26
+PATTERNS = 32
+
+
+def cancelling(rows: int, size: int, dtype: torch.dtype) -> Tensor:
+    """Numbers of shape [rows, size], each row of pairs that cancel, in any order and of very different sizes."""
+    generator = torch.Generator().manual_seed(size)
+    # Of float16, whose range is small, the sizes are as different as they can be.
+    spread = 12 if dtype == torch.float16 else 24
+    half = torch.randn(rows, size // 2, generator=generator)
+    half *= torch.exp2(torch.randint(-spread, spread + 1, half.shape, generator=generator).float())
+    whole = torch.cat([half, -half, torch.zeros(rows, size % 2)], 1).to(dtype)
+    return whole[:, torch.randperm(size, generator=generator)]
+
+
+def same_linear(
+    make: Callable[[nn.Module], Callable[[Tensor], Tensor]], like: nn.Module, outputs: int, widths: Sequence[int]
+) -> bool:
+    """Whether a block through `make(linear)` gives each row what the Linear itself gives it alone.
+
+    Args:
+        make: gives what runs a block in the place of a Linear.
+        like: a Linear of the model, for its class, input size, dtype and device, and whether there is a bias.
+        outputs: numbers that come out, of all Linears that run as one.
+    """
+    linear, inputs = _telling_linear(like, outputs)
+    run = make(linear)
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    for width in widths:
+        # Halves and doubles: every row has the same roundings, in numbers of its own.
+        scales = torch.exp2(torch.arange(width) % 5 - 2.0).to(weight)
+        block = scales[:, None].expand(width, inputs).contiguous()
+        expected = torch.cat([linear(row[None, None])[0] for row in block])
+        if not torch.equal(run(block[None])[0], expected):
+            return False
+    return True
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a Linear is one that can be made anew with other numbers."""
+    kinds = (nn.Linear.forward, Conv1D.forward)
+    return type(module).forward in kinds and type(module.weight) in (nn.Parameter, Tensor)
+
+
+def _telling_linear(like: nn.Module, outputs: int) -> tuple[nn.Module, int]:
+    """A Linear like that, whose rows of weights cancel, and its number of inputs."""
+    weight: Tensor = like.weight  # type: ignore[assignment]
+    stands_on_inputs = isinstance(like, Conv1D)
+    inputs = weight.shape[0 if stands_on_inputs else 1]
+    outputs = min(outputs, max(1, LARGEST // (inputs * weight.element_size())))
+    pattern = cancelling(min(PATTERNS, outputs), inputs, weight.dtype).to(weight.device)
+    rows = pattern.repeat(-(-outputs // len(pattern)), 1)[:outputs]
+    linear = type(like).__new__(type(like))
+    nn.Module.__init__(linear)
+    linear.weight = nn.Parameter(rows.t().contiguous() if stands_on_inputs else rows, requires_grad=False)
+    linear.bias = None if like.bias is None else nn.Parameter(pattern.new_zeros(outputs), requires_grad=False)
+    linear.__dict__["nf"] = outputs  # of a Conv1D
+    return linear, inputs
+
+
+def same_attention(
+    attention: BlockAttention,
+    heads: tuple[int, int, int],
+    rows: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    """Whether a block's rows attend as each does alone.
+
+    Args:
+        attention: of any kind around `sdpa`.
+        heads: of queries, of keys, and the size of each.
+        rows: of the block.
+    """
+    num_queries, num_keys, size = heads
+    module = nn.Module()
+    module.__dict__["num_key_value_groups"] = num_queries // num_keys
+    generator = torch.Generator().manual_seed(0)
+    for length in (length for length in LENGTHS if length >= rows):
+        query = torch.zeros(1, num_queries, rows, size)
+        # Every other head weighs its keys as text does; the rest weigh all alike, and the values cancel.
+        query[:, ::2] = 4 * torch.randn(query[:, ::2].shape, generator=generator)
+        keys = torch.randn(1, num_keys, length, size, generator=generator)
+        values = cancelling(num_keys * size, length, dtype).view(1, num_keys, size, length).transpose(2, 3)
+        query, keys, values = (tensor.to(device, dtype).contiguous() for tensor in (query, keys, values))
+        block, _ = attention(module, query, keys, values, None)
+        for row in range(rows):
+            seen = length - rows + row + 1
+            alone, _ = attention(module, query[:, :, row : row + 1], keys[:, :, :seen], values[:, :, :seen], None)
+            if not torch.equal(block[:, row : row + 1], alone):
+                return False
+    return True
