@@ -2,12 +2,17 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes | Callable[[IO[bytes]], object]) -> None:
     """Write `data` to `path`, through a temporary file beside it, flushed to disk before it takes the name.
+
+    Args:
+        data: the bytes, or what writes them to a file.
 
     Raises:
         OSError: the folder cannot be made or written; what was at `path` is as it was.
@@ -15,7 +20,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
         try:
-            file.write(data)
+            file.write(data) if isinstance(data, bytes) else data(file)
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o666 & ~_umask())

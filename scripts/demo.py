@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from runtime import SpecBoundError, load_specbound
-from train.cli.attached import read_spread, to_ids
+from runtime.cli.options import to_ids
+from runtime.text.prompts import read_prompts, spread
 from train.corpus.corpus import load_split
 from train.evaluation.comparison import compare
 from train.publishing.assembly import add_speed
@@ -37,7 +38,7 @@ def main() -> None:
     model: Any = load_specbound(options.adapter or options.output_dir / "adapter")
     print(f"exactness: {model.specbound.certificate}")
     if options.prompts_file:
-        prompts = to_ids(model, read_spread(options.prompts_file, options.prompts))
+        prompts = to_ids(model, spread(read_prompts(options.prompts_file), options.prompts))
     else:
         prompts = held_out(options.output_dir, options.prompts, options.max_new_tokens)
     report = measure(model, prompts, options.max_new_tokens)

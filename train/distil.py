@@ -17,7 +17,8 @@ from runtime.adapter.identity import base_fingerprint
 from runtime.base import check_base_config, load_model, load_tokenizer
 from runtime.decoding.layers import settle_kernels
 from runtime.errors import AdapterError, ConfigError, SpecBoundError
-from train.corpus.corpus import CorpusOptions, distil
+from train.corpus.corpus import distil
+from train.corpus.options import CorpusOptions
 from train.corpus.prompts import read_prompts
 from train.features.spread import is_spread, load_spread, whole_parameters
 from train.settings.fit_config import FitConfig, parse_config, validate

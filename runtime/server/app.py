@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from runtime.errors import SpecBoundError
 from runtime.server.gate import Gate
-from runtime.server.limits import Limits, encode, token_limit
+from runtime.server.limits import Limits, prompt_ids, token_limit
 from runtime.server.metrics import Metrics
 from runtime.server.response import Answer, as_api_error
 from runtime.server.schema import ApiError, ChatRequest, CompletionRequest
@@ -72,7 +72,7 @@ def make_app(worker: Worker, *, model_id: str, limits: Limits, api_key: str | No
 
     async def respond(body: ChatRequest | CompletionRequest, request: Request) -> Response:
         _check_name(body.model, model_id)
-        prompt = await run_in_threadpool(encode, worker, body)
+        prompt = await run_in_threadpool(prompt_ids, worker, body)
         context = int(worker.model.config.max_position_embeddings)
         limit = token_limit(body, prompt.shape[1], context, limits)
         answer = Answer(body, worker, metrics, model_id, prompt, limit, limits.seconds)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from runtime.server.schema import ApiError, ChatRequest, CompletionRequest
 from runtime.server.worker import Worker
+from runtime.text.encode import encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Limits:
     seconds: float | None = None
 
 
-def encode(worker: Worker, body: ChatRequest | CompletionRequest) -> Tensor:
+def prompt_ids(worker: Worker, body: ChatRequest | CompletionRequest) -> Tensor:
     """Token ids [1, T] of a request's prompt.
 
     Raises:
@@ -39,7 +40,7 @@ def encode(worker: Worker, body: ChatRequest | CompletionRequest) -> Tensor:
             raise ApiError(400, "this model has no chat template: use /v1/completions", param="messages")
         messages = [message.for_template() for message in body.messages]
         try:
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            ids = encode(tokenizer, messages)
         except Exception as error:  # templates raise what they like on roles that they do not take
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise ApiError(400, f"the model's chat template refuses this: {first}", param="messages") from None
@@ -48,7 +49,7 @@ def encode(worker: Worker, body: ChatRequest | CompletionRequest) -> Tensor:
     elif body.prompt and isinstance(body.prompt[0], str):
         ids = tokenizer(body.prompt[0])["input_ids"]
     else:
-        ids = body.prompt
+        ids = [token for token in body.prompt if isinstance(token, int)]
     known = worker.model.get_input_embeddings().weight.shape[0]
     if not ids or not all(0 <= token < known for token in ids):
         raise ApiError(400, f"the prompt must be at least one token, each from 0 to {known - 1}", param="prompt")

@@ -18,12 +18,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from runtime.cli.options import load_attached, to_ids
+from runtime.conditions import hardware
 from runtime.drafting.temperature import TemperatureSchedule
 from runtime.files import write_atomic
 from runtime.stats import SpeculationStats
+from runtime.text.prompts import read_prompts, spread
 from train.calibration.traces import TRACES_FILE, Traces
-from train.cli.attached import load_attached, read_spread, to_ids
-from train.evaluation.comparison import hardware
 from train.replay.costs import CostTable
 from train.replay.variants import UNCALIBRATED, ablate, variants
 
@@ -39,7 +40,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the figures in this file.")] = None,
 ) -> None:
     """Measure, print a table, keep the figures; exit code 1 if any id differs."""
-    chosen = read_spread(prompts, limit)
+    chosen = spread(read_prompts(prompts), limit)
     model = load_attached(str(adapter), None, dtype=dtype, threads=threads, adaptive=False)
     found = measure(model, to_ids(model, chosen), max_new_tokens)
     traces = Traces.read(adapter / TRACES_FILE, weights_sha256=model.specbound.config.weights_sha256)

@@ -21,11 +21,11 @@ import typer
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from runtime.cli.options import load_attached
+from runtime.conditions import hardware
 from runtime.drafting.controller import Controller
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.files import write_atomic
-from train.cli.attached import load_attached
-from train.evaluation.comparison import hardware
 from train.replay.search import OFF
 
 SENTENCES = (

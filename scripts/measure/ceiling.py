@@ -21,12 +21,12 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import trange
 from transformers import DynamicCache
 
+from runtime.cli.options import load_attached
+from runtime.conditions import hardware
 from runtime.decoding.cache import KVCache
 from runtime.drafting.policy import SpeculationBounds
 from runtime.files import write_atomic
 from train.calibration.traces import TRACES_FILE, Traces
-from train.cli.attached import load_attached
-from train.evaluation.comparison import hardware
 from train.replay.costs import CostTable
 from train.replay.replay import Replayer
 from train.replay.search import OFF, WIDTHS

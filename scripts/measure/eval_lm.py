@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from runtime.cli.failure import fail
+from runtime.cli.options import load_attached
+from runtime.conditions import hardware
 from runtime.errors import ConfigError, SpecBoundError
 from runtime.files import write_atomic
-from train.cli.attached import load_attached
-from train.cli.failure import fail
-from train.evaluation.comparison import hardware
 
 LOCAL_TASKS = Path(__file__).parents[2] / "configs" / "eval"
 

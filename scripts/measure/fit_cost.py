@@ -22,11 +22,11 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from runtime.conditions import hardware
 from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.heads import HEAD_KINDS
 from runtime.files import write_atomic
 from train.distil import load_base
-from train.evaluation.comparison import hardware
 from train.features.cache import FeatureCache
 from train.features.extractor import FeatureExtractor, Sequences
 from train.features.split import Split

@@ -19,12 +19,13 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from runtime.cli.options import load_attached
+from runtime.conditions import hardware
 from runtime.files import write_atomic
-from train.cli.attached import load_attached, read_spread
-from train.evaluation.clock import Clock
-from train.evaluation.comparison import hardware
+from runtime.text.prompts import read_prompts
 from train.evaluation.methods import Method, make_methods
 from train.fitting.throughput import peak_memory
+from train.replay.clock import Clock
 
 METHODS = ("stock", "plain", "specbound")
 CONTEXTS, OUTPUTS = (128, 512, 1024, 2048, 4096), (32, 128, 512)
@@ -44,7 +45,7 @@ def main(
     before, started = peak_memory(CPU), time.perf_counter()
     model = load_attached(adapter, None, dtype=dtype, threads=threads)
     loaded = time.perf_counter() - started
-    text = "\n\n".join(message.content for prompt in read_spread(prompts, None) for message in prompt.messages)
+    text = "\n\n".join(message.content for prompt in read_prompts(prompts) for message in prompt.messages)
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     longest = getattr(model.config, "max_position_embeddings", CONTEXTS[-1] + FIXED_OUTPUT)

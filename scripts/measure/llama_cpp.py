@@ -18,9 +18,9 @@ import torch
 import typer
 from tqdm import tqdm
 
+from runtime.conditions import hardware
 from runtime.files import write_atomic
-from train.cli.attached import read_spread
-from train.evaluation.comparison import hardware
+from runtime.text.prompts import read_prompts, spread
 
 
 def main(
@@ -83,7 +83,7 @@ def served(path: Path, prompts: str, limit: int | None, threads: int) -> Any:
     params.n_ctx, params.n_parallel = 4096, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(params)
-    for prompt in tqdm(read_spread(prompts, limit), "llama.cpp", unit="prompt"):
+    for prompt in tqdm(spread(read_prompts(prompts), limit), "llama.cpp", unit="prompt"):
         yield server, [{"role": message.role, "content": message.content} for message in prompt.messages[:1]]
 
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from runtime.adapter.folder import load_adapter
+from runtime.conditions import hardware
 from runtime.decoding.draft import HeadDrafter
 from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.draft_heads import DraftHeads
@@ -30,7 +31,6 @@ from runtime.files import write_atomic
 from runtime.generate import attach
 from runtime.handle import SpecBound
 from train.calibration.traces import TRACES_FILE, Traces
-from train.evaluation.comparison import hardware
 from train.planning.shapes import empty_model
 from train.replay.costs import CostTable
 from train.replay.profile import MAX_WIDTH, measure

@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from runtime.adapter.identity import base_fingerprint
+from runtime.conditions import hardware
 from runtime.decoding.cache import KVCache
 from runtime.decoding.layers import DecoderLayers
 from runtime.exact.execution import ExecutionPolicy, execution
 from runtime.exact.packed import PackedLinears
 from runtime.exact.probe import certify
 from runtime.files import write_atomic
-from train.evaluation.comparison import hardware
 
 
 def main(

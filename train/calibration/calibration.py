@@ -1,4 +1,4 @@
-"""`Calibrated`: all that is known of fitted heads on text kept out of the fit. Knows no folder and no loop."""
+"""`Calibration`: all that is known of fitted heads on text kept out of the fit. Knows no bounds and no folder."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,25 +8,18 @@ from tqdm import tqdm
 
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.lookup import LookupTable
-from runtime.drafting.policy import SpeculationBounds
 from runtime.drafting.temperature import TemperatureSchedule
 from train.calibration.exit_log import Logged
 from train.calibration.lookup_traces import LookupTraces
 from train.calibration.reliability import compare_schedules, report
 from train.calibration.temperatures import Confidences, collect, fit_schedule, require_positions
-from train.calibration.traces import Traces
+from train.calibration.traces import LOOKUP_LAYER, Traces
 from train.features.split import Split
-from train.features.spread import shaped
-from train.replay.costs import CostTable
-from train.replay.search import Held, tune
-from train.replay.variants import ablate
 from train.settings.fit_config import FitConfig
-
-LOOKUP_LAYER = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Calibrated:
+class Calibration:
     """What calibration found.
 
     Attributes:
@@ -34,8 +27,6 @@ class Calibrated:
         schedule: exit temperatures.
         lookup: confidences of the depth-0 exit.
         traces: confidence and correctness of every source, for replay.
-        costs: of a round, counted from the weights.
-        bounds: the fastest by replay with these costs.
         figures: for `calibration.json`.
     """
 
@@ -43,8 +34,6 @@ class Calibrated:
     schedule: TemperatureSchedule
     lookup: LookupTable
     traces: Traces
-    costs: CostTable
-    bounds: SpeculationBounds
     figures: dict[str, Any]
 
 
@@ -53,8 +42,8 @@ def calibrate(
     model: Any,
     heads: DraftHeads,
     calibration: Split,
-) -> Calibrated:
-    """Temperatures, lookup table, traces and bounds from the calibration split.
+) -> Calibration:
+    """Temperatures, lookup table and traces from the calibration split.
 
     Raises:
         DataError: too little text, or logits that are not finite.
@@ -81,24 +70,9 @@ def calibrate(
         uncalibrated=logged.uncalibrated | by_lookup,
         after_wrong=looked_up.confidences_after_wrong(table),
     )
-    costs = counted_costs(model, heads)
-    bounds, replayed = tune(traces, costs, Held(config.exit_threshold, config.max_exit_layer, config.max_draft_tokens))
     figures = report(found, schedule) | {
         "negative_log_likelihood": scores,
         "lookup": looked_up.report(table),
         "schedules": compare_schedules(found, model.config.num_hidden_layers),
-        "replay": replayed.describe(costs),
-        "ablations": ablate(traces, bounds, costs),
     }
-    return Calibrated(found, schedule, table, traces, costs, bounds, figures)
-
-
-def counted_costs(model: Any, heads: DraftHeads) -> CostTable:
-    """Costs by counting weights: a head or an unembedding against one decoder layer."""
-    model = shaped(model)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    matrix = model.get_output_embeddings().weight.numel()
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    layer = (total - matrix * (1 if tied else 2)) / model.config.num_hidden_layers
-    head = heads.exits.one.weights_read / layer
-    return CostTable.counted(model.config.num_hidden_layers, head=head, unembedding=matrix / layer)
+    return Calibration(found, schedule, table, traces, figures)

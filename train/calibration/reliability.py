@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from runtime.drafting.temperature import TemperatureSchedule
-from train.calibration.temperatures import KINDS, Confidences, fit_schedule
+from runtime.drafting.temperature import SCHEDULE_KINDS, TemperatureSchedule
+from train.calibration.temperatures import Confidences, fit_schedule
 
 BINS = 15
 DRAWS = 400
@@ -110,7 +110,7 @@ def report(found: Confidences, schedule: TemperatureSchedule) -> dict[str, Any]:
 def compare_schedules(found: Confidences, num_hidden_layers: int) -> dict[str, Any]:
     """Each kind of schedule side by side: its temperatures, and the calibration error of each exit under it."""
     compared = {}
-    for kind in KINDS:
+    for kind in SCHEDULE_KINDS:
         schedule, _ = fit_schedule(found, kind, num_hidden_layers)
         sure = found.at(schedule)
         compared[kind] = {

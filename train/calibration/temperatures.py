@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.drafting.draft_heads import DraftHeads
-from runtime.drafting.temperature import TemperatureSchedule, linear_temperature
+from runtime.drafting.temperature import SCHEDULE_KINDS, TemperatureSchedule, linear_temperature
 from runtime.errors import DataError
 from train.features.extractor import Features
 
@@ -23,7 +23,6 @@ TEMPERATURES = np.geomspace(0.2, 10.0, 81)
 SLOPES = np.linspace(-0.95, 9.0, 399)
 MIN_POSITIONS = 200
 CACHED_ROWS = 32
-KINDS = ("none", "linear", "fitted", "monotone")
 
 Floats = NDArray[np.float32]
 
@@ -105,14 +104,14 @@ def fit_schedule(
     """Exit temperatures, and the mean negative log-likelihood of each kind on sequences not used to fit it.
 
     Args:
-        kind: one of `KINDS`, or `auto` for the likeliest of them, the simpler one of equals.
+        kind: one of `SCHEDULE_KINDS`, or `auto` for the likeliest of them, the simpler one of equals.
     """
     odd = found.sequence % 2 == 1
     scores = {
         name: float(
             np.mean([_score(found, _fit(found, name, num_hidden_layers, part), ~part) for part in (odd, ~odd)])
         )
-        for name in KINDS
+        for name in SCHEDULE_KINDS
     }
     chosen = min(scores, key=lambda name: scores[name]) if kind == "auto" else kind
     return _fit(found, chosen, num_hidden_layers, np.ones_like(odd)), scores

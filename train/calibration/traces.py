@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from runtime.errors import DataError
 
 TRACES_FILE = "traces.safetensors"
+LOOKUP_LAYER = 0  # its draft needs no layer
 
 
 @dataclass(frozen=True, slots=True)

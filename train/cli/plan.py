@@ -1,12 +1,13 @@
 """`specbound plan`: what a fit will take, before anything is bought or downloaded. Knows the command line only."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from runtime.cli.failure import fail
 
 
 def plan_command(
@@ -32,8 +33,7 @@ def plan_command(
         base = empty_model(config.model_name_or_path, revision=config.model_revision)
         found = estimate(recipe_for(model, base), base, devices, num_prompts=prompts, prompt_tokens=prompt_tokens)
     except SpecBoundError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        fail(error, None)
     if as_json:
         print(json.dumps(asdict(found) | {"total_memory": found.total_memory}, indent=2))
     else:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from train.cli.failure import fail
+from runtime.cli.failure import fail
 
 
 def publish_command(

@@ -3,21 +3,18 @@
 Knows nothing of files, splits or processes.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from runtime.errors import ConfigError, DataError
-from train.corpus.prompts import Message, Prompt, hash_fraction
-
-if TYPE_CHECKING:
-    from train.corpus.corpus import CorpusOptions
+from runtime.text.encode import encode
+from runtime.text.prompts import Message, Prompt
+from train.corpus.options import CorpusOptions
+from train.corpus.prompts import hash_fraction
 
 Conversation = tuple[Prompt, tuple[Message, ...]]  # a prompt, and the messages of it up to a user's
 
@@ -98,16 +95,12 @@ class Answerer:
         return row[: next((end for end, token in enumerate(row, start=1) if token in self.eos_ids), len(row))]
 
     def _encode(self, messages: Sequence[Message], *, prompt: Prompt) -> list[int]:
-        if self.options.chat_template == "none":
-            return self.tokenizer("\n\n".join(message.content for message in messages))["input_ids"]
+        template = self.options.chat_template != "none"
         try:
-            chat = [asdict(message) for message in messages]
-            return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        except TemplateError as error:
-            raise DataError(
-                f"the chat template refuses the prompt {prompt.texts[0][:60]!a} ({error});"
-                " change its messages or set `chat_template: none`"
-            ) from error
+            return encode(self.tokenizer, [asdict(message) for message in messages], template=template)
+        except DataError as error:
+            begins = f"the prompt that begins {prompt.texts[0][:60]!a}"
+            raise DataError(f"{begins}: {error}; change its messages or set `chat_template: none`") from error
 
 
 def next_turns(

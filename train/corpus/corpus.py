@@ -6,12 +6,10 @@ one set of versions a resumed run gives the same corpus.
 Knows nothing of exits, losses or where the model came from.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from runtime.errors import ConfigError, DataError
+from runtime.files import write_atomic
+from runtime.text.prompts import Prompt
 from train.corpus.answers import Answerer
-from train.corpus.prompts import SPLITS, Prompt, assign_split, deduplicate, ngram_filter
+from train.corpus.options import CorpusOptions
+from train.corpus.prompts import SPLITS, assign_split, deduplicate, ngram_filter
 from train.corpus.remote import RemoteAnswerer
-from train.corpus.shards import Shards, write_atomically
+from train.corpus.shards import Shards
 from train.corpus.waves import Waves
-
-
-@dataclass(frozen=True, slots=True)
-class CorpusOptions:
-    """What decides the text of a corpus, besides prompts and model. Lengths are in tokens.
-
-    `sample_fraction` of the prompts, chosen by hash, are sampled at `temperature` and `top_p`; the others are
-    answered greedily. `chat_template` is `auto` (the tokenizer's own) or `none` (plain text). Prompts that
-    share 13 words in a row with a text of `evaluation_files` are dropped.
-    """
-
-    max_new_tokens: int = 128
-    max_prompt_tokens: int = 1024
-    batch_size: int = 32
-    sample_fraction: float = 0.0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    chat_template: str = "auto"
-    calibration_fraction: float = 0.1
-    held_out_fraction: float = 0.1
-    evaluation_files: tuple[str, ...] = ()
-    seed: int = 0
 
 
 def distil(
@@ -178,7 +157,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
     text = json.dumps(record, indent=2) + "\n"
-    write_atomically(folder / "corpus.json", lambda file: file.write(text.encode("utf-8")))
+    write_atomic(folder / "corpus.json", text.encode())
 
 
 def _write_splits(folder: Path, tables: list[pa.Table], *, options: CorpusOptions) -> dict[str, Any]:
@@ -197,7 +176,7 @@ def _write_splits(folder: Path, tables: list[pa.Table], *, options: CorpusOption
     for split in SPLITS:
         rows = table.filter(pa.array([name == split for name in splits], pa.bool_()))
         write = datasets.Dataset(rows).to_parquet
-        write_atomically(folder / f"{split}.parquet", write)
+        write_atomic(folder / f"{split}.parquet", write)
         counts["rows"][split] = rows.num_rows
         counts["response_tokens"][split] = sum(map(len, rows["response_ids"].to_pylist()))
     return counts

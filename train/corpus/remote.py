@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -19,9 +19,7 @@ from accelerate.utils import broadcast_object_list
 
 from runtime.errors import ConfigError, DataError
 from train.corpus.answers import Answerer, Turn
-
-if TYPE_CHECKING:
-    from train.corpus.corpus import CorpusOptions
+from train.corpus.options import CorpusOptions
 
 ATTEMPTS = 5
 TIMEOUT = 600  # seconds of one batch

@@ -3,18 +3,15 @@
 Knows nothing of models, waves or what becomes of the rows.
 """
 
-from __future__ import annotations
-
 import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from runtime.files import write_atomic
 from train.corpus.answers import Turn
 
 logger = logging.getLogger(__name__)
@@ -53,15 +50,4 @@ class Shards:
         columns += [[wave] * len(batch), [turn.sampled for turn in batch]]
         schema = pa.schema(_COLUMNS, metadata={"settings": self.key})
         table = pa.table(columns, schema=schema)
-        write_atomically(self.folder / f"{name}.parquet", lambda file: pq.write_table(table, file))
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write beside `path`, then move into place: a kill leaves the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        write_atomic(self.folder / f"{name}.parquet", lambda file: pq.write_table(table, file))

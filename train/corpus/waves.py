@@ -12,8 +12,8 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from runtime.errors import DataError
+from runtime.text.prompts import Prompt
 from train.corpus.answers import Answerer, Conversation, Turn, next_turns
-from train.corpus.prompts import Prompt
 from train.corpus.shards import Shards
 
 

@@ -4,7 +4,6 @@ What each generation took is a record; the report is rewritten after every promp
 statistics: those are `train.evaluation.report`'s.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,19 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm import tqdm
 
-from runtime.adapter.config import VERSION
-from train.cli.attached import load_attached, spread, to_ids
-from train.corpus.prompts import Prompt, read_prompts
-from train.evaluation.clock import Clock
-from train.evaluation.comparison import hardware
+from runtime.audit.record import earlier_entries, write_report
+from runtime.cli.options import load_attached, to_ids
+from runtime.conditions import conditions
+from runtime.text.prompts import Prompt, spread
+from train.corpus.prompts import read_prompts
 from train.evaluation.methods import Method, make_methods, require_known
 from train.evaluation.prediction import predict
-from train.evaluation.record import earlier_entries, write_report
 from train.evaluation.report import summarize
 from train.fitting.throughput import peak_memory
+from train.replay.clock import Clock
 from train.replay.costs import CostTable
 
 # Spec-Bench counts the eight categories of MT-bench as one task.
@@ -197,14 +195,6 @@ def _conditions(settings: BenchSettings, model: Any, methods: dict[str, Method])
         },
         "adapter_sha256": specbound.config.weights_sha256,
         "titles": {name: method.title for name, method in methods.items()},
-        "hardware": hardware(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "specbound": VERSION,
-        },
+        **conditions(model.device, model.dtype),
         "certificate": str(specbound.certificate),
     }

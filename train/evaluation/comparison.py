@@ -4,22 +4,18 @@ Times on shared machines drift, so each prompt is run both ways in turn, and the
 pairs' ratios. Knows no files.
 """
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from runtime.adapter.config import VERSION
+from runtime.conditions import conditions
 from runtime.stats import SpeculationStats
 
 
@@ -61,15 +57,7 @@ class Comparison:
                 str(layer): {"drafted": self.stats.drafted[layer], "accepted": self.stats.accepted[layer]}
                 for layer in layers
             },
-            "hardware": hardware(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "specbound": VERSION,
-            },
+            **conditions(model.device, model.dtype),
         }
 
 
@@ -99,15 +87,3 @@ def compare(model: Any, prompts: Sequence[Tensor], **options: Any) -> Iterator[C
         totals.identical.append(torch.equal(outputs[False], outputs[True]))
         totals.stats += specbound.stats
         yield totals
-
-
-def hardware(device: torch.device) -> str:
-    """Name of the device and, for a CPU, its cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"

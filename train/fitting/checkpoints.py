@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from runtime.adapter.identity import file_sha256
 from runtime.errors import ConfigError
-from train.corpus.shards import write_atomically
+from runtime.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def _finish(unfinished: Path, final: Path, record: dict[str, Any]) -> None:
     paths = sorted(path for path in unfinished.rglob("*") if path.is_file())
     record["files"] = {path.relative_to(unfinished).as_posix(): _seal(path) for path in paths}
     text = json.dumps(record, indent=2) + "\n"
-    write_atomically(unfinished / STATE_FILE, lambda file: file.write(text.encode()))
+    write_atomic(unfinished / STATE_FILE, text.encode())
     _remove(final)
     unfinished.rename(final)
     folder = os.open(final.parent, os.O_RDONLY)

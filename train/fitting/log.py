@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.corpus.shards import write_atomically
+from runtime.files import write_atomic
 
 
 class MetricsLog:
@@ -18,7 +18,7 @@ class MetricsLog:
         self.path = path
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = "".join(f"{line}\n" for line in lines if _is_up_to(line, step))
-        write_atomically(path, lambda file: file.write(kept.encode("utf-8")))
+        write_atomic(path, kept.encode())
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one line."""

@@ -11,7 +11,6 @@ from accelerate.utils import broadcast_object_list, tqdm
 
 from runtime.adapter.identity import file_sha256
 from runtime.drafting.draft_heads import DraftHeads
-from train.calibration.calibration import counted_costs
 from train.features.split import Split
 from train.features.spread import shaped
 from train.fitting.checkpoints import FitState, load_best, load_checkpoint, save_checkpoint
@@ -20,10 +19,10 @@ from train.fitting.flops import FitFlops
 from train.fitting.interrupts import StopSignals, exit_code
 from train.fitting.learner import Learner
 from train.fitting.log import MetricsLog
+from train.fitting.quality import evaluate, show
 from train.fitting.schedule import Plan
 from train.fitting.throughput import Speed
-from train.replay.costs import CostTable
-from train.replay.quality import evaluate, show
+from train.replay.costs import CostTable, counted_costs
 from train.replay.simulation import Simulation
 from train.settings.fit_config import FitConfig
 

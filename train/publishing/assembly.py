@@ -34,8 +34,10 @@ from train.publishing.contents import (
 )
 from train.publishing.plots import precision_plot, reliability_plot, sources_plot, speed_plot
 from train.replay.agreement import check_agreement
-from train.replay.costs import CostTable
+from train.replay.costs import CostTable, counted_costs
 from train.replay.replay import Replayer
+from train.replay.search import Held, tune
+from train.replay.variants import ablate
 from train.settings.fit_config import FitConfig
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "specbound")
@@ -62,11 +64,12 @@ def publish_locally(
         AdapterError: the folder cannot be written.
     """
     calibrated = calibrate(config, model, heads, calibration)
+    traces, costs = calibrated.traces, counted_costs(model, heads)
+    bounds, replayed = tune(traces, costs, Held(config.exit_threshold, config.max_exit_layer, config.max_draft_tokens))
     drafter = HeadDrafter(heads, calibrated.schedule, calibrated.lookup)
-    agreement = check_agreement(
-        DecoderLayers(model), drafter, calibrated.bounds, calibration.sequences.rows, calibrated.traces
-    )
-    figures = calibrated.figures | {"agreement": agreement, "datasets": _datasets(config)} | evidence
+    agreement = check_agreement(DecoderLayers(model), drafter, bounds, calibration.sequences.rows, traces)
+    figures = calibrated.figures | {"replay": replayed.describe(costs), "ablations": ablate(traces, bounds, costs)}
+    figures |= {"agreement": agreement, "datasets": _datasets(config)} | evidence
     adapter_config = SpecBoundConfig(
         base_model_name_or_path=findable(config.model_name_or_path),
         base_model_revision=base_commit(config.model_name_or_path, config.model_revision),
@@ -80,7 +83,7 @@ def publish_locally(
         head_rank=config.head_rank,
         draft_vocab_size=len(heads.draft_to_target),
         temperatures=calibrated.schedule,
-        bounds=calibrated.bounds,
+        bounds=bounds,
         weights_sha256="",
         license=config.license,
         lookup=calibrated.lookup,
@@ -92,8 +95,8 @@ def publish_locally(
         (path / RUN_FILE).write_text(yaml.safe_dump(_provenance(config), sort_keys=True), encoding="utf-8")
         write_custom_generate(path)
         reliability_plot(calibrated.found, calibrated.schedule, path / "reliability.png")
-        calibrated.traces.write(path / TRACES_FILE, weights_sha256=file_sha256(path / WEIGHTS_FILE))
-        write_replayed(path, calibrated.traces, calibrated.costs, adapter_config, figures)
+        traces.write(path / TRACES_FILE, weights_sha256=file_sha256(path / WEIGHTS_FILE))
+        write_replayed(path, traces, costs, adapter_config, figures)
 
     if write:
         save_adapter(adapter, folder, extra=evidence_files)

@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime.drafting.draft_heads import DraftHeads
 from runtime.errors import DataError
 from runtime.files import write_atomic
+from train.features.spread import shaped
 
 FORMAT = 1
 # A further row of a block, as a share of the first: weights are read once for all of them.
@@ -134,3 +136,14 @@ class CostTable:
             return cls(**fields)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not a cost table ({error}): measure one with `specbound profile`") from None
+
+
+def counted_costs(model: Any, heads: DraftHeads) -> CostTable:
+    """Costs by counting weights: a head or an unembedding against one decoder layer."""
+    model = shaped(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    matrix = model.get_output_embeddings().weight.numel()
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    layer = (total - matrix * (1 if tied else 2)) / model.config.num_hidden_layers
+    head = heads.exits.one.weights_read / layer
+    return CostTable.counted(model.config.num_hidden_layers, head=head, unembedding=matrix / layer)

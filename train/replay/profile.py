@@ -20,13 +20,13 @@ from scipy.stats import trim_mean
 from tqdm import trange
 from transformers import DynamicCache
 
+from runtime.conditions import hardware
 from runtime.decoding.cache import KVCache
 from runtime.decoding.state import DecodeState
 from runtime.drafting.policy import SpeculationBounds
 from runtime.exact.static import StaticCache
 from runtime.handle import SpecBound
-from train.evaluation.clock import Clock
-from train.evaluation.comparison import hardware
+from train.replay.clock import Clock
 from train.replay.costs import CostTable
 from train.replay.search import WIDTHS
 

@@ -13,11 +13,10 @@ from tqdm import tqdm
 
 from runtime.decoding.draft import HeadDrafter
 from runtime.errors import ConfigError
-from train.calibration.calibration import LOOKUP_LAYER
 from train.calibration.exit_log import Logged
 from train.calibration.lookup_traces import LookupTraces
 from train.calibration.temperatures import require_positions
-from train.calibration.traces import Traces
+from train.calibration.traces import LOOKUP_LAYER, Traces
 from train.features.extractor import FeatureExtractor
 
 

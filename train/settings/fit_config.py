@@ -14,6 +14,7 @@ from typing import NoReturn, get_type_hints
 from transformers import HfArgumentParser
 
 from runtime.drafting.heads import HEAD_KINDS
+from runtime.drafting.temperature import SCHEDULE_KINDS
 from runtime.errors import ConfigError
 from train.settings.recipe import nearest, read_recipe, refuse_unknown
 
@@ -22,7 +23,7 @@ CHOICES = {
     "chat_template": ("auto", "none"),
     "head": HEAD_KINDS,
     "features": ("online", "cache"),
-    "schedule": ("auto", "linear", "fitted", "monotone", "none"),
+    "schedule": ("auto", *SCHEDULE_KINDS),
 }
 
 # Numbers that may be 0, and fractions; all others must be above 0, but for max_steps.

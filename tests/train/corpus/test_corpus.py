@@ -13,9 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from runtime.errors import ConfigError, DataError
+from runtime.text.prompts import Message, Prompt
 from train.corpus.answers import Answerer
-from train.corpus.corpus import CorpusOptions, distil, load_split
-from train.corpus.prompts import SPLITS, Message, Prompt, assign_split
+from train.corpus.corpus import distil, load_split
+from train.corpus.options import CorpusOptions
+from train.corpus.prompts import SPLITS, assign_split
 
 EOS = 1
 TEMPLATE = (
@@ -343,7 +345,7 @@ def test_chat_template_none_is_plain_text(model, tokenizer, tmp_path):
 
 def test_a_prompt_the_template_refuses_is_named(model, tokenizer, tmp_path):
     bad = Prompt((Message("tool", "w5"), Message("user", "w6")))
-    with pytest.raises(DataError, match=r"refuses the prompt 'w5' \(no tools here\)"):
+    with pytest.raises(DataError, match=r"begins 'w5': the chat template refuses .*: no tools here; change"):
         run(model, tokenizer, [bad], tmp_path / "c")
 
 

@@ -7,18 +7,9 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import DataError
+from runtime.text.prompts import Message, Prompt, prompt_hash
 from tests.helpers.paths import ROOT
-from train.corpus.prompts import (
-    SPLITS,
-    Message,
-    Prompt,
-    assign_split,
-    deduplicate,
-    hash_fraction,
-    ngram_filter,
-    prompt_hash,
-    read_prompts,
-)
+from train.corpus.prompts import SPLITS, assign_split, deduplicate, hash_fraction, ngram_filter, read_prompts
 
 DATA = ROOT / ".." / "shared" / "data"
 

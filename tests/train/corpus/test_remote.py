@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from runtime.errors import ConfigError, DataError
-from train.corpus.corpus import CorpusOptions, distil
-from train.corpus.prompts import SPLITS, Message, Prompt
+from runtime.text.prompts import Message, Prompt
+from train.corpus.corpus import distil
+from train.corpus.options import CorpusOptions
+from train.corpus.prompts import SPLITS
 from train.publishing.assembly import portable
 
 OPTIONS = CorpusOptions(max_new_tokens=6, batch_size=4, chat_template="none")

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 import train.evaluation.bench
 from runtime import load_specbound
+from runtime.text.prompts import Message, Prompt
 from train.cli.app import app
-from train.corpus.prompts import Message, Prompt
 from train.evaluation.bench import choose, task_of
 from train.evaluation.methods import METHODS, make_methods
 from train.evaluation.picture import picture

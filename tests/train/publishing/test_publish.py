@@ -12,9 +12,9 @@ from train.cli.app import app
 from train.fit_exits import main as fit
 from train.publishing.publish import publish
 from train.publishing.staging import Claims
+from train.publishing.tune import tune_adapter
 from train.replay.costs import CostTable
 from train.replay.search import Held
-from train.replay.tune import tune_adapter
 from train.settings.fit_config import FitConfig
 
 # huggingface_hub's own call of its HTTP library.

@@ -8,10 +8,10 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from runtime.cli.options import load_attached
 from runtime.errors import DataError
+from runtime.text.encode import encode
 from runtime.text.transcript import Round, Token, Transcript, Written, write
-from train.cli.attached import encode, load_attached
-from train.corpus.prompts import Message, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Speaker:
         Raises:
             SpecBoundError: wrong options, adapter or base.
         """
-        transformers_logging.disable_progress_bar()  # it would stand between the lines of a conversation
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would stand between the lines of a conversation
         model = load_attached(adapter, base_model, **options)
         return cls(model, AutoTokenizer.from_pretrained(model.name_or_path))
 
@@ -50,13 +50,10 @@ class Speaker:
         Raises:
             DataError: they are no tokens, or more than fit.
         """
-        if raw:
-            ids = torch.tensor([self.tokenizer("\n".join(text for _, text in messages))["input_ids"]])
-        else:
-            ids = encode(self.tokenizer, Prompt(tuple(Message(role, text) for role, text in messages)))
-        if not 0 < ids.shape[1] < self.context:
-            raise DataError(f"the prompt is {ids.shape[1]} tokens: this model takes 1 to {self.context - 1}")
-        return ids.to(self.model.device)
+        ids = encode(self.tokenizer, [{"role": role, "content": text} for role, text in messages], template=not raw)
+        if not 0 < len(ids) < self.context:
+            raise DataError(f"the prompt is {len(ids)} tokens: this model takes 1 to {self.context - 1}")
+        return torch.tensor([ids], device=self.model.device)
 
     def answer(
         self,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime import DataError
+from runtime.errors import DataError
 from runtime.files import write_atomic
 
 

@@ -2,12 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from train.cli.failure import fail
-from train.cli.text import Adapter, Dtype, Exactness, Model, Threads
+from runtime.cli.failure import fail
+from runtime.cli.options import Adapter, Dtype, Exactness, Model, Threads
 
 
 def serve_command(
@@ -46,9 +46,9 @@ def serve_command(
             from runtime.server.serve import serve
         except ImportError as error:
             raise ConfigError(f"{error.name} is not installed: pip install 'specbound[serve]'") from None
-        from train.cli.speaker import Speaker
+        from runtime.cli.speaker import Speaker
 
-        def load():
+        def load() -> tuple[Any, Any]:
             speaker = Speaker.load(adapter, model, dtype=dtype, threads=threads, exactness=exactness)
             print(f"ready: {speaker.model.specbound.certificate}", file=sys.stderr)
             return speaker.model, speaker.tokenizer

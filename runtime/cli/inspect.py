@@ -1,15 +1,21 @@
-"""`specbound inspect`: what an adapter is, and whether it is whole and valid. Knows no command line."""
+"""`specbound inspect`: what an adapter is, and whether it is whole and valid.
+
+Slow libraries are imported when it runs.
+"""
 
 import json
+import sys
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from runtime.adapter.folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from runtime.adapter.hub import resolve_adapter
+from runtime.cli.failure import fail
+from runtime.errors import one_line
 
 
 def describe(adapter: str, *, revision: str | None = None) -> dict[str, Any]:
@@ -18,6 +24,9 @@ def describe(adapter: str, *, revision: str | None = None) -> dict[str, Any]:
     Raises:
         SpecBoundError: where the adapter cannot be found or does not load.
     """
+    from runtime.adapter.folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+    from runtime.adapter.hub import resolve_adapter
+
     folder = resolve_adapter(adapter, revision=revision)
     loaded = load_adapter(folder)
     config, stamps = loaded.config, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -116,3 +125,26 @@ def show(found: dict[str, Any], console: Console) -> None:
         exits.add_row(str(row["layer"]), f"{row['temperature']:.3f}", *(f"{row[name]:.3f}" for name in measured))
     console.print()
     console.print(exits)
+
+
+def inspect_command(
+    adapter: Annotated[str, typer.Argument(help="The adapter's folder, or its Hub id.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+) -> None:
+    """Say what an adapter is, and whether it is whole and valid."""
+    from runtime.errors import SpecBoundError
+
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            found = describe(adapter, revision=revision)
+    except SpecBoundError as error:
+        fail(error, {"adapter": adapter, "valid": False} if as_json else None)
+    found["warnings"] += [one_line(entry.message) for entry in caught if entry.category is UserWarning]
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for warning in found["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    show(found, Console(highlight=False))

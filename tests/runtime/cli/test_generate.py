@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from runtime import save_adapter
+from runtime.cli.view import RoundsView
 from runtime.stats import SpeculationStats
 from runtime.text.transcript import Round, Token, Written
 from train.cli.app import app
-from train.cli.view import RoundsView
 
 FLOAT = ("--dtype", "float32")
 

@@ -10,16 +10,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from runtime import load_specbound
+from runtime.audit.audit import AuditSettings, run_audit
+from runtime.audit.divergence import _compare, audit
+from runtime.cli.options import to_ids
 from runtime.decoding.cache import KVCache
 from runtime.drafting.policy import SpeculationBounds
 from runtime.errors import DataError
 from runtime.generate import attach, detach
 from runtime.handle import SpecBound
+from runtime.text.prompts import read_prompts, spread
 from tests.helpers.fake_heads import FakeHeads
 from train.cli.app import app
-from train.cli.attached import spread
-from train.evaluation.audit import AuditSettings, run_audit
-from train.evaluation.divergence import _compare, audit
 
 
 def attached(model: Any, prompt: torch.Tensor, tokens: int) -> Any:
@@ -100,18 +102,20 @@ def test_a_cut_audit_is_resumed(demo_outputs: Path, monkeypatch: pytest.MonkeyPa
     settings = AuditSettings(
         "outputs/demo/adapter", "four.jsonl", dtype="float32", options={"max_new_tokens": 6, "do_sample": False}
     )
+    model = load_specbound("outputs/demo/adapter", dtype="float32", adaptive=False)
+    given = model, to_ids(model, read_prompts("four.jsonl"))
     report = Path("four.json")
-    whole = run_audit(settings, report=report)
+    whole = run_audit(settings, *given, report=report)
     assert json.loads(report.read_text()) == whole
     cut = whole | {"findings": whole["findings"][:3], "complete": False}
     report.write_text(json.dumps(cut))
-    again = run_audit(settings, report=report, resume=True)
+    again = run_audit(settings, *given, report=report, resume=True)
     assert again["findings"][:3] == whole["findings"][:3] and again["complete"] and again["prompts"] == 4
     with pytest.raises(DataError, match="seed differ"):
-        run_audit(replace(settings, seed=1), report=report, resume=True)
+        run_audit(replace(settings, seed=1), *given, report=report, resume=True)
     report.write_text("[]")
     with pytest.raises(DataError, match="not a report of this kind"):
-        run_audit(settings, report=report, resume=True)
+        run_audit(settings, *given, report=report, resume=True)
 
 
 def test_a_limit_is_spread_over_the_file() -> None:

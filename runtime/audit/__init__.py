@@ -1,0 +1,1 @@
+"""The audit: whether what SpecBound generates is what the base generates, on prompts of the user's choice."""

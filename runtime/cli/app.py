@@ -1,0 +1,62 @@
+"""The verbs that need no training, and how the command line starts and ends."""
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from runtime.cli import audit, chat, generate, inspect, serve
+
+EXTRAS = "a library of the verb's extra is not installed"
+CLOSED_PIPE = 141  # as a shell shows a program that ended because nobody read on
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app.command("generate")(generate.generate_command)
+app.command("chat")(chat.chat_command)
+app.command("serve")(serve.serve_command)
+app.command("inspect")(inspect.inspect_command)
+app.command("audit")(audit.audit_command)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        try:
+            print(f"specbound {version('specbound')}")
+        except PackageNotFoundError:  # run from a folder, not installed
+            from runtime.adapter.config import VERSION
+
+            print(f"specbound {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """SpecBound: exit heads that let a transformer draft for itself.
+
+    Exit codes: 0 done, 1 an error or ids that differ, 2 wrong usage, 130 interrupted.
+    """
+
+
+def run(app: typer.Typer) -> None:
+    """Run a command line; an absent library is told with the extra that brings it, and a closed pipe ends quietly."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names in any script, on any terminal
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python still flushes at its end goes nowhere
+        sys.exit(CLOSED_PIPE)
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed: pip install 'specbound[train]'", file=sys.stderr)
+        sys.exit(1)

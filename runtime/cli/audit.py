@@ -1,0 +1,54 @@
+"""`specbound audit`: the ids of SpecBound beside the base's own. Slow libraries are imported when it runs."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from runtime.cli.failure import fail
+from runtime.cli.options import Adapter, Dtype, Exactness, Model, Sample, Threads, load_attached, to_ids
+
+
+def audit_command(
+    adapter: Adapter,
+    prompts: Annotated[str, typer.Option(help="Prompts: a .jsonl or .json file.")],
+    model: Model = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="This many prompts, spread over the file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated from each prompt.")] = 128,
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+    sample: Sample = False,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="torch seed before each generation.")] = 0,
+    exactness: Exactness = "bitwise",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Keep the findings in this file.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what the --json file holds.")] = False,
+) -> None:
+    """Generate every prompt plainly and with SpecBound, and compare the ids. Exit code 1 if any differ.
+
+    Example: specbound audit --adapter outputs/demo/adapter --prompts prompts.jsonl --limit 16
+    """
+    from runtime.audit.audit import AuditSettings, run_audit
+    from runtime.errors import SpecBoundError
+    from runtime.text.prompts import read_prompts, spread
+
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
+    if sample:
+        options["temperature"] = temperature
+    settings = AuditSettings(adapter, prompts, model, limit, dtype, threads, seed, exactness, options)
+    try:
+        chosen = spread(read_prompts(prompts), limit)  # before the model, which takes longer
+        attached = load_attached(
+            adapter, model, dtype=dtype, threads=threads, exactness=exactness, adaptive=False
+        )  # a model at rest would show little
+        found = run_audit(settings, attached, to_ids(attached, chosen), report=json_file, resume=resume)
+    except (SpecBoundError, OSError) as error:
+        fail(error, None)
+    for number, prompt in enumerate(found["findings"]):
+        if prompt["divergence"] is not None:
+            print(f"prompt {number}: {prompt['divergence']}")
+    print(f"{found['differing_tokens']} differing tokens of {found['tokens']} over {found['prompts']} prompts")
+    print(f"{found['differing_logits']} rows of logits with a differing bit")
+    print(f"exactness: {found['certificate']}")
+    if found["differing_tokens"]:
+        raise typer.Exit(1)

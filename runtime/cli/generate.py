@@ -1,0 +1,67 @@
+"""`specbound generate`: answer one prompt. Slow libraries are imported when it runs."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from runtime.cli.failure import fail
+from runtime.cli.options import (
+    Adapter,
+    Dtype,
+    Exactness,
+    Model,
+    Sample,
+    Seed,
+    Stop,
+    Temperature,
+    Threads,
+    TopP,
+    sampling,
+)
+
+
+def generate_command(
+    adapter: Adapter,
+    prompt: Annotated[str | None, typer.Argument(help="By default, or for -, read from stdin.")] = None,
+    model: Model = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated at most.")] = 256,
+    sample: Sample = False,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Without the chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+    exactness: Exactness = "bitwise",
+) -> None:
+    """Answer a prompt; the text comes as it is generated.
+
+    Example: specbound generate --adapter outputs/demo/adapter "Why is the sky blue?"
+
+    Example: specbound generate --adapter outputs/demo/adapter --sample --seed 1 --json < prompt.txt
+    """
+    from runtime.cli.speaker import Speaker
+    from runtime.cli.view import TextView
+    from runtime.errors import ConfigError, DataError, SpecBoundError
+
+    try:
+        options = sampling(sample, temperature, top_p)
+        if stop and not all(stop):
+            raise ConfigError("--stop is empty: give the string that ends the text, or leave it out")
+        text = sys.stdin.read() if prompt in (None, "-") else prompt
+        if not text:
+            raise DataError("the prompt is empty: give it as an argument or on stdin")
+        speaker = Speaker.load(adapter, model, dtype=dtype, threads=threads, exactness=exactness)
+        ids = speaker.encode([("user", text)], raw=raw)
+        ask: dict[str, Any] = {"seed": seed, "stop": stop or (), "max_new_tokens": max_new_tokens} | options
+        if as_json:
+            print(json.dumps(speaker.describe(ids, **ask), indent=2))
+            return
+        with TextView() as view:
+            speaker.answer(ids, view.show, **ask)
+    except (SpecBoundError, OSError) as error:
+        fail(error, {"prompt": prompt} if as_json else None)

@@ -1,0 +1,86 @@
+"""What options that several verbs share say, and the model that they load. Knows no verb."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from runtime.errors import ConfigError
+
+DTYPES = ("bfloat16", "float32", "float16")
+
+
+Adapter = Annotated[str, typer.Option(help="The adapter's folder, or its Hub id.")]
+Model = Annotated[str | None, typer.Option(help="The base; by default the one the adapter names.")]
+Sample = Annotated[bool, typer.Option("--sample", help="Sample; without it decoding is greedy.")]
+Temperature = Annotated[float | None, typer.Option(min=1e-6, help="Of sampling.")]
+TopP = Annotated[float | None, typer.Option(min=1e-6, max=1, help="Of sampling.")]
+Seed = Annotated[int | None, typer.Option(help="torch seed; by default another each time.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Ends the text; may be given several times.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float32 or float16.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's own choice.")]
+Exactness = Annotated[str, typer.Option(help="bitwise or batched.")]
+
+
+def load_attached(
+    adapter: str,
+    base_model: str | None,
+    *,
+    dtype: str,
+    threads: int | None,
+    exactness: str = "bitwise",
+    adaptive: bool = True,
+) -> Any:
+    """The model with `generate` bound, in this dtype; torch's threads are set for the whole process.
+
+    Args:
+        adaptive: as `load_specbound` takes it; False where speculation itself is what is looked at.
+
+    Raises:
+        SpecBoundError: wrong options, adapter or base.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from runtime import load_specbound
+
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return load_specbound(adapter, base_model, dtype=getattr(torch, dtype), exactness=exactness, adaptive=adaptive)
+
+
+def to_ids(model: Any, prompts: Sequence[Any]) -> list[Any]:
+    """Token ids [1, T] of each prompt's first turn, on the model's device.
+
+    Raises:
+        DataError: nothing is left of one.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from runtime.errors import DataError
+    from runtime.text.encode import encode
+
+    tokenizer, found = AutoTokenizer.from_pretrained(model.name_or_path), []
+    for prompt in prompts:
+        ids = encode(tokenizer, [asdict(message) for message in prompt.messages])
+        if not ids:
+            raise DataError("a prompt has no tokens: remove it from the file")
+        found.append(torch.tensor([ids], device=model.device))
+    return found
+
+
+def sampling(sample: bool, temperature: float | None, top_p: float | None) -> dict[str, Any]:
+    """Options of `generate`.
+
+    Raises:
+        ConfigError: an option of sampling without `--sample`.
+    """
+    given = {name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value is not None}
+    if given and not sample:
+        raise ConfigError(f"{', '.join(given)} is of sampling: add --sample, or leave it out")
+    return {"do_sample": sample} | given

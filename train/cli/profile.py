@@ -1,0 +1,34 @@
+"""`specbound profile`: what the parts of a round cost on this machine. Slow libraries are imported when it runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runtime.cli.failure import fail
+from runtime.cli.options import Adapter, Dtype, Exactness, Model, Threads
+
+
+def profile_command(
+    adapter: Adapter,
+    json_file: Annotated[Path, typer.Option("--json", help="Keep the costs in this file.")],
+    model: Model = None,
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+    exactness: Exactness = "bitwise",
+) -> None:
+    """Measure what the parts of a round cost on this machine.
+
+    Example: specbound profile --adapter outputs/demo/adapter --json costs.json
+    """
+    from runtime.cli.options import load_attached
+    from runtime.errors import SpecBoundError
+    from train.replay.profile import measure
+
+    try:
+        attached = load_attached(adapter, model, dtype=dtype, threads=threads, exactness=exactness)
+        costs = measure(attached)
+        costs.write(json_file)
+    except (SpecBoundError, OSError) as error:
+        fail(error, None)
+    print(costs)
