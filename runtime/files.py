@@ -1,11 +1,14 @@
 """Writing a file so that it is the old one or the new one, never half of it. Knows nothing of what is written."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
+
+from runtime.errors import ConfigError
 
 
 def write_atomic(path: Path, data: bytes | Callable[[IO[bytes]], object]) -> None:
@@ -29,6 +32,22 @@ def write_atomic(path: Path, data: bytes | Callable[[IO[bytes]], object]) -> Non
             with suppress(OSError):
                 os.unlink(file.name)
             raise
+
+
+def check_writable(path: Path) -> None:
+    """Look whether a file can be written there, before hours of work are done for it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}): give another file") from None
 
 
 def _umask() -> int:

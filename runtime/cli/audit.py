@@ -30,6 +30,7 @@ def audit_command(
     """
     from runtime.audit.audit import AuditSettings, run_audit
     from runtime.errors import SpecBoundError
+    from runtime.files import check_writable
     from runtime.text.prompts import read_prompts, spread
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
@@ -37,6 +38,8 @@ def audit_command(
         options["temperature"] = temperature
     settings = AuditSettings(adapter, prompts, model, limit, dtype, threads, seed, exactness, options)
     try:
+        if json_file is not None:
+            check_writable(json_file)
         chosen = spread(read_prompts(prompts), limit)  # before the model, which takes longer
         attached = load_attached(
             adapter, model, dtype=dtype, threads=threads, exactness=exactness, adaptive=False

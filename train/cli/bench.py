@@ -33,6 +33,7 @@ def bench_command(
     Beside FILE.json it writes FILE.md, a table, and FILE.png, a picture.
     """
     from runtime.errors import SpecBoundError
+    from runtime.files import check_writable
     from train.evaluation.bench import BenchSettings, run_bench
     from train.evaluation.picture import picture
     from train.evaluation.report import markdown
@@ -42,6 +43,7 @@ def bench_command(
         adapter, prompts, names, model, limit, per_task, max_new_tokens, dtype, threads, exactness, costs
     )
     try:
+        check_writable(json_file)
         found = run_bench(settings, report=json_file, resume=resume)
         json_file.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
         picture(found, json_file.with_suffix(".png"))

@@ -23,9 +23,11 @@ def profile_command(
     """
     from runtime.cli.options import load_attached
     from runtime.errors import SpecBoundError
+    from runtime.files import check_writable
     from train.replay.profile import measure
 
     try:
+        check_writable(json_file)
         attached = load_attached(adapter, model, dtype=dtype, threads=threads, exactness=exactness)
         costs = measure(attached)
         costs.write(json_file)

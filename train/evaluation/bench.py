@@ -67,6 +67,7 @@ def run_bench(settings: BenchSettings, *, report: Path | None = None, resume: bo
     """
     require_known(settings.methods)
     prompts = choose(read_prompts(settings.prompts), settings.limit, settings.per_task)
+    costs = None if settings.costs is None else CostTable.read(settings.costs)
     started = time.perf_counter()
     model = load_attached(
         settings.adapter,
@@ -96,8 +97,8 @@ def run_bench(settings: BenchSettings, *, report: Path | None = None, resume: bo
         if not records:
             raise
     found = _report(records, len(ids), conditions, loading)
-    if settings.costs is not None:
-        predict(model, methods, ids, records, CostTable.read(settings.costs), found)
+    if costs is not None:
+        predict(model, methods, ids, records, costs, found)
         if report is not None:
             write_report(report, found)
     return found
