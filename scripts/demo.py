@@ -23,6 +23,7 @@ from runtime.text.prompts import read_prompts, spread
 from train.corpus.corpus import load_split
 from train.evaluation.comparison import compare
 from train.publishing.assembly import add_speed
+from train.publishing.contents import CALIBRATION_FILE
 
 
 def main() -> None:
@@ -35,13 +36,14 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=64)
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
-    model: Any = load_specbound(options.adapter or options.output_dir / "adapter")
+    folder = options.adapter or options.output_dir / "adapter"
+    model: Any = load_specbound(folder)
     print(f"exactness: {model.specbound.certificate}")
     if options.prompts_file:
         prompts = to_ids(model, spread(read_prompts(options.prompts_file), options.prompts))
     else:
         prompts = held_out(options.output_dir, options.prompts, options.max_new_tokens)
-    report = measure(model, prompts, options.max_new_tokens)
+    report = measure(model, prompts, options.max_new_tokens) | outlook(model, folder)
     if options.adapter is None:
         path = options.output_dir / "report.json"
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -71,20 +73,37 @@ def measure(model: Any, prompts: list[torch.Tensor], max_new_tokens: int) -> dic
     return totals.report(model)
 
 
+def outlook(model: Any, adapter: Path) -> dict[str, Any]:
+    """What the adapter may draft with, and the speed-up that replay predicted for it, and where."""
+    replay = json.loads((adapter / CALIBRATION_FILE).read_text(encoding="utf-8"))["replay"]
+    specbound = model.specbound
+    where = replay["costs"] if isinstance(replay["costs"], str) else f"on {replay['costs']['hardware']}"
+    return {
+        "sources": [source(layer) for layer in specbound.bounds.exits(specbound.drafter.exit_layers)],
+        "predicted": f"{replay['predicted_speedup']:.2f}x by replay, {where}",
+    }
+
+
+def source(layer: int) -> str:
+    """Its name."""
+    return f"the head at layer {layer}" if layer else "the lookup"
+
+
 def show(report: dict[str, Any]) -> None:
     """The table."""
     table = Table(title="SpecBound demo: SmolLM2-135M-Instruct, same tokens", show_header=False)
     used = ", ".join(
-        f"{'lookup' if layer == '0' else f'layer {layer}'}: {found['accepted']} of {found['drafted']}"
-        for layer, found in report["exits"].items()
+        f"{source(int(layer))}: {found['accepted']} of {found['drafted']}" for layer, found in report["exits"].items()
     )
     rows = {
         "stock generate": f"{report['stock_tokens_per_second']:.1f} tokens/s",
         "SpecBound": f"{report['specbound_tokens_per_second']:.1f} tokens/s",
         "speed-up": f"{report['speedup']:.2f}x (median over prompts)",
+        "predicted": report["predicted"],
+        "sources in use": ", ".join(report["sources"]) or "none: nothing pays here",
         "mean accepted length": f"{report['mean_accepted_length']:.2f} tokens per verification",
         "acceptance rate": f"{report['acceptance_rate']:.2f}",
-        "exits used (accepted)": used or "none",
+        "drafts accepted": used or "none",
         "identical ids": f"{report['identical_prompts']} of {report['prompts']} prompts, {report['tokens']} tokens",
         "on": f"{report['hardware']}, {report['dtype']}, {report['threads']} threads",
     }

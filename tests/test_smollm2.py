@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runtime import SpeculationBounds, detach
+from runtime.adapter.hub import kept_base
 from runtime.exact.execution import ExecutionPolicy
 from runtime.exact.probe import Reference, compare
 from runtime.generate import attach
@@ -16,7 +17,7 @@ from runtime.handle import SpecBound
 from tests.helpers.fake_heads import FakeHeads
 from tests.helpers.paths import ROOT
 
-BASE = ROOT / "outputs/base/smollm2-135m-instruct"
+BASE = kept_base("HuggingFaceTB/SmolLM2-135M-Instruct")
 QUESTIONS = ("Explain how bees make honey.", "Write a Python function that reverses a list, and say how it works.")
 
 

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 
 from runtime.adapter.identity import base_fingerprint
-from runtime.base import check_base_config, load_model, load_tokenizer
+from runtime.base import check_base_config, find_base, load_model, load_tokenizer
 from runtime.decoding.layers import settle_kernels
 from runtime.errors import AdapterError, ConfigError, SpecBoundError
 from train.corpus.corpus import distil
@@ -77,7 +77,7 @@ def load_base(config: FitConfig, spread: str | None = None) -> tuple[Any, Any]:
         UnsupportedModel: its layers cannot be driven one by one.
     """
     settle_kernels()
-    name, options = config.model_name_or_path, {"revision": config.model_revision}
+    name, options = find_base(config.model_name_or_path), {"revision": config.model_revision}
     dtype = getattr(torch, config.dtype)
     try:
         if spread is None:
@@ -85,7 +85,7 @@ def load_base(config: FitConfig, spread: str | None = None) -> tuple[Any, Any]:
         check_base_config(name, options)
         return load_spread(spread, name, dtype=dtype, **options), load_tokenizer(name, options)
     except AdapterError as error:
-        raise ConfigError(f"model_name_or_path {name!r}: {error}") from error
+        raise ConfigError(f"model_name_or_path {config.model_name_or_path!r}: {error}") from error
 
 
 def main(config: FitConfig) -> None:

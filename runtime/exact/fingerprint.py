@@ -6,7 +6,7 @@ a certificate's file name. Knows no policy and no probe.
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from runtime.adapter.identity import plain_tensors
 # The stock class that a speculating class was made of (see generate.py).
 STOCK = "_specbound_stock"
 INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+SAMPLED = 64  # of so many rows one is summed by column too
+WIDTH = 2**10  # words in a row of a tensor whose own rows are not whole words
 _SIMPLE = (int, float, str, bool, type(None), torch.dtype)
 _ENVIRONMENT = ("TRANSFORMERS_SDPA_", "ONEDNN_", "DNNL_", "MKL_", "ATEN_", "CUBLAS_", "NVIDIA_TF32")
 
@@ -31,18 +33,20 @@ def structure(model: PreTrainedModel) -> tuple[Any, ...]:
     """
     parts: list[Any] = [*hooks_of(torch_module.__dict__, "_global"), tuple(_settings(vars(model.config)))]
     parts.append(ALL_ATTENTION_FUNCTIONS.get(model.config._attn_implementation))
-    for module in model.modules():
+    for module in _modules(model):
         values = module.__dict__
-        parts.append((type(module), type(module).forward, tuple(module._modules)))
-        parts += hooks_of(values)
-        for name, value in values.items():
-            if name not in INTERNAL:
-                if isinstance(value, _SIMPLE):
-                    parts.append((name, value))
-                elif callable(value):
-                    parts.append(value)
-                elif isinstance(value, (list, tuple, dict, set)) and (plain := _plain(value)) is not None:
-                    parts.append((name, plain))
+        parts += (type(module), type(module).forward, *values["_modules"])
+        for hooks in (values["_forward_pre_hooks"], values["_forward_hooks"]):
+            if hooks:
+                parts += hooks.values()
+        for name in sorted(values.keys() - INTERNAL):
+            value = values[name]
+            if isinstance(value, _SIMPLE):
+                parts.append((name, value))
+            elif callable(value):
+                parts.append(value)
+            elif isinstance(value, (list, tuple, dict, set)) and (plain := _plain(value)) is not None:
+                parts.append((name, plain))
     return tuple(parts)
 
 
@@ -80,23 +84,38 @@ def digest(model: nn.Module) -> str:
         hashed.update(repr((name, stock.__module__, stock.__qualname__, len(module._forward_hooks), own)).encode())
     for tensor in _all_tensors(model):
         layout = (tensor.dtype, str(tensor.device), tuple(tensor.shape), tensor.stride(), tensor.data_ptr() % 64)
-        hashed.update(repr((*layout, checksum(tensor))).encode())
+        hashed.update(repr(layout).encode() + checksum(tensor).cpu().numpy().tobytes())
     return hashed.hexdigest()
 
 
-def checksum(tensor: Tensor) -> tuple[int, ...]:
-    """The sum of all bits, 64 at a time, so that one changed bit is seen, and some of them by their place."""
+def checksum(tensor: Tensor) -> Tensor:
+    """Sums of all bits, 64 at a time, int64: by row, and of every eighth row by column.
+
+    One changed bit is seen, and so are rows or columns that change places.
+    """
+    whole = tensor.detach().contiguous()
+    return sums(words(whole if whole.data_ptr() % 8 == 0 else whole.clone()))
+
+
+def words(tensor: Tensor) -> list[tuple[Tensor, int]]:
+    """The memory of a tensor in parts, each with the dimension that `sums` adds it up along; -1 is as it is.
+
+    They are views: where the tensor is written, so are they. It must begin at a multiple of 8 bytes.
+    """
     if tensor.is_meta or tensor.numel() == 0:
-        return ()
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    whole = flat[: flat.numel() // 8 * 8]
-    if whole.data_ptr() % 8:
-        whole = whole.clone()
-    words = whole.view(torch.int64)
-    rest = flat[whole.numel() :].tolist()
-    # Parted at no multiple of a row: two rows or columns that change places are seen as well.
-    first = words.numel() * 5 // 11
-    return int(words[:first].sum()), int(words[first:].sum()), *words[:: max(1, words.numel() // 7)].tolist(), *rest
+        return []
+    flat = tensor.detach().view(-1).view(torch.uint8)
+    number = flat.numel() // 8
+    aligned, rest = flat[: 8 * number].view(torch.int64), flat[8 * number :]
+    width = number // tensor.shape[0] if tensor.dim() > 1 and number % tensor.shape[0] == 0 else WIDTH
+    table = aligned[: number // width * width].view(-1, width)
+    return [(table, 1), (table[::SAMPLED], 0), (aligned[table.numel() :], -1), (rest, -1)]
+
+
+def sums(parts: list[tuple[Tensor, int]]) -> Tensor:
+    """Of the words that are there now."""
+    found = [part.sum(dimension) if dimension >= 0 else part.long() for part, dimension in parts if part.numel()]
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
 
 
 def hooks_of(values: dict[str, Any], prefix: str = "") -> list[Any]:
@@ -127,13 +146,28 @@ def _settings(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _all_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers and plain tensors that modules hold; of a quantised one all that it is made of."""
-    for module in model.modules():
-        held: Iterable[Any] = (*module._parameters.values(), *module._buffers.values())
-        for tensor in (*held, *(value for value in module.__dict__.values() if isinstance(value, Tensor))):
+    for module in _modules(model):
+        values = module.__dict__
+        held = [*values["_parameters"].values(), *values["_buffers"].values()]
+        if len(values) > len(INTERNAL):  # `training` is not among these
+            held += [values[name] for name in values.keys() - INTERNAL if isinstance(values[name], Tensor)]
+        for tensor in held:
             if type(tensor) in (nn.Parameter, Tensor):
                 yield tensor
             elif tensor is not None:
                 yield from (part for _, part in plain_tensors([("", tensor)]))
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules, each once; without their names, which `nn.Module.modules` makes for each."""
+    seen: set[nn.Module] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            yield module
+            waiting += [child for child in module.__dict__["_modules"].values() if child is not None]
 
 
 def _version(tensor: Tensor) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from runtime.exact.fingerprint import checksum
+from runtime.exact.fingerprint import sums, words
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,6 @@ MIN_WEIGHTS = 2**14
 MEMORY_SHARE = 0.25
 
 Forward = Callable[..., Tensor]
-Key = tuple[object, ...]
 
 
 def reorder(weight: Tensor) -> Tensor:
@@ -98,7 +97,10 @@ class PackedLinears:
 
     def __init__(self, groups: Sequence[Sequence[nn.Linear]]) -> None:
         self.joint = [JointLinear(group) for group in groups]
-        self._key = _key(groups)
+        held = _held(groups)
+        self._lie = [(tensor.data_ptr(), tensor._version) for tensor in held]
+        self._words = [part for tensor in held for part in words(tensor)]
+        self._sums = sums(self._words)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "PackedLinears | None":
@@ -114,8 +116,14 @@ class PackedLinears:
         return cls(groups)
 
     def current(self) -> bool:
-        """Whether the model's weights are where and what they were."""
-        return _key([joint.modules for joint in self.joint]) == self._key
+        """Whether the model's weights are where and what they were, to the bit.
+
+        A write through `.data` changes no pointer and no version, so all bits are read.
+        """
+        held = _held([joint.modules for joint in self.joint])
+        return [(tensor.data_ptr(), tensor._version) for tensor in held] == self._lie and torch.equal(
+            sums(self._words), self._sums
+        )
 
 
 def pack_in_place(modules: Iterable[nn.Module]) -> None:
@@ -181,13 +189,10 @@ def _has_operators() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _key(groups: Sequence[Sequence[Any]]) -> Key:
-    """Where the weights and biases lie, how often they were written, and what they are, to the bit.
-
-    A write through `.data` changes no pointer and no version, so all bits are read.
-    """
+def _held(groups: Sequence[Sequence[Any]]) -> list[Tensor]:
+    """The weights and biases of Linears."""
     held = [tensor for group in groups for module in group for tensor in (module.weight, module.bias)]
-    return tuple((tensor.data_ptr(), tensor._version, checksum(tensor)) for tensor in held if tensor is not None)
+    return [tensor for tensor in held if tensor is not None]
 
 
 def _free_memory() -> int:

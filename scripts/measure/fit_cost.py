@@ -2,7 +2,7 @@
 
 Every row is a process of its own and takes a few steps of the learner on random text, since only shapes matter. The
 forward that a step is compared with is the base's alone, as it gives features. Example:
-python scripts/measure/fit_cost.py outputs/base/smollm2-135m-instruct --threads 2 \\
+python scripts/measure/fit_cost.py HuggingFaceTB/SmolLM2-135M-Instruct --threads 2 \\
     --json fit_cost.json --markdown fit_cost.md
 """
 

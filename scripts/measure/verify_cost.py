@@ -1,6 +1,6 @@
 """What one verification pass costs, by width: exact and batched, beside stock's one-token forward.
 
-Interleaved in one process; medians. Example: python scripts/measure/verify_cost.py outputs/base/smollm2-135m-instruct
+Interleaved in one process; medians. Example: python scripts/measure/verify_cost.py HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
 import json

@@ -15,6 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from runtime.adapter.config import VERSION, SpecBoundConfig
 from runtime.adapter.folder import WEIGHTS_FILE, Adapter, load_adapter, save_adapter
 from runtime.adapter.identity import base_fingerprint, file_sha256, tokenizer_fingerprint
+from runtime.base import find_base
 from runtime.decoding.draft import HeadDrafter
 from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.draft_heads import DraftHeads
@@ -130,8 +131,11 @@ def portable(name: str) -> str:
 
 
 def base_commit(name: str, revision: str | None) -> str | None:
-    """Commit of a base that was loaded from the Hub just now, by where the cache has it; None for a folder."""
-    if Path(name).exists():
+    """Commit of a base that was loaded from the Hub just now, by where the cache has it.
+
+    None for a folder, and for a base that was fetched from elsewhere.
+    """
+    if Path(name).exists() or find_base(name) != name:
         return None
     found = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None

@@ -166,9 +166,9 @@ def test_devices_are_known_by_the_longest_name():
 def test_each_recipe_is_read_strictly_and_says_what_the_planner_says(path):
     text = path.read_text(encoding="utf-8")
     named = recipe_for(str(path)).model_name_or_path
-    base = empty_model({"outputs/base/smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}.get(named, named))
+    base = empty_model(named)
     config = recipe_for(str(path), base)
-    if named not in KNOWN:
+    if "# Plan for " not in text:
         return  # planned, and made for a machine without a GPU
     gpus = text.split("# Plan for ")[1].split(":")[0]
     found = estimate(config, base, Devices.parse(gpus), num_prompts=100_000, prompt_tokens=200)
