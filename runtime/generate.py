@@ -53,7 +53,8 @@ def attach(model: Any, specbound: SpecBound) -> PreTrainedModel:
     """
     if hasattr(model, "specbound"):
         raise SpecBoundError("this model already has an adapter: call runtime.detach(model) first")
-    model.__class__ = speculating(type(model))  # type: ignore[arg-type]
+    if not any(STOCK in kind.__dict__ for kind in type(model).__mro__):  # one class of ours under a user's is enough
+        model.__class__ = speculating(type(model))  # type: ignore[arg-type]
     model.specbound = specbound
     attached: PreTrainedModel = model
     return attached
@@ -79,7 +80,12 @@ def stock_class(model: Any) -> Any:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    """For pickles and copies, which find classes by name: the stock class, made speculating again."""
+    """For pickles and copies, which find classes by name: the stock class, made speculating again.
+
+    A class that a user made of ours is found by its own name.
+    """
+    if STOCK not in type(self).__dict__:
+        return object.__reduce_ex__(self, protocol)  # type: ignore[return-value]
     return _rebuild, (stock_class(self),), self.__dict__
 
 
@@ -91,7 +97,7 @@ def _rebuild(stock: Any) -> Any:
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `attach`: the model is what it was."""
+    """Undo `attach`: the model is what it was; one of a class that a user made of ours keeps that."""
     if hasattr(model, "specbound"):
         del model.specbound
         if STOCK in type(model).__dict__:
@@ -111,7 +117,18 @@ def _sample(
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Greedy and sampled decoding of `generate`, with speculation where it keeps every bit."""
-    specbound: SpecBound = self.specbound
+    specbound: SpecBound | None = getattr(self, "specbound", None)
+    if specbound is None:
+        return _stock_sample(
+            self,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus,
+            streamer,
+            **model_kwargs,
+        )
     reason = _plain_reason(self, input_ids, generation_config, synced_gpus, model_kwargs)
     if specbound.enabled and reason is None:
         with specbound.prepared.exclusive(speculating=True):
@@ -122,18 +139,31 @@ def _sample(
     if specbound.enabled:
         specbound.warn_plain(str(reason))
     with specbound.prepared.exclusive(speculating=False):
-        plain: Tensor = stock_class(self)._sample(
-            self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
+        return _stock_sample(
+            self,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus,
+            streamer,
             **model_kwargs,
-        )  # fmt: skip
-        return plain
+        )
+
+
+def _stock_sample(model: Any, *args: Any, **kwargs: Any) -> GenerateDecoderOnlyOutput | Tensor:
+    """The loop of the class that the model had before."""
+    output: GenerateDecoderOnlyOutput | Tensor = stock_class(model)._sample(model, *args, **kwargs)
+    return output
 
 
 def _plain_mode(name: str, mode: str) -> Callable[..., Any]:
     """Stock's loop of that name, and one warning."""
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        specbound: SpecBound = self.specbound
+        specbound: SpecBound | None = getattr(self, "specbound", None)
+        if specbound is None:
+            return getattr(stock_class(self), name)(self, *args, **kwargs)
         if specbound.enabled:
             specbound.warn_plain(f"it asks for {mode}")
         with specbound.prepared.exclusive(speculating=False), specbound.disabled():

@@ -1,6 +1,6 @@
 """Whatever is done to a model, its answers are stock's: random sequences of changes, then ids, logits and cache.
 
-60 sequences with fixed seeds; `METAMORPHIC_SEQUENCES=5000 pytest -s tests/runtime/exact/test_metamorphic.py` runs
+300 sequences with fixed seeds; `METAMORPHIC_SEQUENCES=5000 pytest -s tests/runtime/exact/test_metamorphic.py` runs
 more of them and prints how many answers were compared.
 """
 
@@ -11,11 +11,12 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from runtime.exact import reference
 from tests.helpers.metamorphic.sequences import Count, Sequence, run, shortened
 from tests.helpers.metamorphic.subject import FAMILIES
 from tests.helpers.packing import pretend_to_pack
 
-SEQUENCES = int(os.environ.get("METAMORPHIC_SEQUENCES", "60"))
+SEQUENCES = int(os.environ.get("METAMORPHIC_SEQUENCES", "300"))
 CASES = [(family, dtype) for family in FAMILIES for dtype in (torch.float32, torch.bfloat16)]
 # Many changes are answered by plain decoding, and rightly so; but a suite in which nothing is drafted proves nothing.
 SPECULATING_SHARE = 0.1
@@ -25,8 +26,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 @pytest.fixture(autouse=True)
 def packing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Linears are packed on any machine; certificates are of the test's own."""
+    """Linears are packed on any machine; certificates are of the test's own, from probes of a short text."""
     pretend_to_pack(monkeypatch)
+    monkeypatch.setattr(reference, "PROMPT_TOKENS", 12)
+    monkeypatch.setattr(reference, "PROBE_TOKENS", 16)
+    monkeypatch.setattr(reference, "FAR_TOKENS", 8)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
 
 

@@ -181,14 +181,22 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
+def _with_weight(subject: Subject) -> nn.Linear:
+    """A Linear whose weight is its own, and can be written."""
+    linear = subject.linear()
+    if "weight" not in linear._parameters or linear.weight.is_inference():
+        subject.nothing("its weight is computed already, or cannot be")
+    return linear
+
+
 def parametrize_a_weight(subject: Subject) -> None:
     """A Linear whose weight is computed in every call."""
-    parametrize.register_parametrization(subject.linear(), "weight", Doubled())
+    parametrize.register_parametrization(_with_weight(subject), "weight", Doubled())
 
 
 def norm_a_weight(subject: Subject) -> None:
     """torch's weight norm on a Linear."""
-    parametrizations.weight_norm(subject.linear())
+    parametrizations.weight_norm(_with_weight(subject))
 
 
 def remove_the_parametrizations(subject: Subject) -> None:
@@ -200,7 +208,7 @@ def remove_the_parametrizations(subject: Subject) -> None:
 
 def prune_a_weight(subject: Subject) -> None:
     """A Linear whose weight a hook computes."""
-    prune.l1_unstructured(subject.linear(), "weight", amount=0.3)
+    prune.l1_unstructured(_with_weight(subject), "weight", amount=0.3)
 
 
 def copy_a_layer_into_another(subject: Subject) -> None:
