@@ -38,8 +38,8 @@ def accept(draft_tokens: Sequence[int], choose: Callable[[int], tuple[int, bool]
     for row in range(len(draft_tokens) + 1):
         token, stop = choose(row)
         tokens.append(token)
-        right = row < len(draft_tokens) and token == draft_tokens[row]
-        num_accepted += right
-        if stop or not right:
+        correct = row < len(draft_tokens) and token == draft_tokens[row]
+        num_accepted += correct
+        if stop or not correct:
             return Accepted(tokens, num_accepted, stop)
     raise AssertionError("unreachable: the row after the last draft is never right")

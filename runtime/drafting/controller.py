@@ -88,26 +88,28 @@ class Controller:
 
     def _observe(self, exit_layers: Sequence[int], confidences: Sequence[float], num_accepted: int) -> None:
         """Hold the confidences of drafts that were judged, up to the first rejected one, against what came of them."""
-        self._records = {layer: (KEEP * sure, KEEP * right) for layer, (sure, right) in self._records.items()}
+        self._records = {
+            layer: (KEEP * expected, KEEP * correct) for layer, (expected, correct) in self._records.items()
+        }
         judged = zip(exit_layers, confidences, strict=True)
         for index, (layer, confidence) in enumerate(judged):
             if index > num_accepted:
                 break
-            sure, right = self._records.get(layer, (0.0, 0.0))
-            self._records[layer] = (sure + confidence, right + (index < num_accepted))
+            expected, correct = self._records.get(layer, (0.0, 0.0))
+            self._records[layer] = (expected + confidence, correct + (index < num_accepted))
 
     def _corrected(self, bounds: SpeculationBounds) -> SpeculationBounds:
-        """The bounds with a higher threshold for each source that has been right less often than it said, and narrower
-        rounds where all of them together have."""
+        """The bounds with a higher threshold for each source that has been correct less often than it said, and
+        narrower rounds where all of them together have."""
         own = dict(bounds.exit_thresholds)
         for layer, record in self._records.items():
             own[layer] = bounds.threshold(layer) / _honesty(record)
-        total = sum(sure for sure, _ in self._records.values()), sum(right for _, right in self._records.values())
+        total = (sum(held[0] for held in self._records.values()), sum(held[1] for held in self._records.values()))
         width = math.ceil(bounds.max_draft_tokens * _honesty(total))
         return replace(bounds, exit_thresholds=own, max_draft_tokens=width)
 
 
 def _honesty(record: tuple[float, float]) -> float:
-    """How often a source was right over how sure it was, at most 1."""
-    sure, right = record
-    return min(1.0, (right + PRIOR) / (sure + PRIOR))
+    """How often a source was correct over how often its confidence said so, at most 1."""
+    expected, correct = record
+    return min(1.0, (correct + PRIOR) / (expected + PRIOR))

@@ -22,11 +22,11 @@ class FakeHeads:
     def propose(self, layer: int, state: DecodeState) -> tuple[int, float]:
         """What the kind says."""
         draw = int(torch.randint(self.vocabulary, (1,), generator=self.numbers))
-        sure = float(torch.rand(1, generator=self.numbers)) if self.kind == "mixed" else 1.0
-        right = self.truth[state.length] if state.length < len(self.truth) else 0
-        wrong = (right + 1) % self.vocabulary
-        mixed = right if draw % 3 else wrong
-        return {"random": draw, "right": right, "wrong": wrong, "constant": 5, "mixed": mixed}[self.kind], sure
+        confidence = float(torch.rand(1, generator=self.numbers)) if self.kind == "mixed" else 1.0
+        correct = self.truth[state.length] if state.length < len(self.truth) else 0
+        wrong = (correct + 1) % self.vocabulary
+        mixed = correct if draw % 3 else wrong
+        return {"random": draw, "right": correct, "wrong": wrong, "constant": 5, "mixed": mixed}[self.kind], confidence
 
     def on(self, layers: DecoderLayers) -> "FakeHeads":
         """Nothing to move."""

@@ -90,7 +90,7 @@ def test_heads_read_the_state_that_the_last_emitted_token_came_from(family: str)
     heads.seen = []
     found, _ = run(model, heads, SpeculationBounds(0.4, 2, 8), inputs=prompt(), max_new_tokens=40, do_sample=False)
     assert torch.equal(found, stock)
-    assert all(right for _, right, _ in heads.seen)
+    assert all(correct for _, correct, _ in heads.seen)
     assert all(age == (pending if pending <= MAX_AGE else 0) for age, _, pending in heads.seen)
     assert {age for age, _, _ in heads.seen} >= {0, 1, 2, 3}
 

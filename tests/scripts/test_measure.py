@@ -1,6 +1,8 @@
 """The measuring scripts, on a tiny base: they run, and say what they measured."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from runtime import load_specbound
+from tests.helpers.paths import ROOT
 from tests.helpers.scripts import script
 from train.calibration.traces import TRACES_FILE, Traces
 from train.corpus.prompts import read_prompts
@@ -69,8 +72,10 @@ def test_adversarial(adapted: Any) -> None:
 def random_traces(layers: tuple[int, ...]) -> Traces:
     """Sources that are right as often as they are sure."""
     numbers = np.random.default_rng(0)
-    sure = numbers.random((len(layers), 1, 80)).astype(np.float32)
-    return Traces(layers, sure, numbers.random(sure.shape) < sure, np.repeat([0, 1], 40), np.arange(80))
+    confidence = numbers.random((len(layers), 1, 80)).astype(np.float32)
+    return Traces(
+        layers, confidence, numbers.random(confidence.shape) < confidence, np.repeat([0, 1], 40), np.arange(80)
+    )
 
 
 def test_ceiling(adapted: Any, demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,3 +134,24 @@ def test_prompts_of_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     (tmp_path / "gsm8k/train.jsonl").unlink()
     with pytest.raises(SystemExit, match=r"train.jsonl cannot be read"):
         mix.main()
+
+
+def test_gpu(demo_outputs: Path) -> None:
+    """The one command for the day a GPU is there, here on the CPU with small shapes: every step but `scale` runs."""
+    prompts = demo_outputs / "prompts.jsonl"
+    texts = [" ".join(f"w{(7 * number + place) % 90}" for place in range(2 + number % 6)) for number in range(60)]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    folder, report = demo_outputs / "outputs", demo_outputs / "gpu.json"
+    base, adapter = folder / "base" / "smollm2-135m-instruct", folder / "demo" / "adapter"
+    command = ["bash", "scripts/measure/gpu.sh", "--tiny", "--json", str(report), "--prompts", str(prompts)]
+    done = subprocess.run(
+        [*command, "--base", str(base), "--adapter", str(adapter)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    found = json.loads(report.read_text())
+    assert done.returncode == 0, (done.stdout, found["steps"])
+    assert list(found["steps"]) == ["rows", "tests", "audit", "bench", "fit"] and found["hardware"]
+    assert any(name.startswith("speed/") for name in found["steps"]["fit"]["report"])
+    assert found["steps"]["audit"]["report"]["differing_tokens"] == 0
+    assert set(found["steps"]["rows"]["report"]["kept"]) == {"float32", "bfloat16", "float16"}

@@ -86,18 +86,18 @@ class RemoteAnswerer(Answerer):
     @torch.no_grad()
     def _check(self, batch: Sequence[Turn], responses: Sequence[list[int]], *, sampled: bool) -> None:
         """Compare with what the base would say at each place: its choice, or for a sample its likely tokens."""
-        right = total = 0
+        correct = total = 0
         for turn, response in zip(batch, responses, strict=True):
             if response:
                 ids = torch.tensor([turn.prompt_ids + response], device=self.model.device)
                 logits = self.model(ids).logits[0, len(turn.prompt_ids) - 1 : -1]
                 likely = logits.topk(min(LIKELY, logits.shape[-1]) if sampled else 1).indices
-                right += int((likely == ids[0, len(turn.prompt_ids) :, None]).any(-1).sum())
+                correct += int((likely == ids[0, len(turn.prompt_ids) :, None]).any(-1).sum())
                 total += len(response)
-        if right < LEAST_SHARE * total:
+        if correct < LEAST_SHARE * total:
             raise DataError(
-                f"generator {self.url} (model {self.served!r}): {100 * right / total:.0f} % of {total} tokens are what"
-                f" the base would say, expected {100 * LEAST_SHARE:.0f}: serve the same weights and tokenizer"
+                f"generator {self.url} (model {self.served!r}): {100 * correct / total:.0f} % of {total} tokens are"
+                f" what the base would say, expected {100 * LEAST_SHARE:.0f}: serve the same weights and tokenizer"
             )
 
     def _ask(self, what: str, body: dict[str, Any] | None) -> Any:

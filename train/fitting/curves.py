@@ -21,7 +21,7 @@ def draw_curves(log: Path, picture: Path) -> None:
         picture: a PNG file; written whole or not at all.
     """
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure, (left, middle, correct) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     left.plot(*_points(lines, "fit/loss"), label="fit", color="0.6", linewidth=1)
     for colour, layer in enumerate(_layers(lines)):
         left.plot(*_points(lines, f"held_out/loss/{layer}"), "o-", color=f"C{colour}", label=_exit(layer))
@@ -30,11 +30,11 @@ def draw_curves(log: Path, picture: Path) -> None:
     left.set(title="loss, fit and held out", xlabel="step")
     middle.plot(*_points(lines, "held_out/chance"), color="0.6", label="chance")
     middle.set(title="agreement (dotted: expected acceptance)", xlabel="step", ylim=(0, 1))
-    right.plot(*_points(lines, "held_out/accepted_length"), "o-", label="mean accepted length")
-    right.plot(*_points(lines, "held_out/predicted_speedup"), "s--", label="predicted speed, by layer counts")
-    right.axhline(1, color="0.6", linewidth=1)
-    right.set(title="by replay of held-out text", xlabel="step")
-    for axes in (left, middle, right):
+    correct.plot(*_points(lines, "held_out/accepted_length"), "o-", label="mean accepted length")
+    correct.plot(*_points(lines, "held_out/predicted_speedup"), "s--", label="predicted speed, by layer counts")
+    correct.axhline(1, color="0.6", linewidth=1)
+    correct.set(title="by replay of held-out text", xlabel="step")
+    for axes in (left, middle, correct):
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
     data = io.BytesIO()

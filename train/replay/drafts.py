@@ -27,13 +27,14 @@ class Drafting:
     Attributes:
         kinds: of rounds with the exits of the newest bounds.
         after: kind of the round from each position after so many questions, shape [MAX_DRAFTS + 1, N].
-        right: drafts of each round before the first wrong one, shape [N].
+        correct: drafts of each round before the first wrong one, shape [N].
     """
 
     def __init__(self, traces: Traces, costs: CostTable) -> None:
         self._traces, self._costs = traces, costs
         self._remaining = traces.remaining
-        self._confidence = np.nan_to_num(traces.sure, nan=0.0)  # what is no number never fires, but can be multiplied
+        # What is no number never fires, but can be multiplied.
+        self._confidence = np.nan_to_num(traces.confidence, nan=0.0)
         self._all_kinds: dict[tuple[int, ...], Kinds] = {}
         self._thresholds: dict[int, float] | None = None
         length = len(traces)
@@ -74,52 +75,52 @@ class Drafting:
         return np.minimum(limit, asked)
 
     def _begin(self, bounds: SpeculationBounds, exits: tuple[int, ...]) -> None:
-        """Forget what was asked. The answer to any question, shape [A, N], is the shallowest exit that is sure."""
+        """Forget what was asked. An answer, shape [A, N], is the shallowest exit that is confident."""
         if exits not in self._all_kinds:
             self._all_kinds[exits] = Kinds(exits, self._costs)
         self.kinds = self._all_kinds[exits]
-        traces, shape = self._traces, self._traces.sure.shape[1:]
+        traces, shape = self._traces, self._traces.confidence.shape[1:]
         looks_up = int(0 in exits)
         answers = np.full(shape, 1 + looks_up, dtype=np.int8)
-        right, unsure = np.zeros(shape, dtype=np.int8), np.ones(shape, dtype=bool)
-        sure = np.zeros(shape, dtype=np.float32)
+        correct, unsure = np.zeros(shape, dtype=np.int8), np.ones(shape, dtype=bool)
+        confidence = np.zeros(shape, dtype=np.float32)
         for layer in exits[looks_up:]:
             row = traces.layers.index(layer)
             # Arithmetic, because `np.where` takes ten times as long where firing is as good as random.
-            fires = unsure & bounds.accepts(layer, traces.sure[row])
+            fires = unsure & bounds.accepts(layer, traces.confidence[row])
             unsure ^= fires
             answers += unsure
-            right |= fires & traces.right[row]
-            sure += fires * self._confidence[row]
-        self._heads = answers, sure
+            correct |= fires & traces.correct[row]
+            confidence += fires * self._confidence[row]
+        self._heads = answers, confidence
         if looks_up:
-            fires = bounds.accepts(0, traces.sure[0])
+            fires = bounds.accepts(0, traces.confidence[0])
             answers = fires + answers * ~fires
-            right = (fires & traces.right[0]) + right * ~fires
-            sure = fires * self._confidence[0] + sure * ~fires
-        self._answers, self._right, self._sure = answers, right, sure
+            correct = (fires & traces.correct[0]) + correct * ~fires
+            confidence = fires * self._confidence[0] + confidence * ~fires
+        self._answers, self._right, self._sure = answers, correct, confidence
         self._accepts_lookup = partial(bounds.accepts, 0)
         self._follows = bool(looks_up) and traces.after_wrong is not None
         self._asked = 0
         self._all_right = np.ones(shape[1], dtype=np.int8)
         self._wrong = np.full(shape[1], NOWHERE)  # position of the wrong draft by lookup that the round goes on behind
-        self.right: Small = np.zeros(shape[1], dtype=np.int8)
+        self.correct: Small = np.zeros(shape[1], dtype=np.int8)
 
     def _ask(self) -> None:
         """One question more, where the text is long enough; of the others nothing is read."""
         asked, age = self._asked, min(self._asked, len(self._answers) - 1)
-        answers, sure = self._answers[age, asked:], self._sure[age, asked:]
+        answers, confidence = self._answers[age, asked:], self._sure[age, asked:]
         here = slice(len(answers))
         if self._follows:
-            answers, sure = self._behind_wrong(asked, age, answers, sure)
+            answers, confidence = self._behind_wrong(asked, age, answers, confidence)
         self.after[asked + 1, here] = self.kinds.after(self.after[asked, here], answers)
-        np.multiply(self._survival[asked, here], sure, out=self._survival[asked + 1, here])
+        np.multiply(self._survival[asked, here], confidence, out=self._survival[asked + 1, here])
         self._runs_none[asked, here] = (answers == 1) & (0 in self.kinds.exits)
         self._all_right[here] &= self._right[age, asked:]
-        self.right[here] += self._all_right[here]
+        self.correct[here] += self._all_right[here]
         self._asked += 1
 
-    def _behind_wrong(self, asked: int, age: int, answers: Small, sure: Sure) -> tuple[Small, Sure]:
+    def _behind_wrong(self, asked: int, age: int, answers: Small, confidence: Sure) -> tuple[Small, Sure]:
         """Answers and confidences where rounds that went on copying from the wrong place go on with that."""
         wrong = self._wrong[: len(answers)]
         lost = np.flatnonzero(wrong != NOWHERE)
@@ -127,10 +128,10 @@ class Drafting:
         copied = self._after_wrong.take((lost + asked - 1 - at) * len(self._wrong) + at)
         goes_on = self._accepts_lookup(copied)
         by_heads, sure_heads = (part[age].take(lost + asked) for part in self._heads)
-        answers, sure = answers.copy(), sure.copy()
+        answers, confidence = answers.copy(), confidence.copy()
         answers[lost] = goes_on + by_heads * ~goes_on
-        sure[lost] = goes_on * copied + sure_heads * ~goes_on
+        confidence[lost] = goes_on * copied + sure_heads * ~goes_on
         wrong[lost[~goes_on]] = NOWHERE
         newly = np.flatnonzero((answers == 1) & (self._right[age, asked:] == 0) & (wrong == NOWHERE))
         wrong[newly] = newly + asked
-        return answers, sure
+        return answers, confidence

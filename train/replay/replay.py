@@ -117,18 +117,18 @@ class Replayer:
         """Totals of decoding every text."""
         drafting = self._drafting
         asked = drafting.questions(bounds)
-        accepted = np.minimum(drafting.right, asked)
+        accepted = np.minimum(drafting.correct, asked)
         starts = self._round_starts(accepted)
         accepted = accepted.take(starts)
         kinds, kind = drafting.kinds, drafting.after[asked.take(starts), starts]
         text, price = self.traces.sequence.take(starts), kinds.ms.take(kind, axis=0)
         ms = price[:, 0] + price[:, 1] * self.traces.context.take(starts) + self.costs.token * accepted
         *drafted, hard_tokens = kinds.totals(kind)
-        *right, _ = kinds.totals(drafting.after[accepted, starts])
+        *correct, _ = kinds.totals(drafting.after[accepted, starts])
         return Replayed(
             rounds=len(starts),
             drafted=_by_source(kinds.exits, drafted),
-            accepted=_by_source(kinds.exits, right),
+            accepted=_by_source(kinds.exits, correct),
             hard_tokens=hard_tokens,
             emitted_by_text=self._emitted,
             ms_by_text=np.bincount(text, weights=ms, minlength=len(self._plain)).astype(np.float64),

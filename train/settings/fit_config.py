@@ -177,8 +177,8 @@ def validate(config: FitConfig) -> None:
     _require(sum(parts) < 1, "calibration_fraction and held_out_fraction", parts, "a sum below 1")
     _require(not config.push_to_hub or bool(config.hub_model_id), "hub_model_id", None, "ORG/NAME, with push_to_hub")
     layers = config.exit_layers
-    right = bool(layers) and layers[0] >= 1 and layers == sorted(set(layers))
-    _require(right, "exit_layers", layers, "layers from 1 on, each once, in rising order, such as [4, 8]")
+    correct = bool(layers) and layers[0] >= 1 and layers == sorted(set(layers))
+    _require(correct, "exit_layers", layers, "layers from 1 on, each once, in rising order, such as [4, 8]")
     deepest = config.max_exit_layer
     _require(deepest is None or deepest >= layers[0], "max_exit_layer", deepest, f"at least {layers[0]}")
 
@@ -198,6 +198,6 @@ def validate_against_model(config: FitConfig, *, num_hidden_layers: int, vocab_s
     _require(kept <= vocab_size, "teacher_top_k", kept, f"at most the model's {vocab_size} tokens")
 
 
-def _require(right: bool, name: str, value: object, expected: str) -> None:
-    if not right:
+def _require(correct: bool, name: str, value: object, expected: str) -> None:
+    if not correct:
         raise ConfigError(f"{name}: expected {expected}; got {value!r}")

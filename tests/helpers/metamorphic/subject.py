@@ -79,8 +79,8 @@ class Coached:
         """The heads are asked, so that what they do is exercised too."""
         guess, _ = self.heads.propose(layer, state)
         position = state.length
-        right = self.truth[position] if position < len(self.truth) else guess
-        return (right if position % 3 else guess), 0.0 if (position + layer) % 4 == 0 else 0.9
+        correct = self.truth[position] if position < len(self.truth) else guess
+        return (correct if position % 3 else guess), 0.0 if (position + layer) % 4 == 0 else 0.9
 
 
 def drafter(model: Any, seed: int = 0) -> Coached:

@@ -221,8 +221,8 @@ def test_heads_run_packed_and_follow_the_base(model: Any, make_adapter: Any) -> 
         assert all("forward" in module.__dict__ for module in linears if module.weight.numel() >= packed.MIN_WEIGHTS)
         assert any("forward" in module.__dict__ for module in linears)
         for heads in (drafter.heads.exits, copy.deepcopy(drafter.heads.exits)):
-            token, sure = replace(drafter, heads=drafter.heads.with_exits(heads)).propose(2, state)
-            assert token == unpacked[0] and abs(sure - unpacked[1]) < 0.02
+            token, confidence = replace(drafter, heads=drafter.heads.with_exits(heads)).propose(2, state)
+            assert token == unpacked[0] and abs(confidence - unpacked[1]) < 0.02
         assert heads.heads["2"].gate_up.weight is heads.heads["2"].gate_up.forward.args[0].weight
         drafter = drafter.on(DecoderLayers(model.float()))
         packed.pack_in_place(drafter.modules)

@@ -43,8 +43,8 @@ def random_traces(lengths: tuple[int, ...], seed: int = 0, prompt: int = 7) -> T
     total = sum(lengths)
     return Traces(
         layers=EXITS,
-        sure=numbers.random((len(EXITS), DRAFTS, total), dtype=np.float32),
-        right=numbers.random((len(EXITS), DRAFTS, total)) < 0.7,
+        confidence=numbers.random((len(EXITS), DRAFTS, total), dtype=np.float32),
+        correct=numbers.random((len(EXITS), DRAFTS, total)) < 0.7,
         sequence=np.repeat(np.arange(len(lengths)), lengths),
         context=np.concatenate([prompt + np.arange(length) for length in lengths]),
         after_wrong=numbers.random((FOLLOWED, total), dtype=np.float32),
@@ -83,29 +83,30 @@ def simulate(traces: Traces, text: int, bounds: SpeculationBounds, costs: CostTa
                 stopped = survival < bounds.min_survival
                 if layer > 0 and stopped:
                     break
-                sure = traces.sure[EXITS.index(layer), min(len(drafts), DRAFTS - 1), position]
+                confidence = traces.confidence[EXITS.index(layer), min(len(drafts), DRAFTS - 1), position]
                 if layer == 0 and wrong is not None:
                     assert traces.after_wrong is not None
                     behind = position - wrong - 1
-                    sure = traces.after_wrong[behind, wrong] if behind < FOLLOWED else np.float32(0)
-                if not stopped or sure >= bounds.threshold(layer):  # a stopped lookup's last question is not priced
+                    confidence = traces.after_wrong[behind, wrong] if behind < FOLLOWED else np.float32(0)
+                # a stopped lookup's last question is not priced
+                if not stopped or confidence >= bounds.threshold(layer):
                     totals["ms"] += climb(depth, layer, context, costs)
                     totals["ms"] += costs.lookup if layer == 0 else costs.head
-                if sure >= bounds.threshold(layer):
+                if confidence >= bounds.threshold(layer):
                     out = layer
                     break
             if out is None:
                 hard = survival >= max(bounds.min_survival, bounds.min_draft_survival)
                 break
             drafts.append((EXITS.index(out), min(len(drafts), DRAFTS - 1), position))
-            survival *= float(sure)
+            survival *= float(confidence)
             if out > 0 or traces.after_wrong is None:
                 wrong = None
-            elif wrong is None and not traces.right[drafts[-1]]:
+            elif wrong is None and not traces.correct[drafts[-1]]:
                 wrong = position
         totals["ms"] += climb(depth, NUM_LAYERS, context, costs)
         good = 0
-        while good < len(drafts) and traces.right[drafts[good]]:
+        while good < len(drafts) and traces.correct[drafts[good]]:
             good += 1
         totals["ms"] += costs.unembedding[len(depth)] + costs.round + costs.token * (good + 1)
         totals["rounds"] += 1
@@ -147,7 +148,7 @@ def test_what_is_kept_between_replays_changes_nothing(seed: int) -> None:
     """One replayer for bounds in any order; a confidence that is no number is never sure."""
     numbers = random.Random(seed)
     traces = random_traces((5, 1, 30, 2, 12), seed)
-    traces.sure[np.random.default_rng(seed).random(traces.sure.shape) < 0.1] = np.nan
+    traces.confidence[np.random.default_rng(seed).random(traces.confidence.shape) < 0.1] = np.nan
     replayer = Replayer(traces, COSTS)
     for _ in range(80):
         own = {layer: numbers.choice((0.2, 2.0)) for layer in numbers.sample(EXITS, numbers.choice((0, 0, 1, 2)))}
@@ -175,8 +176,8 @@ class LoggedHeads:
         if position >= len(self.traces):
             return 0, 0.0
         at = self.traces.layers.index(layer), min(len(state.pending), DRAFTS) - 1, position
-        right = self.truth[state.length]
-        return (right if self.traces.right[at] else (right + 1) % 128), float(self.traces.sure[at])
+        correct = self.truth[state.length]
+        return (correct if self.traces.correct[at] else (correct + 1) % 128), float(self.traces.confidence[at])
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_the_runtime_does_what_replay_says(make_model: Any, bounds: SpeculationB
     assert found.emitted == stats.emitted - 1 == new - 1
     assert found.rounds == stats.rounds and found.accepted == stats.accepted
     assert found.mean_accepted_length == pytest.approx(stats.mean_accepted_length)
-    assert found.hard_tokens == stats.hard_tokens or not bool(traces.right.all())
+    assert found.hard_tokens == stats.hard_tokens or not bool(traces.correct.all())
 
 
 class Copying:
@@ -247,7 +248,7 @@ def test_replay_copies_on_behind_a_wrong_draft(stop: float) -> None:
     looked_up = LookupTraces.collect([(text[:10], text[10:])], text[10:])
     traces = Traces.join(
         {0: looked_up.confidences(Copying.table)},
-        {0: looked_up.right},
+        {0: looked_up.correct},
         np.zeros(len(text) - 10, int),
         np.array([10]),
         after_wrong=looked_up.confidences_after_wrong(Copying.table),
@@ -266,12 +267,12 @@ def test_perfect_drafts_give_the_longest_acceptance(most: int) -> None:
     length = 40 * (most + 1) + 1
     traces = random_traces((length,))
     perfect = Traces(
-        EXITS, np.full_like(traces.sure, 0.99), np.ones_like(traces.right), traces.sequence, traces.context
+        EXITS, np.full_like(traces.confidence, 0.99), np.ones_like(traces.correct), traces.sequence, traces.context
     )
     found = Replayer(perfect, COSTS).run(SpeculationBounds(0.5, 5, most))
     assert found.mean_accepted_length == most + 1 and found.acceptance_rate == 1.0
     assert found.drafted == {0: 40 * most}
-    wrong = Traces(EXITS, perfect.sure, ~perfect.right, traces.sequence, traces.context)
+    wrong = Traces(EXITS, perfect.confidence, ~perfect.correct, traces.sequence, traces.context)
     assert Replayer(wrong, COSTS).run(SpeculationBounds(0.5, 5, most)).mean_accepted_length == 1.0
     assert Replayer(perfect, COSTS).run(SpeculationBounds(0.995, 5, most)).drafted.total() == 0
 
