@@ -96,7 +96,7 @@ def test_two_runs_give_the_same():
     assert first == second
 
 
-@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("correct", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "fitted", "auto", "none"])
 def test_always_right_and_never_right_stay_within_bounds(correct, kind):
     schedule, scores = fit_schedule(made(np.full(400, correct)), kind, NUM_HIDDEN_LAYERS)
