@@ -249,7 +249,7 @@ def quick_fit(fit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Calla
         save_file(heads.exits.state_dict(), folder / "model.safetensors")
         return folder
 
-    monkeypatch.setattr(fit_exits, "publish_locally", publish)
+    monkeypatch.setattr(fit_exits, "write_adapter", publish)
     return fit
 
 

@@ -38,7 +38,7 @@ LONG_FUNCTIONS = {
     "runtime/cli/serve.py::serve_command",
     "train/corpus/corpus.py::distil",
     "train/planning/plan.py::estimate",
-    "train/publishing/assembly.py::publish_locally",
+    "train/publishing/assembly.py::write_adapter",
     "train/replay/profile.py::_table",
     "tests/runtime/server/test_page.py::test_the_page",
     "tests/train/replay/test_replay.py::simulate",

@@ -38,7 +38,7 @@ from train.fitting.launch import (
 )
 from train.fitting.loop import fit
 from train.fitting.lora import use_peft, without_peft
-from train.publishing.assembly import publish_locally
+from train.publishing.assembly import write_adapter
 from train.publishing.publish import check_can_push, publish
 from train.settings.fit_config import FitConfig, parse_config, validate, validate_against_model
 
@@ -89,7 +89,7 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     if weights_sha256(model, whole_parameters(model)) != before:
         raise SpecBoundError("the base's weights changed while fitting: this adapter is not to be trusted")
     if accelerator.is_main_process or is_spread(model):  # a base that is spread is run by all
-        folder = publish_locally(
+        folder = write_adapter(
             config,
             model,
             tokenizer,

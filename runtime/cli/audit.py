@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from runtime.cli.failure import fail
-from runtime.cli.options import Adapter, Dtype, Exactness, Model, Sample, Threads, load_attached, to_ids
+from runtime.cli.options import Adapter, Dtype, Exactness, Model, Sample, Threads, load_with_adapter, to_ids
 
 
 def audit_command(
@@ -41,7 +41,7 @@ def audit_command(
         if json_file is not None:
             check_writable(json_file)
         chosen = spread(read_prompts(prompts), limit)  # before the model, which takes longer
-        attached = load_attached(
+        attached = load_with_adapter(
             adapter, model, dtype=dtype, threads=threads, exactness=exactness, adaptive=False
         )  # a model at rest would show little
         found = run_audit(settings, attached, to_ids(attached, chosen), report=json_file, resume=resume)

@@ -23,7 +23,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by defaul
 Exactness = Annotated[str, typer.Option(help="bitwise or batched.")]
 
 
-def load_attached(
+def load_with_adapter(
     adapter: str,
     base_model: str | None,
     *,

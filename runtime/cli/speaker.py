@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from runtime.cli.options import load_attached
+from runtime.cli.options import load_with_adapter
 from runtime.errors import DataError
 from runtime.text.encode import encode
 from runtime.text.transcript import Round, Token, Transcript, Written, write
@@ -23,13 +23,13 @@ class Speaker:
 
     @classmethod
     def load(cls, adapter: str, base_model: str | None, **options: Any) -> "Speaker":
-        """Load both; options are those of `load_attached`.
+        """Load both; options are those of `load_with_adapter`.
 
         Raises:
             SpecBoundError: wrong options, adapter or base.
         """
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would stand between the lines of a conversation
-        model = load_attached(adapter, base_model, **options)
+        model = load_with_adapter(adapter, base_model, **options)
         return cls(model, AutoTokenizer.from_pretrained(model.name_or_path))
 
     @property

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from runtime.cli.options import load_attached, to_ids
+from runtime.cli.options import load_with_adapter, to_ids
 from runtime.conditions import hardware
 from runtime.drafting.temperature import TemperatureSchedule
 from runtime.files import write_atomic
@@ -41,7 +41,7 @@ def main(
 ) -> None:
     """Measure, print a table, keep the figures; exit code 1 if any id differs."""
     chosen = spread(read_prompts(prompts), limit)
-    model = load_attached(str(adapter), None, dtype=dtype, threads=threads, adaptive=False)
+    model = load_with_adapter(str(adapter), None, dtype=dtype, threads=threads, adaptive=False)
     found = measure(model, to_ids(model, chosen), max_new_tokens)
     traces = Traces.read(adapter / TRACES_FILE, weights_sha256=model.specbound.config.weights_sha256)
     replayed = ablate(traces, model.specbound.bounds, CostTable.read(costs))

@@ -21,7 +21,7 @@ import typer
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from runtime.cli.options import load_attached
+from runtime.cli.options import load_with_adapter
 from runtime.conditions import hardware
 from runtime.drafting.controller import Controller
 from runtime.drafting.draft_heads import DraftHeads
@@ -47,7 +47,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the figures in this file.")] = None,
 ) -> None:
     """Measure, print, keep the figures; exit code 1 if any id differs."""
-    model = load_attached(adapter, None, dtype=dtype, threads=threads)
+    model = load_with_adapter(adapter, None, dtype=dtype, threads=threads)
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     drafter = model.specbound.drafter
     found: dict[str, Any] = {"hardware": hardware(model.device), "threads": torch.get_num_threads(), "dtype": dtype}

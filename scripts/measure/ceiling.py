@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import trange
 from transformers import DynamicCache
 
-from runtime.cli.options import load_attached
+from runtime.cli.options import load_with_adapter
 from runtime.conditions import hardware
 from runtime.decoding.cache import KVCache
 from runtime.drafting.policy import SpeculationBounds
@@ -44,7 +44,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the figures in this file.")] = None,
 ) -> None:
     """Measure on the CPU, print, keep the figures."""
-    model = load_attached(adapter, None, dtype=dtype, threads=threads)
+    model = load_with_adapter(adapter, None, dtype=dtype, threads=threads)
     found = {
         "hardware": hardware(model.device),
         "threads": torch.get_num_threads(),

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from tqdm import trange
 
-from runtime.cli.options import load_attached
+from runtime.cli.options import load_with_adapter
 from runtime.conditions import conditions
 from runtime.exact.fingerprint import settings, structure, tensors
 from runtime.files import write_atomic
@@ -32,7 +32,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the figures in this file.")] = None,
 ) -> None:
     """Measure, print, keep the figures."""
-    model = load_attached(adapter, base, dtype=dtype, threads=threads)
+    model = load_with_adapter(adapter, base, dtype=dtype, threads=threads)
     found = conditions(model.device, model.dtype) | {"tokens": tokens, "repeats": repeats}
     found |= measure(model, tokens, repeats)
     console = Console(highlight=False)

@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from runtime.cli.failure import fail
-from runtime.cli.options import load_attached
+from runtime.cli.options import load_with_adapter
 from runtime.conditions import hardware
 from runtime.errors import ConfigError, SpecBoundError
 from runtime.files import write_atomic
@@ -58,7 +58,7 @@ def main(
 ) -> None:
     """Evaluate both ways, print scores and speeds, keep the figures; exit code 1 if any text differs."""
     try:
-        attached = load_attached(adapter, model, dtype=dtype, threads=threads)
+        attached = load_with_adapter(adapter, model, dtype=dtype, threads=threads)
         tokenizer = AutoTokenizer.from_pretrained(attached.name_or_path)
         found = compare(attached, tokenizer, [name.strip() for name in tasks.split(",")], limit)
     except (SpecBoundError, OSError) as error:

@@ -19,7 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from runtime.cli.options import load_attached
+from runtime.cli.options import load_with_adapter
 from runtime.conditions import hardware
 from runtime.files import write_atomic
 from runtime.text.prompts import read_prompts
@@ -43,7 +43,7 @@ def main(
 ) -> None:
     """Measure, print, keep the figures; exit code 1 if any id differs."""
     before, started = peak_memory(CPU), time.perf_counter()
-    model = load_attached(adapter, None, dtype=dtype, threads=threads)
+    model = load_with_adapter(adapter, None, dtype=dtype, threads=threads)
     loaded = time.perf_counter() - started
     text = "\n\n".join(message.content for prompt in read_prompts(prompts) for message in prompt.messages)
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)

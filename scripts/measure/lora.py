@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from runtime.cli.options import load_attached, to_ids
+from runtime.cli.options import load_with_adapter, to_ids
 from runtime.conditions import conditions
 from runtime.files import write_atomic
 from runtime.stats import SpeculationStats
@@ -42,7 +42,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the figures in this file.")] = None,
 ) -> None:
     """Train, compare, print, keep the figures; exit code 1 if any id differs."""
-    model = load_attached(adapter, base, dtype=dtype, threads=threads, adaptive=False)
+    model = load_with_adapter(adapter, base, dtype=dtype, threads=threads, adaptive=False)
     texts = to_ids(model, read_prompts(prompts))
     lora: Any = get_peft_model(model, LoraConfig(**LORA))
     losses = train(lora, texts, steps)

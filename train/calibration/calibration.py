@@ -3,17 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.lookup import LookupTable
 from runtime.drafting.temperature import TemperatureSchedule
-from train.calibration.exit_log import Logged
+from train.calibration.exit_log import ExitLog
 from train.calibration.lookup_traces import LookupTraces
 from train.calibration.reliability import compare_schedules, report
 from train.calibration.temperatures import Confidences, collect, fit_schedule, require_positions
-from train.calibration.traces import LOOKUP_LAYER, Traces
+from train.calibration.traces import Traces
 from train.features.split import Split
 from train.settings.fit_config import FitConfig
 
@@ -55,21 +54,13 @@ def calibrate(
     schedule, scores = fit_schedule(found, config.schedule, model.config.num_hidden_layers)
     looked_up = LookupTraces.collect(calibration.sequences.rows, found.targets)
     table = looked_up.fit()
-    by_lookup = {LOOKUP_LAYER: looked_up.confidences(table)}
-    logged = Logged.collect(
+    exits = ExitLog.collect(
         tqdm(calibration.batches(size), "log", unit="batch"),
         heads,
         temperatures=schedule.temperatures,
         ages=heads.exits.one.ages,
     )
-    traces = Traces.join(
-        logged.confidence | by_lookup,
-        logged.correct | {LOOKUP_LAYER: looked_up.correct},
-        found.sequence,
-        np.array([len(prompt) for prompt, _ in calibration.sequences.rows]),
-        uncalibrated=logged.uncalibrated | by_lookup,
-        after_wrong=looked_up.confidences_after_wrong(table),
-    )
+    traces = Traces.of(calibration.sequences.rows, exits, (looked_up, table))
     figures = report(found, schedule) | {
         "negative_log_likelihood": scores,
         "lookup": looked_up.report(table),

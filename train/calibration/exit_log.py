@@ -17,7 +17,7 @@ from train.features.extractor import Features
 
 
 @dataclass(slots=True)
-class Logged:
+class ExitLog:
     """Drafts of every exit at N positions of some sequences, batch after batch.
 
     Attributes:
@@ -42,7 +42,7 @@ class Logged:
         *,
         temperatures: Mapping[int, float],
         ages: Sequence[int],
-    ) -> "Logged":
+    ) -> "ExitLog":
         """Run the heads over features, once for each age."""
         logged = cls(temperatures, ages)
         for batch in batches:

@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from runtime.drafting.lookup import LookupTable
 from runtime.errors import DataError
+from train.calibration.exit_log import ExitLog
+from train.calibration.lookup_traces import LookupTraces
 
 TRACES_FILE = "traces.safetensors"
 LOOKUP_LAYER = 0  # its draft needs no layer
@@ -79,6 +82,30 @@ class Traces:
         """Tokens that the text still emits from each position on, itself included, shape [N]."""
         ends = np.append(self.starts[1:], len(self))
         return ends[self.sequence] - np.arange(len(self))
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+        exits: ExitLog,
+        lookup: tuple[LookupTraces, LookupTable] | None,
+    ) -> "Traces":
+        """From the logs of the exits and of the lookup over the same texts.
+
+        Args:
+            rows: prompt ids and response ids of each text.
+            lookup: with the table of its confidences; None where it is off.
+        """
+        confidence, uncalibrated, correct = exits.confidence, exits.uncalibrated, exits.correct
+        after_wrong = None
+        if lookup is not None:
+            log, table = lookup
+            drafted = {LOOKUP_LAYER: log.confidences(table)}
+            confidence, uncalibrated = confidence | drafted, uncalibrated | drafted
+            correct = correct | {LOOKUP_LAYER: log.correct}
+            after_wrong = log.confidences_after_wrong(table)
+        lengths = np.array([len(prompt) for prompt, _ in rows])
+        return cls.join(confidence, correct, exits.sequence, lengths, uncalibrated, after_wrong)
 
     @classmethod
     def join(

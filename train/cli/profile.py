@@ -21,14 +21,14 @@ def profile_command(
 
     Example: specbound profile --adapter outputs/demo/adapter --json costs.json
     """
-    from runtime.cli.options import load_attached
+    from runtime.cli.options import load_with_adapter
     from runtime.errors import SpecBoundError
     from runtime.files import check_writable
     from train.replay.profile import measure
 
     try:
         check_writable(json_file)
-        attached = load_attached(adapter, model, dtype=dtype, threads=threads, exactness=exactness)
+        attached = load_with_adapter(adapter, model, dtype=dtype, threads=threads, exactness=exactness)
         costs = measure(attached)
         costs.write(json_file)
     except (SpecBoundError, OSError) as error:

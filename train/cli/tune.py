@@ -33,13 +33,13 @@ def tune_command(
         table, held = CostTable.read(costs), Held(exit_threshold, max_exit_layer, max_draft_tokens)
         traces = None
         if prompts is not None:
-            from runtime.cli.options import load_attached, to_ids
+            from runtime.cli.options import load_with_adapter, to_ids
             from runtime.text.prompts import spread
             from train.corpus.prompts import read_prompts
             from train.replay.workload import log_workload
 
             chosen = spread(read_prompts(prompts), limit)
-            attached = load_attached(str(adapter), model, dtype=dtype, threads=table.conditions.get("threads"))
+            attached = load_with_adapter(str(adapter), model, dtype=dtype, threads=table.conditions.get("threads"))
             traces = log_workload(attached, to_ids(attached, chosen), max_new_tokens=max_new_tokens)
         found = tune_adapter(adapter, table, held, traces=traces)
     except (SpecBoundError, OSError) as error:

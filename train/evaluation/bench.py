@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from runtime.audit.record import earlier_entries, write_report
-from runtime.cli.options import load_attached, to_ids
+from runtime.cli.options import load_with_adapter, to_ids
 from runtime.conditions import conditions
 from runtime.text.prompts import Prompt, spread
 from train.corpus.prompts import read_prompts
@@ -69,7 +69,7 @@ def run_bench(settings: BenchSettings, *, report: Path | None = None, resume: bo
     prompts = choose(read_prompts(settings.prompts), settings.limit, settings.per_task)
     costs = None if settings.costs is None else CostTable.read(settings.costs)
     started = time.perf_counter()
-    model = load_attached(
+    model = load_with_adapter(
         settings.adapter,
         settings.base_model,
         dtype=settings.dtype,

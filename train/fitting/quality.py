@@ -7,7 +7,7 @@ import torch
 
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.temperature import confidence
-from train.calibration.exit_log import Logged
+from train.calibration.exit_log import ExitLog
 from train.features.extractor import Features
 from train.fitting.losses import Targets, distillation_loss, expected_acceptance
 from train.replay.simulation import Simulation
@@ -34,7 +34,7 @@ def evaluate(
         ages: those of the heads.
     """
     sums: dict[str, float] = {}
-    logged: Logged | None = None
+    log: ExitLog | None = None
     said: list[int] = []
     positions = 0
     for batch in batches:
@@ -43,8 +43,8 @@ def evaluate(
         positions += number
         by_age = [heads(batch.hidden, batch.context(age)) for age in ages]
         if simulation is not None:
-            logged = logged or Logged(dict.fromkeys(by_age[0], 1.0), ages)
-            logged.add(batch, by_age, targets.choice)
+            log = log or ExitLog(dict.fromkeys(by_age[0], 1.0), ages)
+            log.add(batch, by_age, targets.choice)
         for layer, logits in by_age[0].items():
             correct = logits.argmax(-1) == targets.choice
             confident = confidence(logits, 1.0) >= THRESHOLD
@@ -60,9 +60,9 @@ def evaluate(
                 sums[key] = sums.get(key, 0.0) + value
         said += batch.target.tolist()
     means = _means(sums, positions) | {"held_out/chance": max(Counter(said).values(), default=0) / max(1, positions)}
-    if simulation is None or logged is None:
+    if simulation is None or log is None:
         return means
-    return means | simulation.figures(logged.confidence, logged.correct, logged.targets)
+    return means | simulation.figures(log)
 
 
 def show(step: int, values: dict[str, float]) -> str:

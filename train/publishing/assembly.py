@@ -44,7 +44,7 @@ from train.settings.fit_config import FitConfig
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "specbound")
 
 
-def publish_locally(
+def write_adapter(
     config: FitConfig,
     model: Any,
     tokenizer: Any,

@@ -12,7 +12,7 @@ from runtime.drafting.temperature import TemperatureSchedule
 from train.calibration.reliability import expected_calibration_error
 from train.calibration.temperatures import Confidences
 from train.calibration.traces import Traces
-from train.replay.replay import Replayed, Replayer
+from train.replay.replay import Replayer, Totals
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -95,7 +95,7 @@ def speed_plot(replayer: Replayer, bounds: SpeculationBounds, path: Path) -> Non
     _save(figure, path)
 
 
-def sources_plot(replayed: Replayed, path: Path) -> None:
+def sources_plot(replayed: Totals, path: Path) -> None:
     """Drafts by source, and how many of them were accepted, per 100 tokens emitted."""
     layers = sorted(replayed.drafted)
     share = 100.0 / replayed.emitted

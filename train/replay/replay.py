@@ -21,7 +21,7 @@ from train.replay.rounds import Ints, Small
 
 
 @dataclass(frozen=True, slots=True)
-class Replayed:
+class Totals:
     """Totals of a replay.
 
     Attributes:
@@ -113,7 +113,7 @@ class Replayer:
         plain[starts] = 0.0
         self._plain = np.bincount(traces.sequence, weights=plain).astype(np.float64)
 
-    def run(self, bounds: SpeculationBounds) -> Replayed:
+    def run(self, bounds: SpeculationBounds) -> Totals:
         """Totals of decoding every text."""
         drafting = self._drafting
         asked = drafting.questions(bounds)
@@ -125,7 +125,7 @@ class Replayer:
         ms = price[:, 0] + price[:, 1] * self.traces.context.take(starts) + self.costs.token * accepted
         *drafted, hard_tokens = kinds.totals(kind)
         *correct, _ = kinds.totals(drafting.after[accepted, starts])
-        return Replayed(
+        return Totals(
             rounds=len(starts),
             drafted=_by_source(kinds.exits, drafted),
             accepted=_by_source(kinds.exits, correct),

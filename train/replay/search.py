@@ -15,7 +15,7 @@ from tqdm import tqdm
 from runtime.drafting.policy import SpeculationBounds
 from train.calibration.traces import Traces
 from train.replay.costs import CostTable
-from train.replay.replay import Replayed, Replayer
+from train.replay.replay import Replayer, Totals
 
 THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
@@ -42,7 +42,7 @@ class Held:
 
 def tune(
     traces: Traces, costs: CostTable, held: Held | None = None, *, progress: bool = True
-) -> tuple[SpeculationBounds, Replayed]:
+) -> tuple[SpeculationBounds, Totals]:
     """The fastest bounds and their replay; of equally fast ones the first, which are the smallest.
 
     Where nothing beats decoding without drafts, nothing is drafted, unless a threshold is held.
@@ -76,7 +76,7 @@ def tune(
     return bounds, replayer.run(bounds)
 
 
-def _speed(replayed: Replayed, costs: CostTable) -> float:
+def _speed(replayed: Totals, costs: CostTable) -> float:
     """Tokens a second with `CAUTION`, so rounded that sums in another order are equal."""
     caution = CAUTION * costs.plain * replayed.drafted.total()
     return round(1000.0 * replayed.emitted / max(1e-9, float(replayed.ms_by_text.sum()) + caution), 6)
@@ -91,7 +91,7 @@ def _some(traces: Traces) -> Traces:
     return traces.of_sequences(chosen)
 
 
-def best_uniform(traces: Traces, costs: CostTable) -> Replayed:
+def best_uniform(traces: Traces, costs: CostTable) -> Totals:
     """The fastest replay with one threshold for all exits: a quick look."""
     replayer = Replayer(traces, costs)
     bounds = (SpeculationBounds(tau, max(traces.layers), 4) for tau in THRESHOLDS)

@@ -5,9 +5,8 @@ Good agreement can go with poor acceptance; accepted length and speed are what u
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
+from runtime.drafting.lookup import LookupTable
+from train.calibration.exit_log import ExitLog
 from train.calibration.lookup_traces import LookupTraces
 from train.calibration.traces import Traces
 from train.replay.costs import CostTable
@@ -25,33 +24,18 @@ class Simulation:
     def __init__(self, rows: Sequence[tuple[list[int], list[int]]], costs: CostTable) -> None:
         self.rows = rows
         self.costs = costs
-        self._lookup: tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.float32]] | None = None
+        self._lookup: tuple[LookupTraces, LookupTable] | None = None
 
-    def figures(
-        self,
-        confidence: dict[int, NDArray[np.float32]],
-        correct: dict[int, NDArray[np.bool_]],
-        targets: NDArray[np.int64],
-    ) -> dict[str, float]:
+    def figures(self, exits: ExitLog) -> dict[str, float]:
         """`held_out/accepted_length` and `held_out/predicted_speedup` under the best single threshold.
 
         Args:
-            confidence: exit layer -> confidence at T = 1, shape [ages, N]. (Temperatures are fitted after the heads.)
-            correct: exit layer -> whether the draft is the base's choice, shape [ages, N].
-            targets: the base's choice, shape [N].
+            exits: with confidences at T = 1. (Temperatures are fitted after the heads.)
         """
         if self._lookup is None:
-            found = LookupTraces.collect(self.rows, targets.tolist())
-            table = found.fit()
-            self._lookup = found.confidences(table), found.correct, found.confidences_after_wrong(table)
-        lengths = [len(response) for _, response in self.rows]
-        traces = Traces.join(
-            confidence | {0: self._lookup[0]},
-            correct | {0: self._lookup[1]},
-            np.repeat(np.arange(len(lengths)), lengths),
-            np.array([len(prompt) for prompt, _ in self.rows]),
-            after_wrong=self._lookup[2],
-        )
+            log = LookupTraces.collect(self.rows, exits.targets.tolist())
+            self._lookup = log, log.fit()
+        traces = Traces.of(self.rows, exits, self._lookup)
         if len(traces) == traces.num_sequences:  # one token each: the prompts' own forwards give them all
             return {}
         best = best_uniform(traces, self.costs)

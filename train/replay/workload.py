@@ -6,17 +6,16 @@ Knows no bounds: those the adapter has only make the answers come faster.
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from runtime.decoding.draft import HeadDrafter
 from runtime.errors import ConfigError
-from train.calibration.exit_log import Logged
+from train.calibration.exit_log import ExitLog
 from train.calibration.lookup_traces import LookupTraces
 from train.calibration.temperatures import require_positions
-from train.calibration.traces import LOOKUP_LAYER, Traces
+from train.calibration.traces import Traces
 from train.features.extractor import FeatureExtractor
 
 
@@ -56,22 +55,13 @@ def log_texts(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Traces
     exits = drafter.heads.exit_layers
     extract = FeatureExtractor(layers, exits, top_k=1)
     features = (extract([row]) for row in tqdm(rows, "trace", unit="text"))
-    found = Logged.collect(
+    log = ExitLog.collect(
         features,
         drafter.heads,
         temperatures=drafter.temperatures.temperatures,
         ages=drafter.heads.exits.one.ages,
     )
-    confidence, uncalibrated, correct = found.confidence, found.uncalibrated, found.correct
-    after_wrong = None
+    lookup = None
     if drafter.lookup is not None:
-        looked_up = LookupTraces.collect(rows, found.targets.tolist())
-        by_lookup = {LOOKUP_LAYER: looked_up.confidences(drafter.lookup)}
-        confidence, uncalibrated, correct = (
-            confidence | by_lookup,
-            uncalibrated | by_lookup,
-            correct | {LOOKUP_LAYER: looked_up.correct},
-        )
-        after_wrong = looked_up.confidences_after_wrong(drafter.lookup)
-    lengths = np.array([len(prompt) for prompt, _ in rows])
-    return Traces.join(confidence, correct, found.sequence, lengths, uncalibrated, after_wrong)
+        lookup = LookupTraces.collect(rows, log.targets.tolist()), drafter.lookup
+    return Traces.of(rows, log, lookup)

@@ -18,7 +18,7 @@ from runtime.handle import SpecBound
 from train.calibration.lookup_traces import LookupTraces
 from train.calibration.traces import Traces
 from train.replay.costs import CostTable
-from train.replay.replay import Replayed, Replayer
+from train.replay.replay import Replayer, Totals
 
 EXITS, NUM_LAYERS = (0, 2, 3, 5), 6
 WIDTHS = range(1, 10)
@@ -118,7 +118,7 @@ def simulate(traces: Traces, text: int, bounds: SpeculationBounds, costs: CostTa
     return totals
 
 
-def check(found: Replayed, traces: Traces, bounds: SpeculationBounds) -> None:
+def check(found: Totals, traces: Traces, bounds: SpeculationBounds) -> None:
     """Against the simulation of every text."""
     single = [simulate(traces, text, bounds, COSTS) for text in range(traces.num_sequences)]
     totals = {name: sum(one[name] for one in single) for name in single[0]}
@@ -282,7 +282,7 @@ def test_the_interval_is_of_texts() -> None:
     bounds = SpeculationBounds(0.4, 5, 4)
     random.seed(0)
 
-    def width(found: Replayed) -> float:
+    def width(found: Totals) -> float:
         low, high = found.speedup_interval()
         assert low <= found.speedup <= high
         return high - low
