@@ -13,7 +13,7 @@ from runtime.adapter.identity import base_fingerprint
 from runtime.decoding.draft import Drafter
 from runtime.drafting.controller import Controller
 from runtime.drafting.policy import SpeculationBounds
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, UnsupportedModel
 from runtime.exact.certificate import Certificate
 from runtime.exact.packed import pack_in_place
 from runtime.exact.prepared import PreparedModel
@@ -88,9 +88,8 @@ class SpecBound:
     def prepare(self, model: PreTrainedModel) -> SpeculationBounds:
         """Get ready for the model as it is now, probing it where that was not done yet; how far it may draft."""
         self.why_stock(model)
-        assert self.certificate is not None
-        limit = min(self.bounds.max_draft_tokens + 1, self.certificate.max_width) - 1
-        return replace(self.bounds, max_draft_tokens=limit)
+        widest = 1 if self.certificate is None else self.certificate.max_width
+        return replace(self.bounds, max_draft_tokens=min(self.bounds.max_draft_tokens + 1, widest) - 1)
 
     def why_stock(self, model: PreTrainedModel) -> str | None:
         """Why the model as it is now must decode by stock's own loop; None where it may speculate, and is ready to."""
@@ -102,7 +101,10 @@ class SpecBound:
             self.drafter = self.drafter.on(layers)
             self._ready = self.drafter, layers
             pack_in_place(self.drafter.modules)
-        certificate = self.prepared.certify(model, self.exactness, self.bounds.max_draft_tokens + 1)
+        try:
+            certificate = self.prepared.certify(model, self.exactness, self.bounds.max_draft_tokens + 1)
+        except UnsupportedModel as error:
+            return str(error)
         if self.exactness == "bitwise" and not certificate.bitwise:
             return f"no way to run blocks keeps every bit on this machine: {certificate}"
         return None

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from runtime.decoding.cache import KVCache
 from runtime.decoding.layers import DecoderLayers
+from runtime.errors import UnsupportedModel, one_line
 from runtime.exact.attention import BlockAttention
 from runtime.exact.certificate import Certificate, environment, read_certificate, write_certificate
 from runtime.exact.execution import ExecutionPolicy, Shape, execution
@@ -77,10 +78,17 @@ def probe(
     packed: PackedLinears | None = None,
     static: bool = False,
 ) -> Certificate:
-    """Find and confirm the cheapest policy, or measure the batched one; see `certify`."""
+    """Find and confirm the cheapest policy, or measure the batched one; see `certify`.
+
+    Raises:
+        UnsupportedModel: the model's own forward fails.
+    """
     started = time.perf_counter()
-    near = Reference.near(model)
-    far = Reference.far(model, near)
+    try:
+        near = Reference.near(model)
+        far = Reference.far(model, near)
+    except Exception as error:  # of the model's own forward, whatever it is: stock's loop will meet it again, or not
+        raise UnsupportedModel(f"its own forward could not be probed: {one_line(error)}") from error
     widths = range(2, max_width + 1)
     whole = exactness == "batched"
     policies = _batched(packed, static) if whole else _candidates(model, near, packed, widths, static)
@@ -135,8 +143,12 @@ def _groups_keep_order(model: PreTrainedModel, reference: Reference, widths: Seq
     keys = reference.cache.layers[0].keys
     heads = (model.config.num_attention_heads, keys.shape[1], keys.shape[3])
     attention = BlockAttention("grouped", stock)
-    return stock == "sdpa" and all(
-        same_attention(attention, heads, rows, dtype=keys.dtype, device=keys.device) for rows in {2, max(widths)}
+    return (
+        stock == "sdpa"
+        and bool(widths)
+        and all(
+            same_attention(attention, heads, rows, dtype=keys.dtype, device=keys.device) for rows in {2, max(widths)}
+        )
     )
 
 

@@ -292,3 +292,35 @@ def test_using_restores_what_was_before(model: Any) -> None:
         assert handle.bounds.max_draft_tokens == 1 and handle.exactness == "batched"
         raise KeyError
     assert (handle.bounds, handle.drafter, handle.controller, handle.exactness) == before
+
+
+def test_a_class_that_a_user_makes_of_ours_is_copied_as_it_is(model: Any) -> None:
+    """Its copies keep it, with an adapter and without."""
+    assert same(model) and speculated(model)
+
+    class Halved(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits / 2 + output.logits.roll(1, -1)
+            return output
+
+    model.__class__ = Halved
+    with model.specbound.disabled():
+        stock = model.generate(PROMPT, **GREEDY)
+    assert torch.equal(model.generate(PROMPT, **GREEDY), stock)
+    for made in (copy.deepcopy(model), detach(copy.deepcopy(model))):
+        assert type(made) is Halved and torch.equal(made.generate(PROMPT, **GREEDY), stock)
+    handle = model.specbound
+    attach(detach(model), handle)
+    assert type(model) is Halved and torch.equal(model.generate(PROMPT, **GREEDY), stock)
+
+
+def test_a_model_that_cannot_be_probed_decodes_plainly(model: Any) -> None:
+    """Logits that are not numbers: stock goes on, and so does this."""
+    model.lm_head.weight.data[0] = torch.nan
+    assert same(model) and not speculated(model)
+
+
+def test_no_drafts_are_asked_for(model: Any) -> None:
+    model.specbound.bounds = SpeculationBounds(0.2, 4, 0)
+    assert same(model)
