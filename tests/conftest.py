@@ -40,7 +40,16 @@ torch.set_num_threads(1)
 
 
 # Files that take minutes with few tests: begun first, so that no process waits for another at the end.
-LONG = ("test_smollm2", "test_fit_processes", "test_publish_faults", "test_resume", "test_soak", "test_measure")
+LONG = (
+    "test_smollm2",
+    "test_fit_processes",
+    "test_publish_faults",
+    "test_metamorphic",
+    "test_resume",
+    "test_checkpoints",
+    "test_soak",
+    "test_measure",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

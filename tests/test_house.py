@@ -20,16 +20,9 @@ LONG_FILES = {
     "tests/conftest.py",
     "tests/helpers/loopback_hub.py",
     "tests/runtime/adapter/test_damage.py",
-    "tests/runtime/adapter/test_folder.py",
-    "tests/runtime/exact/test_graphs.py",
-    "tests/runtime/exact/test_probe.py",
-    "tests/runtime/exact/test_running.py",
     "tests/runtime/server/test_server.py",
     "tests/runtime/test_conformance.py",
-    "tests/runtime/test_loading.py",
     "tests/train/corpus/test_corpus.py",
-    "tests/train/fitting/test_resume.py",
-    "tests/train/replay/test_replay.py",
 }
 LONG_FUNCTIONS = {
     "runtime/loading.py::load_specbound",

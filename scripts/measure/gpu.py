@@ -26,7 +26,11 @@ from runtime.files import check_writable, write_atomic
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHAPES = ["lmsys/vicuna-7b-v1.5", "codellama/CodeLlama-13b-Instruct-hf"]
-TESTS = ["tests/runtime/exact/test_graphs.py", "tests/runtime/exact/test_order.py"]
+TESTS = [
+    "tests/runtime/exact/test_graphs.py",
+    "tests/runtime/exact/test_graph_limits.py",
+    "tests/runtime/exact/test_order.py",
+]
 PYTHON = [sys.executable, "-m"]
 
 
