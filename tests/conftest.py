@@ -28,7 +28,7 @@ from runtime import SpecBoundConfig, SpeculationBounds, TemperatureSchedule, sav
 from runtime.adapter.folder import Adapter
 from runtime.adapter.identity import base_fingerprint, tokenizer_fingerprint
 from runtime.drafting.heads import ExitHeads
-from tests.helpers.fake_cuda import pretend
+from tests.helpers.graphs.fake_cuda import pretend
 from tests.helpers.loopback_hub import TOKEN, LoopbackHub, loopback_hub
 from tests.helpers.publication import BASE, rename
 from tests.helpers.speculation import NEW_TOKENS, PROMPT

@@ -25,15 +25,6 @@ LONG_FILES = {
     "tests/train/corpus/test_corpus.py",
 }
 LONG_FUNCTIONS = {
-    "runtime/loading.py::load_specbound",
-    "runtime/server/app.py::make_app",
-    "runtime/server/serve.py::serve",
-    "runtime/cli/serve.py::serve_command",
-    "train/corpus/corpus.py::distil",
-    "train/planning/plan.py::estimate",
-    "train/publishing/assembly.py::write_adapter",
-    "train/replay/profile.py::_table",
-    "tests/runtime/server/test_page.py::test_the_page",
     "tests/train/replay/test_replay.py::simulate",
 }
 
@@ -44,10 +35,20 @@ def name(path: Path) -> str:
 
 
 def long_functions(text: str) -> list[str]:
-    """Functions of a source that do not fit on a screen."""
+    """Functions of a source that do not fit on a screen, their docstrings aside."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
-    return [node.name for node in functions if (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES]
+    return [node.name for node in functions if lines_of(node) - docstring_lines(node) > MAX_FUNCTION_LINES]
+
+
+def lines_of(node: ast.AST) -> int:
+    """From the first to the last."""
+    return node.end_lineno - node.lineno + 1  # type: ignore[attr-defined, no-any-return]
+
+
+def docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines that only say what the function does."""
+    return lines_of(node.body[0]) if ast.get_docstring(node) is not None else 0
 
 
 def test_files_are_short() -> None:

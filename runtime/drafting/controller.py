@@ -15,7 +15,8 @@ from runtime.drafting.policy import SpeculationBounds
 
 # Rounds without drafts that the price of a plain token is taken from, and the fewest.
 PLAIN_WINDOW, FIRST_PLAIN = 8, 2
-# What speculation has won over plain decoding, in tokens: a trial may lose so many; of what is won, so many are kept.
+# The gain of speculation is the tokens it emitted less what its rounds cost, in plain tokens, summed up. At a loss of
+# ALLOWED_LOSS drafting rests. The sum never exceeds KEPT_GAIN, so that an old gain does not hide a new loss for long.
 ALLOWED_LOSS, KEPT_GAIN = 3.0, 12.0
 # A round without drafts now and then, while speculating, keeps the price of a plain token fresh.
 REFRESH = 48
@@ -74,7 +75,7 @@ class Controller:
         self._judge(seconds / max(median(self._plain), 1e-9), num_accepted + 1)
 
     def _judge(self, price: float, tokens: int) -> None:
-        """Add up what a round won over plain decoding (a cumulative sum test), and go on, or rest.
+        """Add a round's gain over plain decoding to the sum (a CUSUM test), and go on, or rest.
 
         Args:
             price: of the round, in plain tokens; one that was held up by something else counts as a dear one at most.

@@ -36,22 +36,9 @@ def make_app(worker: Worker, *, model_id: str, limits: Limits, api_key: str | No
     # No documentation routes: their page would load scripts from elsewhere.
     app = FastAPI(title="SpecBound", docs_url=None, redoc_url=None, openapi_url=None)
     metrics = Metrics(lambda: worker.state == "ready", lambda: worker.num_waiting)
-    page = files("runtime.server").joinpath("page.html").read_text(encoding="utf-8")
     _add_error_forms(app)
 
-    @app.get("/", response_class=HTMLResponse)
-    def show_page() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
-
-    @app.get("/health")
-    def health() -> JSONResponse:
-        ready = worker.state == "ready"
-        detail = {"certificate": str(worker.model.specbound.certificate)} if ready else {}
-        return JSONResponse({"status": "ok" if ready else worker.state} | detail, 200 if ready else 503)
-
-    @app.get("/metrics")
-    def show_metrics() -> Response:
-        return Response(metrics.page(), media_type="text/plain; version=0.0.4")
+    _add_looks(app, worker, metrics)
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -86,6 +73,25 @@ def make_app(worker: Worker, *, model_id: str, limits: Limits, api_key: str | No
 
     app.add_middleware(Gate, api_key=api_key, max_body_bytes=limits.max_body_bytes)
     return app
+
+
+def _add_looks(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
+    """The page, and what tells how the server is."""
+    page = files("runtime.server").joinpath("page.html").read_text(encoding="utf-8")
+
+    @app.get("/", response_class=HTMLResponse)
+    def show_page() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
+
+    @app.get("/health")
+    def health() -> JSONResponse:
+        ready = worker.state == "ready"
+        detail = {"certificate": str(worker.model.specbound.certificate)} if ready else {}
+        return JSONResponse({"status": "ok" if ready else worker.state} | detail, 200 if ready else 503)
+
+    @app.get("/metrics")
+    def show_metrics() -> Response:
+        return Response(metrics.page(), media_type="text/plain; version=0.0.4")
 
 
 async def _unless_gone(request: Request, answer: Answer) -> Response:

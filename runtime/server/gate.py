@@ -14,6 +14,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # What needs the key, where there is one; the page and /health tell nothing of anybody's.
 GUARDED = ("/v1/", "/metrics")
+TOO_LARGE = 413
 LOCAL_HOSTS = {"127.0.0.1", "localhost", "[::1]"}
 
 
@@ -38,8 +39,9 @@ class Gate:
             return
         error = self._refusal(scope["path"], {key.decode("latin-1"): value for key, value in scope["headers"]})
         body = b""
-        if error is None:
-            body, error = await self._read(receive)
+        if error is None or error.status != TOO_LARGE:  # to close on what was not read resets the connection
+            body, cut = await self._read(receive)
+            error = error or cut
         if error is not None:
             await refuse(error, send)
             return
@@ -64,7 +66,7 @@ class Gate:
         return None
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the request is larger than {self.max_body_bytes} bytes, the most this server takes")
+        return ApiError(TOO_LARGE, f"the request is larger than {self.max_body_bytes} bytes, the most this server takes")
 
     async def _read(self, receive: Receive) -> tuple[bytes, ApiError | None]:
         """The whole body, which is small."""

@@ -17,9 +17,9 @@ from runtime.exact.attention import _stock_attention
 from runtime.exact.execution import ExecutionPolicy, execution
 from runtime.exact.probe import certify, probe
 from runtime.exact.static import StaticCache
-from tests.helpers.fake_cuda import pretend
 from tests.helpers.families import prompt, tiny
-from tests.helpers.segments import GREEDY, STATIC, attached, same_ids
+from tests.helpers.graphs.fake_cuda import pretend
+from tests.helpers.graphs.segments import GREEDY, STATIC, attached, same_ids
 
 pytestmark = pytest.mark.usefixtures("own_certificates")
 

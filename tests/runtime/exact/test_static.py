@@ -10,7 +10,7 @@ from runtime.decoding.cache import KVCache
 from runtime.exact.static import StaticCache
 from tests.helpers.fake_heads import FakeHeads
 from tests.helpers.families import FAMILIES, LAYERS, prompt, tiny
-from tests.helpers.segments import GREEDY, STATIC, attached, in_blocks, prefilled, same_ids
+from tests.helpers.graphs.segments import GREEDY, STATIC, attached, in_blocks, prefilled, same_ids
 
 pytestmark = pytest.mark.usefixtures("own_certificates")
 

@@ -112,13 +112,21 @@ def test_the_page(page: Any, served: tuple[str, Any, str]) -> None:
         assert contrast >= 4.5, (scheme, where)
     page.click("#reset")
     assert page.is_visible("#welcome") and not page.query_selector_all(".answer, .user")
+    assert all(each.startswith((url, "data:")) for each in requests) and problems == []
+
+
+def test_the_page_tells_of_a_refused_request(page: Any, served: tuple[str, Any, str]) -> None:
+    """In the place of an answer; what was written stays."""
+    problems: list[str] = []
+    page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+    page.goto(served[0])
+    page.wait_for_selector("#model:text-is('tiny')")
     page.fill("#tokens", "9999")
     page.fill("#input", "w1")
     page.press("#input", "Enter")
     page.wait_for_selector(".error")
     assert "context is 512" in page.text_content(".error")
     assert page.input_value("#input") == "w1" and not page.query_selector_all(".answer")
-    assert all(each.startswith((url, "data:")) for each in requests)
     assert [text for text in problems if "400" not in text] == []  # a browser tells of each refused request
 
 

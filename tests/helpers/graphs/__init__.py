@@ -1,0 +1,1 @@
+"""What tests of graphs share: models whose layers run as segments, and CUDA graphs without a GPU."""
