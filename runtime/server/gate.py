@@ -66,7 +66,9 @@ class Gate:
         return None
 
     def _too_large(self) -> ApiError:
-        return ApiError(TOO_LARGE, f"the request is larger than {self.max_body_bytes} bytes, the most this server takes")
+        return ApiError(
+            TOO_LARGE, f"the request is larger than the {self.max_body_bytes} bytes that this server takes"
+        )
 
     async def _read(self, receive: Receive) -> tuple[bytes, ApiError | None]:
         """The whole body, which is small."""
