@@ -32,7 +32,6 @@ LONG_FILES = {
     "tests/runtime/test_loading.py",
     "tests/train/corpus/test_corpus.py",
     "tests/train/fitting/test_resume.py",
-    "tests/train/replay/test_replay.py",
 }
 LONG_FUNCTIONS = {
     "runtime/loading.py::load_specbound",
@@ -44,7 +43,6 @@ LONG_FUNCTIONS = {
     "train/publishing/assembly.py::publish_locally",
     "train/replay/profile.py::_table",
     "tests/runtime/server/test_page.py::test_the_page",
-    "tests/train/replay/test_replay.py::simulate",
 }
 
 

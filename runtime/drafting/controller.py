@@ -88,13 +88,13 @@ class Controller:
 
     def _observe(self, exit_layers: Sequence[int], confidences: Sequence[float], num_accepted: int) -> None:
         """Hold the confidences of drafts that were judged, up to the first rejected one, against what came of them."""
-        self._records = {layer: (KEEP * sure, KEEP * right) for layer, (sure, right) in self._records.items()}
+        self._records = {layer: (KEEP * said, KEEP * correct) for layer, (said, correct) in self._records.items()}
         judged = zip(exit_layers, confidences, strict=True)
         for index, (layer, confidence) in enumerate(judged):
             if index > num_accepted:
                 break
-            sure, right = self._records.get(layer, (0.0, 0.0))
-            self._records[layer] = (sure + confidence, right + (index < num_accepted))
+            said, correct = self._records.get(layer, (0.0, 0.0))
+            self._records[layer] = (said + confidence, correct + (index < num_accepted))
 
     def _corrected(self, bounds: SpeculationBounds) -> SpeculationBounds:
         """The bounds with a higher threshold for each source that has been right less often than it said, and narrower
@@ -102,12 +102,12 @@ class Controller:
         own = dict(bounds.exit_thresholds)
         for layer, record in self._records.items():
             own[layer] = bounds.threshold(layer) / _honesty(record)
-        total = sum(sure for sure, _ in self._records.values()), sum(right for _, right in self._records.values())
+        total = sum(said for said, _ in self._records.values()), sum(correct for _, correct in self._records.values())
         width = math.ceil(bounds.max_draft_tokens * _honesty(total))
         return replace(bounds, exit_thresholds=own, max_draft_tokens=width)
 
 
 def _honesty(record: tuple[float, float]) -> float:
     """How often a source was right over how sure it was, at most 1."""
-    sure, right = record
-    return min(1.0, (right + PRIOR) / (sure + PRIOR))
+    said, correct = record
+    return min(1.0, (correct + PRIOR) / (said + PRIOR))

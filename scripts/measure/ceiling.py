@@ -124,7 +124,7 @@ def bounds(model: Any, adapter: Path) -> dict[str, float]:
     specbound = model.specbound
     costs = CostTable.read(adapter / "costs.json")
     traces = Traces.read(adapter / TRACES_FILE, weights_sha256=specbound.config.weights_sha256)
-    never_wrong = replace(traces, sure=np.ones_like(traces.sure), right=np.ones_like(traces.right))
+    never_wrong = replace(traces, confidence=np.ones_like(traces.confidence), correct=np.ones_like(traces.correct))
     rates = [Replayer(never_wrong, costs).run(SpeculationBounds(0.5, 0, width)).tokens_per_second for width in WIDTHS]
     tuned = Replayer(traces, costs).run(specbound.bounds)
     alone = Replayer(traces, costs).run(SpeculationBounds(OFF, 0, 0))

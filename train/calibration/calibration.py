@@ -74,8 +74,8 @@ def calibrate(
         ages=heads.exits.one.ages,
     )
     traces = Traces.join(
-        logged.sure | by_lookup,
-        logged.right | {LOOKUP_LAYER: looked_up.right},
+        logged.confidence | by_lookup,
+        logged.correct | {LOOKUP_LAYER: looked_up.correct},
         found.sequence,
         np.array([len(prompt) for prompt, _ in calibration.sequences.rows]),
         uncalibrated=logged.uncalibrated | by_lookup,

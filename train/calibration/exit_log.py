@@ -21,15 +21,15 @@ class Logged:
     """Drafts of every exit at N positions of some sequences, batch after batch.
 
     Attributes:
-        temperatures: exit layer -> temperature of `sure`.
+        temperatures: exit layer -> temperature of `confidence`.
         ages: of the verified state, in the order of a round's drafts; see `runtime.drafting.heads.AGES`.
     """
 
     temperatures: Mapping[int, float]
     ages: Sequence[int]
-    _sure: dict[int, list[NDArray[np.float32]]] = field(default_factory=dict)
+    _confidence: dict[int, list[NDArray[np.float32]]] = field(default_factory=dict)
     _uncalibrated: dict[int, list[NDArray[np.float32]]] = field(default_factory=dict)
-    _right: dict[int, list[NDArray[np.bool_]]] = field(default_factory=dict)
+    _correct: dict[int, list[NDArray[np.bool_]]] = field(default_factory=dict)
     _targets: list[NDArray[np.int64]] = field(default_factory=list)
     _lengths: list[int] = field(default_factory=list)
 
@@ -59,18 +59,18 @@ class Logged:
         """
         for layer in logits[0]:
             given = [by_layer[layer] for by_layer in logits]
-            right = [one.argmax(-1) == choice for one in given]
-            self._right.setdefault(layer, []).append(torch.stack(right).cpu().numpy())
-            for into, temperature in ((self._sure, self.temperatures[layer]), (self._uncalibrated, 1.0)):
-                sure = [confidence(one, temperature) for one in given]
-                into.setdefault(layer, []).append(torch.stack(sure).cpu().numpy())
+            correct = [one.argmax(-1) == choice for one in given]
+            self._correct.setdefault(layer, []).append(torch.stack(correct).cpu().numpy())
+            for into, temperature in ((self._confidence, self.temperatures[layer]), (self._uncalibrated, 1.0)):
+                confidences = [confidence(one, temperature) for one in given]
+                into.setdefault(layer, []).append(torch.stack(confidences).cpu().numpy())
         self._targets.append(batch.target.cpu().numpy())
         self._lengths += batch.lengths
 
     @property
-    def sure(self) -> dict[int, NDArray[np.float32]]:
+    def confidence(self) -> dict[int, NDArray[np.float32]]:
         """Exit layer -> calibrated confidence, shape [ages, N]."""
-        return _joined(self._sure)
+        return _joined(self._confidence)
 
     @property
     def uncalibrated(self) -> dict[int, NDArray[np.float32]]:
@@ -78,9 +78,9 @@ class Logged:
         return _joined(self._uncalibrated)
 
     @property
-    def right(self) -> dict[int, NDArray[np.bool_]]:
+    def correct(self) -> dict[int, NDArray[np.bool_]]:
         """Exit layer -> whether the draft is the base's choice, shape [ages, N]."""
-        return _joined(self._right)
+        return _joined(self._correct)
 
     @property
     def targets(self) -> NDArray[np.int64]:

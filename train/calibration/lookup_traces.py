@@ -26,14 +26,14 @@ class LookupTraces:
     Attributes:
         match: length of the match, shape [N]; 0 where nothing was proposed.
         support: see `runtime.drafting.lookup`, shape [N].
-        right: whether the proposal is the base's choice, shape [N].
+        correct: whether the proposal is the base's choice, shape [N].
         after_wrong: match and support of what the lookup would go on to propose behind a wrong proposal of its own,
             shape [2, FOLLOWED, N]; match 0 behind a right one, and where it would propose nothing.
     """
 
     match: NDArray[np.int64]
     support: NDArray[np.int64]
-    right: NDArray[np.bool_]
+    correct: NDArray[np.bool_]
     after_wrong: NDArray[np.int64]
 
     @classmethod
@@ -57,19 +57,19 @@ class LookupTraces:
                 lost = proposal is not None and proposal.token != choice
                 behind.append(_followed(lookup, newest) if lost else NOTHING)
                 lookup.extend([newest])
-        match, support, right = zip(*found, strict=True)
-        return cls(np.array(match), np.array(support), np.array(right), np.moveaxis(np.array(behind), 0, -1))
+        match, support, correct = zip(*found, strict=True)
+        return cls(np.array(match), np.array(support), np.array(correct), np.moveaxis(np.array(behind), 0, -1))
 
     def fit(self) -> LookupTable:
         """Share of right proposals by match length and support, drawn to the share of its match length."""
         proposed = self.match > 0
-        overall = float(self.right[proposed].mean()) if proposed.any() else 0.0
+        overall = float(self.correct[proposed].mean()) if proposed.any() else 0.0
         rows = []
         for length in range(1, MAX_MATCH + 1):
             of_length = self.match == length
-            prior = _share(self.right[of_length], overall)
+            prior = _share(self.correct[of_length], overall)
             cells = [
-                _share(self.right[of_length & (self.support == support)], prior) for support in range(NUM_SUPPORTS)
+                _share(self.correct[of_length & (self.support == support)], prior) for support in range(NUM_SUPPORTS)
             ]
             rows.append(tuple(round(cell, 4) for cell in cells))
         return LookupTable(tuple(rows))
@@ -77,12 +77,12 @@ class LookupTraces:
     def report(self, table: LookupTable) -> dict[str, float]:
         """Share of positions with a proposal, share of those that are right, and ECE; for `calibration.json`."""
         proposed = self.match > 0
-        sure = self.confidences(table)
+        confidence = self.confidences(table)
         return {
             "proposed": float(proposed.mean()),
-            "agreement": float(self.right.mean()),
-            "precision": float(self.right[proposed].mean()) if proposed.any() else 0.0,
-            "ece": expected_calibration_error(sure, self.right),
+            "agreement": float(self.correct.mean()),
+            "precision": float(self.correct[proposed].mean()) if proposed.any() else 0.0,
+            "ece": expected_calibration_error(confidence, self.correct),
         }
 
     def confidences(self, table: LookupTable) -> NDArray[np.float32]:
@@ -110,5 +110,5 @@ def _looked_up(table: LookupTable, match: NDArray[np.int64], support: NDArray[np
     return np.where(match > 0, cells, 0.0).astype(np.float32)
 
 
-def _share(right: NDArray[np.bool_], prior: float) -> float:
-    return (float(right.sum()) + PRIOR_WEIGHT * prior) / (len(right) + PRIOR_WEIGHT)
+def _share(correct: NDArray[np.bool_], prior: float) -> float:
+    return (float(correct.sum()) + PRIOR_WEIGHT * prior) / (len(correct) + PRIOR_WEIGHT)

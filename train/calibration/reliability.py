@@ -28,16 +28,16 @@ Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
 
-def expected_calibration_error(sure: Floats, right: Flags, *, bins: int = BINS) -> float:
+def expected_calibration_error(confidence: Floats, correct: Flags, *, bins: int = BINS) -> float:
     """ECE in [0, 1] over bins of equal mass: mean of |accuracy - confidence|, weighted by positions."""
-    parts = _equal_mass(sure, bins)
-    gaps = [len(part) * abs(float(right[part].mean()) - float(sure[part].mean())) for part in parts]
-    return float(sum(gaps) / len(sure))
+    parts = _equal_mass(confidence, bins)
+    gaps = [len(part) * abs(float(correct[part].mean()) - float(confidence[part].mean())) for part in parts]
+    return float(sum(gaps) / len(confidence))
 
 
-def _equal_mass(sure: Floats, bins: int) -> list[NDArray[np.int64]]:
+def _equal_mass(confidence: Floats, bins: int) -> list[NDArray[np.int64]]:
     """Positions of each bin, least sure first."""
-    return [part for part in np.array_split(np.argsort(sure, kind="stable"), bins) if len(part)]
+    return [part for part in np.array_split(np.argsort(confidence, kind="stable"), bins) if len(part)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +63,18 @@ class Texts:
         tops, bottoms = self.weights @ self.sums(top), self.weights @ self.sums(bottom)
         return _quantiles(tops / bottoms) if bool((bottoms > 0).all()) else None
 
-    def ece_interval(self, sure: Floats, right: Flags) -> list[float]:
+    def ece_interval(self, confidence: Floats, correct: Flags) -> list[float]:
         """Of the calibration error, the bins' edges held.
 
         Drawing texts adds noise to every bin, and noise only raises an error: the draws are moved to the estimate.
         """
-        total, length = np.zeros(len(self.weights)), self.weights @ self.sums(np.ones(len(sure)))
-        for part in _equal_mass(sure, BINS):
-            gap = np.zeros(len(sure))
-            gap[part] = right[part].astype(np.float64) - sure[part]
+        total, length = np.zeros(len(self.weights)), self.weights @ self.sums(np.ones(len(confidence)))
+        for part in _equal_mass(confidence, BINS):
+            gap = np.zeros(len(confidence))
+            gap[part] = correct[part].astype(np.float64) - confidence[part]
             total += np.abs(self.weights @ self.sums(gap))
         draws = total / length
-        return _quantiles(np.maximum(0.0, draws - draws.mean() + expected_calibration_error(sure, right)))
+        return _quantiles(np.maximum(0.0, draws - draws.mean() + expected_calibration_error(confidence, correct)))
 
 
 def _quantiles(values: NDArray[np.float64]) -> list[float]:
@@ -88,11 +88,11 @@ def report(found: Confidences, schedule: TemperatureSchedule) -> dict[str, Any]:
     after = found.at(schedule)
     texts = Texts.of(found.sequence)
     exits = {
-        str(layer): {"temperature": schedule[layer]} | describe_exit(before[layer], after[layer], right, texts)
-        for layer, right in sorted(found.right.items())
+        str(layer): {"temperature": schedule[layer]} | describe_exit(before[layer], after[layer], correct, texts)
+        for layer, correct in sorted(found.correct.items())
     }
-    layers = sorted(found.right)
-    pooled = [np.concatenate([by_layer[layer] for layer in layers]) for by_layer in (before, after, found.right)]
+    layers = sorted(found.correct)
+    pooled = [np.concatenate([by_layer[layer] for layer in layers]) for by_layer in (before, after, found.correct)]
     return {
         "positions": len(found.sequence),
         "sequences": int(found.sequence[-1]) + 1,
@@ -112,52 +112,52 @@ def compare_schedules(found: Confidences, num_hidden_layers: int) -> dict[str, A
     compared = {}
     for kind in KINDS:
         schedule, _ = fit_schedule(found, kind, num_hidden_layers)
-        sure = found.at(schedule)
+        confidence = found.at(schedule)
         compared[kind] = {
             str(layer): {
                 "temperature": schedule[layer],
-                "ece": expected_calibration_error(sure[layer], found.right[layer]),
-                "brier": brier(sure[layer], found.right[layer]),
+                "ece": expected_calibration_error(confidence[layer], found.correct[layer]),
+                "brier": brier(confidence[layer], found.correct[layer]),
             }
             for layer in sorted(found.grid)
         }
     return compared
 
 
-def describe_exit(before: Floats, after: Floats, right: Flags, texts: Texts) -> dict[str, Any]:
+def describe_exit(before: Floats, after: Floats, correct: Flags, texts: Texts) -> dict[str, Any]:
     """One exit: agreement, ECE and Brier before and after, precision and coverage by threshold, the bound on waste."""
-    ones = np.ones(len(right))
+    ones = np.ones(len(correct))
     return {
-        "agreement": float(right.mean()),
-        "agreement_interval": texts.interval(right, ones),
-        "ece_before": expected_calibration_error(before, right),
-        "ece_before_interval": texts.ece_interval(before, right),
-        "ece_after": expected_calibration_error(after, right),
-        "ece_after_interval": texts.ece_interval(after, right),
-        "brier_before": brier(before, right),
-        "brier_after": brier(after, right),
-        "thresholds": [_at_threshold(after, right, threshold, texts) for threshold in THRESHOLDS],
-        "risk": bounded_waste(after, right, texts),
+        "agreement": float(correct.mean()),
+        "agreement_interval": texts.interval(correct, ones),
+        "ece_before": expected_calibration_error(before, correct),
+        "ece_before_interval": texts.ece_interval(before, correct),
+        "ece_after": expected_calibration_error(after, correct),
+        "ece_after_interval": texts.ece_interval(after, correct),
+        "brier_before": brier(before, correct),
+        "brier_after": brier(after, correct),
+        "thresholds": [_at_threshold(after, correct, threshold, texts) for threshold in THRESHOLDS],
+        "risk": bounded_waste(after, correct, texts),
     }
 
 
-def brier(sure: Floats, right: Flags) -> float:
+def brier(confidence: Floats, correct: Flags) -> float:
     """Mean squared difference of confidence and outcome."""
-    return float(np.mean((sure.astype(np.float64) - right) ** 2))
+    return float(np.mean((confidence.astype(np.float64) - correct) ** 2))
 
 
-def _at_threshold(sure: Floats, right: Flags, threshold: float, texts: Texts) -> dict[str, Any]:
-    taken = sure >= threshold
+def _at_threshold(confidence: Floats, correct: Flags, threshold: float, texts: Texts) -> dict[str, Any]:
+    taken = confidence >= threshold
     return {
         "threshold": threshold,
         "coverage": float(taken.mean()),
-        "precision": float(right[taken].mean()) if taken.any() else None,
-        "precision_interval": texts.interval(taken & right, taken),
+        "precision": float(correct[taken].mean()) if taken.any() else None,
+        "precision_interval": texts.interval(taken & correct, taken),
     }
 
 
 def bounded_waste(
-    sure: Floats, right: Flags, texts: Texts, *, epsilon: float = EPSILON, delta: float = DELTA
+    confidence: Floats, correct: Flags, texts: Texts, *, epsilon: float = EPSILON, delta: float = DELTA
 ) -> dict[str, Any]:
     """The lowest threshold at which, with chance `1 - delta` over the texts seen, at most `epsilon` is wasted.
 
@@ -167,11 +167,11 @@ def bounded_waste(
     """
     lowest = None
     for threshold in RISK_THRESHOLDS:
-        taken = texts.sums(sure >= threshold)
+        taken = texts.sums(confidence >= threshold)
         drafting = taken > 0
         if int(drafting.sum()) < FEWEST_TEXTS:
             continue  # not tested: nothing is claimed of it
-        wasted = texts.sums((sure >= threshold) & ~right)[drafting] / taken[drafting]
+        wasted = texts.sums((confidence >= threshold) & ~correct)[drafting] / taken[drafting]
         if hoeffding_bentkus(float(wasted.mean()), len(wasted), epsilon) > delta:
             break
         lowest = threshold

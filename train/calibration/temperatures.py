@@ -34,13 +34,13 @@ class Confidences:
 
     Attributes:
         grid: exit layer -> confidence at each of `TEMPERATURES`, shape [N, temperatures], float32.
-        right: exit layer -> whether the draft is the base's choice, shape [N], bool.
+        correct: exit layer -> whether the draft is the base's choice, shape [N], bool.
         sequence: index of each position's sequence, shape [N], not decreasing.
         targets: the base's choice at each position, shape [N], target ids.
     """
 
     grid: dict[int, Floats]
-    right: dict[int, NDArray[np.bool_]]
+    correct: dict[int, NDArray[np.bool_]]
     sequence: NDArray[np.int64]
     targets: NDArray[np.int64]
 
@@ -57,7 +57,7 @@ def collect(batches: Iterable[Features], heads: DraftHeads) -> Confidences:
         DataError: logits that are not numbers (naming the exit layer).
     """
     grids: dict[int, list[Floats]] = {}
-    right: dict[int, list[NDArray[np.bool_]]] = {}
+    correct: dict[int, list[NDArray[np.bool_]]] = {}
     lengths: list[int] = []
     targets: list[int] = []
     for batch in batches:
@@ -68,10 +68,10 @@ def collect(batches: Iterable[Features], heads: DraftHeads) -> Confidences:
             if not bool(torch.isfinite(logits).all()):
                 raise DataError(f"the head of exit layer {layer} gives logits that are not finite: fit it again")
             grids.setdefault(layer, []).append(_confidence_grid(logits))
-            right.setdefault(layer, []).append((logits.argmax(-1) == choice).cpu().numpy())
+            correct.setdefault(layer, []).append((logits.argmax(-1) == choice).cpu().numpy())
     return Confidences(
         grid={layer: np.concatenate(parts) for layer, parts in grids.items()},
-        right={layer: np.concatenate(parts) for layer, parts in right.items()},
+        correct={layer: np.concatenate(parts) for layer, parts in correct.items()},
         sequence=np.repeat(np.arange(len(lengths)), lengths),
         targets=np.array(targets),
     )
@@ -159,9 +159,9 @@ def _score(found: Confidences, schedule: TemperatureSchedule, part: NDArray[np.b
 
 def _losses(found: Confidences, layer: int, part: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Mean negative log-likelihood of right and wrong at each of `TEMPERATURES`."""
-    sure = np.clip(found.grid[layer][part].astype(np.float64), 1e-6, 1 - 1e-6)
-    right = found.right[layer][part][:, None]
-    losses: NDArray[np.float64] = -np.where(right, np.log(sure), np.log1p(-sure)).mean(axis=0)
+    confidence = np.clip(found.grid[layer][part].astype(np.float64), 1e-6, 1 - 1e-6)
+    correct = found.correct[layer][part][:, None]
+    losses: NDArray[np.float64] = -np.where(correct, np.log(confidence), np.log1p(-confidence)).mean(axis=0)
     return losses
 
 

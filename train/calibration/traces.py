@@ -25,19 +25,19 @@ class Traces:
 
     Attributes:
         layers: sources of drafts, ascending; 0 is the lookup, others are exit layers.
-        sure: calibrated confidence of each source, shape [sources, A, N], float32: as the first, second, ... draft of
-            a round, the last of these for all further drafts. (Heads may read a verified state, which gets older.)
-        right: whether its draft is the base's choice, shape [sources, A, N], bool.
+        confidence: calibrated, of each source, shape [sources, A, N], float32: as the first, second, ... draft of a
+            round, the last of these for all further drafts. (Heads may read a verified state, which gets older.)
+        correct: whether its draft is the base's choice, shape [sources, A, N], bool.
         sequence: index of each position's text, shape [N], int64, from 0, not decreasing.
         context: tokens before each position, the prompt's included, shape [N], int64.
-        uncalibrated: `sure` with every exit temperature 1; None if not logged.
+        uncalibrated: `confidence` with every exit temperature 1; None if not logged.
         after_wrong: confidence of the lookup's further drafts behind a wrong one of its own, the first of which stands
             at the next position, shape [F, N], float32; None if not logged. It goes on to copy what it copied from.
     """
 
     layers: tuple[int, ...]
-    sure: NDArray[np.float32]
-    right: NDArray[np.bool_]
+    confidence: NDArray[np.float32]
+    correct: NDArray[np.bool_]
     sequence: NDArray[np.int64]
     context: NDArray[np.int64]
     uncalibrated: NDArray[np.float32] | None = None
@@ -45,12 +45,12 @@ class Traces:
 
     def __post_init__(self) -> None:
         length = len(self.sequence)
-        shape = (len(self.layers), *self.sure.shape[1:2], length)
+        shape = (len(self.layers), *self.confidence.shape[1:2], length)
         steps = np.diff(self.sequence)
         if (
             length == 0
-            or self.sure.shape != shape
-            or self.right.shape != shape
+            or self.confidence.shape != shape
+            or self.correct.shape != shape
             or (self.uncalibrated is not None and self.uncalibrated.shape != shape)
             or (self.after_wrong is not None and self.after_wrong.shape != (len(self.after_wrong), length))
             or self.context.shape != (length,)
@@ -82,8 +82,8 @@ class Traces:
     @classmethod
     def join(
         cls,
-        sure: Mapping[int, NDArray[np.float32]],
-        right: Mapping[int, NDArray[np.bool_]],
+        confidence: Mapping[int, NDArray[np.float32]],
+        correct: Mapping[int, NDArray[np.bool_]],
         sequence: NDArray[np.int64],
         prompt_lengths: NDArray[np.int64],
         uncalibrated: Mapping[int, NDArray[np.float32]] | None = None,
@@ -94,13 +94,13 @@ class Traces:
         Args:
             prompt_lengths: tokens of each text's prompt, shape [texts].
         """
-        layers = tuple(sorted(sure))
+        layers = tuple(sorted(confidence))
         first = np.searchsorted(sequence, np.arange(int(sequence[-1]) + 1))
         offset = np.arange(len(sequence)) - first[sequence]
         return cls(
             layers=layers,
-            sure=_stack(sure, layers).astype(np.float32),
-            right=_stack(right, layers),
+            confidence=_stack(confidence, layers).astype(np.float32),
+            correct=_stack(correct, layers),
             sequence=sequence,
             context=prompt_lengths[sequence] + offset,
             uncalibrated=None if uncalibrated is None else _stack(uncalibrated, layers).astype(np.float32),
@@ -113,8 +113,8 @@ class Traces:
         numbers = np.cumsum(chosen) - 1
         return Traces(
             self.layers,
-            self.sure.compress(keep, axis=-1),
-            self.right.compress(keep, axis=-1),
+            self.confidence.compress(keep, axis=-1),
+            self.correct.compress(keep, axis=-1),
             numbers[self.sequence[keep]],
             self.context[keep],
             None if self.uncalibrated is None else self.uncalibrated.compress(keep, axis=-1),
@@ -129,7 +129,7 @@ class Traces:
         """
         if self.uncalibrated is None:
             raise DataError("the traces have no confidences at T = 1: fit the adapter again, which logs them")
-        return replace(self, sure=self.uncalibrated)
+        return replace(self, confidence=self.uncalibrated)
 
     def write(self, path: Path, *, weights_sha256: str) -> None:
         """Keep them in a safetensors file, confidences in half precision: finer than the data can tell.
@@ -139,8 +139,8 @@ class Traces:
         """
         tensors: dict[str, NDArray[Any]] = {
             "layers": np.array(self.layers, dtype=np.int64),
-            "sure": np.ascontiguousarray(self.sure, dtype=np.float16),
-            "right": np.ascontiguousarray(self.right),
+            "sure": np.ascontiguousarray(self.confidence, dtype=np.float16),
+            "right": np.ascontiguousarray(self.correct),
             "sequence": self.sequence.astype(np.int32),
             "context": self.context.astype(np.int32),
         }
@@ -168,8 +168,8 @@ class Traces:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             traces = cls(
                 layers=tuple(found["layers"].tolist()),
-                sure=found["sure"].astype(np.float32),
-                right=found["right"],
+                confidence=found["sure"].astype(np.float32),
+                correct=found["right"],
                 sequence=found["sequence"].astype(np.int64),
                 context=found["context"].astype(np.int64),
                 uncalibrated=found["uncalibrated"].astype(np.float32) if "uncalibrated" in found else None,

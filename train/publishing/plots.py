@@ -28,13 +28,13 @@ def reliability_plot(found: Confidences, schedule: TemperatureSchedule, path: Pa
     figure, panels = plt.subplots(1, len(layers), figsize=(3.4 * len(layers), 3.6), sharey=True, squeeze=False)
     for panel, layer in zip(panels[0], layers, strict=True):
         panel.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
-        for sure, label, color in (
+        for confidence, label, color in (
             (before[layer], "T = 1", "tab:orange"),
             (after[layer], "calibrated", "tab:blue"),
         ):
-            error = expected_calibration_error(sure, found.right[layer])
+            error = expected_calibration_error(confidence, found.correct[layer])
             panel.plot(
-                *_points(sure, found.right[layer]),
+                *_points(confidence, found.correct[layer]),
                 "o-",
                 markersize=3,
                 color=color,
@@ -55,13 +55,13 @@ def precision_plot(traces: Traces, bounds: SpeculationBounds, path: Path) -> Non
     """Share of drafts that are right against share of positions drafted at, one line a source, its own tau marked."""
     figure, panel = plt.subplots(figsize=(5.2, 4.0))
     for row, layer in enumerate(traces.layers):
-        sure, hits = traces.sure[row, 0], traces.right[row, 0]  # as the first draft of a round
-        order = np.argsort(-sure, kind="stable")
-        right = np.cumsum(hits[order])
+        confidence, hits = traces.confidence[row, 0], traces.correct[row, 0]  # as the first draft of a round
+        order = np.argsort(-confidence, kind="stable")
+        correct = np.cumsum(hits[order])
         count = np.arange(1, len(order) + 1)
         shown = count >= min(30, len(order))  # the first few say nothing
-        (line,) = panel.plot((count / len(order))[shown], (right / count)[shown], label=_source(layer))
-        taken = bounds.accepts(layer, sure) & (layer <= bounds.max_exit_layer)
+        (line,) = panel.plot((count / len(order))[shown], (correct / count)[shown], label=_source(layer))
+        taken = bounds.accepts(layer, confidence) & (layer <= bounds.max_exit_layer)
         if taken.any():
             panel.plot(taken.mean(), hits[taken].mean(), "o", color=line.get_color())
     panel.set(
@@ -120,6 +120,6 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def _points(sure: NDArray[np.float32], right: NDArray[np.bool_]) -> tuple[list[float], list[float]]:
-    parts = [part for part in np.array_split(np.argsort(sure, kind="stable"), BINS) if len(part)]
-    return [float(sure[part].mean()) for part in parts], [float(right[part].mean()) for part in parts]
+def _points(confidence: NDArray[np.float32], correct: NDArray[np.bool_]) -> tuple[list[float], list[float]]:
+    parts = [part for part in np.array_split(np.argsort(confidence, kind="stable"), BINS) if len(part)]
+    return [float(confidence[part].mean()) for part in parts], [float(correct[part].mean()) for part in parts]

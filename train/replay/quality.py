@@ -46,15 +46,15 @@ def evaluate(
             logged = logged or Logged(dict.fromkeys(by_age[0], 1.0), ages)
             logged.add(batch, by_age, targets.choice)
         for layer, logits in by_age[0].items():
-            right = logits.argmax(-1) == targets.choice
+            correct = logits.argmax(-1) == targets.choice
             confidences = confidence(logits, 1.0)
-            sure = confidences >= THRESHOLD
+            confident = confidences >= THRESHOLD
             values = {
                 "loss": float(distillation_loss(logits, targets, kl_weight=kl_weight)) * number,
-                "agreement": float(right.sum()),
+                "agreement": float(correct.sum()),
                 "acceptance": float(expected_acceptance(logits, targets).sum()),
-                "sure": float(sure.sum()),
-                "sure_and_right": float((sure & right).sum()),
+                "confident": float(confident.sum()),
+                "confident_and_correct": float((confident & correct).sum()),
             }
             for name, value in values.items():
                 key = f"held_out/{name}/layer_{layer:02d}"
@@ -63,7 +63,7 @@ def evaluate(
     means = _means(sums, positions) | {"held_out/chance": max(Counter(said).values(), default=0) / max(1, positions)}
     if simulation is None or logged is None:
         return means
-    return means | simulation.figures(logged.sure, logged.right, logged.targets)
+    return means | simulation.figures(logged.confidence, logged.correct, logged.targets)
 
 
 def show(step: int, values: dict[str, float]) -> str:
@@ -83,10 +83,10 @@ def show(step: int, values: dict[str, float]) -> str:
 
 
 def _means(sums: dict[str, float], positions: int) -> dict[str, float]:
-    means = {key: value / max(1, positions) for key, value in sums.items() if "/sure" not in key}
+    means = {key: value / max(1, positions) for key, value in sums.items() if "/confident" not in key}
     for key, value in sums.items():
-        if "/sure/" in key:
-            right = sums[key.replace("/sure/", "/sure_and_right/")]
-            means[key.replace("/sure/", "/coverage/")] = value / max(1, positions)
-            means[key.replace("/sure/", "/precision/")] = right / value if value else 0.0
+        if "/confident/" in key:
+            correct = sums[key.replace("/confident/", "/confident_and_correct/")]
+            means[key.replace("/confident/", "/coverage/")] = value / max(1, positions)
+            means[key.replace("/confident/", "/precision/")] = correct / value if value else 0.0
     return means

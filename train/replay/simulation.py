@@ -29,25 +29,25 @@ class Simulation:
 
     def figures(
         self,
-        sure: dict[int, NDArray[np.float32]],
-        right: dict[int, NDArray[np.bool_]],
+        confidence: dict[int, NDArray[np.float32]],
+        correct: dict[int, NDArray[np.bool_]],
         targets: NDArray[np.int64],
     ) -> dict[str, float]:
         """`held_out/accepted_length` and `held_out/predicted_speedup` under the best single threshold.
 
         Args:
-            sure: exit layer -> confidence at T = 1, shape [ages, N]. (Temperatures are fitted after the heads.)
-            right: exit layer -> whether the draft is the base's choice, shape [ages, N].
+            confidence: exit layer -> confidence at T = 1, shape [ages, N]. (Temperatures are fitted after the heads.)
+            correct: exit layer -> whether the draft is the base's choice, shape [ages, N].
             targets: the base's choice, shape [N].
         """
         if self._lookup is None:
             found = LookupTraces.collect(self.rows, targets.tolist())
             table = found.fit()
-            self._lookup = found.confidences(table), found.right, found.confidences_after_wrong(table)
+            self._lookup = found.confidences(table), found.correct, found.confidences_after_wrong(table)
         lengths = [len(response) for _, response in self.rows]
         traces = Traces.join(
-            sure | {0: self._lookup[0]},
-            right | {0: self._lookup[1]},
+            confidence | {0: self._lookup[0]},
+            correct | {0: self._lookup[1]},
             np.repeat(np.arange(len(lengths)), lengths),
             np.array([len(prompt) for prompt, _ in self.rows]),
             after_wrong=self._lookup[2],

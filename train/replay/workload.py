@@ -63,12 +63,13 @@ def log_texts(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Traces
         temperatures=drafter.temperatures.temperatures,
         ages=drafter.heads.exits.one.ages,
     )
-    sure, uncalibrated, right = found.sure, found.uncalibrated, found.right
+    confidence, uncalibrated, correct = found.confidence, found.uncalibrated, found.correct
     after_wrong = None
     if drafter.lookup is not None:
         looked_up = LookupTraces.collect(rows, found.targets.tolist())
         by_lookup = {LOOKUP_LAYER: looked_up.confidences(drafter.lookup)}
-        sure, uncalibrated, right = sure | by_lookup, uncalibrated | by_lookup, right | {LOOKUP_LAYER: looked_up.right}
+        confidence, uncalibrated = confidence | by_lookup, uncalibrated | by_lookup
+        correct = correct | {LOOKUP_LAYER: looked_up.correct}
         after_wrong = looked_up.confidences_after_wrong(drafter.lookup)
     lengths = np.array([len(prompt) for prompt, _ in rows])
-    return Traces.join(sure, right, found.sequence, lengths, uncalibrated, after_wrong)
+    return Traces.join(confidence, correct, found.sequence, lengths, uncalibrated, after_wrong)

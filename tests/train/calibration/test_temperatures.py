@@ -58,12 +58,12 @@ def collected(seed: int = 0, number: int = 20_000) -> Confidences:
     return collect([whole], FakeHeads(draws))
 
 
-def made(right: np.ndarray, grid_value: float = 0.7) -> Confidences:
+def made(correct: np.ndarray, grid_value: float = 0.7) -> Confidences:
     from train.calibration.temperatures import TEMPERATURES
 
-    sure = np.broadcast_to(np.clip(grid_value / TEMPERATURES**0.2, 0, 1), (len(right), len(TEMPERATURES)))
-    sequence = np.repeat(np.arange(10), len(right) // 10)
-    return Confidences({3: sure.astype(np.float32)}, {3: right}, sequence, np.zeros(len(right), np.int64))
+    confidence = np.broadcast_to(np.clip(grid_value / TEMPERATURES**0.2, 0, 1), (len(correct), len(TEMPERATURES)))
+    sequence = np.repeat(np.arange(10), len(correct) // 10)
+    return Confidences({3: confidence.astype(np.float32)}, {3: correct}, sequence, np.zeros(len(correct), np.int64))
 
 
 def test_known_temperatures_are_recovered_within_five_percent():
@@ -96,10 +96,10 @@ def test_two_runs_give_the_same():
     assert first == second
 
 
-@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("correct", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "fitted", "auto", "none"])
-def test_always_right_and_never_right_stay_within_bounds(right, kind):
-    schedule, scores = fit_schedule(made(np.full(400, right)), kind, NUM_HIDDEN_LAYERS)
+def test_always_right_and_never_right_stay_within_bounds(correct, kind):
+    schedule, scores = fit_schedule(made(np.full(400, correct)), kind, NUM_HIDDEN_LAYERS)
     assert 0 < schedule[3] <= MAX_TEMPERATURE
     assert all(np.isfinite(score) for score in scores.values())
 
@@ -147,14 +147,14 @@ def test_a_choice_outside_the_draft_vocabulary_is_never_right():
     heads = FakeHeads(draws)
     heads.target_to_draft = torch.full((CLASSES,), -1)
     found = collect([whole], heads)
-    assert not any(right.any() for right in found.right.values())
+    assert not any(correct.any() for correct in found.correct.values())
 
 
 def test_calibration_error_of_known_numbers():
-    sure = np.array([0.9] * 10 + [0.2] * 10, dtype=np.float32)
-    right = np.array([True] * 5 + [False] * 5 + [True] * 4 + [False] * 6)
-    assert expected_calibration_error(sure, right, bins=2) == pytest.approx((0.4 + 0.2) / 2, abs=1e-6)
-    assert expected_calibration_error(np.full(20, right.mean(), np.float32), right, bins=1) == pytest.approx(
+    confidence = np.array([0.9] * 10 + [0.2] * 10, dtype=np.float32)
+    correct = np.array([True] * 5 + [False] * 5 + [True] * 4 + [False] * 6)
+    assert expected_calibration_error(confidence, correct, bins=2) == pytest.approx((0.4 + 0.2) / 2, abs=1e-6)
+    assert expected_calibration_error(np.full(20, correct.mean(), np.float32), correct, bins=1) == pytest.approx(
         0, abs=1e-6
     )
 
@@ -186,7 +186,7 @@ def test_monotone_temperatures_never_rise_with_depth():
     )
     rising = Confidences(
         {2: falling.grid[4], 4: falling.grid[2]},
-        {2: falling.right[4], 4: falling.right[2]},
+        {2: falling.correct[4], 4: falling.correct[2]},
         falling.sequence,
         falling.targets,
     )
@@ -208,21 +208,21 @@ def test_the_bound_on_waste_is_kept():
     """On honest confidences the threshold found wastes at most epsilon on new texts, in nearly all repetitions."""
     broken = stated = 0
     for seed in range(60):
-        sure = np.random.default_rng(seed).random((2, 2400)).astype(np.float32)
-        right = np.random.default_rng(1000 + seed).random((2, 2400)) < sure
+        confidence = np.random.default_rng(seed).random((2, 2400)).astype(np.float32)
+        correct = np.random.default_rng(1000 + seed).random((2, 2400)) < confidence
         seen = Texts.of(np.repeat(np.arange(80), 30))
-        found = bounded_waste(sure[0], right[0], seen, epsilon=0.25, delta=0.1)
+        found = bounded_waste(confidence[0], correct[0], seen, epsilon=0.25, delta=0.1)
         if found["threshold"] is not None:
             stated += 1
-            sure, right = sure[1], right[1]
-            broken += float((~right[sure >= found["threshold"]]).mean()) > 0.25
+            confidence, correct = confidence[1], correct[1]
+            broken += float((~correct[confidence >= found["threshold"]]).mean()) > 0.25
     assert stated > 50 and broken <= 0.1 * stated
 
 
 def test_nothing_is_claimed_of_a_bad_exit_or_of_few_texts():
     """No threshold at all."""
-    sure = np.full(600, 0.95, np.float32)
-    wrong = bounded_waste(sure, np.zeros(600, bool), Texts.of(np.repeat(np.arange(60), 10)))
-    few = bounded_waste(sure, np.ones(600, bool), Texts.of(np.repeat(np.arange(6), 100)))
+    confidence = np.full(600, 0.95, np.float32)
+    wrong = bounded_waste(confidence, np.zeros(600, bool), Texts.of(np.repeat(np.arange(60), 10)))
+    few = bounded_waste(confidence, np.ones(600, bool), Texts.of(np.repeat(np.arange(6), 100)))
     assert wrong["threshold"] is None and few["threshold"] is None
     assert hoeffding_bentkus(0.0, 50, 0.25) < 0.001 and hoeffding_bentkus(0.3, 50, 0.25) == 1.0

@@ -127,7 +127,7 @@ def test_an_adapter_that_replay_misjudges_is_not_published(fitted: Any) -> None:
     assert found["by_run"] == pytest.approx(found["by_replay"], rel=0.02) and found["by_run"] > 1.02
     assert json.loads((folder / "calibration.json").read_text())["agreement"]["tokens"] > 0
     with pytest.raises(SpecBoundError, match="not published"):
-        check_agreement(specbound.layers, specbound.drafter, bounds, rows, replace(traces, right=~traces.right))
+        check_agreement(specbound.layers, specbound.drafter, bounds, rows, replace(traces, correct=~traces.correct))
 
 
 def test_bounds_for_a_workload(fitted: Any, tmp_path: Path) -> None:
@@ -141,8 +141,8 @@ def test_bounds_for_a_workload(fitted: Any, tmp_path: Path) -> None:
     whole = np.bincount(logged.sequence) == 16  # the others ended before
     logged = logged.of_sequences(whole)
     assert logged.num_sequences == len(rows) > 0
-    assert (traces.right == logged.right).mean() > 0.99
-    assert abs(traces.sure - logged.sure).max() < 0.01
+    assert (traces.correct == logged.correct).mean() > 0.99
+    assert abs(traces.confidence - logged.confidence).max() < 0.01
     assert traces.after_wrong is not None and logged.after_wrong is not None and logged.after_wrong.any()
     assert abs(traces.after_wrong - logged.after_wrong).max() < 0.01
     CostTable.counted(6, head=0.1, unembedding=1.0).write(tmp_path / "costs.json")

@@ -22,7 +22,7 @@ def honest_traces(texts: int = 24, seed: int = 0) -> Traces:
     """A precise but rare lookup, a poor exit at 2 and a good one at 6; confidences are the chances of being right."""
     numbers = np.random.default_rng(seed)
     length = 50 * texts
-    sure = np.stack(
+    confidence = np.stack(
         [
             np.where(numbers.random(length) < 0.2, 0.9, 0.05),
             numbers.random(length) * 0.5,
@@ -31,17 +31,19 @@ def honest_traces(texts: int = 24, seed: int = 0) -> Traces:
     ).astype(np.float32)
     return Traces(
         layers=(0, 2, 6),
-        sure=sure[:, None],
-        right=(numbers.random(sure.shape) < sure)[:, None],
+        confidence=confidence[:, None],
+        correct=(numbers.random(confidence.shape) < confidence)[:, None],
         sequence=np.repeat(np.arange(texts), 50),
         context=np.tile(np.arange(50), texts),
     )
 
 
-def constant(*, sure: float, right: bool) -> Traces:
+def constant(*, confidence: float, correct: bool) -> Traces:
     """Every source alike at every position."""
     shape = (3, 1, 90)
-    return Traces((0, 2, 6), np.full(shape, sure, np.float32), np.full(shape, right), np.zeros(90, int), np.arange(90))
+    return Traces(
+        (0, 2, 6), np.full(shape, confidence, np.float32), np.full(shape, correct), np.zeros(90, int), np.arange(90)
+    )
 
 
 def test_tuned_bounds_are_the_fastest() -> None:
@@ -63,7 +65,7 @@ def test_tuned_bounds_are_the_fastest() -> None:
 
 def test_good_shallow_drafts_pay() -> None:
     """Always right at depth 0: the widest round, nothing deeper."""
-    bounds, found = tune(constant(sure=0.99, right=True), COSTS, progress=False)
+    bounds, found = tune(constant(confidence=0.99, correct=True), COSTS, progress=False)
     assert (bounds.max_draft_tokens, bounds.max_exit_layer) == (max(WIDTHS), 0) and found.speedup > 2
 
 
@@ -81,14 +83,14 @@ def test_drafts_that_barely_pay_are_left_out(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_nothing_is_drafted_where_nothing_pays() -> None:
     """Sure and always wrong."""
-    bounds, found = tune(constant(sure=0.99, right=False), COSTS, progress=False)
+    bounds, found = tune(constant(confidence=0.99, correct=False), COSTS, progress=False)
     assert (bounds.exit_threshold, bounds.max_draft_tokens) == (OFF, 0)
     assert found.drafted.total() == 0 and found.speedup == pytest.approx(1.0)
 
 
 def test_given_bounds_are_held() -> None:
     """Whatever they cost."""
-    traces = constant(sure=0.99, right=False)
+    traces = constant(confidence=0.99, correct=False)
     bounds, found = tune(traces, COSTS, Held(exit_threshold=0.5, max_draft_tokens=3), progress=False)
     assert (bounds.exit_threshold, bounds.max_draft_tokens) == (0.5, 3) and found.speedup < 1
     refused, _ = tune(traces, COSTS, Held(max_draft_tokens=3), progress=False)
@@ -103,7 +105,7 @@ def test_traces_on_disk(tmp_path: Path) -> None:
     traces.write(tmp_path / "t.safetensors", weights_sha256="one")
     read = Traces.read(tmp_path / "t.safetensors", weights_sha256="one")
     assert read.layers == traces.layers
-    for name in ("sure", "right", "sequence", "context"):
+    for name in ("confidence", "correct", "sequence", "context"):
         assert np.allclose(getattr(read, name), getattr(traces, name), atol=1e-3)
     assert read.after_wrong is None
     behind = np.where(np.arange(len(traces)) % 3 == 1, np.array([[0.5], [0.25]]), 0).astype(np.float32)
@@ -125,18 +127,18 @@ def test_traces_on_disk(tmp_path: Path) -> None:
     part = traces.of_sequences(np.array([False, True, True]))
     assert part.num_sequences == 2 and len(part) == 100 and part.sequence[0] == 0
     with pytest.raises(DataError, match="do not fit"):
-        Traces(traces.layers, traces.sure, traces.right, traces.sequence + 1, traces.context)
+        Traces(traces.layers, traces.confidence, traces.correct, traces.sequence + 1, traces.context)
 
 
 def test_traces_are_joined_by_source() -> None:
     """Context counts the prompt; sources come in order of depth."""
-    sure = {4: np.full(5, 0.4, np.float32), 0: np.full(5, 0.1, np.float32)}
-    right = {4: np.ones(5, bool), 0: np.zeros(5, bool)}
-    traces = Traces.join(sure, right, np.array([0, 0, 0, 1, 1]), np.array([10, 3]))
+    confidence = {4: np.full(5, 0.4, np.float32), 0: np.full(5, 0.1, np.float32)}
+    correct = {4: np.ones(5, bool), 0: np.zeros(5, bool)}
+    traces = Traces.join(confidence, correct, np.array([0, 0, 0, 1, 1]), np.array([10, 3]))
     assert traces.layers == (0, 4)
     assert traces.context.tolist() == [10, 11, 12, 3, 4]
     assert traces.remaining.tolist() == [3, 2, 1, 2, 1]
-    assert traces.sure[0, 0, 0] == np.float32(0.1)
+    assert traces.confidence[0, 0, 0] == np.float32(0.1)
 
 
 def test_cost_tables_on_disk(tmp_path: Path) -> None:
@@ -155,7 +157,7 @@ def test_cost_tables_on_disk(tmp_path: Path) -> None:
 def test_ablations_by_replay() -> None:
     """Each part of the bounds taken away once; less of what pays is slower."""
     traces = honest_traces()
-    logged = replace(traces, uncalibrated=np.sqrt(traces.sure))
+    logged = replace(traces, uncalibrated=np.sqrt(traces.confidence))
     bounds, found = tune(logged, COSTS, progress=False)
     ablated = ablate(logged, bounds, COSTS)
     fastest = max(one["predicted_speedup"] for one in ablated.values())
