@@ -24,9 +24,7 @@ LONG_FILES = {
     "tests/runtime/test_conformance.py",
     "tests/train/corpus/test_corpus.py",
 }
-LONG_FUNCTIONS = {
-    "tests/train/replay/test_replay.py::simulate",
-}
+LONG_FUNCTIONS: set[str] = set()
 
 
 def name(path: Path) -> str:

@@ -1,7 +1,7 @@
 """When to draft and when to stop: the bounds of SpecBound (arXiv 2604.12247, bounded speculation).
 
-Nothing but comparisons. The runtime, the replay of logged traces and the controller run this same code, the replay
-on arrays of many positions at once, so that what is predicted is what happens. Knows no tensors and no model.
+Nothing but comparisons. The runtime, the controller and the replay of logged traces run this same code, so that what
+is predicted is what happens. Knows no tensors and no model.
 """
 
 from collections.abc import Iterable, Mapping
@@ -69,13 +69,12 @@ class SpeculationBounds:
         """Whether a token of this calibrated confidence leaves as a draft. NaN never does. A number or an array."""
         return confidence >= self.threshold(layer)
 
-    def drafts_on(self, survival: Any) -> Any:
-        """Whether any source is asked for one more draft, given the product of the confidences so far. A number or an
-        array."""
+    def drafts_on(self, survival: float) -> bool:
+        """Whether any source is asked for one more draft, given the product of the confidences so far."""
         return survival >= self.min_draft_survival
 
-    def runs_layers(self, survival: Any) -> Any:
-        """Whether layers run for one more draft; none do where no source is asked. A number or an array."""
+    def runs_layers(self, survival: float) -> bool:
+        """Whether layers run for one more draft; none do where no source is asked."""
         return survival >= max(self.min_survival, self.min_draft_survival)
 
     def draft_limit(self, remaining_tokens: int) -> int:

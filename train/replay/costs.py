@@ -4,7 +4,7 @@ Measured by `train.replay.profile`, or counted from the weights where nothing wa
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,36 @@ class CostTable:
         slope = (table[high] - table[low]) / (high - low)
         return max(0.0, table[low] + slope * (width - low))
 
+    def of_round(self, exits: Sequence[int], drafts: Sequence[int], hard: bool) -> tuple[float, float]:
+        """A round of which no draft is accepted: its ms with an empty context, and what every token of context adds.
+
+        Example:
+            With exits at 2 and 4 of 6 layers, the round with `drafts` (2, 4) and `hard` has three tokens. The first
+            runs 2 layers, and the head at 2 drafts. The second runs 2 layers, the head at 2 is not confident enough,
+            both tokens run the next 2 layers together, and the head at 4 drafts. The third runs 4 layers alone, and
+            both heads are asked in vain. All three run the last 2 layers and the unembedding together.
+
+        Args:
+            exits: the sources that are asked, shallowest first; 0 is the lookup.
+            drafts: the source of each draft.
+            hard: whether the token after them asked every source in vain.
+        """
+        depths: list[int] = []  # that each token has reached
+        widths: list[int] = []  # of each layer that runs: it takes all tokens that have come just so far
+        asking = 0.0
+        for draft in (*drafts, None):
+            depths.append(0)
+            in_vain = exits if hard else ()
+            asked = in_vain if draft is None else exits[: exits.index(draft) + 1]
+            for layer in asked:
+                widths += _climb(depths, layer)
+                asking += self.lookup if layer == 0 else self.head
+        widths += _climb(depths, self.num_hidden_layers)
+        layers = sum(self.block(self.layer, width) for width in widths)
+        unembedding = self.block(self.unembedding, len(depths))
+        of_context = sum(self.block(self.layer_context, width) for width in widths)
+        return self.round + self.token + asking + layers + unembedding, of_context
+
     def __str__(self) -> str:
         where = ", ".join(f"{name} {value}" for name, value in self.conditions.items()) or "counted, not measured"
         widths = sorted(self.layer)
@@ -147,3 +177,10 @@ def counted_costs(model: Any, heads: DraftHeads) -> CostTable:
     layer = (total - matrix * (1 if tied else 2)) / model.config.num_hidden_layers
     head = heads.exits.one.weights_read / layer
     return CostTable.counted(model.config.num_hidden_layers, head=head, unembedding=matrix / layer)
+
+
+def _climb(depths: list[int], to: int) -> list[int]:
+    """Bring every token to a depth, those that stand equally deep together; the width of each layer run."""
+    widths = [sum(depth <= layer for depth in depths) for layer in range(min(depths), to)]
+    depths[:] = [max(depth, to) for depth in depths]
+    return widths

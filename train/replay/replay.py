@@ -6,8 +6,9 @@ the text's own confidences. Knows no model and does not search.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,7 @@ from numpy.typing import NDArray
 from runtime.drafting.policy import SpeculationBounds
 from train.calibration.traces import Traces
 from train.replay.costs import CostTable
-from train.replay.drafts import Drafting
-from train.replay.rounds import Ints, Small
+from train.replay.rounds import LoggedRounds, Round, TraceLists
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Totals:
     drafted: Counter[int]
     accepted: Counter[int]
     hard_tokens: int
-    emitted_by_text: Ints
+    emitted_by_text: NDArray[np.int64]
     ms_by_text: NDArray[np.float64]
     plain_by_text: NDArray[np.float64]
 
@@ -93,7 +93,7 @@ class Totals:
 
 
 class Replayer:
-    """Decodes logged texts under any bounds, fastest under ones that differ from the last in width or survival alone.
+    """Decodes logged texts under any bounds, round after round.
 
     Args:
         traces: what to decode.
@@ -103,53 +103,49 @@ class Replayer:
     def __init__(self, traces: Traces, costs: CostTable) -> None:
         self.traces = traces
         self.costs = costs
-        self._drafting = Drafting(traces, costs)
+        self._lists = TraceLists(traces)
+        self._context = traces.context.tolist()
+        self._cost = cache(costs.of_round)  # few kinds of rounds make up a text
         starts = traces.starts
-        self._ends = np.append(starts, len(traces))  # where a text ends, the next one starts
+        self._ends = [*starts[1:].tolist(), len(traces)]
+        self._starts = starts.tolist()
+        self._longest = int(traces.remaining.max())
         self._emitted = traces.remaining[starts] - 1  # the prompt's own forward emits the first, in both ways
-        self._first = starts[self._emitted > 0] + 1
-        self._doublings = max(1, int(self._emitted.max()).bit_length())
         plain = costs.plain + costs.plain_context * traces.context
         plain[starts] = 0.0
         self._plain = np.bincount(traces.sequence, weights=plain).astype(np.float64)
 
     def run(self, bounds: SpeculationBounds) -> Totals:
         """Totals of decoding every text."""
-        drafting = self._drafting
-        asked = drafting.questions(bounds)
-        accepted = np.minimum(drafting.correct, asked)
-        starts = self._round_starts(accepted)
-        accepted = accepted.take(starts)
-        kinds, kind = drafting.kinds, drafting.after[asked.take(starts), starts]
-        text, price = self.traces.sequence.take(starts), kinds.ms.take(kind, axis=0)
-        ms = price[:, 0] + price[:, 1] * self.traces.context.take(starts) + self.costs.token * accepted
-        *drafted, hard_tokens = kinds.totals(kind)
-        *correct, _ = kinds.totals(drafting.after[accepted, starts])
+        logged = LoggedRounds(self._lists, bounds)
+        limits = [bounds.draft_limit(remaining) for remaining in range(self._longest + 1)]
+        rounds: list[Round] = []
+        ms_by_text = []
+        for start, end in zip(self._starts, self._ends, strict=True):
+            position, ms = start + 1, 0.0
+            while position < end:
+                drafts, num_accepted, hard = logged.at(position, limits[end - position])
+                fixed, of_context = self._cost(logged.exits, drafts, hard)
+                ms += fixed + of_context * self._context[position] + self.costs.token * num_accepted
+                rounds.append((drafts, num_accepted, hard))
+                position += num_accepted + 1
+            ms_by_text.append(ms)
+        kinds = Counter(rounds)
         return Totals(
-            rounds=len(starts),
-            drafted=_by_source(kinds.exits, drafted),
-            accepted=_by_source(kinds.exits, correct),
-            hard_tokens=hard_tokens,
+            rounds=len(rounds),
+            drafted=_by_source((drafts, number) for (drafts, _, _), number in kinds.items()),
+            accepted=_by_source((drafts[:accepted], number) for (drafts, accepted, _), number in kinds.items()),
+            hard_tokens=sum(number for (_, _, hard), number in kinds.items() if hard),
             emitted_by_text=self._emitted,
-            ms_by_text=np.bincount(text, weights=ms, minlength=len(self._plain)).astype(np.float64),
+            ms_by_text=np.array(ms_by_text),
             plain_by_text=self._plain,
         )
 
-    def _round_starts(self, accepted: Small) -> Ints:
-        """Positions where a round does start: each text's second, and from there always the one after what was
-        emitted, in no order."""
-        following = np.arange(1, len(accepted) + 2)
-        following[:-1] += accepted
-        following[self._ends] = self._ends
-        jumps = [following]
-        for _ in range(self._doublings - 1):  # each over twice as many rounds
-            jumps.append(jumps[-1].take(jumps[-1]))
-        found = self._first
-        for jump in reversed(jumps):
-            further = jump.take(found)
-            found = np.concatenate([found, further[following.take(further) != further]])
-        return found
 
-
-def _by_source(exits: Sequence[int], counts: Sequence[int]) -> Counter[int]:
-    return Counter({layer: count for layer, count in zip(exits, counts, strict=True) if count})
+def _by_source(rounds: Iterable[tuple[tuple[int, ...], int]]) -> Counter[int]:
+    """Drafts by source, from the drafts of each kind of round and how many rounds were of it."""
+    total: Counter[int] = Counter()
+    for drafts, number in rounds:
+        for layer in drafts:
+            total[layer] += number
+    return total

@@ -1,100 +1,109 @@
-"""The kinds of rounds that some exits can make, and what each costs. Knows no bounds and no texts."""
-
-from typing import Any
+"""What a round does on logged text: what it drafts, token by token, and how much of that is accepted."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-from train.replay.costs import CostTable
+from runtime.drafting.policy import SpeculationBounds
+from train.calibration.traces import Traces
 
-Ints = NDArray[np.int64]
-Small = NDArray[np.int8]
-Floats = NDArray[np.float64]
-MAX_DRAFTS = 30  # of one round; replay keeps a row of all positions for each
+LOOKUP = 0  # as a source
+# The source of each draft, how many of them are accepted, and whether drafting ended at a hard token.
+Round = tuple[tuple[int, ...], int, bool]
 
 
-class Kinds:
-    """Kinds of rounds, numbered as they come up: 0 asks no exit, every other is an earlier one with a question more.
-
-    The answer to a question is i + 1 where the i-th of E exits drafts, or E + 1 where none is sure: a hard token,
-    which ends a round, so that further answers leave its kind as it is. Few kinds make up a text.
-
-    Args:
-        exits: sources that are asked, shallowest first.
-        costs: of the parts of a round.
+class TraceLists:
+    """Traces as lists and bytes, which a loop reads several times as fast as arrays.
 
     Attributes:
-        ms: what a round costs of which no draft is accepted, with an empty context, and what every token of context
-            adds, shape [kinds or more, 2].
-        counts: its drafts by exit, and its hard tokens, shape [kinds or more, E + 1].
+        traces: the arrays.
+        confidence: source -> age -> position -> confidence.
+        correct: age -> source -> position -> 1 where the draft is the base's choice.
+        wrong_copies: drafts since a wrong one by the lookup -> position of that one -> confidence of the lookup, shape
+            [F + 1, N]; the last row is 0 and stands for all later drafts.
+        wrong_copy: the same as lists.
     """
 
-    def __init__(self, exits: tuple[int, ...], costs: CostTable) -> None:
-        self.exits = exits
-        asking = np.cumsum([0.0, *(costs.lookup if layer == 0 else costs.head for layer in exits)])
-        self._asking = np.append(asking, asking[-1])  # ms by answer
-        self._reached = np.array([0, *exits, max(exits, default=0)])  # depth by answer
-        self._depths = np.array(sorted({0, *exits, costs.num_hidden_layers}))  # between two of them is a block
-        widths = range(1, MAX_DRAFTS + 2)
-        layer = [(costs.block(costs.layer, width), costs.block(costs.layer_context, width)) for width in widths]
-        self._blocks: Floats = np.diff(self._depths)[:, None, None] * np.array([(0.0, 0.0), *layer])
-        self._end = np.array([costs.round + costs.token + costs.block(costs.unembedding, width) for width in widths])
-        self._num = 1
-        self._next: Ints = np.zeros((1, len(exits) + 2), dtype=np.int64)  # by answer; 0 where it never came up
-        # Before verification: tokens that lack each block, and ms as in `ms`.
-        self._lacking: Ints = np.zeros((1, len(self._depths) - 1), dtype=np.int64)
-        self._spent: Floats = np.zeros((1, 2))
-        self.counts: Floats = np.zeros((1, len(exits) + 1))
-        self.ms = self._verified(self._lacking, self._spent, self.counts)
-
-    def after(self, kinds: Ints, answers: Small) -> Ints:
-        """Each kind with one answer more, shape [n] as both."""
-        keys = kinds * self._next.shape[1] + answers
-        found = self._next.take(keys)
-        if np.count_nonzero(found) < len(found):
-            self._add(np.unique(keys[found == 0]))
-            found = self._next.take(keys)
-        return found
-
-    def totals(self, kinds: Ints) -> list[int]:
-        """Drafts by exit, and hard tokens, of many rounds; kinds of shape [n]."""
-        each = self.counts.take(kinds, axis=0)
-        return (np.ones(len(each)) @ each).astype(int).tolist()
-
-    def _add(self, keys: Ints) -> None:
-        """The kinds that `after` looks for there, each once."""
-        parent, answer = np.divmod(keys, self._next.shape[1])
-        number = np.arange(self._num, self._num + len(keys))
-        lacking = self._lacking[parent] + 1
-        runs = self._depths[1:] <= self._reached[answer][:, None]
-        spent = self._spent[parent] + self._layers(lacking * runs)  # as `DecodeState.advance`: one block of all
-        spent[:, 0] += self._asking[answer]
-        lacking *= ~runs
-        counts = self.counts[parent]
-        counts[np.arange(len(keys)), answer - 1] += 1
-        self._next.put(keys, number)
-        self._next = _put(self._next, self._num, number[:, None] * (counts[:, -1:] > 0))
-        self._lacking = _put(self._lacking, self._num, lacking)
-        self._spent = _put(self._spent, self._num, spent)
-        self.counts = _put(self.counts, self._num, counts)
-        self.ms = _put(self.ms, self._num, self._verified(lacking, spent, counts))
-        self._num += len(keys)
-
-    def _verified(self, lacking: Ints, spent: Floats, counts: Floats) -> Floats:
-        """Ms once every token is through; a hard token is the last of its round, a draft has one after it."""
-        ms = spent + self._layers(lacking + (counts[:, -1:] == 0))
-        ms[:, 0] += self._end[counts[:, :-1].sum(axis=1).astype(int)]
-        return ms
-
-    def _layers(self, widths: Ints) -> Floats:
-        """Ms of running each block on so many tokens, shape [n, blocks] to [n, 2]."""
-        each: Floats = self._blocks[np.arange(widths.shape[1]), widths]
-        return each.sum(axis=1)
+    def __init__(self, traces: Traces) -> None:
+        self.traces = traces
+        self.confidence = dict(zip(traces.layers, traces.confidence.tolist(), strict=True))
+        by_age = np.moveaxis(traces.correct, 1, 0)
+        self.correct = [dict(zip(traces.layers, _rows(correct), strict=True)) for correct in by_age]
+        nothing = np.zeros((0, len(traces)), dtype=np.float32)
+        logged = nothing if traces.after_wrong is None else traces.after_wrong
+        self.wrong_copies = np.pad(logged, ((0, 1), (0, 0)))
+        self.wrong_copy = self.wrong_copies.tolist()
 
 
-def _put(array: NDArray[Any], start: int, rows: NDArray[Any]) -> NDArray[Any]:
-    """With those rows from `start` on, where there is room or after doubling: few copies for many rows."""
-    while len(array) < start + len(rows):
-        array = np.concatenate([array, np.zeros_like(array)])
-    array[start : start + len(rows)] = rows
-    return array
+class LoggedRounds:
+    """Rounds on logged text, as `runtime.decoding.draft.draft_tokens` and acceptance make them with a model.
+
+    The policy code of the runtime says which confidences are enough, for all positions at once, and which sources are
+    asked. The survival stop alone is written out as a comparison, since it is looked at before every draft.
+
+    Args:
+        lists: the text.
+        bounds: on drafting.
+
+    Attributes:
+        exits: the sources that are asked, shallowest first.
+    """
+
+    def __init__(self, lists: TraceLists, bounds: SpeculationBounds) -> None:
+        traces = lists.traces
+        self.exits = tuple(bounds.exits(traces.layers))
+        self._drafts_from = bounds.min_draft_survival  # as `SpeculationBounds.drafts_on`
+        self._runs_from = max(bounds.min_survival, bounds.min_draft_survival)  # as `SpeculationBounds.runs_layers`
+        self._wrong_copy = lists.wrong_copy
+        self._copies_on = _rows(bounds.accepts(LOOKUP, lists.wrong_copies))
+        self._follows = traces.after_wrong is not None
+        # age -> (source, its confidences, which of them are enough) of each source that is asked.
+        by_age: list[list[tuple[int, list[float], bytes]]] = [[] for _ in lists.correct]
+        for layer in self.exits:
+            enough = _rows(bounds.accepts(layer, traces.confidence[traces.layers.index(layer)]))
+            for age, sources in enumerate(by_age):
+                sources.append((layer, lists.confidence[layer][age], enough[age]))
+        # Of each draft of a round: all sources, those that need no layer, and correctness. The last age stands for all
+        # later drafts.
+        ages = [
+            (sources, sources[: self.exits.count(LOOKUP)], correct)
+            for sources, correct in zip(by_age, lists.correct, strict=True)
+        ]
+        self._drafts = ages + ages[-1:] * min(bounds.max_draft_tokens, len(traces))
+
+    def at(self, position: int, limit: int) -> Round:
+        """The round that starts at a position.
+
+        Args:
+            limit: most drafts to make.
+        """
+        drafts: list[int] = []
+        num_accepted, survival = 0, 1.0
+        wrong = -1  # where a draft by lookup was wrong, if the lookup still copies on from there
+        for at, (sources, lookups, correct) in zip(range(position, position + limit), self._drafts, strict=False):
+            runs_layers = survival >= self._runs_from
+            if not runs_layers:
+                sources = lookups if survival >= self._drafts_from else []
+            for layer, confidence, enough in sources:
+                if layer == LOOKUP and wrong >= 0:
+                    behind = min(at - wrong, len(self._wrong_copy)) - 1
+                    if self._copies_on[behind][wrong]:
+                        survival *= self._wrong_copy[behind][wrong]
+                        break
+                elif enough[at]:
+                    survival *= confidence[at]
+                    break
+            else:
+                return tuple(drafts), num_accepted, runs_layers
+            if layer != LOOKUP:
+                wrong = -1
+            if correct[layer][at]:
+                num_accepted += num_accepted == len(drafts)
+            elif layer == LOOKUP and self._follows and wrong < 0:
+                wrong = at
+            drafts.append(layer)
+        return tuple(drafts), num_accepted, False
+
+
+def _rows(flags: NDArray[np.bool_]) -> list[bytes]:
+    """Each row of an array of bool, shape [rows, N]."""
+    return [row.tobytes() for row in flags]

@@ -38,16 +38,18 @@ def variants(bounds: SpeculationBounds, layers: Sequence[int]) -> dict[str, Spec
 
 def ablate(traces: Traces, bounds: SpeculationBounds, costs: CostTable) -> dict[str, Any]:
     """Replay of every variant: mean accepted length, acceptance rate, layers run and predicted speed-up over stock."""
-    replayer, other = Replayer(traces, costs), Replayer(traces.without_temperatures(), costs)
     passes = CostTable.layer_passes(costs.num_hidden_layers)
+    calibrated, uncalibrated = (
+        (Replayer(logged, costs), Replayer(logged, passes)) for logged in (traces, traces.without_temperatures())
+    )
     found = {}
     for name, varied in variants(bounds, traces.layers).items():
-        chosen = other if name == UNCALIBRATED else replayer
-        replayed = chosen.run(varied)
+        timed, counted = uncalibrated if name == UNCALIBRATED else calibrated
+        replayed = timed.run(varied)
         found[name] = {
             "mean_accepted_length": replayed.mean_accepted_length,
             "acceptance_rate": replayed.acceptance_rate,
-            "layer_passes_per_token": Replayer(chosen.traces, passes).run(varied).ms_per_token,
+            "layer_passes_per_token": counted.run(varied).ms_per_token,
             "predicted_speedup": replayed.speedup,
         }
     return found

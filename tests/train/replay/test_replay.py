@@ -1,4 +1,4 @@
-"""Replay: totals against a simulation that goes token by token and layer by layer, and against the runtime itself."""
+"""Replay: totals against a simulation that goes token by token and layer by layer."""
 
 import random
 
@@ -6,77 +6,10 @@ import numpy as np
 import pytest
 
 from runtime.drafting.policy import SpeculationBounds
-from tests.helpers.traces import COSTS, DRAFTS, EXITS, FOLLOWED, NUM_LAYERS, random_traces
+from tests.helpers.replay import COSTS, EXITS, random_traces, simulate
 from train.calibration.traces import Traces
 from train.replay.costs import CostTable
 from train.replay.replay import Replayer, Totals
-
-
-def climb(depth: list[int], to: int, context: int, costs: CostTable) -> float:
-    """Bring every pending token to a depth, layer by layer; what that costs."""
-    ms = 0.0
-    for layer in range(to):
-        rows = sum(reached == layer for reached in depth)
-        if rows:
-            ms += costs.layer[rows] + costs.layer_context[rows] * context
-        depth[:] = [reached + (reached == layer) for reached in depth]
-    return ms
-
-
-def simulate(traces: Traces, text: int, bounds: SpeculationBounds, costs: CostTable) -> dict[str, float]:
-    """One token and one layer at a time; the text is emitted token by token until none is left."""
-    totals = {"emitted": 0, "rounds": 0, "drafted": 0, "accepted": 0, "hard": 0, "ms": 0.0}
-    left = np.flatnonzero(traces.sequence == text).tolist()[1:]  # the prompt's own forward emits the first
-    exits = [e for e in EXITS if e <= bounds.max_exit_layer and bounds.threshold(e) <= 1]
-    while left:
-        context = traces.context[left[0]]
-        depth: list[int] = []
-        drafts: list[tuple[int, int, int]] = []
-        survival, hard = 1.0, False
-        wrong: int | None = None  # where a draft by lookup was wrong, since when it copies from the wrong place
-
-        for position in left:
-            depth.append(0)
-            if len(drafts) >= bounds.max_draft_tokens or position == left[-1]:
-                break
-            out = None
-            for layer in exits if survival >= bounds.min_draft_survival else []:
-                stopped = survival < bounds.min_survival
-                if layer > 0 and stopped:
-                    break
-                confidence = traces.confidence[EXITS.index(layer), min(len(drafts), DRAFTS - 1), position]
-                if layer == 0 and wrong is not None:
-                    assert traces.after_wrong is not None
-                    behind = position - wrong - 1
-                    confidence = traces.after_wrong[behind, wrong] if behind < FOLLOWED else np.float32(0)
-                # a stopped lookup's last question is not priced
-                if not stopped or confidence >= bounds.threshold(layer):
-                    totals["ms"] += climb(depth, layer, context, costs)
-                    totals["ms"] += costs.lookup if layer == 0 else costs.head
-                if confidence >= bounds.threshold(layer):
-                    out = layer
-                    break
-            if out is None:
-                hard = survival >= max(bounds.min_survival, bounds.min_draft_survival)
-                break
-            drafts.append((EXITS.index(out), min(len(drafts), DRAFTS - 1), position))
-            survival *= float(confidence)
-            if out > 0 or traces.after_wrong is None:
-                wrong = None
-            elif wrong is None and not traces.correct[drafts[-1]]:
-                wrong = position
-        totals["ms"] += climb(depth, NUM_LAYERS, context, costs)
-        good = 0
-        while good < len(drafts) and traces.correct[drafts[good]]:
-            good += 1
-        totals["ms"] += costs.unembedding[len(depth)] + costs.round + costs.token * (good + 1)
-        totals["rounds"] += 1
-        totals["hard"] += hard
-        totals["drafted"] += len(drafts)
-        totals["accepted"] += good
-        totals["emitted"] += good + 1
-        left = left[good + 1 :]
-    return totals
 
 
 def check(found: Totals, traces: Traces, bounds: SpeculationBounds) -> None:
@@ -118,3 +51,54 @@ def test_what_is_kept_between_replays_changes_nothing(seed: int) -> None:
             threshold, deepest, most, own, numbers.choice((0.0, 0.1, 0.6, 1.0)), numbers.choice((0.0, 0.1, 0.5))
         )
         check(replayer.run(bounds), traces, bounds)
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 8])
+def test_perfect_drafts_give_the_longest_acceptance(most: int) -> None:
+    """And never being sure, or never right, gives one token a round."""
+    length = 40 * (most + 1) + 1
+    traces = random_traces((length,))
+    perfect = Traces(
+        EXITS, np.full_like(traces.confidence, 0.99), np.ones_like(traces.correct), traces.sequence, traces.context
+    )
+    found = Replayer(perfect, COSTS).run(SpeculationBounds(0.5, 5, most))
+    assert found.mean_accepted_length == most + 1 and found.acceptance_rate == 1.0
+    assert found.drafted == {0: 40 * most}
+    wrong = Traces(EXITS, perfect.confidence, ~perfect.correct, traces.sequence, traces.context)
+    assert Replayer(wrong, COSTS).run(SpeculationBounds(0.5, 5, most)).mean_accepted_length == 1.0
+    assert Replayer(perfect, COSTS).run(SpeculationBounds(0.995, 5, most)).drafted.total() == 0
+
+
+def test_the_interval_is_of_texts() -> None:
+    """It holds the estimate, is narrower for more texts, and comes out the same again."""
+    bounds = SpeculationBounds(0.4, 5, 4)
+    random.seed(0)
+
+    def width(found: Totals) -> float:
+        low, high = found.speedup_interval()
+        assert low <= found.speedup <= high
+        return high - low
+
+    few, many = (Replayer(random_traces((30,) * texts, seed=2), COSTS).run(bounds) for texts in (4, 60))
+    assert width(many) < width(few)
+    assert few.speedup_interval() == few.speedup_interval()
+
+
+def test_a_round_is_priced_as_its_docstring_says() -> None:
+    """Exits at 2 and 4 of 6 layers, drafts of both, and a hard token; a layer of w tokens costs 10^(w - 1)."""
+    powers = {width: 10.0 ** (width - 1) for width in (1, 2, 3)}
+    costs = CostTable(6, powers, dict.fromkeys(powers, 0.5), {1: 0.0, 3: 0.1}, 1000.0, 0.0, 0.01, 1.0, 0.0, round=0.02)
+    ms, of_context = costs.of_round((2, 4), (2, 4), hard=True)
+    assert ms == pytest.approx(0.02 + 0.01 + 0.1 + 5 * 1000 + (2 + 2 + 4) * 1 + 2 * 10 + 2 * 100)
+    assert of_context == pytest.approx(0.5 * 12)
+    assert costs.of_round((2, 4), (), hard=False) == (pytest.approx(0.03 + 6), pytest.approx(3.0))
+
+
+def test_rounds_may_be_wider_than_what_was_logged() -> None:
+    """More drafts than ages, followed copies and measured widths: the last of each stands for all further ones."""
+    perfect = random_traces((101,))
+    perfect.confidence[:] = perfect.correct[:] = 1
+    assert Replayer(perfect, COSTS).run(SpeculationBounds(0.5, 5, 49)).rounds == 2
+    perfect.correct[0, :, 1] = False  # the round that starts there goes on to copy, which nothing accepts
+    replayed = Replayer(perfect, COSTS).run(SpeculationBounds(0.0, 0, 49))
+    assert (replayed.rounds, replayed.drafted[0]) == (3, 2 * 49 + 48)

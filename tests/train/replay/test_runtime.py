@@ -1,4 +1,4 @@
-"""Replay against the runtime: the same drafts, the same rounds."""
+"""Replay against the runtime itself: rounds and drafts of the same text, one for one."""
 
 import random
 from dataclasses import replace
@@ -12,13 +12,12 @@ import torch
 from runtime.decoding.draft import draft_tokens
 from runtime.drafting.lookup import MAX_MATCH, ContextLookup, LookupTable
 from runtime.drafting.policy import SpeculationBounds
-from runtime.errors import ConfigError
 from runtime.generate import attach
 from runtime.handle import SpecBound
-from tests.helpers.traces import COSTS, DRAFTS, EXITS, random_traces
+from tests.helpers.replay import COSTS, DRAFTS, random_traces
 from train.calibration.lookup_traces import LookupTraces
 from train.calibration.traces import Traces
-from train.replay.replay import Replayer, Totals
+from train.replay.replay import Replayer
 
 
 class LoggedHeads:
@@ -121,42 +120,3 @@ def test_replay_copies_on_behind_a_wrong_draft(stop: float) -> None:
     assert found.accepted.total() == pytest.approx(accepted, rel=0.02)
     blind = Replayer(replace(traces, after_wrong=None), COSTS).run(bounds)
     assert blind.drafted.total() < 0.9 * drafted  # what a log without it would say
-
-
-@pytest.mark.parametrize("most", [1, 2, 4, 8])
-def test_perfect_drafts_give_the_longest_acceptance(most: int) -> None:
-    """And never being sure, or never right, gives one token a round."""
-    length = 40 * (most + 1) + 1
-    traces = random_traces((length,))
-    perfect = Traces(
-        EXITS, np.full_like(traces.confidence, 0.99), np.ones_like(traces.correct), traces.sequence, traces.context
-    )
-    found = Replayer(perfect, COSTS).run(SpeculationBounds(0.5, 5, most))
-    assert found.mean_accepted_length == most + 1 and found.acceptance_rate == 1.0
-    assert found.drafted == {0: 40 * most}
-    wrong = Traces(EXITS, perfect.confidence, ~perfect.correct, traces.sequence, traces.context)
-    assert Replayer(wrong, COSTS).run(SpeculationBounds(0.5, 5, most)).mean_accepted_length == 1.0
-    assert Replayer(perfect, COSTS).run(SpeculationBounds(0.995, 5, most)).drafted.total() == 0
-
-
-def test_the_interval_is_of_texts() -> None:
-    """It holds the estimate, is narrower for more texts, and comes out the same again."""
-    bounds = SpeculationBounds(0.4, 5, 4)
-    random.seed(0)
-
-    def width(found: Totals) -> float:
-        low, high = found.speedup_interval()
-        assert low <= found.speedup <= high
-        return high - low
-
-    few, many = (Replayer(random_traces((30,) * texts, seed=2), COSTS).run(bounds) for texts in (4, 60))
-    assert width(many) < width(few)
-    assert few.speedup_interval() == few.speedup_interval()
-
-
-def test_too_many_drafts_are_refused() -> None:
-    """16 from 4 sources are fine, 31 are not."""
-    replayer = Replayer(random_traces((40,)), COSTS)
-    assert replayer.run(SpeculationBounds(0.0, 5, 16)).emitted == 39
-    with pytest.raises(ConfigError, match="too many to replay"):
-        replayer.run(SpeculationBounds(0.0, 5, 31))
