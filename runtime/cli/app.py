@@ -9,8 +9,7 @@ import typer
 
 from runtime.cli import audit, chat, generate, inspect, serve
 
-EXTRAS = "a library of the verb's extra is not installed"
-CLOSED_PIPE = 141  # as a shell shows a program that ended because nobody read on
+CLOSED_PIPE = 1  # as typer and rich end where they see it first
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("generate")(generate.generate_command)
@@ -45,7 +44,7 @@ def root(
 
 
 def run(app: typer.Typer) -> None:
-    """Run a command line; an absent library is told with the extra that brings it, and a closed pipe ends quietly."""
+    """Run a command line. A closed pipe ends it quietly; a library that is missing is named, with its extra."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names in any script, on any terminal
@@ -58,5 +57,8 @@ def run(app: typer.Typer) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python still flushes at its end goes nowhere
         sys.exit(CLOSED_PIPE)
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed: pip install 'specbound[train]'", file=sys.stderr)
+        library = (error.name or "").partition(".")[0]
+        if library in ("", "runtime", "train"):  # a mistake of ours
+            raise
+        print(f"error: {library} is not installed: pip install 'specbound[train]'", file=sys.stderr)
         sys.exit(1)

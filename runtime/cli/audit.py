@@ -6,20 +6,20 @@ from typing import Annotated, Any
 import typer
 
 from runtime.cli.failure import fail
-from runtime.cli.options import Adapter, Dtype, Exactness, Model, Sample, Threads, load_with_adapter, to_ids
+from runtime.cli.options import Adapter, Dtype, Exactness, Model, Sample, Threads, load_with_adapter, sampling, to_ids
 
 
 def audit_command(
     adapter: Adapter,
     prompts: Annotated[str, typer.Option(help="Prompts: a .jsonl or .json file.")],
     model: Model = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="This many prompts, spread over the file.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated from each prompt.")] = 128,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take this many prompts, spread over the file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate this many tokens a prompt at most.")] = 128,
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
     sample: Sample = False,
-    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="torch seed before each generation.")] = 0,
+    temperature: Annotated[float | None, typer.Option(min=1e-6, help="Temperature of sampling. By default 1.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of torch before each generation.")] = 0,
     exactness: Exactness = "bitwise",
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the findings in this file.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what the --json file holds.")] = False,
@@ -33,11 +33,10 @@ def audit_command(
     from runtime.files import check_writable
     from runtime.text.prompts import read_prompts, spread
 
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
-    if sample:
-        options["temperature"] = temperature
-    settings = AuditSettings(adapter, prompts, model, limit, dtype, threads, seed, exactness, options)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens} | ({"temperature": 1.0} if sample else {})
     try:
+        options |= sampling(sample, temperature, None)
+        settings = AuditSettings(adapter, prompts, model, limit, dtype, threads, seed, exactness, options)
         if json_file is not None:
             check_writable(json_file)
         chosen = spread(read_prompts(prompts), limit)  # before the model, which takes longer

@@ -25,17 +25,17 @@ def chat_command(
     adapter: Adapter,
     model: Model = None,
     system: Annotated[str | None, typer.Option(help="A system message before the first turn.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Give each answer this many tokens at most.")] = 512,
     sample: Sample = False,
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
-    show: Annotated[bool, typer.Option("--show", help="Colour drafts by exit, and tell the speed.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Colour drafts by their exit, and show the speed.")] = False,
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
     exactness: Exactness = "bitwise",
 ) -> None:
-    """Talk with the model: a line is a turn, /reset forgets what was said, /exit leaves.
+    """Talk with the model. A line is a turn; /reset forgets what was said, /exit leaves.
 
     Example: specbound chat --adapter outputs/demo/adapter --show
     """

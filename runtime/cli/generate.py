@@ -24,21 +24,23 @@ from runtime.cli.options import (
 
 def generate_command(
     adapter: Adapter,
-    prompt: Annotated[str | None, typer.Argument(help="By default, or for -, read from stdin.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt. Without it, or with -, it is read from stdin.")
+    ] = None,
     model: Model = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated at most.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate this many tokens at most.")] = 256,
     sample: Sample = False,
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
     stop: Stop = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Leave out the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
     exactness: Exactness = "bitwise",
 ) -> None:
-    """Answer a prompt; the text comes as it is generated.
+    """Answer a prompt. The text comes as it is generated.
 
     Example: specbound generate --adapter outputs/demo/adapter "Why is the sky blue?"
 

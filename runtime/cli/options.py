@@ -12,15 +12,20 @@ DTYPES = ("bfloat16", "float32", "float16")
 
 
 Adapter = Annotated[str, typer.Option(help="The adapter's folder, or its Hub id.")]
-Model = Annotated[str | None, typer.Option(help="The base; by default the one the adapter names.")]
-Sample = Annotated[bool, typer.Option("--sample", help="Sample; without it decoding is greedy.")]
-Temperature = Annotated[float | None, typer.Option(min=1e-6, help="Of sampling.")]
-TopP = Annotated[float | None, typer.Option(min=1e-6, max=1, help="Of sampling.")]
-Seed = Annotated[int | None, typer.Option(help="torch seed; by default another each time.")]
-Stop = Annotated[list[str] | None, typer.Option(help="Ends the text; may be given several times.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16, float32 or float16.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's own choice.")]
-Exactness = Annotated[str, typer.Option(help="bitwise or batched.")]
+Model = Annotated[
+    str | None, typer.Option(help="The base's folder or Hub id. By default the one that the adapter names.")
+]
+Sample = Annotated[bool, typer.Option("--sample", help="Sample the tokens. Without it decoding is greedy.")]
+Temperature = Annotated[float | None, typer.Option(min=1e-6, help="Temperature of sampling.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(min=1e-6, max=1, help="Sample from the likeliest tokens that together have this probability."),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of torch. By default another one each time.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the text at this string. May be given several times.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the base: bfloat16, float32 or float16.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Number of CPU threads. By default torch chooses.")]
+Exactness = Annotated[str, typer.Option(help="How exact the tokens must be: bitwise or batched.")]
 
 
 def load_with_adapter(

@@ -13,21 +13,28 @@ from runtime.cli.options import Adapter, Dtype, Exactness, Model, Threads
 def serve_command(
     adapter: Adapter,
     model: Model = None,
-    host: Annotated[str, typer.Option(help="Address to bind; public ones need an API key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="The model's id for clients; by default the base's name.")] = None,
+    host: Annotated[str, typer.Option(help="Address to bind. A public one needs an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind. 0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Name of the model for clients. By default the base's.")] = None,
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="SPECBOUND_API_KEY", help="What clients must send; better in the environment.", show_envvar=True
+            envvar="SPECBOUND_API_KEY",
+            help="Key that clients must send. It is safer in the environment.",
+            show_envvar=True,
         ),
     ] = None,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered 429.")] = 16,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 2048,
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="This many requests may wait. Others are answered 429.")
+    ] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Give each answer this many tokens at most.")] = 2048,
     request_timeout: Annotated[
-        float | None, typer.Option(min=0.1, help="Seconds for a request, the queue included; then 504.")
+        float | None,
+        typer.Option(min=0.1, help="Seconds a request may take, its wait included. Then it is answered 504."),
     ] = None,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds for the running request to finish on SIGTERM.")] = 30,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds that the running request has to finish on SIGTERM.")
+    ] = 30,
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
     exactness: Exactness = "bitwise",

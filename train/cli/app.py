@@ -3,11 +3,13 @@
 from runtime.cli.app import app, run
 from train.cli import bench, plan, profile, publish, tune
 
-app.command("profile")(profile.profile_command)
-app.command("tune")(tune.tune_command)
-app.command("bench")(bench.bench_command)
-app.command("publish")(publish.publish_command)
-app.command("plan")(plan.plan_command)
+TRAINING = "Commands for fitting, with the train extra"
+
+app.command("profile", rich_help_panel=TRAINING)(profile.profile_command)
+app.command("tune", rich_help_panel=TRAINING)(tune.tune_command)
+app.command("bench", rich_help_panel=TRAINING)(bench.bench_command)
+app.command("publish", rich_help_panel=TRAINING)(publish.publish_command)
+app.command("plan", rich_help_panel=TRAINING)(plan.plan_command)
 
 
 def main() -> None:

@@ -12,19 +12,25 @@ from runtime.cli.options import Adapter, Dtype, Exactness, Model, Threads
 
 def bench_command(
     adapter: Adapter,
-    prompts: Annotated[str, typer.Option(help="Prompts: a .jsonl file, or a data set's name.")],
-    json_file: Annotated[Path, typer.Option("--json", help="Keep figures and records in this file.")],
+    prompts: Annotated[str, typer.Option(help="Prompts: a .jsonl or .json file, or a data set's name.")],
+    json_file: Annotated[Path, typer.Option("--json", help="Keep the figures in this file.")],
     model: Model = None,
     methods: Annotated[
-        str, typer.Option(help="Out of stock, plain, specbound, steady, heads, lookup, hand, paper, ...")
+        str,
+        typer.Option(
+            help="Methods to run, with commas between. Known are stock, plain, specbound, steady, heads, lookup,"
+            " hand, paper, fixed_exit, prompt_lookup and early_exit."
+        ),
     ] = "stock,plain,specbound,prompt_lookup,early_exit",
-    limit: Annotated[int | None, typer.Option(min=1, help="This many prompts, spread over the file.")] = None,
-    per_task: Annotated[int | None, typer.Option(min=1, help="This many prompts of each category.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated from each prompt.")] = 128,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take this many prompts, spread over the file.")] = None,
+    per_task: Annotated[int | None, typer.Option(min=1, help="Take this many prompts of each category.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Generate this many tokens a prompt at most.")] = 128,
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
     exactness: Exactness = "bitwise",
-    costs: Annotated[Path | None, typer.Option(help="Of `specbound profile`: sets predictions beside.")] = None,
+    costs: Annotated[
+        Path | None, typer.Option(help="Costs from `specbound profile`. Adds what replay predicts.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what the --json file holds.")] = False,
 ) -> None:
     """Run methods side by side on the same prompts, and compare speeds and ids. Exit code 1 if SpecBound's differ.

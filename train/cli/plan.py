@@ -12,11 +12,13 @@ from runtime.cli.failure import fail
 
 def plan_command(
     model: Annotated[str, typer.Option(help="A base (Hub id or folder), or a recipe (.yaml).")],
-    gpus: Annotated[str, typer.Option(help="NUMBERxGIB of memory, such as 8x80.")],
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of the corpus.")] = 100_000,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Mean length of a prompt.")] = 200,
-    tflops: Annotated[float, typer.Option(min=0.001, help="bfloat16 peak of a device; that of an A100.")] = 312.0,
-    bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s of its memory; that of an A100.")] = 2000.0,
+    gpus: Annotated[str, typer.Option(help="Number of devices and GiB of memory of each, such as 8x80.")],
+    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts in the corpus.")] = 100_000,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Mean number of tokens of a prompt.")] = 200,
+    tflops: Annotated[
+        float, typer.Option(min=0.001, help="Bfloat16 TFLOP/s of a device. By default an A100's.")
+    ] = 312.0,
+    bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s of its memory. By default an A100's.")] = 2000.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a fit takes: parameters, memory of each device, disk, hours. Nothing is run or downloaded but a config.

@@ -10,19 +10,21 @@ from runtime.cli.failure import fail
 
 
 def publish_command(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's folder; it stays as it is.", show_default=False)],
-    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Made if absent.", show_default=False)],
-    public: Annotated[bool, typer.Option("--public", help="By default the repository is private.")] = False,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the commit, do not make it.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch; by default main.")] = None,
-    tag: Annotated[str | None, typer.Option(help="Set on the commit, such as v1.0.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="Hub id of the base, for one fitted from a folder.")] = None,
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder. It stays as it is.", show_default=False)],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="ORG/NAME", help="The repository. It is made if absent.", show_default=False)
+    ],
+    public: Annotated[bool, typer.Option("--public", help="Make it public. By default it is private.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the commit in a pull request.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to. By default main.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Tag to set on the commit, such as v1.0.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the base, if it was a folder.")] = None,
     base_revision: Annotated[str | None, typer.Option(help="Commit of the base on the Hub.")] = None,
-    license: Annotated[str | None, typer.Option(help="Of the adapter, where it states none.")] = None,
-    bench: Annotated[Path | None, typer.Option(help="Report of `specbound bench`: speeds for the card.")] = None,
+    license: Annotated[str | None, typer.Option(help="License of the adapter, if it states none.")] = None,
+    bench: Annotated[Path | None, typer.Option(help="Report of `specbound bench`. Adds speeds to the card.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Publish an adapter to the Hub: one commit, whole or not at all, read back. Run again, it goes on or says so.
+    """Publish an adapter to the Hub in one commit, and read it back. After a cut, run it again.
 
     Example: specbound publish outputs/demo/adapter my-org/smollm2-135m-specbound --license apache-2.0
     """

@@ -9,18 +9,20 @@ from runtime.cli.failure import fail
 
 
 def tune_command(
-    adapter: Annotated[Path, typer.Option(help="The adapter's folder; its bounds are written anew.")],
-    costs: Annotated[Path, typer.Option(help="What `specbound profile` measured.")],
-    exit_threshold: Annotated[float | None, typer.Option(help="Held; by default chosen.")] = None,
-    max_exit_layer: Annotated[int | None, typer.Option(help="Held; by default chosen.")] = None,
-    max_draft_tokens: Annotated[int | None, typer.Option(help="Held; by default chosen.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="Tune on answers to these; by default on logged text.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="This many prompts, spread over the file.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 128,
-    model: Annotated[str | None, typer.Option(help="The base, for answers; by default the adapter's.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base, for answers.")] = "bfloat16",
+    adapter: Annotated[Path, typer.Option(help="The adapter's folder. Its bounds are written anew.")],
+    costs: Annotated[Path, typer.Option(help="Costs from `specbound profile`.")],
+    exit_threshold: Annotated[float | None, typer.Option(help="Keep this threshold. By default it is chosen.")] = None,
+    max_exit_layer: Annotated[int | None, typer.Option(help="Keep this layer. By default it is chosen.")] = None,
+    max_draft_tokens: Annotated[int | None, typer.Option(help="Keep this number. By default it is chosen.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Tune on answers to these prompts. By default on the adapter's own traces.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take this many prompts, spread over the file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Give each answer this many tokens at most.")] = 128,
+    model: Annotated[str | None, typer.Option(help="The base that answers. By default the adapter's.")] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of the base that answers.")] = "bfloat16",
 ) -> None:
-    """Choose the bounds that replay says are fastest on this machine, for logged text or for a workload.
+    """Choose the bounds that replay says are fastest on this machine, for the adapter's traces or for your prompts.
 
     Example: specbound tune --adapter outputs/demo/adapter --costs costs.json
     """

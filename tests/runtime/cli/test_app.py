@@ -7,25 +7,46 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from runtime.cli.app import run as run_app
+from tests.helpers.paths import ROOT
 from train.cli.app import app
 
+ADAPTER = "outputs/demo/adapter"
 VERBS = ("generate", "chat", "serve", "inspect", "audit", "profile", "tune", "bench", "publish", "plan")
 TRAIN_EXTRA = ("accelerate", "datasets", "deepspeed", "matplotlib", "peft", "pyarrow", "scipy", "gguf")
-WITHOUT = f"import sys; sys.modules.update(dict.fromkeys({TRAIN_EXTRA!r})); from train.cli.app import main; main()"
+# Of the runtime: not needed before a verb runs.
+SLOW = ("torch", "transformers", "huggingface_hub", "safetensors", "numpy", "tqdm", "yaml")
+SERVE_EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
 
-def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def without(*libraries: str) -> str:
+    """Code that runs the command line where these libraries are not installed."""
+    return f"import sys; sys.modules.update(dict.fromkeys({libraries!r})); from train.cli.app import main; main()"
+
+
+def run(code: str, *arguments: str, cwd: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """A process of its own."""
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True, text=True, input=stdin, timeout=300, cwd=cwd, env=environment,
+    )  # fmt: skip
 
 
 def test_version() -> None:
-    """That of the distribution, at once: torch is not needed."""
-    block = "import sys; sys.modules['torch'] = None; from train.cli.app import main; main()"
-    found = run(block, "--version")
+    """That of the distribution, at once."""
+    found = run(without(*TRAIN_EXTRA, *SERVE_EXTRA, *SLOW), "--version")
     assert (found.returncode, found.stdout, found.stderr) == (0, f"specbound {version('specbound')}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["serve", "--help"], ["bench", "--help"]])
+def test_help_needs_no_library(arguments: list[str]) -> None:
+    """Help is there at once, of the verbs of fitting too."""
+    found = run(without(*TRAIN_EXTRA, *SERVE_EXTRA, *SLOW), *arguments)
+    assert (found.returncode, found.stderr) == (0, "") and "Usage" in found.stdout
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -39,40 +60,98 @@ def test_help_is_in_sentences(verb: str) -> None:
             assert text.endswith("."), line
 
 
-def test_a_verb_of_training_names_its_extra() -> None:
-    """Where the libraries of the train extra are not installed: one line, exit code 1."""
-    found = run(WITHOUT, "bench", "--adapter", "a", "--prompts", "p.jsonl", "--json", "b.json")
-    assert found.returncode == 1 and found.stderr.count("\n") == 1, found.stderr
-    assert "is not installed: pip install 'specbound[train]'" in found.stderr
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "--adapter", "a", "--prompts", "p.jsonl", "--json", "b.json"],
+        ["profile", "--adapter", "a", "--json", "c.json"],
+        ["tune", "--adapter", "a", "--costs", "c.json"],
+        ["publish", "a", "org/name"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_verb_of_training_names_its_extra(arguments: list[str], tmp_path: Path) -> None:
+    """Where the libraries of the train extra are not installed: one line, exit code 1, no file."""
+    found = run(without(*TRAIN_EXTRA), *arguments, cwd=tmp_path)
+    assert (found.returncode, found.stdout) == (1, "") and list(tmp_path.iterdir()) == []
+    assert found.stderr == "error: scipy is not installed: pip install 'specbound[train]'\n"
+
+
+@pytest.mark.parametrize(("name", "is_ours"), [("scipy.stats", False), ("runtime.gone", True), (None, True)])
+def test_a_module_of_ours_that_is_missing_is_no_extra(
+    name: str | None, is_ours: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistake of ours is told as such, with its traceback."""
+
+    def verb() -> None:
+        raise ModuleNotFoundError("no such module", name=name)
+
+    broken = typer.Typer(pretty_exceptions_enable=False)
+    broken.command()(verb)
+    monkeypatch.setattr(sys, "argv", ["specbound"])
+    with pytest.raises(ModuleNotFoundError if is_ours else SystemExit):
+        run_app(broken)
+    assert ("specbound[train]" in capsys.readouterr().err) is not is_ours
 
 
 @pytest.mark.parametrize(
-    ("arguments", "missing"),
+    ("arguments", "shown"),
     [
-        (["generate", "--adapter", "nowhere", "w"], "nowhere"),
-        (["audit", "--adapter", "nowhere", "--prompts", "n.jsonl"], "n.jsonl"),
-        (["serve", "--adapter", "nowhere"], "nowhere"),
+        (["generate", "--adapter", ADAPTER, "--max-new-tokens", "8", "w1 w2"], "w"),
+        (["chat", "--adapter", ADAPTER, "--max-new-tokens", "8"], "w"),
+        (["inspect", ADAPTER], "valid"),
+        (["audit", "--adapter", ADAPTER, "--prompts", "p.jsonl", "--max-new-tokens", "8"], "0 differing tokens of 8"),
     ],
+    ids=lambda arguments: arguments[0],
 )
-def test_other_verbs_need_no_extra_of_training(arguments: list[str], missing: str) -> None:
-    """They get as far as to miss what they are given."""
-    found = run(WITHOUT, *arguments)
-    assert found.returncode == 1 and missing in found.stderr and found.stderr.count("\n") == 1, found.stderr
+def test_other_verbs_run_without_extras(arguments: list[str], shown: str, demo_outputs: Path) -> None:
+    """Whole, where neither the train extra nor the serve extra is installed."""
+    (demo_outputs / "p.jsonl").write_text('{"prompt": "w5 w9"}\n')
+    found = run(without(*TRAIN_EXTRA, *SERVE_EXTRA), *arguments, cwd=demo_outputs, stdin="w3 w4\n")
+    assert found.returncode == 0 and shown in found.stdout, found.stderr
+    assert "Traceback" not in found.stderr
 
 
-def into_a_closed_pipe(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command, where nobody reads what it prints."""
+def test_serve_names_its_own_extra() -> None:
+    """And needs nothing of training."""
+    found = run(without(*TRAIN_EXTRA), "serve", "--adapter", "nowhere")
+    assert found.returncode == 1 and "nowhere" in found.stderr and found.stderr.count("\n") == 1
+    found = run(without(*SERVE_EXTRA), "serve", "--adapter", "nowhere")
+    assert found.returncode == 1 and found.stderr.endswith("is not installed: pip install 'specbound[serve]'\n")
+
+
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["inspect", ADAPTER],
+        ["inspect", "--json", ADAPTER],
+        ["generate", "--adapter", ADAPTER, "w1"],
+    ],
+    ids=" ".join,
+)
+def test_a_closed_pipe_ends_quietly(demo_outputs: Path, arguments: list[str], buffered: str) -> None:
+    """Nobody reads what the command prints: nothing is said of it, whatever notices it first."""
     command = [sys.executable, "-c", "from train.cli.app import main; main()", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": buffered, "OMP_NUM_THREADS": "1"}
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as closed:
-        return subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=300)
+        found = subprocess.run(
+            command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=300, cwd=demo_outputs, env=environment
+        )
+    assert (found.returncode, found.stderr) == (1, "")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["inspect"], ["inspect", "--json"]])
-def test_a_closed_pipe_ends_quietly(demo_outputs: Path, arguments: list[str]) -> None:
-    """Nothing is said of it, in the help and in a verb."""
-    if arguments[0] == "inspect":
-        arguments = [*arguments, str(demo_outputs / "outputs" / "demo" / "adapter")]
-    found = into_a_closed_pipe(*arguments)
-    assert found.returncode != 0 and found.stderr == "", found.stderr
+def test_head_takes_the_first_line(demo_outputs: Path) -> None:
+    """`specbound inspect ... | head -1` in a shell, where more is printed than a pipe holds."""
+    many = "import sys; from train.cli.app import main; from runtime.cli import inspect; show = inspect.show\n"
+    many += "inspect.show = lambda *given: [show(*given) for _ in range(100)]; main()"
+    line = f'"{sys.executable}" -c "$CODE" inspect {ADAPTER} | head -1; exit "${{PIPESTATUS[0]}}"'
+    found = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=300, cwd=demo_outputs,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CODE": many},
+    )  # fmt: skip
+    assert (found.returncode, found.stderr, found.stdout.count("\n")) == (1, "", 1)

@@ -36,6 +36,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["inspect", ADAPTER, "--revision", "main"], "is a folder"),
     ([*AUDIT, "no.jsonl"], "no.jsonl: cannot be read"),
     ([*AUDIT, "some-org/set"], "expected a .jsonl or .json file"),
+    ([*AUDIT, PROMPTS, "--temperature", "0.5"], "--sample"),
+    ([*AUDIT, PROMPTS, "--sample", "--temperature", "0"], "temperature"),
     ([*AUDIT, "bad.jsonl"], "bad.jsonl, line 1: not valid JSON"),
     ([*AUDIT, PROMPTS, "--json", "bad.jsonl", "--resume"], "not a report of this kind"),
     ([*BENCH, "b.json", "--methods", "magic"], "method 'magic' is unknown"),
