@@ -9,19 +9,21 @@ import typer
 from runtime.cli.failure import fail
 from runtime.cli.options import Adapter, Dtype, Exactness, Model, Threads
 
+Methods = Annotated[
+    str,
+    typer.Option(
+        help="Methods to run, with commas between. Known are stock, plain, specbound, steady, heads, lookup, hand,"
+        " paper, fixed_exit, prompt_lookup and early_exit."
+    ),
+]
+
 
 def bench_command(
     adapter: Adapter,
     prompts: Annotated[str, typer.Option(help="Prompts: a .jsonl or .json file, or a data set's name.")],
     json_file: Annotated[Path, typer.Option("--json", help="Keep the figures in this file.")],
     model: Model = None,
-    methods: Annotated[
-        str,
-        typer.Option(
-            help="Methods to run, with commas between. Known are stock, plain, specbound, steady, heads, lookup,"
-            " hand, paper, fixed_exit, prompt_lookup and early_exit."
-        ),
-    ] = "stock,plain,specbound,prompt_lookup,early_exit",
+    methods: Methods = "stock,plain,specbound,prompt_lookup,early_exit",
     limit: Annotated[int | None, typer.Option(min=1, help="Take this many prompts, spread over the file.")] = None,
     per_task: Annotated[int | None, typer.Option(min=1, help="Take this many prompts of each category.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Generate this many tokens a prompt at most.")] = 128,
