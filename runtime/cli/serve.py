@@ -18,23 +18,14 @@ def serve_command(
     name: Annotated[str | None, typer.Option(help="Name of the model for clients. By default the base's.")] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(
-            envvar="SPECBOUND_API_KEY",
-            help="Key that clients must send. It is safer in the environment.",
-            show_envvar=True,
-        ),
+        typer.Option(envvar="SPECBOUND_API_KEY", help="Key that clients must send. It is safer in the environment."),
     ] = None,
-    max_waiting: Annotated[
-        int, typer.Option(min=0, help="This many requests may wait. Others are answered 429.")
-    ] = 16,
+    max_waiting: Annotated[int, typer.Option(min=0, help="This many requests may wait. Others get a 429.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="Give each answer this many tokens at most.")] = 2048,
     request_timeout: Annotated[
-        float | None,
-        typer.Option(min=0.1, help="Seconds a request may take, its wait included. Then it is answered 504."),
+        float | None, typer.Option(min=0.1, help="Seconds a request may take, its wait included. Then it gets a 504.")
     ] = None,
-    grace: Annotated[
-        float, typer.Option(min=0, help="Seconds that the running request has to finish on SIGTERM.")
-    ] = 30,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds for the running request to finish on SIGTERM.")] = 30,
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
     exactness: Exactness = "bitwise",
