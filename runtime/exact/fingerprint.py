@@ -171,4 +171,8 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    """How often a tensor was written; -1 for one of inference mode, which counts nothing, whatever it says it is."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return -1

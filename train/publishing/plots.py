@@ -73,7 +73,7 @@ def precision_plot(traces: Traces, bounds: SpeculationBounds, path: Path) -> Non
 
 def speed_plot(replayer: Replayer, bounds: SpeculationBounds, path: Path) -> None:
     """Predicted speed-up over stock by one tau for all exits and by width, the best marked."""
-    taus, widths = np.linspace(0.2, 0.95, 16), range(1, 9)
+    taus, widths = np.linspace(0.2, 0.9, 8), range(1, 9)
     speed = np.array(
         [
             [replayer.run(SpeculationBounds(float(tau), bounds.max_exit_layer, width)).speedup for tau in taus]
