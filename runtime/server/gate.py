@@ -67,7 +67,7 @@ class Gate:
 
     def _too_large(self) -> ApiError:
         return ApiError(
-            TOO_LARGE, f"the request is larger than the {self.max_body_bytes} bytes that this server takes"
+            TOO_LARGE, f"the request is larger than {self.max_body_bytes} bytes, the most that is taken"
         )
 
     async def _read(self, receive: Receive) -> tuple[bytes, ApiError | None]:
