@@ -66,9 +66,7 @@ class Gate:
         return None
 
     def _too_large(self) -> ApiError:
-        return ApiError(
-            TOO_LARGE, f"the request is larger than {self.max_body_bytes} bytes, the most that is taken"
-        )
+        return ApiError(TOO_LARGE, f"the request is larger than {self.max_body_bytes} bytes, the most that is taken")
 
     async def _read(self, receive: Receive) -> tuple[bytes, ApiError | None]:
         """The whole body, which is small."""
