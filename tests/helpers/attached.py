@@ -36,6 +36,14 @@ def same(model: Any) -> bool:
     return torch.equal(model.generate(PROMPT, **GREEDY), stock)
 
 
+def ids_of(model: Any) -> list[int]:
+    """What it generates; for a process of its own."""
+    torch.set_num_threads(1)
+    found: list[int] = model.generate(PROMPT, **GREEDY)[0].tolist()
+    assert speculated(model)
+    return found
+
+
 def speculated(model: Any) -> bool:
     """Whether the last call did."""
     return bool(model.specbound.stats.emitted)

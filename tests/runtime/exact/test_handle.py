@@ -2,9 +2,11 @@
 
 import copy
 import io
+import multiprocessing
 import pickle
 import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from runtime import SpecBoundError, SpeculationBounds, detach
 from runtime.exact import packed
 from runtime.generate import attach
-from tests.helpers.attached import GREEDY, PROMPT, attached_model, same, speculated
+from tests.helpers.attached import GREEDY, PROMPT, attached_model, ids_of, same, speculated
 
 pytestmark = pytest.mark.usefixtures("own_certificates")
 
@@ -49,6 +51,15 @@ def test_pickle_and_copies(packs: None, model: Any) -> None:
         assert same(made) and speculated(made)
         assert type(detach(made)).__name__ == "LlamaForCausalLM"
     assert same(model)
+
+
+def test_a_worker_that_is_spawned_gets_the_model_with_its_adapter(model: Any) -> None:
+    """As a data loader or a pool hands it over."""
+    assert same(model)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(ids_of, model).result()
+    with model.specbound.disabled():
+        assert found == model.generate(PROMPT, **GREEDY)[0].tolist()
 
 
 class Interrupts(BaseStreamer):

@@ -6,6 +6,7 @@ more of them and prints how many answers were compared.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,3 +48,22 @@ def test_every_answer_is_stocks(family: str, dtype: torch.dtype) -> None:
     print(f"{family} {dtype}: {count}, {len(failures)} differ")
     assert not failures, "\n".join(failures)
     assert count.speculating > SPECULATING_SHARE * count.sequences
+
+
+@pytest.mark.parametrize(
+    ("check", "answer", "change"),
+    [
+        ("runtime.exact.prepared.why_stock", lambda model: None, "wrap_the_model"),
+        ("runtime.exact.prepared.structure", lambda model: ("as ever",), "hook_after"),
+        ("runtime.exact.prepared.tensors", lambda model: ("as ever",), "replace_a_layer"),
+        ("runtime.exact.packed.sums", lambda parts: torch.empty(0), "write_through_data"),
+    ],
+)
+def test_negative_control_a_check_switched_off_is_caught(
+    check: str, answer: Any, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of some sequences of that one change, at least one gives another answer then; none does with the check on."""
+    sequences = [Sequence("llama", torch.bfloat16, seed, ((change, 7 * seed),)) for seed in range(12)]
+    assert [found for each in sequences if (found := run(each, Count())) is not None] == []
+    monkeypatch.setattr(check, answer)
+    assert any(run(each, Count()) is not None for each in sequences)
