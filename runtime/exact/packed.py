@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from runtime.errors import UnsupportedModel, one_line
 from runtime.exact.fingerprint import sums, words
 
 logger = logging.getLogger(__name__)
@@ -168,6 +169,8 @@ def _by_input(model: PreTrainedModel) -> list[list[nn.Linear]]:
     hooks = [module.register_forward_pre_hook(record) for module in linears]
     try:
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
+    except Exception as error:  # of the model's own forward: stock's loop will meet it as well
+        raise UnsupportedModel(f"its own forward could not be probed: {one_line(error)}") from error
     finally:
         for hook in hooks:
             hook.remove()
