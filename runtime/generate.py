@@ -9,7 +9,7 @@ own (beam search, assisted decoding), run stock's loop, with one warning. Knows 
 import logging
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -83,7 +83,13 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     """For pickles and copies, which find classes by name: the stock class, made speculating again.
 
     A class that a user made of ours is found by its own name.
+
+    Raises:
+        SpecBoundError: it runs blocks now, so its modules are not what they are between calls.
     """
+    specbound: SpecBound | None = self.__dict__.get("specbound")
+    if specbound is not None and specbound.prepared.runs:
+        raise SpecBoundError("this model is generating: copy or pickle it when generate has returned")
     if STOCK not in type(self).__dict__:
         return object.__reduce_ex__(self, protocol)  # type: ignore[return-value]
     return _rebuild, (stock_class(self),), self.__dict__
@@ -117,18 +123,11 @@ def _sample(
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Greedy and sampled decoding of `generate`, with speculation where it keeps every bit."""
+    given = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
+    stock = partial(stock_class(self)._sample, self, *given)
     specbound: SpecBound | None = getattr(self, "specbound", None)
     if specbound is None:
-        return _stock_sample(
-            self,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            synced_gpus,
-            streamer,
-            **model_kwargs,
-        )
+        return stock(**model_kwargs)  # type: ignore[no-any-return]
     reason = _plain_reason(self, input_ids, generation_config, synced_gpus, model_kwargs)
     if specbound.enabled and reason is None:
         with specbound.prepared.exclusive(speculating=True):
@@ -139,22 +138,7 @@ def _sample(
     if specbound.enabled:
         specbound.warn_plain(str(reason))
     with specbound.prepared.exclusive(speculating=False):
-        return _stock_sample(
-            self,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            synced_gpus,
-            streamer,
-            **model_kwargs,
-        )
-
-
-def _stock_sample(model: Any, *args: Any, **kwargs: Any) -> GenerateDecoderOnlyOutput | Tensor:
-    """The loop of the class that the model had before."""
-    output: GenerateDecoderOnlyOutput | Tensor = stock_class(model)._sample(model, *args, **kwargs)
-    return output
+        return stock(**model_kwargs)  # type: ignore[no-any-return]
 
 
 def _plain_mode(name: str, mode: str) -> Callable[..., Any]:
@@ -180,7 +164,7 @@ def _speculate(
     model_kwargs: dict[str, Any],
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Prompt through the stock forward, then rounds; what plain `generate` returns comes back."""
-    bounds, prepared = specbound.prepare(model), specbound.prepared
+    bounds, prepared = specbound.certified_bounds, specbound.prepared
     assert prepared.certificate is not None
     emitter.largest_shift = prepared.certificate.largest_shift
     started = time.perf_counter()

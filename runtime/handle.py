@@ -88,6 +88,11 @@ class SpecBound:
     def prepare(self, model: PreTrainedModel) -> SpeculationBounds:
         """Get ready for the model as it is now, probing it where that was not done yet; how far it may draft."""
         self.why_stock(model)
+        return self.certified_bounds
+
+    @property
+    def certified_bounds(self) -> SpeculationBounds:
+        """The bounds, rounds no wider than the certificate allows."""
         widest = 1 if self.certificate is None else self.certificate.max_width
         return replace(self.bounds, max_draft_tokens=min(self.bounds.max_draft_tokens + 1, widest) - 1)
 
@@ -134,13 +139,8 @@ class SpecBound:
         Raises:
             ConfigError: exactness is not a known one.
         """
-        given: dict[str, Any] = {
-            "bounds": bounds,
-            "drafter": drafter,
-            "controller": controller,
-            "exactness": exactness,
-        }
-        given = {name: value for name, value in given.items() if value is not _KEPT}
+        pairs = (("bounds", bounds), ("drafter", drafter), ("controller", controller), ("exactness", exactness))
+        given: dict[str, Any] = {name: value for name, value in pairs if value is not _KEPT}
         require_exactness(given.get("exactness", self.exactness))
         before = {name: getattr(self, name) for name in given}
         self.__dict__.update(given)

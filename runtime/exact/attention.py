@@ -10,7 +10,6 @@ caches or drafting.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ KINDS = ("batched", "grouped", "rowwise")
 VECTOR = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 MASKS = 4  # kept, so that all layers of a block share them
 AttentionOutput = tuple[Tensor, Any]
-_numbers = count()
 
 
 class BlockAttention:
@@ -138,7 +136,7 @@ def block_attention(model: PreTrainedModel, kind: str) -> Iterator[BlockAttentio
             f"attention implementation {stock!r} is not supported: load the model with attn_implementation='sdpa'"
         )
     attention = BlockAttention(kind, stock)
-    name = f"specbound_{kind}_{stock}_{next(_numbers)}"
+    name = f"specbound_{kind}_{stock}_{id(attention)}"
     ALL_ATTENTION_FUNCTIONS[name] = attention
     model.config._attn_implementation = name
     try:

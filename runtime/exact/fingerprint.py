@@ -36,9 +36,7 @@ def structure(model: PreTrainedModel) -> tuple[Any, ...]:
     for module in _modules(model):
         values = module.__dict__
         parts += (type(module), type(module).forward, *values["_modules"])
-        for hooks in (values["_forward_pre_hooks"], values["_forward_hooks"]):
-            if hooks:
-                parts += hooks.values()
+        parts += hooks_of(values)
         for name in sorted(values.keys() - INTERNAL):
             value = values[name]
             if isinstance(value, _SIMPLE):
@@ -89,18 +87,24 @@ def digest(model: nn.Module) -> str:
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Sums of all bits, 64 at a time, int64: by row, and of every eighth row by column.
+    """Sums of all bits, 64 at a time, int64: by row, and of some rows by column.
 
     One changed bit is seen, and so are rows or columns that change places.
     """
     whole = tensor.detach().contiguous()
-    return sums(words(whole if whole.data_ptr() % 8 == 0 else whole.clone()))
+    return sums(words(whole if is_whole(whole) else whole.clone()))
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor's memory can be read as words of 8 bytes: without gaps, from a multiple of 8 on."""
+    begin = tensor.storage_offset() * tensor.element_size()
+    return tensor.is_contiguous() and tensor.data_ptr() % 8 == 0 and begin % 8 == 0
 
 
 def words(tensor: Tensor) -> list[tuple[Tensor, int]]:
     """The memory of a tensor in parts, each with the dimension that `sums` adds it up along; -1 is as it is.
 
-    They are views: where the tensor is written, so are they. It must begin at a multiple of 8 bytes.
+    They are views: where the tensor is written, so are they. Only of a tensor that `is_whole`.
     """
     if tensor.is_meta or tensor.numel() == 0:
         return []
@@ -109,12 +113,13 @@ def words(tensor: Tensor) -> list[tuple[Tensor, int]]:
     aligned, rest = flat[: 8 * number].view(torch.int64), flat[8 * number :]
     width = number // tensor.shape[0] if tensor.dim() > 1 and number % tensor.shape[0] == 0 else WIDTH
     table = aligned[: number // width * width].view(-1, width)
-    return [(table, 1), (table[::SAMPLED], 0), (aligned[table.numel() :], -1), (rest, -1)]
+    parts = [(table, 1), (table[::SAMPLED], 0), (aligned[table.numel() :], -1), (rest, -1)]
+    return [(part, dimension) for part, dimension in parts if part.numel()]
 
 
 def sums(parts: list[tuple[Tensor, int]]) -> Tensor:
     """Of the words that are there now."""
-    found = [part.sum(dimension) if dimension >= 0 else part.long() for part, dimension in parts if part.numel()]
+    found = [part.sum(dimension) if dimension >= 0 else part.long() for part, dimension in parts]
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
 
 
@@ -149,8 +154,7 @@ def _all_tensors(model: nn.Module) -> Iterator[Tensor]:
     for module in _modules(model):
         values = module.__dict__
         held = [*values["_parameters"].values(), *values["_buffers"].values()]
-        if len(values) > len(INTERNAL):  # `training` is not among these
-            held += [values[name] for name in values.keys() - INTERNAL if isinstance(values[name], Tensor)]
+        held += [value for value in values.values() if isinstance(value, Tensor)]
         for tensor in held:
             if type(tensor) in (nn.Parameter, Tensor):
                 yield tensor

@@ -71,7 +71,9 @@ def _telling_linear(like: nn.Module, outputs: int) -> tuple[nn.Module, int]:
     linear = type(like).__new__(type(like))
     nn.Module.__init__(linear)
     linear.weight = nn.Parameter(rows.t().contiguous() if stands_on_inputs else rows, requires_grad=False)
-    linear.bias = None if like.bias is None else nn.Parameter(pattern.new_zeros(outputs), requires_grad=False)
+    # As different in size as the products: it shows where in the sum a bias comes.
+    bias = cancelling(1, outputs, weight.dtype)[0].to(weight.device)
+    linear.bias = None if like.bias is None else nn.Parameter(bias, requires_grad=False)
     linear.__dict__["nf"] = outputs  # of a Conv1D
     return linear, inputs
 
@@ -98,7 +100,7 @@ def same_attention(
     for length in (length for length in LENGTHS if length >= rows):
         query = torch.zeros(1, num_queries, rows, size)
         # Every other head weighs its keys as text does; the rest weigh all alike, and the values cancel.
-        query[:, ::2] = 4 * torch.randn(query[:, ::2].shape, generator=generator)
+        query[:, 1::2] = 4 * torch.randn(query[:, 1::2].shape, generator=generator)
         keys = torch.randn(1, num_keys, length, size, generator=generator)
         values = cancelling(num_keys * size, length, dtype).view(1, num_keys, size, length).transpose(2, 3)
         query, keys, values = (tensor.to(device, dtype).contiguous() for tensor in (query, keys, values))

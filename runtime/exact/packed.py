@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from runtime.errors import UnsupportedModel, one_line
-from runtime.exact.fingerprint import sums, words
+from runtime.exact.fingerprint import is_whole, sums, words
 
 logger = logging.getLogger(__name__)
 
@@ -144,12 +144,13 @@ def packable(model: PreTrainedModel) -> list[list[nn.Linear]]:
 
 
 def _is_packable(module: nn.Module) -> bool:
-    """A Linear of torch's own class and forward, its weight a plain bfloat16 tensor, and large enough."""
+    """A Linear of torch's own class and forward, its weight a plain bfloat16 tensor without gaps, and large enough."""
     return (
         type(module) is nn.Linear
         and "forward" not in module.__dict__
         and not (module._forward_hooks or module._forward_pre_hooks)
-        and (module.bias is None or module.bias.dtype == torch.bfloat16)
+        and (module.bias is None or (module.bias.dtype == torch.bfloat16 and is_whole(module.bias)))
+        and is_whole(module.weight)
         and module.weight.dtype == torch.bfloat16
         and module.weight.device.type == "cpu"
         and not module.weight.is_inference()

@@ -8,7 +8,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -39,6 +39,7 @@ class PreparedModel:
         certificate: what the exactness probe checked and found; None before it ran.
         packed: copies of the Linears that run in another layout; None where nothing is packed.
         static: the cache that CUDA graphs run over, one for all calls; None where it is not in use.
+        runs: whether its modules compute blocks at this moment.
         graphs: run layers as CUDA graphs, where every bit is kept. Off but for tests and measurements.
     """
 
@@ -47,6 +48,7 @@ class PreparedModel:
         self.layers = DecoderLayers(model)
         self.certificate: Certificate | None = None
         self.graphs = False
+        self.runs = False
         self._lock = threading.Lock()
         self._generating: Counter[int] = Counter()  # plain calls by thread
         self._speculating = False
@@ -88,10 +90,12 @@ class PreparedModel:
         self._forget()
         self._structure, self._tensors = code, held
         self._why_stock = why_stock(model)
-        if self._why_stock is None and (number := len(DecoderLayers(model).layers)) != self.layers.num_layers:
-            self._why_stock = f"it has {number} layers, its adapter is for {self.layers.num_layers}"
         if self._why_stock is None:
-            self.layers = DecoderLayers(model)
+            layers, expected = DecoderLayers(model), self.layers.num_layers
+            if layers.num_layers == expected:
+                self.layers = layers
+            else:
+                self._why_stock = f"it has {layers.num_layers} layers, its adapter is for {expected}"
         return self._why_stock
 
     def certify(self, model: PreTrainedModel, exactness: str, max_width: int) -> Certificate:
@@ -127,10 +131,16 @@ class PreparedModel:
             self.static, self._addresses = None, now
         return reason is None
 
-    def running(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+    @contextmanager
+    def running(self, model: PreTrainedModel) -> Iterator[None]:
         """While open, the model computes blocks as its certificate says."""
         assert self.certificate is not None
-        return execution(model, self.certificate.policy, self.packed)
+        with execution(model, self.certificate.policy, self.packed):
+            self.runs = True
+            try:
+                yield
+            finally:
+                self.runs = False
 
     def cache_of(self, prompt: Any, capacity: int) -> KVCache:
         """The cache that decoding goes on with after a prompt, by the certified policy.

@@ -2,9 +2,9 @@
 
 Compared on real activations: text the base itself continues, decoded one token at a time by the stock forward.
 First every Linear, alone, at every width of block, and on numbers that tell the order of additions (`order.py`), as
-attention is; then the whole model, logits and cache, under the policy found,
-near the beginning of a text and far into one. What was checked and found is the certificate; it holds for one
-device, dtype, thread count and set of versions. Knows nothing of drafting.
+attention is; then the whole model, logits and cache, under the policy found, near the beginning of a text and far into
+one. What was checked and found is the certificate; it holds for one device, dtype, thread count and set of versions.
+Knows nothing of drafting.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from runtime.exact.reference import Reference
 from runtime.exact.static import StaticCache
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 12
+PROBE_FORMAT = 13
 
 
 def certify(

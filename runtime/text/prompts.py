@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from runtime.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+FILES = (".jsonl", ".json")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 EXPECTED = "`prompt` (text), `turns` (user texts), `messages` (role and content) or `instruction` (text)"
@@ -51,22 +53,34 @@ class Prompt:
         return (*(message.content for message in self.messages), *self.later_turns)
 
 
-def read_prompts(source: str) -> list[Prompt]:
-    """The prompts of a `.jsonl` file, or of a `.json` file that holds a list, in its order.
+def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a `.jsonl` file, or of a `.json` file that holds a list, in its order, duplicates included.
 
     Rows hold, looked for in this order, `prompt`, `turns`, `messages` (cut after the last user message) or
     `instruction` (and maybe `input`); null counts as absent. A NUL or a lone surrogate, which tokenizers refuse,
     becomes U+FFFD, with a logged warning. Blank lines, a byte order mark and CRLF line ends are skipped over.
 
+    Args:
+        limit: read at most this many rows.
+
     Raises:
         DataError: the file cannot be read, holds no prompt, or a row is not one; names the file and line.
     """
     path = Path(source)
-    if path.suffix not in (".jsonl", ".json"):
+    if path.suffix not in FILES:
         raise DataError(f"{source}: expected a .jsonl or .json file; convert it first")
-    prompts = [to_prompt(row, where=where) for where, row in file_rows(path)]
+    return to_prompts(_jsonl_rows(path) if path.suffix == ".jsonl" else _json_rows(path), source, limit)
+
+
+def to_prompts(rows: Iterable[tuple[str, Any]], source: str, limit: int | None) -> list[Prompt]:
+    """The prompts of rows, each with the words for where it stands.
+
+    Raises:
+        DataError: there is none, or a row is not one.
+    """
+    prompts = [_to_prompt(row, where=where) for where, row in islice(rows, limit)]
     if not prompts:
-        raise DataError(f"{source}: no prompts in it; expected rows with {EXPECTED}")
+        raise DataError(f"{source}: no prompts in it (limit {limit}); expected rows with {EXPECTED}")
     return prompts
 
 
@@ -82,15 +96,6 @@ def prompt_hash(messages: Sequence[Message], later_turns: Sequence[str] = ()) ->
     pairs = [(message.role, message.content) for message in messages]
     canonical = json.dumps({"later_turns": list(later_turns), "messages": pairs}, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
-
-
-def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row of a .jsonl or .json file, with the words for where it stands.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    return _jsonl_rows(path) if path.suffix == ".jsonl" else _json_rows(path)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -130,7 +135,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     return ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def to_prompt(row: Any, *, where: str) -> Prompt:
+def _to_prompt(row: Any, *, where: str) -> Prompt:
     """The prompt that a row of a file or data set holds; `category` names its task.
 
     Raises:

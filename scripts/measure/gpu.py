@@ -55,7 +55,6 @@ def main(
     adapter: Annotated[Path, typer.Option(help="Folder of its adapter.")] = Path("adapters/smollm2-135m-instruct"),
     prompts: Annotated[Path, typer.Option(help="A .jsonl file.")] = Path("configs/data/demo_prompts.jsonl"),
     tiny: Annotated[bool, typer.Option("--tiny", help="Small shapes, few prompts: does it run?")] = False,
-    only: Annotated[str | None, typer.Option(help="Steps, by name, with commas between.")] = None,
 ) -> None:
     """Run every step, print what came of it, keep the reports; exit code 1 where a step failed."""
     check_writable(json_file)
@@ -63,9 +62,8 @@ def main(
     found: dict[str, Any] = conditions(device) | {"tiny": tiny, "steps": {}}
     with tempfile.TemporaryDirectory() as scratch:
         for step in steps(base or kept_base(SMOLLM2), adapter, prompts, Path(scratch), device.type, tiny=tiny):
-            if only is None or step.name in only.split(","):
-                found["steps"][step.name] = run(step)
-                write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
+            found["steps"][step.name] = run(step)
+            write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
     if any("error" in step for step in found["steps"].values()):
         raise typer.Exit(1)
 

@@ -24,6 +24,7 @@ from runtime.exact.execution import in_rows
 from runtime.exact.order import cancelling, same_attention, same_linear
 from runtime.files import write_atomic
 
+DTYPES = ("float32", "bfloat16", "float16")
 WIDTHS = tuple(range(2, 17))
 # Outputs by inputs: of SmolLM2-135M, of 7B shapes, and an unembedding.
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (4096, 4096), (11008, 4096), (4096, 11008), (32000, 4096))
@@ -34,14 +35,13 @@ TINY_HEADS = {"4 heads on 2": (4, 2, 8)}
 
 def main(
     device: str = "cpu",
-    dtypes: Annotated[str, typer.Option(help="Some of float32, bfloat16, float16.")] = "float32,bfloat16,float16",
     tiny: Annotated[bool, typer.Option("--tiny", help="Small shapes only.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the findings in this file.")] = None,
 ) -> None:
     """Look, print, keep the findings."""
     where = torch.device(device)
     shapes, heads = (TINY_SHAPES, TINY_HEADS) if tiny else (SHAPES, HEADS)
-    found = {name: kept(getattr(torch, name), where, shapes, heads) for name in dtypes.split(",")}
+    found = {name: kept(getattr(torch, name), where, shapes, heads) for name in DTYPES}
     report = conditions(where) | {"widths": [WIDTHS[0], WIDTHS[-1]], "kept": found}
     show(report)
     if json_file is not None:

@@ -17,6 +17,13 @@ def rename(folder, **changes):
     (folder / "config.json").write_text(config.to_json())
 
 
+def content(adapter):
+    """Everything that decides what an adapter does, comparable with ==."""
+    state = {name: (tensor.dtype, tensor.numpy().tobytes()) for name, tensor in adapter.heads.state_dict().items()}
+    config = dataclasses.replace(adapter.config, weights_sha256="")
+    return config, state, adapter.draft_to_target.tolist()
+
+
 def hashes(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from runtime import load_specbound
+from runtime.generate import attach
+from runtime.loading import make_specbound
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import script
 from train.calibration.traces import TRACES_FILE, Traces
@@ -155,3 +157,27 @@ def test_gpu(demo_outputs: Path) -> None:
     assert any(name.startswith("speed/") for name in found["steps"]["fit"]["report"])
     assert found["steps"]["audit"]["report"]["differing_tokens"] == 0
     assert set(found["steps"]["rows"]["report"]["kept"]) == {"float32", "bfloat16", "float16"}
+
+
+def test_checks(make_model: Any, make_adapter: Any) -> None:
+    """Each check beside an answer, and what they are of it."""
+    checks = script("measure/checks")
+    model = make_model()
+    attach(model, make_specbound(model, make_adapter(model), exactness="bitwise"))
+    found = checks.measure(model, tokens=8, repeats=3)
+    assert set(found["ms"]) == {"code", "settings", "weights", "packed", "all checks", "answer"}
+    assert found["share"] == found["ms"]["all checks"] / found["ms"]["answer"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
+def test_lora(demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained, merged and unmerged; a certificate for each, and no id differs."""
+    lora = script("measure/lora")
+    monkeypatch.chdir(demo_outputs)
+    Path("p.jsonl").write_text('{"prompt": "w3 w9 w60"}\n{"prompt": "w17 w5"}\n')
+    monkeypatch.setattr(lora, "ANSWER", 12)
+    options = {"steps": 2, "tokens": 20, "dtype": "float32", "json_file": Path("lora.json")}
+    lora.main("outputs/demo/adapter", "p.jsonl", **options)
+    found = json.loads(Path("lora.json").read_text())
+    assert list(found["stages"]) == ["unmerged", "merged", "unmerged again"] and len(found["losses"]) == 2
+    assert all(stage["tokens"] >= 20 and stage["differing"] == 0 for stage in found["stages"].values())

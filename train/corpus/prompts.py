@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import DataError
-from runtime.text.prompts import EXPECTED, Prompt, file_rows, to_prompt
+from runtime.text.prompts import FILES, Prompt, to_prompts
+from runtime.text.prompts import read_prompts as read_file
 
 logger = logging.getLogger(__name__)
 
@@ -24,35 +25,19 @@ _HEX_DIGITS = 13
 
 
 def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
-    """Read the prompts of `source`, in its order, duplicates included (`deduplicate` drops and counts them).
+    """The prompts of a file, as `runtime.text.prompts.read_prompts`, or of a data set, with the same rows.
 
     Args:
-        source: a `.jsonl` file, a `.json` file that holds a list, or a data set as `name` or `name:split`
-            (split `train` unless given). Rows hold, looked for in this order, `prompt`, `turns`, `messages`
-            (cut after the last user message) or `instruction` (and maybe `input`); null counts as absent.
+        source: a `.jsonl` or `.json` file, or a data set as `name` or `name:split` (split `train` unless given).
         limit: read at most this many rows.
-
-    A NUL or a lone surrogate, which tokenizers refuse, becomes U+FFFD, with a logged warning. Blank lines, a
-    byte order mark and CRLF line ends are skipped over.
 
     Raises:
         DataError: the source cannot be read, holds no prompt, or a row is not one; names the file and line.
     """
     path = Path(source)
-    if path.suffix in (".jsonl", ".json"):
-        rows = file_rows(path)
-    elif path.is_file():
-        raise DataError(f"{source}: expected a .jsonl or .json file or a data set's name; convert it first")
-    else:
-        rows = _dataset_rows(source)
-    prompts: list[Prompt] = []
-    for where, row in rows:
-        if limit is not None and len(prompts) >= limit:
-            break
-        prompts.append(to_prompt(row, where=where))
-    if not prompts:
-        raise DataError(f"{source}: no prompts in it (limit {limit}); expected rows with {EXPECTED}")
-    return prompts
+    if path.suffix in FILES or path.is_file():
+        return read_file(source, limit=limit)
+    return to_prompts(_dataset_rows(source), source, limit)
 
 
 def hash_fraction(digest: str, *, offset: int = 0) -> float:

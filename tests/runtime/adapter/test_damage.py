@@ -1,6 +1,5 @@
 """Adapters changed at random, over 1,000: none loads silently different, runs code, or fails in a way of its own."""
 
-import dataclasses
 import json
 import pickle
 import random
@@ -14,6 +13,7 @@ import pytest
 from runtime import SpecBoundError, load_adapter, save_adapter
 from runtime.adapter.config import CONTENT_SHA256, SpecBoundConfig, _content_sha256
 from runtime.adapter.identity import file_sha256
+from tests.helpers.publication import content
 
 RUNS_CODE = {"exec", "compile", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class"}
 RUNS_CODE |= {"marshal.loads", "socket.connect", "ctypes.dlopen"}
@@ -46,11 +46,6 @@ def original(tmp_path_factory, make_model, make_adapter):
     folder = tmp_path_factory.mktemp("mutations") / "adapter"
     save_adapter(made, folder)
     return folder, (folder / "config.json").read_bytes(), (folder / "model.safetensors").read_bytes()
-
-
-def content(adapter):
-    state = {name: (tensor.dtype, tensor.numpy().tobytes()) for name, tensor in adapter.heads.state_dict().items()}
-    return dataclasses.replace(adapter.config, weights_sha256=""), state, adapter.draft_to_target.tolist()
 
 
 def attempt(folder):

@@ -18,24 +18,7 @@ from runtime import AdapterError, load_adapter, save_adapter
 from runtime.adapter.config import SpecBoundConfig
 from runtime.adapter.identity import file_sha256
 from runtime.drafting.heads import HEAD_KINDS
-
-
-@pytest.fixture(scope="module")
-def adapter(make_model, make_adapter):
-    return make_adapter(make_model(), draft_vocab_size=32)
-
-
-@pytest.fixture
-def folder(adapter, tmp_path):
-    save_adapter(adapter, tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-def content(adapter):
-    """Everything that decides what an adapter does, comparable with ==."""
-    state = {name: (tensor.dtype, tensor.numpy().tobytes()) for name, tensor in adapter.heads.state_dict().items()}
-    config = dataclasses.replace(adapter.config, weights_sha256="")
-    return config, state, adapter.draft_to_target.tolist()
+from tests.helpers.publication import content
 
 
 def refusal(folder):

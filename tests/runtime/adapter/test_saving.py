@@ -1,6 +1,5 @@
 """Saving an adapter: whole or not at all, over an adapter or an empty folder only."""
 
-import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -11,29 +10,12 @@ import runtime.adapter.folder as module
 from runtime import AdapterError, ConfigError, load_adapter, save_adapter
 from runtime.adapter.folder import Adapter
 from runtime.adapter.hub import resolve_adapter
-
-
-@pytest.fixture(scope="module")
-def adapter(make_model, make_adapter):
-    return make_adapter(make_model(), draft_vocab_size=32)
+from tests.helpers.publication import content
 
 
 @pytest.fixture(scope="module")
 def other(make_model, make_adapter):
     return make_adapter(make_model(seed=1), seed=1, draft_vocab_size=16)
-
-
-@pytest.fixture
-def folder(adapter, tmp_path):
-    save_adapter(adapter, tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-def content(adapter):
-    """Everything that decides what an adapter does, comparable with ==."""
-    state = {name: (tensor.dtype, tensor.numpy().tobytes()) for name, tensor in adapter.heads.state_dict().items()}
-    config = dataclasses.replace(adapter.config, weights_sha256="")
-    return config, state, adapter.draft_to_target.tolist()
 
 
 STEPS = [(module.os, "replace"), (module.os, "fsync"), (module, "save_file"), (Path, "write_text"),

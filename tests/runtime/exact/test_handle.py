@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -21,14 +20,6 @@ from runtime.generate import attach
 from tests.helpers.attached import GREEDY, PROMPT, attached_model, ids_of, same, speculated
 
 pytestmark = pytest.mark.usefixtures("own_certificates")
-
-
-@pytest.fixture
-def packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packing on any machine: copies of the weights take the place of oneDNN's."""
-    monkeypatch.setattr(packed, "_has_operators", lambda: True)
-    monkeypatch.setattr(packed, "reorder", lambda weight: weight.clone())
-    monkeypatch.setattr(packed, "multiply", nn.functional.linear)
 
 
 @pytest.fixture
@@ -152,3 +143,32 @@ def test_a_model_that_cannot_be_probed_decodes_plainly(model: Any) -> None:
 def test_no_drafts_are_asked_for(model: Any) -> None:
     model.specbound.bounds = SpeculationBounds(0.2, 4, 0)
     assert same(model)
+
+
+def test_a_copy_in_the_middle_of_a_call_is_refused(model: Any) -> None:
+    """Its modules compute blocks then; stock's can be copied, and so can this one where it decodes plainly."""
+    assert same(model)
+    refused: list[str] = []
+
+    def copies() -> None:
+        for make in (copy.deepcopy, pickle.dumps):
+            try:
+                make(model)
+            except SpecBoundError as error:
+                refused.append(str(error))
+
+    model.generate(PROMPT, streamer=Interrupts(3, copies), **GREEDY)
+    assert refused == ["this model is generating: copy or pickle it when generate has returned"] * 2
+    with model.specbound.disabled():
+        model.generate(PROMPT, streamer=Interrupts(3, copies), **GREEDY)
+    assert len(refused) == 2 and same(copy.deepcopy(model))
+
+
+def test_the_model_is_looked_at_once_a_call(packs: None, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All bits of packed weights are read for it."""
+    assert same(model) and model.specbound.prepared.packed is not None
+    looks: list[int] = []
+    current = packed.PackedLinears.current
+    monkeypatch.setattr(packed.PackedLinears, "current", lambda self: looks.append(1) or current(self))
+    model.generate(PROMPT, **GREEDY)
+    assert speculated(model) and len(looks) == 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from runtime.exact import order
 from runtime.exact.attention import BlockAttention
 from runtime.exact.execution import in_rows
 from runtime.exact.order import cancelling, same_attention, same_linear
@@ -42,6 +44,27 @@ def test_another_order_of_a_linear_is_seen(dtype: torch.dtype, like: nn.Module) 
     assert same_linear(partial(in_rows, rows=1), like, 96, [2, 5])
     assert not same_linear(turned, like, 96, [2, 5])
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def bias_first(linear: Any) -> Callable[[Tensor], Tensor]:
+    """The bias before the products: the last input of all, instead of what is added at the end."""
+    weight, bias = linear.weight.float(), linear.bias.float()
+
+    def run(hidden: Tensor) -> Tensor:
+        total = bias.expand(*hidden.shape[:-1], -1)
+        for place in range(hidden.shape[-1]):
+            total = total + hidden[..., place, None].float() * weight[:, place]
+        return total.to(linear.weight.dtype)
+
+    return run
+
+
+def test_the_place_of_a_bias_shows() -> None:
+    """Two ways that differ in it alone."""
+    linear, inputs = order._telling_linear(nn.Linear(64, 96), 96)
+    given = torch.ones(1, 1, inputs)
+    last = bias_first(SimpleNamespace(weight=linear.weight, bias=torch.zeros(96)))(given) + linear.bias
+    assert not torch.equal(bias_first(linear)(given), last)
 
 
 class Backwards(BlockAttention):

@@ -17,14 +17,6 @@ pytestmark = pytest.mark.usefixtures("own_certificates")
 
 
 @pytest.fixture
-def packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packing on any machine: copies of the weights take the place of oneDNN's."""
-    monkeypatch.setattr(packed, "_has_operators", lambda: True)
-    monkeypatch.setattr(packed, "reorder", lambda weight: weight.clone())
-    monkeypatch.setattr(packed, "multiply", nn.functional.linear)
-
-
-@pytest.fixture
 def model(make_model: Callable[..., Any]) -> Any:
     """With biases, in bfloat16."""
     return attached_model(make_model)
@@ -186,3 +178,18 @@ def test_lora_added_merged_and_unmerged(packs: None, model: Any) -> None:
     with carrier.disable_adapter():
         assert same(model)
     assert same(carrier.merge_and_unload()) and speculated(model)
+
+
+@pytest.mark.parametrize("change", ["turned", "shifted bias"])
+def test_weights_that_are_no_whole_words_are_not_packed(packs: None, model: Any, change: str) -> None:
+    """A transposed layout, or memory that begins between two words: that Linear runs as it is, the rest packed."""
+    linear = model.model.layers[1].mlp.down_proj
+    if change == "turned":
+        linear.weight = nn.Parameter(linear.weight.data.t().contiguous().t())
+    else:
+        linear.bias = nn.Parameter(torch.randn(len(linear.weight) + 1).bfloat16()[1:])
+    assert not packed._is_packable(linear) and packed._is_packable(model.model.layers[2].mlp.down_proj)
+    assert same(model) and speculated(model)
+    found = packed.PackedLinears.of(model)
+    assert found is not None and found.current()
+    assert all(linear not in joint.modules for joint in found.joint) and len(found.joint) > 3
