@@ -42,20 +42,24 @@ def calibrate(
     heads: DraftHeads,
     calibration: Split,
 ) -> Calibration:
-    """Temperatures, lookup table and traces from the calibration split.
+    """Temperatures, lookup table and traces from one pass of the base over the calibration split.
+
+    The features are kept in the CPU's memory meanwhile: the heads run over them twice, to fit the temperatures and,
+    with these, at every age of the verified state. A position takes about (exits + 2) hidden states.
 
     Raises:
         DataError: too little text, or logits that are not finite.
     """
     size = config.per_device_train_batch_size
-    batches = calibration.batches(size)
-    found = collect(tqdm(batches, "calibrate", unit="batch"), heads)
+    device = calibration.extract.layers.device
+    features = [batch.to("cpu") for batch in tqdm(calibration.batches(size), "features", unit="batch")]
+    found = collect((batch.to(device) for batch in tqdm(features, "calibrate", unit="batch")), heads)
     require_positions(len(found.sequence))
     schedule, scores = fit_schedule(found, config.schedule, model.config.num_hidden_layers)
     looked_up = LookupTraces.collect(calibration.sequences.rows, found.targets)
     table = looked_up.fit()
     exits = ExitLog.collect(
-        tqdm(calibration.batches(size), "log", unit="batch"),
+        (batch.to(device) for batch in tqdm(features, "log", unit="batch")),
         heads,
         temperatures=schedule.temperatures,
         ages=heads.exits.one.ages,

@@ -64,6 +64,14 @@ class Features:
         tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
         return cls(hidden=hidden, lengths=[length for part in parts for length in part.lengths], **tensors)
 
+    def to(self, device: torch.device | str) -> "Features":
+        """The same on another device."""
+        hidden = {layer: tensor.to(device) for layer, tensor in self.hidden.items()}
+        names = [field.name for field in fields(self) if field.name not in ("hidden", "lengths")]
+        return Features(
+            hidden=hidden, lengths=self.lengths, **{name: getattr(self, name).to(device) for name in names}
+        )
+
     def split(self) -> list["Features"]:
         """One for each sequence."""
         names = [field.name for field in fields(self) if field.name not in ("hidden", "lengths")]

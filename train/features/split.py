@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -68,14 +68,7 @@ class Split:
         """Features of some sequences on the device, from the cache or from a forward of the base."""
         if self.cache is None:
             return self.extract([self.sequences[index] for index in indices])
-        device = self.extract.layers.device
-        joined = Features.join([self.cache[index] for index in indices])
-        names = ("embedding", "deep", "target", "top_ids", "top_log_probs")
-        return replace(
-            joined,
-            hidden={layer: tensor.to(device) for layer, tensor in joined.hidden.items()},
-            **{name: getattr(joined, name).to(device) for name in names},
-        )
+        return Features.join([self.cache[index] for index in indices]).to(self.extract.layers.device)
 
     def batches(self, batch_size: int, *, limit: int | None = None) -> Iterator[Features]:
         """All sequences in order, up to `limit`."""

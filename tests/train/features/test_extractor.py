@@ -164,3 +164,10 @@ def test_nothing_left_is_refused():
     ]
     with pytest.raises(DataError, match="no assistant text is left in the fit split after truncation to 3 tokens"):
         Sequences.from_corpus(dataset, max_length=3, name="fit")
+
+
+def test_features_on_another_device_are_the_same(extract):
+    found = extract(ROWS)
+    assert_equal(found.to("cpu"), found)
+    assert found.to("meta").deep.is_meta
+    assert found.to("meta").hidden[EXITS[0]].is_meta
