@@ -2,9 +2,9 @@
 
 Registered with transformers' attention interface around the implementation the model already uses. `rowwise` takes
 one query row at a time, on exactly the keys that row may see: the same call that one-token decoding makes, so the same
-bits. `grouped` gives several rows to one call of torch's kernel, as heads of one query each, which on some CPUs keeps
-every bit too. `batched` makes one call with a causal mask: faster, not always the same bits. Knows nothing of models,
-caches or drafting.
+bits. `native` is our own kernel, in one of the orders of addition that it knows. `grouped` gives several rows to one
+call of torch's kernel, as heads of one query each, which on some CPUs keeps every bit too. `batched` makes one call
+with a causal mask: faster, not always the same bits. Knows nothing of models, caches or drafting.
 """
 
 import sys
@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from runtime.errors import UnsupportedModel
+from runtime.exact.native.attend import ORDERS, attend, can_attend
 
 SUPPORTED = ("eager", "sdpa")
 # How a block attends; cheapest first.
-KINDS = ("batched", "grouped", "rowwise")
+NATIVE_KINDS = tuple(f"native_{order}" for order in ORDERS)
+KINDS = ("batched", *NATIVE_KINDS, "grouped", "rowwise")
 # Keys that the CPU's kernels take in one vector. Hidden keys after a row's own add nothing, but where they fill up the
 # vector in which the row's own keys end, these are added up in another order.
 VECTOR = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
@@ -36,12 +38,13 @@ class BlockAttention:
     Shape suffixes: T rows of the block, H query heads, G heads of keys and values, E head size, S tokens so far.
 
     Args:
-        kind: one of `KINDS`; eager attention knows no groups and goes row by row there.
+        kind: one of `KINDS`; eager attention goes row by row in all but `batched`.
         stock: `eager` or `sdpa`.
     """
 
     def __init__(self, kind: str, stock: str) -> None:
-        self.kind = "rowwise" if stock == "eager" and kind == "grouped" else kind
+        self.kind = "rowwise" if stock == "eager" and kind != "batched" else kind
+        self.order = self.kind.removeprefix("native_") if self.kind in NATIVE_KINDS else None
         self.stock = stock
         self._masks: dict[tuple[int, int, int], Tensor] = {}
 
@@ -64,17 +67,21 @@ class BlockAttention:
         Returns:
             Shape [1, T, H, E], and None, as transformers' own functions.
         """
-        attend = _stock_attention(self.stock, module)
+        if self.order is not None and mask is None and can_attend(query, key, value):
+            output = attend(query, key, value, scaling, self.order)
+            if output is not None:
+                return output, None
+        stock = _stock_attention(self.stock, module)
         if query.shape[2] == 1 or self.kind == "batched":
             if mask is None and query.shape[2] > 1:
                 mask = _causal(query, key, added=self.stock == "eager")
-            return attend(module, query, key, value, mask, scaling=scaling, **kwargs)
+            return stock(module, query, key, value, mask, scaling=scaling, **kwargs)
         if self.kind == "grouped":
             return self.in_groups(query, key, value, scaling).transpose(1, 2), None
         if self.stock == "sdpa" and query.device.type == "cpu":
             return in_rows(query, key, value, scaling).transpose(1, 2), None
         rows = [
-            attend(module, row, keys, values, None, scaling=scaling, **kwargs)[0]
+            stock(module, row, keys, values, None, scaling=scaling, **kwargs)[0]
             for row, keys, values in _rows(query, key, value)
         ]
         return torch.cat(rows, dim=1), None

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from runtime.exact.execution import ExecutionPolicy, Shape
+from runtime.exact.native.library import why_not_native
 from runtime.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class Certificate:
         policy: how blocks are computed.
         rows_checked, rows_differing: rows of logits and cache compared with stock's, under the policy.
         largest_shift: the most that a logit differed from stock's.
+        native: shapes of packed Linears that our own kernel multiplies, with the bits of torch's.
         device, dtype, threads, versions: what it holds for.
         seconds: what the probe took; 0 where it was read from disk.
     """
@@ -43,6 +46,7 @@ class Certificate:
     rows_checked: int
     rows_differing: int
     largest_shift: float
+    native: Sequence[Shape]
     device: str
     dtype: str
     threads: int
@@ -54,23 +58,34 @@ class Certificate:
         shift = f", logits by up to {self.largest_shift:.3g}" if self.rows_differing else ""
         return (
             f"{state}: {self.rows_differing} of {self.rows_checked} rows differ{shift}, in blocks of up to"
-            f" {self.max_width} tokens and contexts of up to {self.longest_context}; {_describe(self.policy)}"
+            f" {self.max_width} tokens and contexts of up to {self.longest_context};"
+            f" {_describe(self.policy)}{self._kernels()}"
             f" ({self.device}, {self.dtype}, {self.threads} threads, {self.versions})"
         )
+
+    def _kernels(self) -> str:
+        """What ran native, in words; why nothing could, where packed Linears might have."""
+        if self.native:
+            return f"; native: Linear {', '.join(_size(shape) for shape in self.native)}"
+        reason = why_not_native()
+        return f"; nothing native: {reason}" if self.policy.packed_rows and reason else ""
 
 
 def _describe(policy: ExecutionPolicy) -> str:
     """What runs row by row or padded, in words."""
     by_row = ["attention"] if policy.attention == "rowwise" else []
-    by_row += [f"Linear {_size(shape)}" for shape, rows in sorted(policy.linear_rows.items()) if rows == 1]
+    unpacked = {shape: rows for shape, rows in policy.linear_rows.items() if shape not in policy.packed_rows}
+    by_row += [f"Linear {_size(shape)}" for shape, rows in sorted(unpacked.items()) if rows == 1]
     by_row += ["every Linear"] if policy.other_rows == 1 else []
-    padded = [f"Linear {_size(shape)} to {rows}" for shape, rows in sorted(policy.linear_rows.items()) if rows > 1]
+    padded = [f"Linear {_size(shape)} to {rows}" for shape, rows in sorted(unpacked.items()) if rows > 1]
     by_row += [f"packed Linear {_size(shape)}" for shape, rows in sorted(policy.packed_rows.items()) if rows == 1]
     parts = [f"row by row: {', '.join(by_row) or 'nothing'}"]
     if padded:
         parts.append(f"padded rows: {', '.join(padded)}")
     if policy.packed_rows:
         parts.append(f"packed: Linear {', '.join(_size(shape) for shape in sorted(policy.packed_rows))}")
+    if policy.attention.startswith("native"):
+        parts.append(f"attention native ({policy.attention.removeprefix('native_')})")
     if policy.attention == "grouped":
         parts.append("attention in groups of rows")
     if policy.fused:
@@ -118,6 +133,7 @@ def read_certificate(path: Path) -> Certificate | None:
         packed = {tuple(shape): count for shape, count in stored["packed_rows"]}
         how = (stored["attention"], rows, stored["other_rows"], packed, stored["fused"], stored["static"])
         fields["policy"] = ExecutionPolicy(*how)
+        fields["native"] = [tuple(shape) for shape in fields["native"]]
         return Certificate(**(fields | {"seconds": 0.0}))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from runtime.exact.execution import Shape, in_rows
+from runtime.exact.native.layout import Layout
 from runtime.exact.order import is_plain, same_linear
 from runtime.exact.packed import JointLinear, PackedLinears
 from runtime.exact.reference import Reference
@@ -29,15 +30,16 @@ def packed_rows(reference: Reference, packed: PackedLinears, widths: Sequence[in
     for shape, joints in by_shape.items():
         recorded = [(joint, _joint_rows(reference, joint.modules)) for joint in joints]
         for rows in LINEAR_ROWS:
-            in_order = same_linear(partial(_packed_in_rows, rows=rows), joints[0].modules[0], shape[0], widths)
+            run = partial(_packed_in_rows, layout=joints[0].layout, rows=rows)
+            in_order = same_linear(run, joints[0].modules[0], shape[0], widths)
             if in_order and all(_same_rows(joint, given, rows, widths) for joint, given in recorded):
                 found[shape] = rows
                 break
     return found
 
 
-def _packed_in_rows(linear: nn.Module, rows: int | None) -> Callable[..., Tensor]:
-    return in_rows(JointLinear([cast(nn.Linear, linear)]), rows)
+def _packed_in_rows(linear: nn.Module, layout: Layout, rows: int | None) -> Callable[..., Tensor]:
+    return in_rows(JointLinear([cast(nn.Linear, linear)], layout), rows)
 
 
 def _joint_rows(reference: Reference, modules: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from runtime.exact.attention import BlockAttention
 
 # Keys around multiples of a vector, and around the block of 512 that torch's CPU kernel sums apart.
-LENGTHS = (*range(5, 60, 3), 511, 514, 526)
+LENGTHS = (*range(1, 5), *range(5, 60, 3), 511, 514, 526, 1035)
 # Larger weights are looked at by their first rows: bytes.
 LARGEST = 2**26
 PATTERNS = 32
@@ -86,28 +86,69 @@ def same_attention(
     dtype: torch.dtype,
     device: torch.device,
 ) -> bool:
-    """Whether a block's rows attend as each does alone.
+    """Whether a block's rows attend as torch's kernel lets each attend alone.
 
     Args:
         attention: of any kind around `sdpa`.
         heads: of queries, of keys, and the size of each.
         rows: of the block.
     """
-    num_queries, num_keys, size = heads
+    stock = BlockAttention("rowwise", "sdpa")
     module = nn.Module()
-    module.__dict__["num_key_value_groups"] = num_queries // num_keys
-    generator = torch.Generator().manual_seed(0)
+    module.__dict__["num_key_value_groups"] = heads[0] // heads[1]
     for length in (length for length in LENGTHS if length >= rows):
-        query = torch.zeros(1, num_queries, rows, size)
-        # Every other head weighs its keys as text does; the rest weigh all alike, and the values cancel.
-        query[:, 1::2] = 4 * torch.randn(query[:, 1::2].shape, generator=generator)
-        keys = torch.randn(1, num_keys, length, size, generator=generator)
-        values = cancelling(num_keys * size, length, dtype).view(1, num_keys, size, length).transpose(2, 3)
-        query, keys, values = (tensor.to(device, dtype).contiguous() for tensor in (query, keys, values))
-        block, _ = attention(module, query, keys, values, None)
-        for row in range(rows):
-            seen = length - rows + row + 1
-            alone, _ = attention(module, query[:, :, row : row + 1], keys[:, :, :seen], values[:, :, :seen], None)
-            if not torch.equal(block[:, row : row + 1], alone):
+        for given in (_telling_values(heads, rows, length, dtype), _telling_keys(heads, rows, length, dtype)):
+            query, keys, values = (tensor.to(device, dtype).contiguous() for tensor in given)
+            block, _ = attention(module, query, keys, values, None)
+            for row in range(rows):
+                seen = length - rows + row + 1
+                alone, _ = stock(module, query[:, :, row : row + 1], keys[:, :, :seen], values[:, :, :seen], None)
+                if not torch.equal(block[:, row : row + 1], alone):
+                    return False
+    return True
+
+
+def same_sums(attention: BlockAttention, size: int) -> bool:
+    """Whether a kind of attention in bfloat16 adds the weights of its keys in the order of torch's kernel for one row.
+
+    Weights are positive: nothing cancels, and another order moves one output in some 200,000. So millions are made,
+    within a block of 512 keys, and, with the highest score at the end, over several.
+
+    Args:
+        attention: around `sdpa`.
+        size: of a head.
+    """
+    stock = BlockAttention("rowwise", "sdpa")
+    module = nn.Module()
+    module.__dict__["num_key_value_groups"] = 1
+    generator = torch.Generator().manual_seed(0)
+    heads = 32
+    for length, outputs in ((203, 3_000_000), (1035, 500_000)):
+        keys, values = (torch.randn(1, heads, length, size, generator=generator).bfloat16() for _ in range(2))
+        for _ in range(outputs // (heads * size)):
+            query = torch.randn(1, heads, 1, size, generator=generator).bfloat16()
+            keys[:, :, -1:] = query * 0.25
+            block, _ = attention(module, query, keys, values, None)
+            if not torch.equal(block, stock(module, query, keys, values, None)[0]):
                 return False
     return True
+
+
+def _telling_values(heads: tuple[int, int, int], rows: int, length: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Values that cancel: every other head weighs its keys as text does, the rest weigh all alike."""
+    num_queries, num_keys, size = heads
+    generator = torch.Generator().manual_seed(0)
+    query = torch.zeros(1, num_queries, rows, size)
+    query[:, 1::2] = 4 * torch.randn(query[:, 1::2].shape, generator=generator)
+    keys = torch.randn(1, num_keys, length, size, generator=generator)
+    values = cancelling(num_keys * size, length, dtype).view(1, num_keys, size, length).transpose(2, 3)
+    return query, keys, values
+
+
+def _telling_keys(heads: tuple[int, int, int], rows: int, length: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Keys that cancel: what is left of a score is the rounding of its sum, times a size of its own for each row."""
+    num_queries, num_keys, size = heads
+    query = torch.exp2(torch.arange(rows) % 5 - 2.0)[None, None, :, None].expand(1, num_queries, rows, size)
+    keys = cancelling(num_keys * length, size, dtype).view(1, num_keys, length, size)
+    values = torch.randn(1, num_keys, length, size, generator=torch.Generator().manual_seed(0))
+    return query, keys, values

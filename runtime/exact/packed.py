@@ -1,8 +1,7 @@
-"""Linears in the layout that oneDNN multiplies from, packed once instead of in every call.
+"""Linears packed once instead of in every call, for our own kernel or for oneDNN's.
 
 Linears that read the same input (query, key and value; gate and up) run as one. Whether the rows have the bits of
-the model's own Linears is the probe's business; what packs is bfloat16 on a CPU. The operators are torch's own, but
-not public: where they are missing nothing is packed. Knows no policy and no probe.
+the model's own Linears is the probe's business; what packs is bfloat16 on a CPU. Knows no policy and no probe.
 """
 
 import logging
@@ -17,29 +16,16 @@ from transformers import PreTrainedModel
 
 from runtime.errors import UnsupportedModel, one_line
 from runtime.exact.fingerprint import is_whole, sums, words
+from runtime.exact.native.layout import Layout, has_onednn, layout_of
 
 logger = logging.getLogger(__name__)
 
-# The layout is chosen for calls of about so many rows; for one row oneDNN would keep the unpacked layout.
-LAYOUT_ROWS = 8
 # Stock takes products of up to 4,096 weights past oneDNN and adds in another order: bits then differ, if seldom.
 MIN_WEIGHTS = 2**14
 # Packed weights are copies, since prompts run on the model's own: at most this part of the memory that is free.
 MEMORY_SHARE = 0.25
 
 Forward = Callable[..., Tensor]
-
-
-def reorder(weight: Tensor) -> Tensor:
-    """A weight in oneDNN's own layout; the tests put a copy in its place."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, LAYOUT_ROWS)
-    return packed
-
-
-def multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A Linear from a weight in that layout."""
-    output: Tensor = torch.ops.mkldnn._linear_pointwise.default(hidden, weight, bias, "none", [], "")
-    return output
 
 
 class JointLinear:
@@ -49,17 +35,18 @@ class JointLinear:
         modules: in the order of their outputs.
     """
 
-    def __init__(self, modules: Sequence[nn.Linear]) -> None:
+    def __init__(self, modules: Sequence[nn.Linear], layout: Layout) -> None:
         self.modules: tuple[nn.Module, ...] = tuple(modules)
+        self.layout = layout
         self.sizes = [module.weight.shape[0] for module in modules]
-        self.shape = (sum(self.sizes), modules[0].weight.shape[1])
+        self.shape = _shape(modules)
         weight = torch.cat([module.weight.detach() for module in modules])
-        self._weight = reorder(weight)
+        self._weight = layout.pack(weight)
         self._bias = None if modules[0].bias is None else torch.cat([module.bias.detach() for module in modules])
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Outputs of all modules, shape [..., sum of their sizes], of hidden states [..., in]."""
-        return multiply(hidden, self._weight, self._bias)
+        return self.layout.multiply(hidden, self._weight, self._bias, self.shape[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy or pickle of a Linear that runs packed runs from its own weights: the layout cannot be copied."""
@@ -97,7 +84,8 @@ class PackedLinears:
     """The Linears of a model, packed. `current` says whether they still are the model's."""
 
     def __init__(self, groups: Sequence[Sequence[nn.Linear]]) -> None:
-        self.joint = [JointLinear(group) for group in groups]
+        layouts = {_shape(group): layout_of(group[0], _shape(group)[0]) for group in groups}
+        self.joint = [JointLinear(group, layouts[_shape(group)]) for group in groups]
         held = _held(groups)
         self._lie = [(tensor.data_ptr(), tensor._version) for tensor in held]
         self._words = [part for tensor in held for part in words(tensor)]
@@ -127,18 +115,23 @@ class PackedLinears:
         )
 
 
+def _shape(modules: Sequence[nn.Linear]) -> tuple[int, int]:
+    """Of the weights of several Linears under one another."""
+    return sum(module.weight.shape[0] for module in modules), modules[0].weight.shape[1]
+
+
 def pack_in_place(modules: Iterable[nn.Module]) -> None:
     """Let these Linears run from packed copies of their weights, where that can be; again after they changed."""
     for module in modules:
         if isinstance(module, nn.Linear):
             module.__dict__.pop("forward", None)
-            if _is_packable(module) and _has_operators():
-                module.__dict__["forward"] = JointLinear([module])
+            if _is_packable(module) and has_onednn():
+                module.__dict__["forward"] = JointLinear([module], layout_of(module, module.weight.shape[0]))
 
 
 def packable(model: PreTrainedModel) -> list[list[nn.Linear]]:
     """The model's Linears that can be packed, those that read the same input together."""
-    if model.device.type != "cpu" or not _has_operators():
+    if model.device.type != "cpu" or not has_onednn():
         return []
     return [group for group in _by_input(model) if all(map(_is_packable, group))]
 
@@ -184,13 +177,6 @@ def _by_input(model: PreTrainedModel) -> list[list[nn.Linear]]:
             groups.append([module])
         last = given
     return groups if len(calls) == len({module for module, _ in calls}) else []  # one called twice fits no group
-
-
-def _has_operators() -> bool:
-    names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
-    if not all(hasattr(torch.ops.mkldnn, name) for name in names):
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _held(groups: Sequence[Sequence[Any]]) -> list[Tensor]:

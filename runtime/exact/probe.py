@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,18 +22,20 @@ from transformers import PreTrainedModel
 from runtime.decoding.cache import KVCache
 from runtime.decoding.layers import DecoderLayers
 from runtime.errors import UnsupportedModel, one_line
-from runtime.exact.attention import BlockAttention
+from runtime.exact.attention import NATIVE_KINDS, BlockAttention
 from runtime.exact.certificate import Certificate, environment, read_certificate, write_certificate
 from runtime.exact.execution import ExecutionPolicy, Shape, execution
 from runtime.exact.fingerprint import digest as running_digest
 from runtime.exact.linear_rows import linear_rows, packed_rows
-from runtime.exact.order import same_attention
+from runtime.exact.native.attend import can_attend
+from runtime.exact.native.layout import NATIVE
+from runtime.exact.order import same_attention, same_sums
 from runtime.exact.packed import PackedLinears
 from runtime.exact.reference import Reference
 from runtime.exact.static import StaticCache
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 13
+PROBE_FORMAT = 14
 
 
 def certify(
@@ -55,7 +58,7 @@ def certify(
     """
     where = environment(model)
     key = {**where, "base": fingerprint, "attention": model.config._attn_implementation}
-    key |= {"max_width": max_width, "exactness": exactness, "packed": packed is not None}
+    key |= {"max_width": max_width, "exactness": exactness, "packed": _layouts(packed)}
     key |= {"static": static, "format": PROBE_FORMAT, "running": running_digest(model)}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(constants.HF_HOME) / "specbound" / f"certificate-{digest}.json"
@@ -109,9 +112,15 @@ def probe(
         rows_checked=agreement.rows,
         rows_differing=agreement.differing,
         largest_shift=agreement.largest_shift,
+        native=[shape for shape, name in _layouts(packed) if name == NATIVE.name and shape in policy.packed_rows],
         seconds=round(time.perf_counter() - started, 2),
         **environment(model),
     )
+
+
+def _layouts(packed: PackedLinears | None) -> list[tuple[Shape, str]]:
+    """Shape of packed Linears and the name of the kernel that multiplies them, sorted."""
+    return [] if packed is None else sorted({(joint.shape, joint.layout.name) for joint in packed.joint})
 
 
 def _batched(packed: PackedLinears | None, static: bool) -> list[ExecutionPolicy]:
@@ -128,8 +137,8 @@ def _candidates(
     """Policies under which every Linear, alone, has its bits; cheapest first, the last with nothing left to chance."""
     rows = linear_rows(reference, widths)
     joint = {} if packed is None else packed_rows(reference, packed, [1, *widths])
-    # Attention of a whole block adds in another order everywhere; in groups it does on some CPUs.
-    kinds = ["grouped", "rowwise"] if _groups_keep_order(model, reference, widths) else ["rowwise"]
+    # Attention of a whole block adds in another order everywhere; in groups, and in our kernel, on some CPUs.
+    kinds = [kind for kind in (*NATIVE_KINDS, "grouped") if _keeps_order(kind, model, reference, widths)] + ["rowwise"]
     found = [ExecutionPolicy(kind, rows, packed_rows=joint) for kind in kinds]
     fused = [replace(policy, fused=True) for policy in found] if joint else []
     plain = [ExecutionPolicy("rowwise", rows)] if joint else []
@@ -137,19 +146,25 @@ def _candidates(
     return [*(segments if static else []), *fused, *found, *plain, ExecutionPolicy.rowwise()]
 
 
-def _groups_keep_order(model: PreTrainedModel, reference: Reference, widths: Sequence[int]) -> bool:
-    """Whether a block's rows attend in groups as they would alone; eager attention knows no groups."""
+def _keeps_order(kind: str, model: PreTrainedModel, reference: Reference, widths: Sequence[int]) -> bool:
+    """Whether a block's rows attend as they would alone, under a kind of attention; eager knows only its own."""
     stock = model.config._attn_implementation
-    keys = reference.cache.layers[0].keys
+    keys, values = reference.cache.layers[0].keys, reference.cache.layers[0].values
+    if stock != "sdpa" or not widths or (kind in NATIVE_KINDS and not can_attend(keys, keys, values)):
+        return False
     heads = (model.config.num_attention_heads, keys.shape[1], keys.shape[3])
-    attention = BlockAttention("grouped", stock)
-    return (
-        stock == "sdpa"
-        and bool(widths)
-        and all(
-            same_attention(attention, heads, rows, dtype=keys.dtype, device=keys.device) for rows in {2, max(widths)}
-        )
+    attention = BlockAttention(kind, stock)
+    in_order = all(
+        same_attention(attention, heads, rows, dtype=keys.dtype, device=keys.device)
+        for rows in sorted({1, 2, max(widths)})
     )
+    return in_order and (kind not in NATIVE_KINDS or _same_sums(kind, heads[2], torch.get_num_threads()))
+
+
+@cache
+def _same_sums(kind: str, size: int, threads: int) -> bool:
+    """`same_sums`, once in a process for each kind, head size and number of threads."""
+    return same_sums(BlockAttention(kind, "sdpa"), size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +198,7 @@ def compare(
     layers = DecoderLayers(model)
     kind = StaticCache if policy.static else KVCache
     cache = kind.from_dynamic(reference.cache, reference.length + max(widths, default=0))
-    if policy.static:  # one row alone is not plain decoding's own call either
+    if policy.static or policy.attention in NATIVE_KINDS:  # one row alone is not plain decoding's own call either
         widths = [1, *widths]
     found = Agreement()
     with execution(model, policy, packed):

@@ -9,6 +9,7 @@ from torch import nn
 
 from runtime.exact import packed
 from runtime.exact.execution import call_in_rows
+from runtime.exact.native.layout import ONEDNN
 
 
 def copied(weight: torch.Tensor, rows: int) -> torch.Tensor:
@@ -23,7 +24,8 @@ def multiplied(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, *ignored: 
 
 def pretend_to_pack(monkeypatch: pytest.MonkeyPatch, *, min_weights: int = 1) -> None:
     """Linears of bfloat16 with so many weights are packed, on any machine."""
-    monkeypatch.setattr(packed, "_has_operators", lambda: True)
+    monkeypatch.setattr(packed, "has_onednn", lambda: True)
+    monkeypatch.setattr(packed, "layout_of", lambda like, outputs: ONEDNN)
     monkeypatch.setattr(packed, "MIN_WEIGHTS", min_weights)
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", copied, raising=False)
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", SimpleNamespace(default=multiplied), raising=False)

@@ -1,14 +1,15 @@
 """Packing on machines without oneDNN's operators."""
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from runtime.exact import packed
+from runtime.exact.native.layout import Layout
 
 
 @pytest.fixture
 def packs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packing on any machine: copies of the weights take the place of oneDNN's."""
-    monkeypatch.setattr(packed, "_has_operators", lambda: True)
-    monkeypatch.setattr(packed, "reorder", lambda weight: weight.clone())
-    monkeypatch.setattr(packed, "multiply", nn.functional.linear)
+    copied = Layout("copied", Tensor.clone, lambda hidden, weight, bias, _: nn.functional.linear(hidden, weight, bias))
+    monkeypatch.setattr(packed, "has_onednn", lambda: True)
+    monkeypatch.setattr(packed, "layout_of", lambda like, outputs: copied)

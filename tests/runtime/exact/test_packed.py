@@ -18,6 +18,7 @@ from runtime.decoding.state import DecodeState
 from runtime.exact import packed
 from runtime.exact.execution import ExecutionPolicy, execution
 from runtime.exact.fused import FusedLayer
+from runtime.exact.native.layout import ONEDNN
 from runtime.exact.packed import JointLinear, PackedLinears
 from runtime.exact.probe import Reference, compare, packed_rows, probe
 from runtime.generate import attach
@@ -32,7 +33,7 @@ GREEDY = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_t
 @pytest.fixture(autouse=True)
 def able(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A CPU whose oneDNN multiplies bfloat16, and a folder of its own for certificates."""
-    if not packed._has_operators():
+    if not packed.has_onednn():
         pytest.skip("this CPU's oneDNN has no bfloat16: nothing is packed here")
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     yield
@@ -59,7 +60,7 @@ def test_each_part_gets_its_own_output(bias: bool) -> None:
     """Whoever calls first; with another input in between nothing is mixed up; nothing is kept after the last."""
     torch.manual_seed(0)
     modules = [nn.Linear(32, size, bias=bias, dtype=torch.bfloat16) for size in (512, 1024)]
-    joint = JointLinear(modules)
+    joint = JointLinear(modules, ONEDNN)
     first, second = joint.forwards(joint)
     one, other = torch.randn(2, 1, 3, 32).to(torch.bfloat16)
     for given in (one, other, one):

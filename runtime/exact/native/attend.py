@@ -1,0 +1,57 @@
+"""Attention of a block's rows by our own kernel, each row over its own keys, in torch's order for one row.
+
+Whether that gives torch's bits on this machine is the caller's business.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from runtime.exact.native.library import native_library
+
+MAX_SIZE = 256  # of a head
+# How products are added: pairs in order; or every fourth number apart, for values fours of keys, the rest backwards.
+ORDERS = ("pairs", "fours")
+
+
+def can_attend(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether the kernel is there and takes such tensors: bfloat16 on a CPU, one request, head sizes in fours."""
+    size = query.shape[3]
+    return (
+        native_library() is not None
+        and query.shape[0] == 1
+        and size % 4 == 0
+        and size <= MAX_SIZE
+        and keys.shape == values.shape
+        and query.shape[1] % keys.shape[1] == 0
+        and all(
+            part.dtype == torch.bfloat16 and part.device.type == "cpu" and part.stride(3) == 1
+            for part in (query, keys, values)
+        )
+    )
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, order: str) -> Tensor | None:
+    """Row t of T on the first S - T + t + 1 keys; None where some score is not finite.
+
+    Args:
+        query: shape [1, H, T, E], bfloat16.
+        keys, values: shape [1, G, S, E].
+        scaling: of the scores; by default 1 / sqrt(E).
+        order: one of `ORDERS`.
+
+    Returns:
+        Shape [1, T, H, E].
+    """
+    library = native_library()
+    assert library is not None
+    _, heads, rows, size = query.shape
+    output = query.new_empty(1, rows, heads, size)
+    sizes = (rows, heads, heads // keys.shape[1], size, keys.shape[2])
+    strides = [part.stride(dim) for part in (query, keys, values) for dim in (1, 2)]
+    numbers = (ctypes.c_int64 * 11)(*sizes, *strides)
+    scale = size**-0.5 if scaling is None else scaling
+    pointers = [part.data_ptr() for part in (query, keys, values, output)]
+    fine = library.specbound_attention(*pointers, numbers, scale, ORDERS.index(order), torch.get_num_threads())
+    return output if fine else None

@@ -1,0 +1,132 @@
+"""The compiled kernels: built at first use with the C++ compiler that is there, and kept for later starts.
+
+Without a compiler, on another CPU or platform, or where the cache folder cannot be written there is none, and one line
+says why. The source needs no header of torch: it compiles in a second, and needs nothing but the compiler.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+
+from runtime.errors import one_line
+
+logger = logging.getLogger(__name__)
+
+SOURCES = [Path(__file__).with_name(name) for name in ("attention.cpp", "products.cpp")]
+CPU_FLAGS = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512_bf16"))
+# No contraction: a product and a sum are rounded apart, as in the operations that these repeat.
+COMPILE = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off"]
+COMPILE += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma"]
+SECONDS = 120
+
+
+class Unavailable(Exception):
+    """The kernels cannot be had here; says why in a line."""
+
+
+def native_library() -> ctypes.CDLL | None:
+    """The kernels; None where they cannot be had."""
+    return _once()[0]
+
+
+def why_not_native() -> str | None:
+    """Why there are no kernels, in a line; None where there are."""
+    return _once()[1]
+
+
+@cache
+def _once() -> tuple[ctypes.CDLL | None, str | None]:
+    """The kernels, or why there are none; built and loaded at most once in a process."""
+    try:
+        return _load(), None
+    except Unavailable as error:
+        logger.info("no native kernels: %s", error)
+        return None, str(error)
+
+
+def _load() -> ctypes.CDLL:
+    """Build what is not built yet, load it, and declare its functions.
+
+    Raises:
+        Unavailable: not on this machine.
+    """
+    if missing := _missing():
+        raise Unavailable(missing)
+    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
+    source = b"".join(path.read_bytes() for path in SOURCES)
+    key = repr((torch.__version__, COMPILE, platform.machine())).encode() + source
+    path = Path(constants.HF_HOME) / "specbound" / f"native-{hashlib.sha256(key).hexdigest()[:32]}.so"
+    try:
+        if not path.is_file():
+            if compiler is None:
+                raise Unavailable("there is no C++ compiler (g++)")
+            _build(compiler, path)
+        library = ctypes.CDLL(str(path))
+        products, attention = library.specbound_products, library.specbound_attention
+    except (OSError, AttributeError) as error:
+        raise Unavailable(one_line(error)) from error
+    products.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5
+    products.restype = None
+    attention.argtypes = [ctypes.c_void_p] * 4 + [
+        ctypes.POINTER(ctypes.c_int64),
+        ctypes.c_float,
+        ctypes.c_int64,
+        ctypes.c_int64,
+    ]
+    attention.restype = ctypes.c_int64
+    return library
+
+
+def _missing() -> str | None:
+    """What this machine lacks, if anything."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"they are for Linux on x86_64, not {platform.system()} on {platform.machine()}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        return one_line(error)
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    lacking = sorted(CPU_FLAGS - set(flags))
+    return f"the CPU has no {', '.join(lacking)}" if lacking else None
+
+
+def _build(compiler: str, path: Path) -> None:
+    """Compile to a file of its own and move it into place: two processes at once do no harm.
+
+    Linked with torch's library for the one thing taken from it: its OpenMP, so that both use the same threads.
+
+    Raises:
+        Unavailable: with the compiler's last line.
+        OSError: the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="native-") as folder:
+        built = Path(folder, "kernels.so")
+        objects = [Path(folder, f"{source.stem}.o") for source in SOURCES]
+        compile_ = [
+            [compiler, *COMPILE, "-c", str(source), "-o", str(into)]
+            for source, into in zip(SOURCES, objects, strict=True)
+        ]
+        # Without -fopenmp: it would bring a second OpenMP, with threads of its own that fight torch's for the cores.
+        link = [compiler, "-shared", *map(str, objects), "-o", str(built), f"-L{torch_libraries}"]
+        link += ["-Wl,--no-as-needed", "-ltorch_cpu"]
+        for command in (*compile_, link):
+            try:
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+            except subprocess.CalledProcessError as error:
+                lines = (error.stderr or "").strip().splitlines() or [f"exit status {error.returncode}"]
+                raise Unavailable(f"{compiler} failed: {lines[-1]}") from error
+            except subprocess.TimeoutExpired as error:
+                raise Unavailable(f"{compiler} took over {SECONDS} seconds") from error
+        os.replace(built, path)

@@ -1,0 +1,52 @@
+"""Linears by our own kernel, packed in the order in which it reads.
+
+Whether they have the bits of a model's own is the caller's business. Knows no model and no probe.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from runtime.exact.native.library import native_library
+
+LANES = 16
+# Numbers along K that oneDNN sums apart. Another order shows in the probe, and the kernel is not used then.
+BLOCK = 512
+
+
+def has_products() -> bool:
+    """Whether the kernel is there."""
+    return native_library() is not None
+
+
+def pack_for_products(weight: Tensor) -> Tensor:
+    """A weight [N, K], bfloat16, K even, as [N / 16, K / 2, 16] words of two numbers; N filled up with zeros."""
+    outputs, inputs = weight.shape
+    words = weight.detach().contiguous().view(torch.int32)
+    words = nn.functional.pad(words, (0, 0, 0, -outputs % LANES))
+    return words.view(-1, LANES, inputs // 2).transpose(1, 2).contiguous()
+
+
+def products(hidden: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    """A Linear's outputs [..., outputs] for hidden states [..., K], bfloat16; each row has the bits that it has alone.
+
+    Args:
+        weight: as `pack_for_products` gives it.
+        bias: shape [outputs], bfloat16.
+    """
+    library = native_library()
+    assert library is not None
+    assert hidden.dtype == torch.bfloat16 and hidden.shape[-1] == 2 * weight.shape[1]
+    rows = hidden.contiguous()
+    output = rows.new_empty((*hidden.shape[:-1], outputs))
+    library.specbound_products(
+        weight.data_ptr(),
+        rows.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        output.data_ptr(),
+        rows.numel() // hidden.shape[-1],
+        outputs,
+        weight.shape[1],
+        BLOCK // 2,
+        torch.get_num_threads(),
+    )
+    return output

@@ -1,0 +1,197 @@
+"""Our own kernels: the bits of torch's Linears and attention for one row, and refused where their order is another."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from torch import Tensor, nn
+from torch.nn import functional
+
+from runtime.exact import order
+from runtime.exact.attention import NATIVE_KINDS, BlockAttention
+from runtime.exact.native import library, products
+from runtime.exact.native.attend import ORDERS, attend, can_attend
+from runtime.exact.native.layout import NATIVE, ONEDNN, layout_of
+from runtime.exact.native.products import has_products, pack_for_products
+from runtime.exact.order import same_attention
+from tests.helpers.paths import ROOT
+
+WIDTHS = (1, 2, 3, 7, 8, 9, 16, 17)
+HEADS = (4, 2, 64)
+
+
+@pytest.fixture
+def kernels() -> None:
+    """A machine on which the kernels can be built."""
+    if not has_products():
+        pytest.skip(f"no native kernels here: {library.why_not_native()}")
+
+
+@pytest.fixture
+def attention_order(kernels: None) -> str:
+    """The order in which this machine's torch attends, of those that our kernel knows."""
+    for name in ORDERS:
+        if in_order(name):
+            return name
+    pytest.skip("torch attends in an order of its own here")
+
+
+def in_order(name: str) -> bool:
+    """Whether our kernel in this order has torch's bits on this machine."""
+    attention = BlockAttention(f"native_{name}", "sdpa")
+    return all(
+        same_attention(attention, HEADS, rows, dtype=torch.bfloat16, device=torch.device("cpu")) for rows in (1, 2, 5)
+    )
+
+
+def alone(linear: nn.Linear, block: Tensor) -> Tensor:
+    """Each row through the Linear by itself."""
+    return torch.cat([linear(row[None]) for row in block])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(576, 576), (192, 576), (576, 1536), (1000, 1100), (17, 2048)])
+@torch.no_grad()
+def test_products_have_the_bits_of_each_row_alone(kernels: None, shape: tuple[int, int], bias: bool) -> None:
+    """Where the order is found to be the Linear's; at any number of rows, also of outputs that fill no register."""
+    linear = nn.Linear(shape[1], shape[0], bias=bias, dtype=torch.bfloat16)
+    if layout_of(linear, shape[0]) is not NATIVE:
+        pytest.skip("torch adds in another order here")
+    packed = NATIVE.pack(linear.weight)
+    for width in WIDTHS:
+        block = torch.randn(width, shape[1]).to(torch.bfloat16)
+        assert torch.equal(NATIVE.multiply(block, packed, linear.bias, shape[0]), alone(linear, block))
+
+
+@pytest.mark.parametrize("block", [256, 1024])
+def test_products_in_another_order_are_refused(kernels: None, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Negative control: other blocks along K."""
+    linear = nn.Linear(1536, 576, bias=False, dtype=torch.bfloat16)
+    if layout_of(linear, 576) is not NATIVE:
+        pytest.skip("torch adds in another order here")
+    monkeypatch.setattr(products, "BLOCK", block)
+    assert layout_of(linear, 576) is ONEDNN
+
+
+def test_products_without_their_last_pair_are_refused(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: a tail that is left out."""
+
+    def cut(weight: Tensor) -> Tensor:
+        packed = pack_for_products(weight)
+        packed[:, -1] = 0
+        return packed
+
+    linear = nn.Linear(576, 576, bias=False, dtype=torch.bfloat16)
+    monkeypatch.setattr("runtime.exact.native.layout.NATIVE", type(NATIVE)("native", cut, NATIVE.multiply))
+    assert layout_of(linear, 576) is ONEDNN
+
+
+@pytest.mark.parametrize("size", [64, 80, 128])
+@pytest.mark.parametrize("length", [1, 2, 17, 48, 511, 512, 513, 1100])
+def test_attention_has_the_bits_of_each_row_alone(attention_order: str, length: int, size: int) -> None:
+    """Rows of a block over their own keys; keys after them, though they are no numbers, are not read."""
+    torch.manual_seed(length)
+    rows = min(3, length)
+    query, keys, values = (
+        torch.randn(1, heads, count, size).to(torch.bfloat16)
+        for heads, count in ((6, rows), (2, length + 5), (2, length + 5))
+    )
+    keys[:, :, length:] = torch.nan
+    values[:, :, length:] = torch.inf
+    block = attend(query, keys[:, :, :length], values[:, :, :length], None, attention_order)
+    assert block is not None
+    for row in range(rows):
+        seen = length - rows + row + 1
+        own_keys, own_values = (part[:, :, :seen].repeat_interleave(3, 1) for part in (keys, values))
+        stock = functional.scaled_dot_product_attention(query[:, :, row : row + 1], own_keys, own_values)
+        assert torch.equal(block[:, row], stock[:, :, 0])
+
+
+def test_the_other_order_of_attention_is_refused(attention_order: str) -> None:
+    """Negative control: the orders differ, and the probe sees it."""
+    assert [name for name in ORDERS if in_order(name)] == [attention_order]
+
+
+def test_another_sum_of_weights_is_refused(attention_order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: weights that are added in another order, which no number that cancels can show."""
+    assert order.same_sums(BlockAttention(f"native_{attention_order}", "sdpa"), HEADS[2])
+
+    def backwards(query: Tensor, keys: Tensor, values: Tensor, *args: Any) -> Tensor | None:
+        return attend(query, keys.flip(2), values.flip(2), *args)
+
+    monkeypatch.setattr("runtime.exact.attention.attend", backwards)
+    assert not order.same_sums(BlockAttention(f"native_{attention_order}", "sdpa"), HEADS[2])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_scores_that_are_no_numbers_go_to_torch(kernels: None, bad: float) -> None:
+    """The kernel says so, and the block gets what torch gives."""
+    query, keys, values = (torch.randn(1, 2, 4, 64).to(torch.bfloat16) for _ in range(3))
+    keys[0, 0, 1, 5] = bad
+    assert can_attend(query, keys, values)
+    for name in ORDERS:
+        assert attend(query, keys, values, None, name) is None
+    module = nn.Module()
+    module.__dict__["num_key_value_groups"] = 1
+    native, _ = BlockAttention(NATIVE_KINDS[0], "sdpa")(module, query, keys, values, None)
+    rowwise, _ = BlockAttention("rowwise", "sdpa")(module, query, keys, values, None)
+    assert torch.equal(native, rowwise) or torch.equal(native.isnan(), rowwise.isnan())
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 64), (torch.bfloat16, 6), (torch.bfloat16, 260)], ids=str)
+def test_what_the_kernel_does_not_take_goes_to_torch(dtype: torch.dtype, size: int) -> None:
+    """Other dtypes, odd sizes, heads too large."""
+    tensor = torch.zeros(1, 2, 3, size, dtype=dtype)
+    assert not can_attend(tensor, tensor, tensor)
+
+
+def loaded(home: Path, **environment: str) -> str:
+    """What a fresh process says of the kernels."""
+    code = "from runtime.exact.native.library import why_not_native; print(why_not_native())"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={"HF_HOME": str(home), "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return result.stdout.strip()
+
+
+def test_without_a_compiler_there_are_none_until_one_has_built_them(kernels: None, tmp_path: Path) -> None:
+    """The reason is a line; what another process has built is used."""
+    assert "no C++ compiler" in loaded(tmp_path, PATH="")
+    assert loaded(tmp_path, PATH="/usr/bin:/bin:/usr/local/bin") == "None"
+    assert loaded(tmp_path, PATH="") == "None"
+    assert len(list((tmp_path / "specbound").glob("native-*"))) == 1  # nothing half-built stays
+
+
+def test_a_cache_that_cannot_be_written_gives_none(kernels: None, tmp_path: Path) -> None:
+    """A file stands where the folder should be."""
+    (tmp_path / "specbound").write_text("in the way", encoding="utf-8")
+    assert loaded(tmp_path, PATH="/usr/bin:/bin:/usr/local/bin") not in ("None", "")
+
+
+def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With its last line; nothing is left behind."""
+    monkeypatch.setattr(library, "_missing", lambda: None)
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho 'no such option' >&2\nexit 1\n", encoding="utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(library.Unavailable, match="no such option"):
+        library._load()
+    assert list((tmp_path / "specbound").iterdir()) == []
+
+
+def test_other_platforms_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named."""
+    monkeypatch.setattr(library.platform, "system", lambda: "Darwin")
+    with pytest.raises(library.Unavailable, match="not Darwin"):
+        library._load()
