@@ -190,6 +190,19 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert list((tmp_path / "specbound").iterdir()) == []
 
 
+def test_no_memory_is_touched_that_is_not_theirs(kernels: None, tmp_path: Path) -> None:
+    """Odd sizes, one row to 64, contexts of 1 to 8,192, under the address and undefined-behaviour sanitizers."""
+    program = tmp_path / "sanitized"
+    sources = [str(Path(__file__).with_name("sanitized.cpp")), *map(str, library.SOURCES)]
+    flags = [flag for flag in library.COMPILE if flag not in ("-O3", "-fPIC")]
+    sanitizers = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    built = subprocess.run(["g++", *flags, *sanitizers, *sources, "-o", str(program)], capture_output=True, text=True)
+    if built.returncode:
+        pytest.skip(f"no sanitizers here: {built.stderr.strip().splitlines()[-1]}")
+    result = subprocess.run([str(program)], capture_output=True, text=True)
+    assert result.stdout.strip() == "fine", result.stderr
+
+
 def test_other_platforms_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Named."""
     monkeypatch.setattr(library.platform, "system", lambda: "Darwin")

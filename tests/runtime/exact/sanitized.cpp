@@ -1,0 +1,39 @@
+// Runs the kernels over odd sizes in buffers of exactly the size they may touch; built with sanitizers by test_native.py.
+#include <cstdint>
+#include <cstdio>
+#include <vector>
+
+extern "C" void specbound_products(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t);
+extern "C" int64_t specbound_attention(const void*, const void*, const void*, void*, const int64_t*, float, int64_t, int64_t);
+
+static std::vector<uint16_t> numbers(int64_t count) {
+  std::vector<uint16_t> made(count);
+  uint32_t state = 1;
+  for (auto& one : made) {
+    state = state * 1664525u + 1013904223u;
+    one = (uint16_t)(0x3f00 | (state >> 24 & 0x7f) | (state >> 16 & 0x8000));  // 0.5 to 1, of either sign
+  }
+  return made;
+}
+
+int main() {
+  for (int64_t rows : {1, 2, 7, 8, 9, 64})
+    for (int64_t outputs : {1, 15, 16, 17, 33, 100})
+      for (int64_t pairs : {1, 255, 256, 257, 600}) {
+        auto weight = numbers((outputs + 15) / 16 * pairs * 32), input = numbers(rows * pairs * 2), bias = numbers(outputs);
+        std::vector<uint16_t> output(rows * outputs);
+        specbound_products(weight.data(), input.data(), bias.data(), output.data(), rows, outputs, pairs, 256, 2);
+      }
+  for (int64_t rows : {1, 3, 64})
+    for (int64_t length : {1, 2, 15, 17, 511, 512, 513, 8192})
+      for (int64_t size : {4, 20, 64, 80, 128, 256})
+        for (int64_t order : {0, 1}) {
+          if (rows > length || rows * length > 8192 * 3) continue;
+          const int64_t queries = 5, groups = 1;
+          auto query = numbers(queries * rows * size), keys = numbers(groups * length * size), values = keys;
+          std::vector<uint16_t> output(rows * queries * size);
+          const int64_t sizes[] = {rows, queries, queries / groups, size, length, rows * size, size, length * size, size, length * size, size};
+          if (!specbound_attention(query.data(), keys.data(), values.data(), output.data(), sizes, 0.1f, order, 2)) return 1;
+        }
+  std::puts("fine");
+}
