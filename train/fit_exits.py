@@ -106,8 +106,8 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if config.push_to_hub and accelerator.is_main_process:  # last: whatever the Hub does, all else is done
-        found = publish(Path(config.output_dir) / "adapter", str(config.hub_model_id))
-        logger.info("published: %s commit %s", found.url, found.commit)
+        published = publish(Path(config.output_dir) / "adapter", str(config.hub_model_id))
+        logger.info("published: %s commit %s", published.url, published.commit)
 
 
 def _load(config: FitConfig, accelerator: Accelerator, spread: str | None) -> tuple[DecoderLayers, Any]:

@@ -52,15 +52,15 @@ def bench_command(
     )
     try:
         check_writable(json_file)
-        found = run_bench(settings, report=json_file, resume=resume)
-        json_file.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
-        picture(found, json_file.with_suffix(".png"))
+        report = run_bench(settings, path=json_file, resume=resume)
+        json_file.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+        picture(report, json_file.with_suffix(".png"))
     except (SpecBoundError, OSError) as error:
         fail(error, None)
-    print(markdown(found), end="")
-    if not found["complete"]:
+    print(markdown(report), end="")
+    if not report["complete"]:
         print("error: interrupted; --resume goes on with the other prompts", file=sys.stderr)
         raise typer.Exit(130)
-    ours = found["methods"].get("specbound", found["methods"]["stock"])
+    ours = report["methods"].get("specbound", report["methods"]["stock"])
     if exactness == "bitwise" and ours["identical_prompts"] != ours["prompts"]:
         raise typer.Exit(1)

@@ -33,31 +33,31 @@ def plan_command(
         devices = Devices.parse(gpus, tflops=tflops, bandwidth=bandwidth)
         config = recipe_for(model)
         base = empty_model(config.model_name_or_path, revision=config.model_revision)
-        found = estimate(recipe_for(model, base), base, devices, num_prompts=prompts, prompt_tokens=prompt_tokens)
+        plan = estimate(recipe_for(model, base), base, devices, num_prompts=prompts, prompt_tokens=prompt_tokens)
     except SpecBoundError as error:
         fail(error, None)
     if as_json:
-        print(json.dumps(asdict(found) | {"total_memory": found.total_memory}, indent=2))
+        print(json.dumps(asdict(plan) | {"total_memory": plan.total_memory}, indent=2))
     else:
-        print("\n".join(show(found, devices, Path(model).name, num_prompts=prompts)))
+        print("\n".join(show(plan, devices, Path(model).name, num_prompts=prompts)))
 
 
-def show(found: Any, devices: Any, name: str, *, num_prompts: int) -> list[str]:
+def show(plan: Any, devices: Any, name: str, *, num_prompts: int) -> list[str]:
     """The estimate as lines."""
     from train.features.disk import readable
 
-    gib = {what: size / 2**30 for what, size in found.memory.items()}
-    spread = "decoder layers spread over all" if found.sharded else "whole on each"
+    gib = {what: size / 2**30 for what, size in plan.memory.items()}
+    spread = "decoder layers spread over all" if plan.sharded else "whole on each"
     lines = [
         f"{name} on {devices.number} x {devices.memory_gib:g} GiB",
-        f"parameters  base {found.base_parameters:,} ({spread}), heads {found.head_parameters:,}",
-        f"memory      {found.total_memory / 2**30:.1f} of {devices.memory_gib:g} GiB on each device: "
+        f"parameters  base {plan.base_parameters:,} ({spread}), heads {plan.head_parameters:,}",
+        f"memory      {plan.total_memory / 2**30:.1f} of {devices.memory_gib:g} GiB on each device: "
         + ", ".join(f"{what} {size:.1f}" for what, size in gib.items()),
-        f"disk        checkpoint {readable(found.checkpoint)}"
-        + (f", cached features {readable(found.cache)}" if found.cache else ""),
-        f"corpus      {num_prompts:,} prompts, at most {found.tokens:,} answer tokens: {found.corpus_hours:.1f} h"
-        + (f", {found.generation / 2**30:.1f} GiB" if found.generation else ", by a --generator"),
-        f"fit         {found.fit_hours:.1f} h; {found.times_forward:.2f} times the base's forward",
+        f"disk        checkpoint {readable(plan.checkpoint)}"
+        + (f", cached features {readable(plan.cache)}" if plan.cache else ""),
+        f"corpus      {num_prompts:,} prompts, at most {plan.tokens:,} answer tokens: {plan.corpus_hours:.1f} h"
+        + (f", {plan.generation / 2**30:.1f} GiB" if plan.generation else ", by a --generator"),
+        f"fit         {plan.fit_hours:.1f} h; {plan.times_forward:.2f} times the base's forward",
         f"hours take {devices.utilisation:.0%} of {devices.tflops:g} TFLOP/s and {devices.bandwidth:g} GB/s a device",
     ]
     return lines

@@ -1,6 +1,7 @@
 """`specbound publish`: the verb and what it prints. Registered in `train.cli.app`."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,7 @@ def publish_command(
     from train.publishing.staging import Claims
 
     try:
-        found = publish(
+        published = publish(
             adapter,
             repo_id,
             private=not public,
@@ -45,6 +46,7 @@ def publish_command(
     except (SpecBoundError, OSError) as error:
         fail(error, {"adapter": str(adapter), "repo_id": repo_id} if as_json else None)
     if as_json:
-        print(json.dumps({"repo_id": repo_id, "url": found.url, "commit": found.commit, "changed": found.changed}))
+        print(json.dumps({"repo_id": repo_id, **asdict(published)}))
         return
-    print(f"{found.url} commit {found.commit[:12]}" + ("" if found.changed else ", as it was: nothing to do"))
+    unchanged = "" if published.changed else ", as it was: nothing to do"
+    print(f"{published.url} commit {published.commit[:12]}{unchanged}")

@@ -43,13 +43,13 @@ def tune_command(
             chosen = spread(read_prompts(prompts), limit)
             attached = load_with_adapter(str(adapter), model, dtype=dtype, threads=table.conditions.get("threads"))
             traces = log_workload(attached, to_ids(attached, chosen), max_new_tokens=max_new_tokens)
-        found = tune_adapter(adapter, table, held, traces=traces)
+        summary = tune_adapter(adapter, table, held, traces=traces)
     except (SpecBoundError, OSError) as error:
         fail(error, None)
     for name in ("before", "after"):
-        one = found[name]
+        one = summary[name]
         print(
             f"{name}: {one['predicted_speedup']:.2f}x stock predicted, mean accepted length"
             f" {one['mean_accepted_length']:.2f}, {one['bounds']}"
         )
-    print(f"on texts that bounds were not chosen on: {found['cross_fitted_speedup']:.2f}x")
+    print(f"on texts that bounds were not chosen on: {summary['cross_fitted_speedup']:.2f}x")

@@ -54,12 +54,12 @@ class BenchSettings:
     costs: Path | None = None
 
 
-def run_bench(settings: BenchSettings, *, report: Path | None = None, resume: bool = False) -> dict[str, Any]:
+def run_bench(settings: BenchSettings, *, path: Path | None = None, resume: bool = False) -> dict[str, Any]:
     """Run every method on every prompt.
 
     Args:
-        report: written anew after every prompt.
-        resume: go on from what `report` holds, which must be of the same settings and machine.
+        path: file of the report, written anew after every prompt.
+        resume: go on from what `path` holds, which must be of the same settings and machine.
 
     Raises:
         SpecBoundError: wrong options, prompts, adapter or base; a report to resume that is of another benchmark.
@@ -80,28 +80,28 @@ def run_bench(settings: BenchSettings, *, report: Path | None = None, resume: bo
     methods = make_methods(model, names)
     loading = time.perf_counter() - started
     conditions = _conditions(settings, model, methods)
-    records = earlier_entries(report, "records", conditions) if report is not None and resume else []
+    records = earlier_entries(path, "records", conditions) if path is not None and resume else []
     ids = to_ids(model, prompts)
     _warm_up(model, methods, ids[0])
     try:
         with tqdm(total=len(ids), initial=len(records), desc="bench", unit="prompt") as bar:
             for number in range(len(records), len(ids)):
                 records.append(_record(model, methods, prompts[number], ids[number], number, settings.max_new_tokens))
-                found = _report(records, len(ids), conditions, loading)
-                if report is not None:
-                    write_report(report, found)
-                speeds = (f"{name} {one['speedup_over_stock']:.2f}x" for name, one in found["methods"].items())
+                report = _report(records, len(ids), conditions, loading)
+                if path is not None:
+                    write_report(path, report)
+                speeds = (f"{name} {one['speedup_over_stock']:.2f}x" for name, one in report["methods"].items())
                 bar.set_postfix_str(" ".join(speeds))
                 bar.update()
     except KeyboardInterrupt:  # what there is, is worth having
         if not records:
             raise
-    found = _report(records, len(ids), conditions, loading)
+    report = _report(records, len(ids), conditions, loading)
     if costs is not None:
-        predict(model, methods, ids, records, costs, found)
-        if report is not None:
-            write_report(report, found)
-    return found
+        predict(model, methods, ids, records, costs, report)
+        if path is not None:
+            write_report(path, report)
+    return report
 
 
 def _report(records: list[dict[str, Any]], total: int, conditions: dict[str, Any], loading: float) -> dict[str, Any]:

@@ -10,32 +10,32 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 
-def picture(found: dict[str, Any], path: Path) -> None:
-    """Up to three panels, by what `found` holds."""
-    predicted = any("predicted_speedup" in one for one in found["methods"].values())
-    groups = {**found["by_task"], "overall": found["methods"]}
-    speculates = any("exits" in one for one in found["methods"].values())
+def picture(report: dict[str, Any], path: Path) -> None:
+    """Up to three panels, by what `report` holds."""
+    predicted = any("predicted_speedup" in one for one in report["methods"].values())
+    groups = {**report["by_task"], "overall": report["methods"]}
+    speculates = any("exits" in one for one in report["methods"].values())
     rows = 1 + speculates
     figure = plt.figure(figsize=(max(8.0, 1.5 * len(groups)), 3.6 * rows))
     grid = figure.add_gridspec(rows, 3)
-    _speed(figure.add_subplot(grid[0, :]), found, groups)
+    _speed(figure.add_subplot(grid[0, :]), report, groups)
     if speculates:
         _sources(figure.add_subplot(grid[1, : 2 if predicted else 3]), groups)
     if predicted:
-        _predictions(figure.add_subplot(grid[1, 2]), found)
+        _predictions(figure.add_subplot(grid[1, 2]), report)
     figure.tight_layout()
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
 
 
-def _speed(panel: Any, found: dict[str, Any], groups: dict[str, Any]) -> None:
+def _speed(panel: Any, report: dict[str, Any], groups: dict[str, Any]) -> None:
     """Times stock's speed, one bar a method, 95 % intervals; a method that changed ids is hatched."""
-    names = [name for name in found["methods"] if name != "stock"]
+    names = [name for name in report["methods"] if name != "stock"]
     width = 0.85 / max(1, len(names))
     for index, name in enumerate(names):
         speed = np.array([group[name]["speedup_over_stock"] for group in groups.values()])
         bounds = np.array([group[name]["speedup_over_stock_interval"] for group in groups.values()]).T
-        whole = found["methods"][name]["identical_prompts"] == found["methods"][name]["prompts"]
+        whole = report["methods"][name]["identical_prompts"] == report["methods"][name]["prompts"]
         panel.bar(
             np.arange(len(groups)) + (index - (len(names) - 1) / 2) * width,
             speed,
@@ -48,7 +48,7 @@ def _speed(panel: Any, found: dict[str, Any], groups: dict[str, Any]) -> None:
     panel.axhline(1.0, color="0.4", linewidth=1)
     panel.set_xticks(np.arange(len(groups)), list(groups))
     panel.set_ylabel("times stock generate's speed")
-    panel.set_title(f"{found['hardware']}, {found['dtype']}, {found['threads']} threads", fontsize=9)
+    panel.set_title(f"{report['hardware']}, {report['dtype']}, {report['threads']} threads", fontsize=9)
     panel.legend(fontsize=8, frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.1))
 
 
@@ -70,13 +70,13 @@ def _sources(panel: Any, groups: dict[str, Any]) -> None:
     panel.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))
 
 
-def _predictions(panel: Any, found: dict[str, Any]) -> None:
+def _predictions(panel: Any, report: dict[str, Any]) -> None:
     """Speed-up after the prompt, by replay and by run, a point a method and task."""
     highest = 1.0
-    for name, overall in found["methods"].items():
+    for name, overall in report["methods"].items():
         if "predicted_speedup" not in overall:
             continue
-        points = [group[name] for group in found["by_task"].values()]
+        points = [group[name] for group in report["by_task"].values()]
         x = [point["predicted_speedup"] for point in points]
         y = [point["speedup_over_stock_after_the_prompt"] for point in points]
         panel.plot(x, y, "o", markersize=4, label=name)

@@ -18,7 +18,7 @@ def predict(
     prompts: Sequence[Tensor],
     records: Sequence[dict[str, Any]],
     costs: CostTable,
-    found: dict[str, Any],
+    report: dict[str, Any],
 ) -> None:
     """Add `predicted_mean_accepted_length` and `predicted_speedup` to the methods that draft with the adapter.
 
@@ -26,14 +26,14 @@ def predict(
 
     Args:
         prompts: token ids of each record's prompt, [1, T]; more of them where the run was cut short.
-        found: the benchmark's figures, overall and by task.
+        report: the benchmark's figures, overall and by task.
     """
     rows = [(ids[0].tolist(), record["response"]) for ids, record in zip(prompts, records, strict=False)]
     traces = log_texts(model, rows)
     tasks = np.array([record["task"] for record in records])
-    groups = {"": np.ones(len(records), dtype=bool)} | {task: tasks == task for task in found["by_task"]}
+    groups = {"": np.ones(len(records), dtype=bool)} | {task: tasks == task for task in report["by_task"]}
     for task, chosen in groups.items():
-        figures = found["by_task"][task] if task else found["methods"]
+        figures = report["by_task"][task] if task else report["methods"]
         replayer = Replayer(traces.of_sequences(chosen), costs)
         for name, method in methods.items():
             if method.bounds is not None and method.drafter is model.specbound.drafter:

@@ -29,7 +29,7 @@ def _figures(records: Sequence[Record], name: str) -> dict[str, Any]:
     runs = [record["runs"][name] for record in records]
     tokens, seconds = (np.array([run[key] for run in runs], dtype=float) for key in ("tokens", "seconds"))
     low, high = _interval(len(runs), lambda chosen: tokens[chosen].sum() / seconds[chosen].sum())
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "tokens_per_second": round(float(tokens.sum() / seconds.sum()), 3),
         "tokens_per_second_interval": [round(low, 3), round(high, 3)],
         "prompts": len(runs),
@@ -42,15 +42,15 @@ def _figures(records: Sequence[Record], name: str) -> dict[str, Any]:
             pairs = [(record["runs"][other], record["runs"][name]) for record in records]
             ratios = np.array([_pace(theirs) / _pace(ours) for theirs, ours in pairs])
             low, high = _interval(len(runs), lambda chosen, ratios=ratios: float(np.median(ratios[chosen])))
-            found[f"speedup_over_{other}"] = round(float(np.median(ratios)), 4)
-            found[f"speedup_over_{other}_interval"] = [round(low, 4), round(high, 4)]
+            figures[f"speedup_over_{other}"] = round(float(np.median(ratios)), 4)
+            figures[f"speedup_over_{other}_interval"] = [round(low, 4), round(high, 4)]
             after = [_pace(theirs, prompt=False) / _pace(ours, prompt=False) for theirs, ours in pairs]
-            found[f"speedup_over_{other}_after_the_prompt"] = round(statistics.median(after), 4)
+            figures[f"speedup_over_{other}_after_the_prompt"] = round(statistics.median(after), 4)
     if "rounds" in runs[0]:
-        found |= _speculation(runs)
+        figures |= _speculation(runs)
     if "peak_memory_mib" in runs[0]:
-        found["peak_memory_mib"] = max(run["peak_memory_mib"] for run in runs)
-    return found
+        figures["peak_memory_mib"] = max(run["peak_memory_mib"] for run in runs)
+    return figures
 
 
 def _speculation(runs: Sequence[Record]) -> dict[str, Any]:
@@ -94,13 +94,13 @@ def _interval(number: int, statistic: Callable[..., float]) -> tuple[float, floa
     return float(low), float(high)
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(report: dict[str, Any]) -> str:
     """The table of speed-ups over stock, methods by tasks, and what it was taken on."""
-    tasks, methods = found["by_task"], found["methods"]
+    tasks, methods = report["by_task"], report["methods"]
     lines = [
-        f"{found['hardware']}, {found['dtype']}, {found['threads']} threads, torch {found['versions']['torch']},"
-        f" transformers {found['versions']['transformers']}; {found['settings']['prompts']}, greedy, up to"
-        f" {found['settings']['max_new_tokens']} tokens, {methods['stock']['prompts']} prompts. Times stock"
+        f"{report['hardware']}, {report['dtype']}, {report['threads']} threads, torch {report['versions']['torch']},"
+        f" transformers {report['versions']['transformers']}; {report['settings']['prompts']}, greedy, up to"
+        f" {report['settings']['max_new_tokens']} tokens, {methods['stock']['prompts']} prompts. Times stock"
         " `generate`'s speed, medians over prompts; in brackets 95 % intervals.",
         "",
         "| method | " + " | ".join(tasks) + " | overall | tokens/s | accepted length | identical |",
@@ -131,5 +131,5 @@ def markdown(found: dict[str, Any]) -> str:
             f"| {name} | {one['predicted_speedup']:.2f} | {one['speedup_over_stock_after_the_prompt']:.2f}"
             f" | {one['predicted_mean_accepted_length']:.2f} | {one['mean_accepted_length']:.2f} |"
         )
-    lines += ["", *(f"- `{name}`: {title}" for name, title in found["titles"].items())]
+    lines += ["", *(f"- `{name}`: {title}" for name, title in report["titles"].items())]
     return "\n".join(lines) + "\n"

@@ -35,10 +35,10 @@ class Devices:
     @classmethod
     def parse(cls, text: str, **figures: float) -> "Devices":
         """`8x80` is eight of 80 GiB; raises ConfigError for anything else."""
-        found = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", text.strip())
-        if found is None or int(found[1]) < 1 or float(found[2]) <= 0:
+        match = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", text.strip())
+        if match is None or int(match[1]) < 1 or float(match[2]) <= 0:
             raise ConfigError(f"gpus {text!r}: expected NUMBERxGIB, such as 8x80")
-        return cls(int(found[1]), float(found[2]), **figures)
+        return cls(int(match[1]), float(match[2]), **figures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def estimate(config: FitConfig, model: Any, devices: Devices, *, num_prompts: in
     epochs = fitted / tokens if config.max_steps > 0 else config.num_train_epochs
     forwards = 1 if config.features == "cache" else epochs
     rate = devices.number * devices.tflops * 1e12 * devices.utilisation
-    found = Estimate(
+    plan = Estimate(
         base_parameters=parameters,
         head_parameters=learned,
         sharded=sharded,
@@ -131,17 +131,17 @@ def estimate(config: FitConfig, model: Any, devices: Devices, *, num_prompts: in
         fit_hours=(forwards * forward + epochs * flops.heads(tokens)) / rate / 3600,
         times_forward=(forward + flops.heads(tokens)) / forward,
     )
-    if found.generation > room:
+    if plan.generation > room:
         raise ConfigError(
-            f"answering {config.generation_batch_size} prompts at a time needs {found.generation / GIB:.1f} of"
+            f"answering {config.generation_batch_size} prompts at a time needs {plan.generation / GIB:.1f} of"
             f" {devices.memory_gib:g} GiB: lower generation_batch_size"
         )
-    if found.total_memory > room:
+    if plan.total_memory > room:
         raise ConfigError(
-            f"the fit needs {found.total_memory / GIB:.1f} of {devices.memory_gib:g} GiB on each device with its base"
+            f"the fit needs {plan.total_memory / GIB:.1f} of {devices.memory_gib:g} GiB on each device with its base"
             f" spread over {devices.number}: use more devices, a smaller batch, max_length or draft vocabulary"
         )
-    return found
+    return plan
 
 
 def step_memory(config: FitConfig, model: Any, heads: ExitHeads, *, length: int, responses: int) -> dict[str, float]:

@@ -137,8 +137,8 @@ def base_commit(name: str, revision: str | None) -> str | None:
     """
     if Path(name).exists() or find_base(name) != name:
         return None
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def _datasets(config: FitConfig) -> list[str]:
@@ -166,13 +166,13 @@ def _provenance(config: FitConfig) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide the numbers."""
-    found = {}
+    installed = {}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def add_speed(folder: Path, speed: dict[str, Any]) -> None:
@@ -183,7 +183,7 @@ def add_speed(folder: Path, speed: dict[str, Any]) -> None:
 
 def write_card(folder: Path) -> None:
     """The card of an adapter's folder anew, from the figures that lie in it."""
-    found: list[Any] = []
+    evidence: list[Any] = []
     for path in (folder / name for name in (CALIBRATION_FILE, SPEED_FILE, BENCH_FILE)):
-        found.append(json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
-    write_atomic(folder / CARD_FILE, card(load_adapter(folder).config, *found).encode())
+        evidence.append(json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
+    write_atomic(folder / CARD_FILE, card(load_adapter(folder).config, *evidence).encode())

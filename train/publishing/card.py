@@ -96,27 +96,27 @@ def _results(
 
     held_out = f"the base's own answers, {calibrated['positions']} tokens kept out of the fit"
     replay = calibrated["replay"]
-    found = [
+    results = [
         result("mean_accepted_length", replay["mean_accepted_length"], "mean accepted length, replayed", held_out),
         result("acceptance_rate", replay["acceptance_rate"], "acceptance rate, replayed", held_out),
     ]
     for layer, exit_ in sorted(calibrated["exits"].items(), key=lambda item: int(item[0])):
-        found.append(result("agreement", exit_["agreement"], f"agreement with the base, layer {layer}", held_out))
-        found.append(result("ece", exit_["ece_after"], f"calibration error, layer {layer}", held_out))
+        results.append(result("agreement", exit_["agreement"], f"agreement with the base, layer {layer}", held_out))
+        results.append(result("ece", exit_["ece_after"], f"calibration error, layer {layer}", held_out))
     if bench is not None:
         on = f"{bench['hardware']}, {bench['dtype']}, {bench['threads']} threads, batch 1, greedy"
         for task, methods in {**bench["by_task"], "all": bench["methods"]}.items():
             ours = methods["specbound"]
             where = f"{bench['settings']['prompts']}, {task}, {ours['prompts']} prompts on {on}"
             share = ours["identical_prompts"] / ours["prompts"]
-            found.append(result("speedup", ours["speedup_over_stock"], "times stock generate", where, task))
-            found.append(result("exact_match", share, "prompts with ids identical to stock generate", where, task))
+            results.append(result("speedup", ours["speedup_over_stock"], "times stock generate", where, task))
+            results.append(result("exact_match", share, "prompts with ids identical to stock generate", where, task))
     elif speed is not None:
         where = f"{speed['prompts']} held-out prompts on {speed['hardware']}, {speed['dtype']}, batch 1, greedy"
         share = speed["identical_prompts"] / speed["prompts"]
-        found.append(result("speedup", speed["speedup"], "times stock generate", where, "all"))
-        found.append(result("exact_match", share, "prompts with ids identical to stock generate", where, "all"))
-    return found
+        results.append(result("speedup", speed["speedup"], "times stock generate", where, "all"))
+        results.append(result("exact_match", share, "prompts with ids identical to stock generate", where, "all"))
+    return results
 
 
 def _use(name: str, base: str) -> str:
@@ -158,15 +158,15 @@ def _ablations(ablations: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     rows += [
-        f"| {name} | {found['mean_accepted_length']:.2f} | {found['acceptance_rate']:.2f} "
-        f"| {found['layer_passes_per_token']:.1f} | {found['predicted_speedup']:.2f}x |"
-        for name, found in ablations.items()
+        f"| {name} | {figures['mean_accepted_length']:.2f} | {figures['acceptance_rate']:.2f} "
+        f"| {figures['layer_passes_per_token']:.1f} | {figures['predicted_speedup']:.2f}x |"
+        for name, figures in ablations.items()
     ]
     return "\n".join(rows)
 
 
 def _provenance(config: SpecBoundConfig, calibrated: dict[str, Any]) -> str:
-    found = calibrated.get("agreement")
+    agreement = calibrated.get("agreement")
     return (
         "## Exactness and provenance\n\nThe ids are those of `generate` of the base alone, on the same device, dtype, "
         "threads and versions; which bits allow that is probed where it is loaded (`model.specbound.certificate`). "
@@ -174,9 +174,9 @@ def _provenance(config: SpecBoundConfig, calibrated: dict[str, Any]) -> str:
         f"fingerprint `{config.base_model_fingerprint}`. Settings and versions of the fit: `run.yaml`; all figures: "
         "`calibration.json`."
         + (
-            f" On the same {found['tokens']} tokens the runtime accepted {found['by_run']:.2f} tokens a round and "
-            f"replay predicted {found['by_replay']:.2f}."
-            if found
+            f" On the same {agreement['tokens']} tokens the runtime accepted {agreement['by_run']:.2f} tokens a round "
+            f"and replay predicted {agreement['by_replay']:.2f}."
+            if agreement
             else ""
         )
     )
@@ -189,13 +189,13 @@ def _risk(layer: str, risk: dict[str, Any]) -> str:
 
 
 def _lookup(calibrated: dict[str, Any]) -> str:
-    found = calibrated.get("lookup")
-    if found is None:
+    lookup = calibrated.get("lookup")
+    if lookup is None:
         return "The depth-0 exit, a lookup of the longest suffix seen before, is off."
     return (
         "Depth 0, a lookup of the longest suffix seen before, costs no layer: it proposes a token at "
-        f"{100 * found['proposed']:.0f} % of positions, {100 * found['precision']:.0f} % of them right, ECE "
-        f"{found['ece']:.3f} on the text its table was fitted on."
+        f"{100 * lookup['proposed']:.0f} % of positions, {100 * lookup['precision']:.0f} % of them right, ECE "
+        f"{lookup['ece']:.3f} on the text its table was fitted on."
     )
 
 
@@ -204,15 +204,15 @@ def _exits(calibrated: dict[str, Any]) -> str:
         "| exit after layer | temperature | agreement | ECE at T = 1 | ECE calibrated | precision / coverage at 0.8 |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
-    for layer, found in sorted(calibrated["exits"].items(), key=lambda item: int(item[0])):
-        at = next(point for point in found["thresholds"] if point["threshold"] == 0.8)
+    for layer, exit_ in sorted(calibrated["exits"].items(), key=lambda item: int(item[0])):
+        at = next(point for point in exit_["thresholds"] if point["threshold"] == 0.8)
         precision = "-" if at["precision"] is None else f"{at['precision']:.2f}"
         rows.append(
-            f"| {layer} | {found['temperature']:.2f} | {found['agreement']:.3f} | {found['ece_before']:.3f} "
-            f"| {found['ece_after']:.3f} | {precision} / {at['coverage']:.2f} |"
+            f"| {layer} | {exit_['temperature']:.2f} | {exit_['agreement']:.3f} | {exit_['ece_before']:.3f} "
+            f"| {exit_['ece_after']:.3f} | {precision} / {at['coverage']:.2f} |"
         )
     risks = [
-        (layer, found["risk"]) for layer, found in sorted(calibrated["exits"].items(), key=lambda item: int(item[0]))
+        (layer, exit_["risk"]) for layer, exit_ in sorted(calibrated["exits"].items(), key=lambda item: int(item[0]))
     ]
     epsilon, delta = risks[0][1]["epsilon"], risks[0][1]["delta"]
     return (

@@ -20,11 +20,11 @@ from matplotlib import pyplot as plt
 BINS = 12
 
 
-def reliability_plot(found: Confidences, schedule: TemperatureSchedule, path: Path) -> None:
+def reliability_plot(confidences: Confidences, schedule: TemperatureSchedule, path: Path) -> None:
     """Confidence against share of right drafts, one panel an exit, before (T = 1) and after calibration."""
-    layers = sorted(found.grid)
-    before = found.at(TemperatureSchedule.none(layers))
-    after = found.at(schedule)
+    layers = sorted(confidences.grid)
+    before = confidences.at(TemperatureSchedule.none(layers))
+    after = confidences.at(schedule)
     figure, panels = plt.subplots(1, len(layers), figsize=(3.4 * len(layers), 3.6), sharey=True, squeeze=False)
     for panel, layer in zip(panels[0], layers, strict=True):
         panel.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
@@ -32,9 +32,9 @@ def reliability_plot(found: Confidences, schedule: TemperatureSchedule, path: Pa
             (before[layer], "T = 1", "tab:orange"),
             (after[layer], "calibrated", "tab:blue"),
         ):
-            error = expected_calibration_error(confidence, found.correct[layer])
+            error = expected_calibration_error(confidence, confidences.correct[layer])
             panel.plot(
-                *_points(confidence, found.correct[layer]),
+                *_points(confidence, confidences.correct[layer]),
                 "o-",
                 markersize=3,
                 color=color,

@@ -104,8 +104,8 @@ def stage(folder: Path, target: Path, repo_id: str, claims: Claims) -> SpecBound
     write_custom_generate(target)
     load_adapter(target)
     names = [repo_id, config.base_model_name_or_path, *calibrated.get("datasets", [])]
-    if found := [f"{path.name}: {what}" for path in published(target) for what in _private(path, names)]:
-        raise AdapterError(f"{folder} cannot be published, it would give away {'; '.join(found)}: take that out")
+    if leaks := [f"{path.name}: {what}" for path in published(target) for what in _private(path, names)]:
+        raise AdapterError(f"{folder} cannot be published, it would give away {'; '.join(leaks)}: take that out")
     return config
 
 
@@ -152,7 +152,7 @@ def _evidence_faults(config: SpecBoundConfig, calibrated: dict[str, Any] | None)
         return
     try:
         exits = {int(layer) for layer in calibrated["exits"]}
-        shares = [found[name] for found in calibrated["exits"].values() for name in ("agreement", "ece_after")]
+        shares = [exit_[name] for exit_ in calibrated["exits"].values() for name in ("agreement", "ece_after")]
         whole = exits == set(config.exit_layers) and all(0 <= share <= 1 for share in shares)
         whole = whole and calibrated["positions"] > 0 and calibrated["replay"]["mean_accepted_length"] >= 1
         same = agrees(calibrated["agreement"])
@@ -163,10 +163,10 @@ def _evidence_faults(config: SpecBoundConfig, calibrated: dict[str, Any] | None)
     if not whole:
         yield f"its {CALIBRATION_FILE} is of other exits, or holds figures that cannot be: fit it again"
     if not same:
-        found = calibrated["agreement"]
+        agreement = calibrated["agreement"]
         yield (
-            f"its measured and predicted acceptance disagree, {found['by_run']} and {found['by_replay']} tokens a"
-            " round on the same text, so that no figure of it would hold: fit it again, and report this"
+            f"its measured and predicted acceptance disagree, {agreement['by_run']} and {agreement['by_replay']} tokens"
+            " a round on the same text, so that no figure of it would hold: fit it again, and report this"
         )
 
 
@@ -223,8 +223,8 @@ def _private(path: Path, names: list[str]) -> Iterable[str]:
     text = data.decode("utf-8")
     for name in names:
         text = text.replace(name, "")
-    if found := LOCAL_PATH.search(text):
-        yield f"the path {json.dumps(found[0])}"
+    if match := LOCAL_PATH.search(text):
+        yield f"the path {json.dumps(match[0])}"
     user = re.escape(_user())
     if user and re.search(rf"(?<![\w-]){user}(?=[/\\@])|(?<=[/\\]){user}(?![\w-])", text):
         yield "the user's name"

@@ -49,13 +49,13 @@ def tune_adapter(folder: Path, costs: CostTable, held: Held, *, traces: Traces |
         raise DataError(f"{folder}: traces, costs and adapter are not of the same exits and layers: fit it again")
     before = adapter.config.bounds
     after, replayed = tune(traces, costs, held)
-    found = {
+    summary = {
         "before": _described(before, Replayer(traces, costs).run(before).describe(costs)),
         "after": _described(after, replayed.describe(costs)),
         "cross_fitted_speedup": cross_fitted(traces, costs, held),
     }
-    _rewrite(folder, replace(adapter, config=replace(adapter.config, bounds=after)), traces, costs, found)
-    return found
+    _rewrite(folder, replace(adapter, config=replace(adapter.config, bounds=after)), traces, costs, summary)
+    return summary
 
 
 def _described(bounds: SpeculationBounds, predicted: dict[str, Any]) -> dict[str, Any]:
@@ -64,13 +64,13 @@ def _described(bounds: SpeculationBounds, predicted: dict[str, Any]) -> dict[str
     return {"bounds": fields} | predicted
 
 
-def _rewrite(folder: Path, adapter: Adapter, traces: Traces, costs: CostTable, found: dict[str, Any]) -> None:
+def _rewrite(folder: Path, adapter: Adapter, traces: Traces, costs: CostTable, summary: dict[str, Any]) -> None:
     """The same folder with other bounds: whole or not at all; speeds measured with the old ones go."""
     calibrated = json.loads((folder / CALIBRATION_FILE).read_text(encoding="utf-8"))
     calibrated |= {
-        "replay": {key: value for key, value in found["after"].items() if key != "bounds"},
+        "replay": {key: value for key, value in summary["after"].items() if key != "bounds"},
         "ablations": ablate(traces, adapter.config.bounds, costs),
-        "tuned": found,
+        "tuned": summary,
     }
 
     def others(unfinished: Path) -> None:

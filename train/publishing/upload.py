@@ -67,12 +67,12 @@ class Upload:
     def _check_repo(self, *, private: bool) -> None:
         """Make the repository where there is none; one with another visibility is not ours to change."""
         try:
-            found = _patiently(lambda: self.api.repo_info(self.repo_id))
+            info = _patiently(lambda: self.api.repo_info(self.repo_id))
         except RepositoryNotFoundError:
             _patiently(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
-            found = _patiently(lambda: self.api.repo_info(self.repo_id))
-        if bool(found.private) != private:
-            there, remedy = ("private", "leave out --public") if found.private else ("public", "give --public")
+            info = _patiently(lambda: self.api.repo_info(self.repo_id))
+        if bool(info.private) != private:
+            there, remedy = ("private", "leave out --public") if info.private else ("public", "give --public")
             raise AdapterError(f"{self.repo_id} is there and {there}: {remedy}, or change it on its settings page")
 
     def _head(self) -> str:
@@ -99,11 +99,11 @@ class Upload:
 
         By the Hub's own hashes: SHA-256 of large files, git's of small ones.
         """
-        found = _patiently(
+        verification = _patiently(
             lambda: self.api.verify_repo_checksums(self.repo_id, revision=commit, local_dir=self.target)
         )
-        wanted = [*found.extra_paths, *(mismatch["path"] for mismatch in found.mismatches)]
-        return dict.fromkeys(sorted(wanted), True) | dict.fromkeys(set(found.missing_paths) & OURS, False)
+        wanted = [*verification.extra_paths, *(mismatch["path"] for mismatch in verification.mismatches)]
+        return dict.fromkeys(sorted(wanted), True) | dict.fromkeys(set(verification.missing_paths) & OURS, False)
 
     def _check_replaceable(self, head: str) -> None:
         """A repository with a config that is not an adapter's is somebody's model."""
@@ -174,8 +174,8 @@ def _patiently(call: Callable[[], Answer], landed: Callable[[], Answer | None] |
         try:
             return call()
         except (TRANSPORT_ERROR, json.JSONDecodeError) as error:  # a proxy's error page is no JSON
-            if landed is not None and (found := landed()) is not None:
-                return found
+            if landed is not None and (answer := landed()) is not None:
+                return answer
             pause = _pause(error, wait)
             if pause is None:
                 raise
