@@ -1,6 +1,6 @@
-"""Entry point: make the corpus of a recipe. Knows nothing of exits, losses or fitting.
+"""Entry point: make the corpus of a recipe, the base's own answers to its prompts.
 
-Run as `accelerate launch train/distil.py --config configs/fit/NAME.yaml`; run again to go on after a stop.
+Run it as `accelerate launch train/distil.py --config configs/fit/NAME.yaml`. After a stop, the same command continues.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: PartialState) -> Path:
-    """Make, resume or find the corpus of the recipe, over all processes; returns its folder.
+    """Make the corpus of the recipe on all processes, or finish or reuse an earlier one; returns its folder.
 
     Args:
         config: a validated recipe.
@@ -36,7 +36,7 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
     Raises:
         ConfigError, DataError: see `read_prompts` and `distil`.
     """
-    with state.main_process_first():  # the others then find a data set in the cache
+    with state.main_process_first():  # the other processes then read data sets from the cache
         sources = [read_prompts(source, limit=config.prompt_limit) for source in config.prompts]
     options = CorpusOptions(
         max_new_tokens=config.max_new_tokens,
@@ -67,14 +67,14 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
 
 
 def load_base(config: FitConfig, spread: str | None = None) -> tuple[Any, Any]:
-    """The base of the recipe and its tokenizer, on the CPU; where it is spread, on the devices of the processes.
+    """Load the base of the recipe and its tokenizer: on the CPU, or sharded over the devices of the processes.
 
     Args:
-        spread: how, see `train.features.spread`; None for not at all.
+        spread: how to shard the base, see `train.features.spread`; None loads it whole on the CPU.
 
     Raises:
-        ConfigError: it cannot be loaded.
-        UnsupportedModel: its layers cannot be driven one by one.
+        ConfigError: the base cannot be loaded.
+        UnsupportedModel: the base's layers cannot be driven one by one.
     """
     settle_kernels()
     name, options = find_base(config.model_name_or_path), {"revision": config.model_revision}

@@ -1,8 +1,8 @@
 """Entry point: fit exit heads on a frozen base, calibrate them, and write the adapter.
 
-Run as `accelerate launch train/fit_exits.py --config configs/fit/NAME.yaml`, or with
-`torchrun --nproc_per_node N`; run again with `--resume_from_checkpoint latest` to go on after a stop. The
-corpus is made first where it is not there.
+Run it as `accelerate launch train/fit_exits.py --config configs/fit/NAME.yaml`, or with
+`torchrun --nproc_per_node N`. After a stop, add `--resume_from_checkpoint latest` to continue. If there is
+no corpus yet, it is made first.
 """
 
 import json
@@ -49,8 +49,8 @@ def main(config: FitConfig) -> None:
     """Fit, calibrate and write `output_dir/adapter`.
 
     Raises:
-        SpecBoundError: bad settings, prompts, base or output folder; nothing half-written is left.
-        SystemExit: 130 after Ctrl-C, 143 after SIGTERM; in the fit itself only after the step is saved.
+        SpecBoundError: settings, prompts, base or output folder cannot be used. No unfinished adapter is left.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM. A fit in progress saves a checkpoint first.
     """
     validate(config)
     check_output_dir(config)
@@ -65,7 +65,7 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     accelerator = make_accelerator(config, spread)
     show_settings(accelerator, config)
 
-    # 1) the frozen base, and text in its own words
+    # 1) the frozen base, and the corpus of its answers
     layers, tokenizer = _load(config, accelerator, spread)
     model, vocab_size = layers.model, cast(Tensor, layers.unembedding.weight).shape[0]
     validate_against_model(config, num_hidden_layers=layers.num_layers, vocab_size=vocab_size)
@@ -78,7 +78,7 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     # 2) the heads, on the tokens the base uses most
     vocabulary, covered = _vocabulary(config, tokenizer, splits, vocab_size)
     accelerator.print(f"draft vocabulary: {len(vocabulary)} tokens, {100 * covered:.1f} % of held-out text")
-    set_seed(config.seed)  # here and not earlier: new heads do not depend on what was drawn before
+    set_seed(config.seed)  # only here, so that earlier random draws do not change the new heads
     heads = make_heads(config, layers, vocabulary)
 
     # 3) fit, calibrate, publish
@@ -87,8 +87,8 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     with memory_for("fitting", "per_device_train_batch_size", config.per_device_train_batch_size, then=then):
         heads = without_peft(fit(config, accelerator, heads, splits, stop))
     if weights_sha256(model, whole_parameters(model)) != before:
-        raise SpecBoundError("the base's weights changed while fitting: this adapter is not to be trusted")
-    if accelerator.is_main_process or is_spread(model):  # a base that is spread is run by all
+        raise SpecBoundError("the base's weights changed while fitting: no adapter is written; fit again")
+    if accelerator.is_main_process or is_spread(model):  # every process runs its part of a sharded base
         folder = write_adapter(
             config,
             model,
@@ -105,13 +105,13 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
         accelerator.print(f"adapter: {folder} (base unchanged, sha256 {before[:16]})")
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if config.push_to_hub and accelerator.is_main_process:  # last: whatever the Hub does, all else is done
+    if config.push_to_hub and accelerator.is_main_process:  # last, so that a failure of the Hub costs nothing else
         published = publish(Path(config.output_dir) / "adapter", str(config.hub_model_id))
         logger.info("published: %s commit %s", published.url, published.commit)
 
 
 def _load(config: FitConfig, accelerator: Accelerator, spread: str | None) -> tuple[DecoderLayers, Any]:
-    """The frozen base on the devices, and its tokenizer."""
+    """Load the frozen base onto the devices, and its tokenizer."""
     model, tokenizer = load_base(config, spread)
     if is_spread(model):
         accelerator.print(f"the base is spread over the processes by {spread}")
@@ -120,7 +120,7 @@ def _load(config: FitConfig, accelerator: Accelerator, spread: str | None) -> tu
 
 
 def _vocabulary(config: FitConfig, tokenizer: Any, splits: dict[str, Split], vocab_size: int) -> tuple[Tensor, float]:
-    """Target id of each draft id, and the share of held-out tokens among them."""
+    """Choose the draft vocabulary: the target id of each draft id, and the share of held-out tokens it covers."""
     responses = {name: [response for _, response in split.sequences.rows] for name, split in splits.items()}
     keep = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     vocabulary = draft_vocabulary(responses["fit"], size=config.draft_vocab_size, vocab_size=vocab_size, keep=keep)
@@ -128,14 +128,14 @@ def _vocabulary(config: FitConfig, tokenizer: Any, splits: dict[str, Split], voc
 
 
 def _load_splits(config: FitConfig, accelerator: Accelerator, layers: DecoderLayers) -> dict[str, Split]:
-    """The three splits; raises DataError before any fitting where there is too little to calibrate on."""
+    """Load the three splits; raises DataError if too little or repeated text is left to calibrate on."""
     splits = {name: Split.load(config, layers, name) for name in ("fit", "calibration", "held_out")}
     require_positions(sum(len(response) for _, response in splits["calibration"].sequences.rows))
     seen = {tuple(prompt) for prompt, _ in splits["fit"].sequences.rows}
     shared = sum(tuple(prompt) in seen for prompt, _ in splits["calibration"].sequences.rows)
     if shared:
         raise DataError(
-            f"{shared} prompts of the calibration split are in the fit split too, so confidences would flatter: "
+            f"{shared} prompts of the calibration split are in the fit split too, so confidences would come out too high: "
             "distil again into another corpus_dir"
         )
     if config.features == "cache":
@@ -146,7 +146,7 @@ def _load_splits(config: FitConfig, accelerator: Accelerator, layers: DecoderLay
 
 
 def _state_budget(config: FitConfig, accelerator: Accelerator, splits: dict[str, Split]) -> None:
-    """Print what the cache will take; raises ConfigError where the disk has less."""
+    """Print the disk space that cached features need; raises ConfigError if less is free."""
     rows = [row for split in splits.values() for row in split.sequences.rows]
     one = bytes_per_position(splits["fit"].extract(rows[:1]))
     needed = one * sum(len(response) for _, response in rows)
@@ -154,7 +154,7 @@ def _state_budget(config: FitConfig, accelerator: Accelerator, splits: dict[str,
 
 
 def make_heads(config: FitConfig, layers: DecoderLayers, draft_to_target: Tensor) -> DraftHeads:
-    """New heads where fitting starts."""
+    """Make the heads with their initial weights."""
     exits = ExitHeads(
         config.head,
         config.exit_layers,
@@ -169,7 +169,7 @@ def make_heads(config: FitConfig, layers: DecoderLayers, draft_to_target: Tensor
 
 
 def run(argv: list[str]) -> None:
-    """The command line: one line on stderr and exit code 1 for any error of the user's."""
+    """Run the command line; an error that the user can mend is one line on stderr and exit code 1."""
     quiet_logs()
     try:
         main(parse_config(argv))

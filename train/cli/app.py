@@ -1,4 +1,4 @@
-"""`specbound`, the command line: the verbs of the runtime and those of fitting. Entry point of the console script."""
+"""The `specbound` command line: the commands of the runtime and those of fitting."""
 
 from runtime.cli.app import app, run
 from train.cli import bench, plan, profile, publish, tune

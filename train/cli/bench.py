@@ -1,4 +1,4 @@
-"""`specbound bench`: ways to generate, side by side. Slow libraries are imported when it runs."""
+"""`specbound bench`: compare methods of generation on the same prompts. Slow libraries are imported inside."""
 
 import sys
 from pathlib import Path
@@ -12,8 +12,8 @@ from runtime.cli.options import Adapter, Dtype, Exactness, Model, Threads
 Methods = Annotated[
     str,
     typer.Option(
-        help="Methods to run, with commas between. Known are stock, plain, specbound, steady, heads, lookup, hand,"
-        " paper, fixed_exit, prompt_lookup and early_exit."
+        help="Methods to run, separated by commas: any of stock, plain, specbound, steady, heads, lookup, hand,"
+        " paper, fixed_exit, prompt_lookup, early_exit."
     ),
 ]
 
@@ -21,24 +21,26 @@ Methods = Annotated[
 def bench_command(
     adapter: Adapter,
     prompts: Annotated[str, typer.Option(help="Prompts: a .jsonl or .json file, or a data set's name.")],
-    json_file: Annotated[Path, typer.Option("--json", help="Keep the figures in this file.")],
+    json_file: Annotated[Path, typer.Option("--json", help="Write the report to this file.")],
     model: Model = None,
     methods: Methods = "stock,plain,specbound,prompt_lookup,early_exit",
-    limit: Annotated[int | None, typer.Option(min=1, help="Take this many prompts, spread over the file.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Take this many prompts, evenly spaced over the file.")
+    ] = None,
     per_task: Annotated[int | None, typer.Option(min=1, help="Take this many prompts of each category.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Generate this many tokens a prompt at most.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Generate at most this many tokens per prompt.")] = 128,
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
     exactness: Exactness = "bitwise",
     costs: Annotated[
-        Path | None, typer.Option(help="Costs from `specbound profile`. Adds what replay predicts.")
+        Path | None, typer.Option(help="Costs from `specbound profile`; adds the speed that they predict.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from what the --json file holds.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the report in the --json file.")] = False,
 ) -> None:
-    """Run methods side by side on the same prompts, and compare speeds and ids. Exit code 1 if SpecBound's differ.
+    """Compare the speed and the ids of several methods on the same prompts. Exit code 1 if SpecBound's ids differ.
 
     Example: specbound bench --adapter outputs/demo/adapter --prompts prompts.jsonl --limit 16 --json bench.json
-    Beside FILE.json it writes FILE.md, a table, and FILE.png, a picture.
+    With --json FILE.json it also writes a table, FILE.md, and a picture, FILE.png.
     """
     from runtime.errors import SpecBoundError
     from runtime.files import check_writable
@@ -59,7 +61,7 @@ def bench_command(
         fail(error, None)
     print(markdown(report), end="")
     if not report["complete"]:
-        print("error: interrupted; --resume goes on with the other prompts", file=sys.stderr)
+        print("error: interrupted; run it again with --resume for the remaining prompts", file=sys.stderr)
         raise typer.Exit(130)
     ours = report["methods"].get("specbound", report["methods"]["stock"])
     if exactness == "bitwise" and ours["identical_prompts"] != ours["prompts"]:

@@ -1,4 +1,4 @@
-"""`specbound plan`: what a fit will take, before anything is bought or downloaded. Knows the command line only."""
+"""`specbound plan`: estimate the memory, disk and hours of a fit before it is run."""
 
 import json
 from dataclasses import asdict
@@ -11,17 +11,19 @@ from runtime.cli.failure import fail
 
 
 def plan_command(
-    model: Annotated[str, typer.Option(help="A base (Hub id or folder), or a recipe (.yaml).")],
-    gpus: Annotated[str, typer.Option(help="Number of devices and GiB of memory of each, such as 8x80.")],
+    model: Annotated[str, typer.Option(help="A base (Hub id or folder) or a recipe (.yaml).")],
+    gpus: Annotated[str, typer.Option(help="Number of devices and memory of each in GiB, such as 8x80.")],
     prompts: Annotated[int, typer.Option(min=1, help="Number of prompts in the corpus.")] = 100_000,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Mean number of tokens of a prompt.")] = 200,
     tflops: Annotated[
-        float, typer.Option(min=0.001, help="Bfloat16 TFLOP/s of a device. By default an A100's.")
+        float, typer.Option(min=0.001, help="Peak bfloat16 TFLOP/s of one device. By default an A100's.")
     ] = 312.0,
-    bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s of its memory. By default an A100's.")] = 2000.0,
+    bandwidth: Annotated[
+        float, typer.Option(min=0.001, help="Memory bandwidth of one device in GB/s. By default an A100's.")
+    ] = 2000.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what a fit takes: parameters, memory of each device, disk, hours. Nothing is run or downloaded but a config.
+    """Estimate what a fit needs: parameters, memory per device, disk and hours. Downloads at most a config.
 
     Example: specbound plan --model configs/fit/llama-3.1-8b.yaml --gpus 8x80
     """
@@ -43,7 +45,7 @@ def plan_command(
 
 
 def show(plan: Any, devices: Any, name: str, *, num_prompts: int) -> list[str]:
-    """The estimate as lines."""
+    """Format the estimate as lines of text."""
     from train.features.disk import readable
 
     gib = {what: size / 2**30 for what, size in plan.memory.items()}
@@ -58,6 +60,6 @@ def show(plan: Any, devices: Any, name: str, *, num_prompts: int) -> list[str]:
         f"corpus      {num_prompts:,} prompts, at most {plan.tokens:,} answer tokens: {plan.corpus_hours:.1f} h"
         + (f", {plan.generation / 2**30:.1f} GiB" if plan.generation else ", by a --generator"),
         f"fit         {plan.fit_hours:.1f} h; {plan.times_forward:.2f} times the base's forward",
-        f"hours take {devices.utilisation:.0%} of {devices.tflops:g} TFLOP/s and {devices.bandwidth:g} GB/s a device",
+        f"hours assume {devices.utilisation:.0%} of {devices.tflops:g} TFLOP/s and {devices.bandwidth:g} GB/s each",
     ]
     return lines

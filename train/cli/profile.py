@@ -1,4 +1,4 @@
-"""`specbound profile`: what the parts of a round cost on this machine. Slow libraries are imported when it runs."""
+"""`specbound profile`: time the parts of a round on this machine. Slow libraries are imported inside."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,13 +11,13 @@ from runtime.cli.options import Adapter, Dtype, Exactness, Model, Threads
 
 def profile_command(
     adapter: Adapter,
-    json_file: Annotated[Path, typer.Option("--json", help="Keep the costs in this file.")],
+    json_file: Annotated[Path, typer.Option("--json", help="Write the costs to this file.")],
     model: Model = None,
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
     exactness: Exactness = "bitwise",
 ) -> None:
-    """Measure what the parts of a round cost on this machine.
+    """Measure how long each part of a speculation round takes on this machine.
 
     Example: specbound profile --adapter outputs/demo/adapter --json costs.json
     """

@@ -1,4 +1,4 @@
-"""`specbound publish`: the verb and what it prints. Registered in `train.cli.app`."""
+"""`specbound publish`: upload an adapter to the Hub."""
 
 import json
 from dataclasses import asdict
@@ -11,21 +11,30 @@ from runtime.cli.failure import fail
 
 
 def publish_command(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's folder. It stays as it is.", show_default=False)],
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder. It is not changed.", show_default=False)],
     repo_id: Annotated[
-        str, typer.Argument(metavar="ORG/NAME", help="The repository. It is made if absent.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="ORG/NAME", help="The repository. It is created if it does not exist.", show_default=False
+        ),
     ],
-    public: Annotated[bool, typer.Option("--public", help="Make it public. By default it is private.")] = False,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the commit in a pull request.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Publish to a public repository. By default it is private.")
+    ] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to. By default main.")] = None,
     tag: Annotated[str | None, typer.Option(help="Tag to set on the commit, such as v1.0.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="Hub id of the base, if it was a folder.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base, if the adapter was fitted on a folder.")
+    ] = None,
     base_revision: Annotated[str | None, typer.Option(help="Commit of the base on the Hub.")] = None,
-    license: Annotated[str | None, typer.Option(help="License of the adapter, if it states none.")] = None,
-    bench: Annotated[Path | None, typer.Option(help="Report of `specbound bench`. Adds speeds to the card.")] = None,
+    license: Annotated[str | None, typer.Option(help="License of the adapter, if its config names none.")] = None,
+    bench: Annotated[
+        Path | None, typer.Option(help="Report of `specbound bench`; adds its speeds to the card.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Publish an adapter to the Hub in one commit, and read it back. After a cut, run it again.
+    """Publish an adapter to the Hub in one commit and verify it. If interrupted, run the same command again.
 
     Example: specbound publish outputs/demo/adapter my-org/smollm2-135m-specbound --license apache-2.0
     """

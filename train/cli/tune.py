@@ -1,4 +1,4 @@
-"""`specbound tune`: an adapter's bounds chosen anew. Slow libraries are imported when it runs."""
+"""`specbound tune`: choose an adapter's speculation bounds again. Slow libraries are imported inside."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,20 +9,28 @@ from runtime.cli.failure import fail
 
 
 def tune_command(
-    adapter: Annotated[Path, typer.Option(help="The adapter's folder. Its bounds are written anew.")],
+    adapter: Annotated[Path, typer.Option(help="The adapter's folder. Its bounds are replaced.")],
     costs: Annotated[Path, typer.Option(help="Costs from `specbound profile`.")],
-    exit_threshold: Annotated[float | None, typer.Option(help="Keep this threshold. By default it is chosen.")] = None,
-    max_exit_layer: Annotated[int | None, typer.Option(help="Keep this layer. By default it is chosen.")] = None,
-    max_draft_tokens: Annotated[int | None, typer.Option(help="Keep this number. By default it is chosen.")] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="Tune on answers to these prompts. By default on the adapter's own traces.")
+    exit_threshold: Annotated[
+        float | None, typer.Option(help="Fix the exit threshold. By default it is chosen.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take this many prompts, spread over the file.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Give each answer this many tokens at most.")] = 128,
-    model: Annotated[str | None, typer.Option(help="The base that answers. By default the adapter's.")] = None,
-    dtype: Annotated[str, typer.Option(help="Dtype of the base that answers.")] = "bfloat16",
+    max_exit_layer: Annotated[int | None, typer.Option(help="Fix the deepest exit. By default it is chosen.")] = None,
+    max_draft_tokens: Annotated[
+        int | None, typer.Option(help="Fix the longest draft. By default it is chosen.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Tune on answers to these prompts. By default on the traces of the fit.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Take this many prompts, evenly spaced over the file.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Generate at most this many tokens per answer.")] = 128,
+    model: Annotated[
+        str | None, typer.Option(help="The base that answers the prompts. By default the adapter's.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of the base that answers the prompts.")] = "bfloat16",
 ) -> None:
-    """Choose the bounds that replay says are fastest on this machine, for the adapter's traces or for your prompts.
+    """Choose the fastest bounds for this machine by replaying the adapter's traces, or answers to your prompts.
 
     Example: specbound tune --adapter outputs/demo/adapter --costs costs.json
     """
@@ -52,4 +60,4 @@ def tune_command(
             f"{name}: {one['predicted_speedup']:.2f}x stock predicted, mean accepted length"
             f" {one['mean_accepted_length']:.2f}, {one['bounds']}"
         )
-    print(f"on texts that bounds were not chosen on: {summary['cross_fitted_speedup']:.2f}x")
+    print(f"predicted on texts that were not used to choose bounds: {summary['cross_fitted_speedup']:.2f}x")

@@ -165,8 +165,8 @@ def _evidence_faults(config: SpecBoundConfig, calibrated: dict[str, Any] | None)
     if not same:
         agreement = calibrated["agreement"]
         yield (
-            f"its measured and predicted acceptance disagree, {agreement['by_run']} and {agreement['by_replay']} tokens"
-            " a round on the same text, so that no figure of it would hold: fit it again, and report this"
+            f"its measured and predicted acceptance disagree, {agreement['by_run']} and {agreement['by_replay']}"
+            " tokens a round on the same text, so that no figure of it would hold: fit it again, and report this"
         )
 
 

@@ -1,6 +1,6 @@
-"""The settings of a fit: one flat dataclass for the recipe file and the flags, parsed and checked.
+"""The settings of a fit: one flat dataclass, read from a recipe file and from flags, then checked.
 
-`--config FILE.yaml` comes first and flags override it. Of the model it knows only depth and vocabulary size.
+Flags override `--config FILE.yaml`. Checks against the base need only its depth and vocabulary size.
 """
 
 # No postponed annotations: HfArgumentParser makes the flags from the types themselves.
@@ -26,7 +26,7 @@ CHOICES = {
     "schedule": ("auto", *SCHEDULE_KINDS),
 }
 
-# Numbers that may be 0, and fractions; all others must be above 0, but for max_steps.
+# Lowest and highest value of these settings. All other numbers must be above 0, except max_steps.
 _RANGES = {"draft_vocab_size": (0, math.inf), "weight_decay": (0, math.inf), "kl_weight": (0, math.inf)}
 _RANGES |= {
     "seed": (0, 2**32 - 1),
@@ -50,57 +50,65 @@ class FitConfig:
 
     model_name_or_path: str = field(metadata=_help("base model: Hub id or folder"))
     model_revision: str | None = field(default=None, metadata=_help("branch, tag or commit of the base"))
-    dtype: str = field(default="bfloat16", metadata=_help("of the base: float32, bfloat16 or float16"))
+    dtype: str = field(default="bfloat16", metadata=_help("dtype of the base: float32, bfloat16 or float16"))
     prompts: list[str] = field(metadata=_help("files (.jsonl, .json) or data sets (name or name:split)"))
-    prompt_limit: int | None = field(default=None, metadata=_help("most prompts read from each source"))
-    generator: str | None = field(default=None, metadata=_help("URL of an OpenAI-compatible engine that answers"))
-    evaluation_files: list[str] = field(default_factory=list, metadata=_help("drop prompts like theirs"))
-    corpus_dir: str | None = field(default=None, metadata=_help("default: output_dir/corpus"))
-    calibration_fraction: float = field(default=0.1, metadata=_help("of the prompts, by hash"))
-    held_out_fraction: float = field(default=0.1, metadata=_help("of the prompts, by hash"))
-    max_new_tokens: int = field(default=128, metadata=_help("longest answer"))
-    max_prompt_tokens: int = field(default=1024, metadata=_help("longer prompts are skipped"))
+    prompt_limit: int | None = field(default=None, metadata=_help("read at most this many prompts from each source"))
+    generator: str | None = field(
+        default=None, metadata=_help("URL of an OpenAI-compatible engine that answers prompts")
+    )
+    evaluation_files: list[str] = field(default_factory=list, metadata=_help("drop prompts like those in these files"))
+    corpus_dir: str | None = field(default=None, metadata=_help("folder of the corpus; default: output_dir/corpus"))
+    calibration_fraction: float = field(default=0.1, metadata=_help("share of prompts kept for calibration"))
+    held_out_fraction: float = field(default=0.1, metadata=_help("share of prompts kept for evaluation"))
+    max_new_tokens: int = field(default=128, metadata=_help("longest answer, in tokens"))
+    max_prompt_tokens: int = field(default=1024, metadata=_help("prompts with more tokens are skipped"))
     generation_batch_size: int = field(default=32, metadata=_help("prompts answered at a time"))
-    sample_fraction: float = field(default=0.0, metadata=_help("of the prompts, sampled; others are greedy"))
-    temperature: float = field(default=1.0, metadata=_help("of the sampled answers"))
-    top_p: float = field(default=1.0, metadata=_help("of the sampled answers"))
+    sample_fraction: float = field(default=0.0, metadata=_help("share of answers sampled, not greedy"))
+    temperature: float = field(default=1.0, metadata=_help("temperature of the sampled answers"))
+    top_p: float = field(default=1.0, metadata=_help("top_p of the sampled answers"))
     chat_template: str = field(default="auto", metadata=_help("auto (the tokenizer's) or none (plain text)"))
 
-    exit_layers: list[int] = field(metadata=_help("exits after so many decoder layers"))
+    exit_layers: list[int] = field(metadata=_help("numbers of decoder layers after which there is an exit"))
     head: str = field(default="deep", metadata=_help("deep, linear or lora"))
     head_rank: int = field(default=256, metadata=_help("inner width of a head"))
     draft_vocab_size: int = field(default=8192, metadata=_help("tokens a head can draft; 0: all"))
 
-    output_dir: str = field(metadata=_help("adapter, checkpoints and logs"))
-    features: str = field(default="online", metadata=_help("hidden states: online, or cache on disk"))
-    per_device_train_batch_size: int = field(default=8, metadata=_help("sequences"))
+    output_dir: str = field(metadata=_help("folder of the adapter, checkpoints and logs"))
+    features: str = field(
+        default="online", metadata=_help("hidden states: online (computed each time) or cache (on disk)")
+    )
+    per_device_train_batch_size: int = field(default=8, metadata=_help("sequences per batch"))
     gradient_accumulation_steps: int = field(default=1, metadata=_help("batches per step"))
     num_train_epochs: float = field(default=3.0, metadata=_help("passes over the fit split"))
     max_steps: int = field(default=-1, metadata=_help("if above 0, overrides num_train_epochs"))
-    learning_rate: float = field(default=1e-3, metadata=_help("the highest, after warm-up"))
-    weight_decay: float = field(default=0.01, metadata=_help("of AdamW"))
-    warmup_ratio: float = field(default=0.05, metadata=_help("of the steps"))
-    max_grad_norm: float = field(default=1.0, metadata=_help("gradients are clipped to it"))
-    max_skipped_batches: int = field(default=10, metadata=_help("more batches that give no finite loss: an error"))
+    learning_rate: float = field(default=1e-3, metadata=_help("the highest rate, reached after warm-up"))
+    weight_decay: float = field(default=0.01, metadata=_help("weight decay of AdamW"))
+    warmup_ratio: float = field(default=0.05, metadata=_help("share of the steps that warm up"))
+    max_grad_norm: float = field(default=1.0, metadata=_help("gradients are clipped to this norm"))
+    max_skipped_batches: int = field(default=10, metadata=_help("stop after more batches without a finite loss"))
     kl_weight: float = field(default=0.5, metadata=_help("weight of the divergence from the base"))
-    teacher_top_k: int = field(default=32, metadata=_help("tokens of the base's distribution kept"))
-    max_length: int = field(default=1024, metadata=_help("of prompt and response; the right end is cut"))
-    seed: int = field(default=0, metadata=_help("of heads, order and sampling"))
+    teacher_top_k: int = field(default=32, metadata=_help("most likely tokens of the base that the loss uses"))
+    max_length: int = field(default=1024, metadata=_help("longest prompt and response; the end is cut"))
+    seed: int = field(default=0, metadata=_help("seed of heads, order and sampling"))
     logging_steps: int = field(default=10, metadata=_help("steps between log lines"))
     save_steps: int = field(default=200, metadata=_help("steps between checkpoints"))
     save_total_limit: int = field(default=2, metadata=_help("checkpoints kept"))
-    load_best_model_at_end: bool = field(default=True, metadata=_help("else the adapter is made from the last step"))
+    load_best_model_at_end: bool = field(default=True, metadata=_help("use the best checkpoint, not the last step"))
     resume_from_checkpoint: str | None = field(default=None, metadata=_help("latest, or a checkpoint folder"))
     report_to: list[str] = field(default_factory=list, metadata=_help("trackers, such as tensorboard"))
 
     schedule: str = field(default="auto", metadata=_help("exit temperatures: auto, linear, fitted, monotone, none"))
     exit_threshold: float | None = field(default=None, metadata=_help("default: chosen on calibration data"))
-    max_exit_layer: int | None = field(default=None, metadata=_help("deepest exit used"))
-    max_draft_tokens: int | None = field(default=None, metadata=_help("longest draft"))
+    max_exit_layer: int | None = field(
+        default=None, metadata=_help("deepest exit used; default: chosen on calibration data")
+    )
+    max_draft_tokens: int | None = field(
+        default=None, metadata=_help("longest draft; default: chosen on calibration data")
+    )
 
     license: str | None = field(default=None, metadata=_help("licence of the adapter"))
-    push_to_hub: bool = field(default=False, metadata=_help("publish the adapter, privately, when it is done"))
-    hub_model_id: str | None = field(default=None, metadata=_help("where to: ORG/NAME"))
+    push_to_hub: bool = field(default=False, metadata=_help("publish the adapter to a private repository"))
+    hub_model_id: str | None = field(default=None, metadata=_help("repository to publish to: ORG/NAME"))
 
     sources: dict[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -116,7 +124,7 @@ class _Parser(HfArgumentParser):
 
 
 def parse_config(argv: Sequence[str]) -> FitConfig:
-    """The settings from flags and, for those not given as flags, from the YAML file named by `--config`.
+    """Read the settings from flags and from the YAML file that `--config` names; flags override the file.
 
     Args:
         argv: the command line without the program's name.
@@ -135,7 +143,7 @@ def parse_config(argv: Sequence[str]) -> FitConfig:
     parser = _Parser([FitConfig], allow_abbrev=False)  # type: ignore[list-item]
     parser.add_argument("--config", help="recipe: a YAML file of these settings; flags override it")
     parser.set_defaults(**values)
-    for action in parser._actions:  # argparse asks for a required flag even where it has a default
+    for action in parser._actions:  # argparse demands a required flag even if it has a default
         action.required = action.required and action.dest not in values
     config, _, extra = parser.parse_args_into_dataclasses(
         rest, look_for_args_file=False, return_remaining_strings=True
@@ -151,10 +159,10 @@ def parse_config(argv: Sequence[str]) -> FitConfig:
 
 
 def validate(config: FitConfig) -> None:
-    """Check all that needs no model.
+    """Check every setting that can be checked without the base.
 
     Raises:
-        ConfigError: a value out of its range; names the field, the value and what was expected.
+        ConfigError: a value is out of its range. The message names the setting, the value and what was expected.
     """
     for name, choices in CHOICES.items():
         value = getattr(config, name)
@@ -184,10 +192,10 @@ def validate(config: FitConfig) -> None:
 
 
 def validate_against_model(config: FitConfig, *, num_hidden_layers: int, vocab_size: int) -> None:
-    """Check what depends on the base's depth and vocabulary.
+    """Check the settings that depend on the base's depth and vocabulary.
 
     Raises:
-        ConfigError: as for `validate`, which comes first.
+        ConfigError: as for `validate`, which must be called first.
     """
     last = num_hidden_layers - 1
     layers, deepest, size = config.exit_layers, config.max_exit_layer, config.draft_vocab_size

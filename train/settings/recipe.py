@@ -1,4 +1,4 @@
-"""Recipes: a YAML file of settings, read strictly. Knows their names and types, not what they mean."""
+"""Recipes: read a YAML file of settings strictly, by name and type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from runtime.errors import ConfigError
 
 
 def read_recipe(path: Path, *, types: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in the file, each as its type of `types`: str, int, float, bool, a list of these, or optional.
+    """Read the settings in a file, each converted to its type in `types`.
+
+    Args:
+        types: the type of each setting: str, int, float, bool, a list of one of these, or one of these or None.
 
     Raises:
         ConfigError: the file cannot be read, is not YAML, or a setting is unknown, repeated or wrongly typed.
@@ -34,7 +37,7 @@ def read_recipe(path: Path, *, types: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: expected lines `setting: value`, got {content!a:.60}")
     seen = set()
-    for key, _ in root.value:  # YAML itself lets a repeated key replace the first one silently
+    for key, _ in root.value:  # in YAML a repeated key silently replaces the first one
         if key.value in seen:
             raise ConfigError(f"{path}, line {key.start_mark.line + 1}: {key.value} is given twice; delete one")
         seen.add(key.value)
@@ -43,7 +46,7 @@ def read_recipe(path: Path, *, types: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unknown(given: Collection[str], *, known: Collection[str], where: str, prefix: str = "") -> None:
-    """Raise a ConfigError at the first given name that is not known, with the nearest one that is."""
+    """Raise a ConfigError if a given name is unknown; the message suggests the nearest known name."""
     for name in sorted(given):
         if name not in known:
             hint = nearest(name, known)
@@ -51,7 +54,7 @@ def refuse_unknown(given: Collection[str], *, known: Collection[str], where: str
 
 
 def nearest(name: str, names: Collection[str]) -> str:
-    """`" (did you mean NAME?)"` with the nearest of the names, or nothing where none is near."""
+    """Return `" (did you mean NAME?)"` with the nearest of the names, or an empty string if none is near."""
     near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else ""
 
@@ -65,7 +68,7 @@ def _convert(value: Any, kind: Any, *, where: str) -> Any:
         return [_convert(entry, get_args(kind)[0], where=where) for entry in value]
     if kind is bool and isinstance(value, bool):
         return value
-    # YAML takes 1e-4 for text, so numbers are read from text too; and it takes yes, no, on and off for bool.
+    # YAML reads 1e-4 as text, so numbers may be given as text. A bool is True, False or what YAML reads as one.
     allowed = {str: (str,), int: (int, str), float: (int, float, str), bool: ()}[kind]
     if isinstance(value, allowed) and not isinstance(value, bool):
         try:
