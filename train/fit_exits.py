@@ -128,14 +128,14 @@ def _vocabulary(config: FitConfig, tokenizer: Any, splits: dict[str, Split], voc
 
 
 def _load_splits(config: FitConfig, accelerator: Accelerator, layers: DecoderLayers) -> dict[str, Split]:
-    """Load the three splits; raises DataError if too little or repeated text is left to calibrate on."""
+    """Load the three splits; raises DataError if calibration has too few positions or shares prompts with the fit."""
     splits = {name: Split.load(config, layers, name) for name in ("fit", "calibration", "held_out")}
     require_positions(sum(len(response) for _, response in splits["calibration"].sequences.rows))
     seen = {tuple(prompt) for prompt, _ in splits["fit"].sequences.rows}
     shared = sum(tuple(prompt) in seen for prompt, _ in splits["calibration"].sequences.rows)
     if shared:
         raise DataError(
-            f"{shared} prompts of the calibration split are in the fit split too, so confidences would come out too high: "
+            f"{shared} prompts of the calibration split are in the fit split too, so confidences would be too high: "
             "distil again into another corpus_dir"
         )
     if config.features == "cache":

@@ -1,1 +1,1 @@
-"""Speed and exactness of an adapter on prompts, beside other methods."""
+"""Benchmarks: speed and exactness of an adapter, compared with other methods."""

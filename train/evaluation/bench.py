@@ -1,7 +1,7 @@
-"""The benchmark: prompts through several methods in turn, in one process, ids compared with stock's in every run.
+"""The benchmark: run every prompt through several methods in one process, and compare ids with stock `generate`.
 
-What each generation took is a record; the report is rewritten after every prompt, and can be resumed. Knows no
-statistics: those are `train.evaluation.report`'s.
+Each prompt gives one record of what its generations took. The report is rewritten after every prompt and can be
+resumed. Its statistics are computed in `train.evaluation.report`.
 """
 
 import time
@@ -32,13 +32,13 @@ WARM_UP_TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
-    """What is run.
+    """The settings of a benchmark.
 
     Attributes:
-        prompts: a .jsonl file or the name of a data set; the first turn of each is asked.
-        limit, per_task: this many prompts, of all or of each task, spread evenly over the file.
-        methods: names out of `train.evaluation.methods.METHODS`; `stock` always runs, the others are held against it.
-        costs: of this machine, to set what replay predicts for the same texts beside what was measured.
+        prompts: a .jsonl file or the name of a data set; only the first turn of each prompt is used.
+        limit, per_task: number of prompts in total, or of each task, evenly spaced over the file.
+        methods: names in `train.evaluation.methods.METHODS`; `stock` always runs, as the reference.
+        costs: costs measured on this machine; with them the report adds predictions for the same texts.
     """
 
     adapter: str
@@ -59,11 +59,11 @@ def run_bench(settings: BenchSettings, *, path: Path | None = None, resume: bool
 
     Args:
         path: file of the report, written anew after every prompt.
-        resume: go on from what `path` holds, which must be of the same settings and machine.
+        resume: continue the report in `path`, which must have the same settings and machine.
 
     Raises:
-        SpecBoundError: wrong options, prompts, adapter or base; a report to resume that is of another benchmark.
-        KeyboardInterrupt: before the first prompt was through; later it ends the run with what there is.
+        SpecBoundError: options, prompts, adapter or base are wrong, or the report is of another benchmark.
+        KeyboardInterrupt: only before the first prompt is done; later it ends the run and the report is kept.
     """
     require_known(settings.methods)
     prompts = choose(read_prompts(settings.prompts), settings.limit, settings.per_task)
@@ -93,7 +93,7 @@ def run_bench(settings: BenchSettings, *, path: Path | None = None, resume: bool
                 speeds = (f"{name} {one['speedup_over_stock']:.2f}x" for name, one in report["methods"].items())
                 bar.set_postfix_str(" ".join(speeds))
                 bar.update()
-    except KeyboardInterrupt:  # what there is, is worth having
+    except KeyboardInterrupt:  # keep the report on the prompts that are done
         if not records:
             raise
     report = _report(records, len(ids), conditions, loading)
@@ -105,7 +105,7 @@ def run_bench(settings: BenchSettings, *, path: Path | None = None, resume: bool
 
 
 def _report(records: list[dict[str, Any]], total: int, conditions: dict[str, Any], loading: float) -> dict[str, Any]:
-    """The report on the prompts run so far, of `total`."""
+    """Build the report on the records so far; `total` is the number of prompts."""
     return {
         "complete": len(records) == total,
         **conditions,
@@ -117,27 +117,27 @@ def _report(records: list[dict[str, Any]], total: int, conditions: dict[str, Any
 
 
 def choose(prompts: Sequence[Prompt], limit: int | None, per_task: int | None) -> list[Prompt]:
-    """Prompts spread evenly over the file, or over each task of it."""
+    """Choose prompts evenly spaced over the file, or over each task in it."""
     if per_task is None:
         return spread(prompts, limit)
     by_task: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_task.setdefault(task_of(prompt), []).append(prompt)
     chosen = [spread(group, per_task) for group in by_task.values()]
-    # In turn, so that a benchmark cut short has seen every task.
+    # Tasks take turns, so that an interrupted benchmark covers them all.
     turns = max(map(len, chosen), default=0)
     return [group[turn] for turn in range(turns) for group in chosen if turn < len(group)]
 
 
 def task_of(prompt: Prompt) -> str:
-    """The task that Spec-Bench counts a prompt under."""
+    """Return the Spec-Bench task of a prompt."""
     return "mt_bench" if prompt.task in MT_BENCH else prompt.task or "all"
 
 
 def _record(
     model: Any, methods: dict[str, Method], prompt: Prompt, ids: torch.Tensor, number: int, max_new_tokens: int
 ) -> dict[str, Any]:
-    """One prompt through every method, the order turned round by one each time."""
+    """Run one prompt through every method; each prompt starts with the next method."""
     names = list(methods)
     turn = number % len(names)
     outputs, runs = {}, {}
@@ -157,7 +157,7 @@ def _record(
 def _generate(
     model: Any, method: Method, ids: torch.Tensor, max_new_tokens: int
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Ids, and what the generation took."""
+    """Generate once; returns the ids and the run's measurements."""
     clock = Clock()
     if model.device.type == "cuda":
         torch.cuda.synchronize()
@@ -166,7 +166,7 @@ def _generate(
     output = method.generate(model, ids, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
     seconds = time.perf_counter() - started
     run: dict[str, Any] = {"seconds": seconds, "tokens": output.shape[1] - ids.shape[1]}
-    run["first_token"] = clock.times[1] - started  # after the prompt itself
+    run["first_token"] = clock.times[1] - started  # times[0] is the prompt itself
     if model.device.type == "cuda":
         run["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20
     if method.bounds is not None:
@@ -177,13 +177,13 @@ def _generate(
 
 
 def _warm_up(model: Any, methods: dict[str, Method], ids: torch.Tensor) -> None:
-    """The first calls pay for allocations."""
+    """Run each method once without timing, since first calls allocate memory."""
     for method in methods.values():
         method.generate(model, ids, max_new_tokens=WARM_UP_TOKENS, do_sample=False)
 
 
 def _conditions(settings: BenchSettings, model: Any, methods: dict[str, Method]) -> dict[str, Any]:
-    """What the figures hold for; names of files without their folders."""
+    """Describe settings and machine of the benchmark, without folders of this machine."""
     specbound = model.specbound
     return {
         "settings": {

@@ -1,7 +1,7 @@
-"""Plain `generate` against SpecBound on the same model, side by side, with the ids compared inside the timed run.
+"""Compare stock `generate` and SpecBound on the same model: speed, and whether the ids are identical.
 
-Times on shared machines drift, so each prompt is run both ways in turn, and the speed-up is the median of the
-pairs' ratios. Knows no files.
+Times on shared machines drift. Therefore both run on each prompt in turn, and the speed-up is the median of the
+ratios of each pair.
 """
 
 import statistics
@@ -21,12 +21,12 @@ from runtime.stats import SpeculationStats
 
 @dataclass(slots=True)
 class Comparison:
-    """Totals over prompts, each generated both ways.
+    """Totals over prompts, each generated with stock `generate` and with SpecBound.
 
     Attributes:
-        stock_seconds, specbound_seconds: one entry a prompt.
-        identical: whether the prompt's ids are equal.
-        stats: of SpecBound, summed.
+        stock_seconds, specbound_seconds: one entry per prompt.
+        identical: whether both gave the same ids, one entry per prompt.
+        stats: SpecBound's statistics, summed over prompts.
     """
 
     stock_seconds: list[float] = field(default_factory=list)
@@ -36,12 +36,12 @@ class Comparison:
 
     @property
     def speedup(self) -> float:
-        """Median over prompts of stock's seconds / SpecBound's."""
+        """Median over prompts of stock's seconds divided by SpecBound's."""
         pairs = zip(self.stock_seconds, self.specbound_seconds, strict=True)
         return statistics.median(stock / ours for stock, ours in pairs)
 
     def report(self, model: PreTrainedModel) -> dict[str, Any]:
-        """The figures as JSON, with what they were taken on."""
+        """Return the figures as JSON values, with the machine and settings they were measured on."""
         tokens = self.stats.emitted
         layers = sorted(self.stats.drafted)
         return {
@@ -62,19 +62,19 @@ class Comparison:
 
 
 def compare(model: Any, prompts: Sequence[Tensor], **options: Any) -> Iterator[Comparison]:
-    """Generate from every prompt both ways; yields the totals so far after each.
+    """Generate from every prompt with and without SpecBound; yields the totals so far after each prompt.
 
     Args:
         model: as `load_specbound` returns it.
         prompts: token ids, each of shape [1, T], int64.
-        options: passed to `generate` both times.
+        options: passed to both calls of `generate`.
     """
     totals = Comparison()
     specbound = model.specbound
     generate: Callable[..., Tensor] = model.generate
     generate(
         prompts[0], **{**options, "min_new_tokens": 4, "max_new_tokens": 4}
-    )  # warm-up: the first calls pay for allocations
+    )  # warm-up, since first calls allocate memory
     for number, prompt in enumerate(prompts):
         seconds, outputs = {}, {}
         for speculate in (False, True) if number % 2 == 0 else (True, False):

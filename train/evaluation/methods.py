@@ -1,6 +1,6 @@
-"""The methods that a benchmark runs side by side on one model: stock's, our own loop, and ways to draft in it.
+"""The methods that a benchmark compares on one model: those of transformers, and SpecBound with various drafters.
 
-Each keeps its own controller, so that one does not learn from another's rounds. Knows no prompts and no clocks.
+Each method has its own controller, so that it does not adapt to the rounds of another.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,10 +17,10 @@ from runtime.errors import ConfigError
 from runtime.handle import SpecBound
 from train.replay.search import OFF
 
-# What users of transformers' own methods take: prompt lookup as in its documentation, an exit after a quarter.
+# Usual settings of transformers' own methods: 10 tokens of prompt lookup, as documented; exit after 1/4 of the layers.
 LOOKUP_TOKENS = 10
 EARLY_EXIT_SHARE = 0.25
-# Bounds as one would set them by hand, for the paper's policy and for ours; the paper names no values.
+# Bounds set by hand, for the paper's policy and for ours. The paper names no values.
 HAND_THRESHOLD, HAND_WIDTH, HAND_ALPHA = 0.6, 4, 0.5
 
 
@@ -29,10 +29,10 @@ class Method:
     """One way to generate.
 
     Attributes:
-        title: what it is, in words.
-        bounds, drafter: of our own loop; None runs stock's `generate`.
-        controller: None speculates always.
-        options: given to `generate` besides the caller's.
+        title: a description for the report.
+        bounds, drafter: those of SpecBound's loop; without bounds stock `generate` runs.
+        controller: decides when to speculate; None always speculates.
+        options: passed to `generate` with the caller's.
     """
 
     title: str
@@ -42,7 +42,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
 
     def generate(self, model: Any, prompt: torch.Tensor, **options: Any) -> torch.Tensor:
-        """The model's `generate` on one prompt [1, T]."""
+        """Call the model's `generate` on one prompt of shape [1, T]."""
         specbound: SpecBound = model.specbound
         if self.bounds is None:
             chosen = specbound.disabled()
@@ -54,10 +54,10 @@ class Method:
 
 
 def make_methods(model: Any, names: Sequence[str]) -> dict[str, Method]:
-    """The methods of these names, for a model as `load_specbound` returns it.
+    """Make the methods with these names, for a model as `load_specbound` returns it.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: a name is unknown.
     """
     require_known(names)
     specbound: SpecBound = model.specbound
@@ -66,12 +66,12 @@ def make_methods(model: Any, names: Sequence[str]) -> dict[str, Method]:
     own = specbound.bounds
     widest = max((one.bounds.max_draft_tokens for one in methods.values() if one.bounds), default=0)
     with specbound.using(bounds=replace(own, max_draft_tokens=max(widest, own.max_draft_tokens))):
-        specbound.prepare(model)  # one certificate for all
+        specbound.prepare(model)  # all methods then use the same certificate
     return methods
 
 
 def require_known(names: Iterable[str]) -> None:
-    """Raise ConfigError for a name that is not a method's."""
+    """Raise a ConfigError if a name is not in `METHODS`."""
     for name in names:
         if name not in METHODS:
             raise ConfigError(f"method {name!r} is unknown: expected some of {', '.join(METHODS)}")
@@ -82,7 +82,7 @@ def _stock(specbound: SpecBound) -> Method:
 
 
 def _plain(specbound: SpecBound) -> Method:
-    return Method("our loop, nothing drafted", SpeculationBounds(OFF, 0, 0), specbound.drafter)
+    return Method("SpecBound's loop without drafts", SpeculationBounds(OFF, 0, 0), specbound.drafter)
 
 
 def _specbound(specbound: SpecBound) -> Method:

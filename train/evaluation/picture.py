@@ -1,4 +1,4 @@
-"""A benchmark at a glance: speed by task, which source the tokens came from, predictions beside it. Knows no model."""
+"""Plots of a benchmark: speed by task, sources of the tokens, and predicted against measured speed."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 
 
 def picture(report: dict[str, Any], path: Path) -> None:
-    """Up to three panels, by what `report` holds."""
+    """Plot a benchmark's report to a file, in up to three panels."""
     predicted = any("predicted_speedup" in one for one in report["methods"].values())
     groups = {**report["by_task"], "overall": report["methods"]}
     speculates = any("exits" in one for one in report["methods"].values())
@@ -29,7 +29,7 @@ def picture(report: dict[str, Any], path: Path) -> None:
 
 
 def _speed(panel: Any, report: dict[str, Any], groups: dict[str, Any]) -> None:
-    """Times stock's speed, one bar a method, 95 % intervals; a method that changed ids is hatched."""
+    """Plot the speed over stock with 95 % intervals, one bar per method. A hatched method changed ids."""
     names = [name for name in report["methods"] if name != "stock"]
     width = 0.85 / max(1, len(names))
     for index, name in enumerate(names):
@@ -53,7 +53,7 @@ def _speed(panel: Any, report: dict[str, Any], groups: dict[str, Any]) -> None:
 
 
 def _sources(panel: Any, groups: dict[str, Any]) -> None:
-    """Share of the tokens that each source drafted, of the method that drafts best."""
+    """Plot the share of tokens that came from each source, for `specbound` or else the first method that drafts."""
     overall = groups["overall"]
     name = "specbound" if "specbound" in overall else next(name for name in overall if "exits" in overall[name])
     layers = sorted({int(layer) for group in groups.values() for layer in group[name]["exits"]})
@@ -71,7 +71,7 @@ def _sources(panel: Any, groups: dict[str, Any]) -> None:
 
 
 def _predictions(panel: Any, report: dict[str, Any]) -> None:
-    """Speed-up after the prompt, by replay and by run, a point a method and task."""
+    """Plot measured against predicted speed-up without the prompt's forward, one point per method and task."""
     highest = 1.0
     for name, overall in report["methods"].items():
         if "predicted_speedup" not in overall:

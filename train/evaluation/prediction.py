@@ -1,4 +1,4 @@
-"""What replay predicts for the very texts of a benchmark, beside what was measured there. Knows no clocks."""
+"""Predictions of replay for the texts of a benchmark, to compare with the measured speeds."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,11 +22,12 @@ def predict(
 ) -> None:
     """Add `predicted_mean_accepted_length` and `predicted_speedup` to the methods that draft with the adapter.
 
-    The speed-up is the median over texts, over stock, after the prompt; a controller's rests are not foreseen.
+    The predicted speed-up over stock is the median over texts and leaves out the prompt's forward. It assumes that the
+    controller never pauses speculation.
 
     Args:
-        prompts: token ids of each record's prompt, [1, T]; more of them where the run was cut short.
-        report: the benchmark's figures, overall and by task.
+        prompts: token ids of each record's prompt, of shape [1, T]; there are more if the run was interrupted.
+        report: the benchmark's report, which is changed in place.
     """
     rows = [(ids[0].tolist(), record["response"]) for ids, record in zip(prompts, records, strict=False)]
     traces = log_texts(model, rows)

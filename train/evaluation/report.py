@@ -1,4 +1,4 @@
-"""What a benchmark's records say: figures by method and task, and a table in Spec-Bench's layout. Knows no model."""
+"""Statistics of a benchmark's records by method and task, and a table of them in Spec-Bench's layout."""
 
 import statistics
 from collections import Counter
@@ -14,7 +14,7 @@ Record = dict[str, Any]
 
 
 def summarize(records: Sequence[Record]) -> dict[str, Any]:
-    """Figures overall (`methods`) and `by_task`; intervals are of prompts drawn again, 95 %."""
+    """Compute the figures overall (`methods`) and `by_task`, with 95 % bootstrap intervals over prompts."""
     tasks = list(dict.fromkeys(record["task"] for record in records))
     names = list(records[0]["runs"]) if records else []
     by_task = {
@@ -25,7 +25,7 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _figures(records: Sequence[Record], name: str) -> dict[str, Any]:
-    """One method over these prompts. Speed-ups are medians over prompts of the ratio of seconds a token."""
+    """Compute one method's figures. A speed-up is the median over prompts of the ratio of seconds per token."""
     runs = [record["runs"][name] for record in records]
     tokens, seconds = (np.array([run[key] for run in runs], dtype=float) for key in ("tokens", "seconds"))
     low, high = _interval(len(runs), lambda chosen: tokens[chosen].sum() / seconds[chosen].sum())
@@ -54,7 +54,7 @@ def _figures(records: Sequence[Record], name: str) -> dict[str, Any]:
 
 
 def _speculation(runs: Sequence[Record]) -> dict[str, Any]:
-    """What our own loop counted."""
+    """Sum what SpecBound's loop counted."""
     drafted, accepted, parts = (_sum(run[key] for run in runs) for key in ("drafted", "accepted", "parts"))
     rounds, tokens = (sum(run[key] for run in runs) for key in ("rounds", "tokens"))
     spent = sum(parts.values())
@@ -71,7 +71,7 @@ def _speculation(runs: Sequence[Record]) -> dict[str, Any]:
 
 
 def _sum(counts: Iterable[Mapping[str, Any]]) -> Counter[str]:
-    """Counts added up; a JSON file has made their keys text."""
+    """Add up counts. Keys become text, as they are in counts read from a JSON file."""
     total: Counter[str] = Counter()
     for one in counts:
         for key, value in one.items():
@@ -80,14 +80,14 @@ def _sum(counts: Iterable[Mapping[str, Any]]) -> Counter[str]:
 
 
 def _pace(run: Record, *, prompt: bool = True) -> float:
-    """Seconds a token; with `prompt=False` those after the first, which comes from the prompt's own forward."""
+    """Return seconds per token; `prompt=False` leaves out the first, which the prompt's forward gives."""
     if prompt or run["tokens"] < 2:
         return float(run["seconds"] / max(1, run["tokens"]))
     return float((run["seconds"] - run["first_token"]) / (run["tokens"] - 1))
 
 
 def _interval(number: int, statistic: Callable[..., float]) -> tuple[float, float]:
-    """Bounds that hold the statistic in 95 of 100 draws of as many prompts, each maybe several times."""
+    """Compute a 95 % bootstrap interval of a statistic; it is called with the indices of resampled prompts."""
     generator = np.random.default_rng(0)
     draws = [statistic(generator.integers(number, size=number)) for _ in range(RESAMPLES)]
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -95,7 +95,7 @@ def _interval(number: int, statistic: Callable[..., float]) -> tuple[float, floa
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of speed-ups over stock, methods by tasks, and what it was taken on."""
+    """Format a report as a table of speed-ups over stock, one row per method, with the machine and settings."""
     tasks, methods = report["by_task"], report["methods"]
     lines = [
         f"{report['hardware']}, {report['dtype']}, {report['threads']} threads, torch {report['versions']['torch']},"

@@ -1,1 +1,1 @@
-"""What a fit will take, before anything is bought or downloaded."""
+"""Estimates of the memory, disk and hours of a fit, before it is run."""

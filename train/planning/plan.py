@@ -1,7 +1,7 @@
-"""`specbound plan`: memory, disk and hours of a fit, from shapes alone. Knows no device and runs nothing.
+"""Estimate memory, disk and hours of a fit from shapes alone, without running anything.
 
-Parameters are counted on models without memory, so they are exact. Memory adds up the tensors of the largest
-moment of a step; hours divide operations and bytes by what the devices are said to do.
+Parameters are counted on `meta` models, so they are exact. Memory is the sum of the tensors at the peak of a step.
+Hours are operations and bytes, divided by the throughput and bandwidth given for the devices.
 """
 
 import re
@@ -21,9 +21,9 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """`number` devices of `memory_gib`, each of `tflops` (bfloat16, peak) and `bandwidth` GB/s.
+    """`number` equal devices, each with `memory_gib`, `tflops` (bfloat16, peak) and `bandwidth` in GB/s.
 
-    `utilisation` is the share of the peak that a fit reaches, and of the bandwidth that generation does.
+    `utilisation` is the share of the peak TFLOP/s and of the bandwidth that is reached in practice.
     """
 
     number: int
@@ -34,7 +34,7 @@ class Devices:
 
     @classmethod
     def parse(cls, text: str, **figures: float) -> "Devices":
-        """`8x80` is eight of 80 GiB; raises ConfigError for anything else."""
+        """Parse text such as `8x80`, eight devices of 80 GiB; raises ConfigError for other text."""
         match = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", text.strip())
         if match is None or int(match[1]) < 1 or float(match[2]) <= 0:
             raise ConfigError(f"gpus {text!r}: expected NUMBERxGIB, such as 8x80")
@@ -43,17 +43,17 @@ class Devices:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a fit takes; memory is of one device, in bytes.
+    """The estimate of a fit. Memory is in bytes, on one device.
 
     Attributes:
-        base_parameters, head_parameters: exact.
+        base_parameters, head_parameters: exact counts.
         sharded: whether the base's decoder layers are spread over the devices.
-        memory: what for -> bytes, while fitting.
-        generation: bytes while the base answers prompts; 0 where it is spread, for then another engine had better.
-        cache, checkpoint: bytes of disk, of `features: cache` and of one checkpoint.
-        tokens: response tokens of the corpus.
-        corpus_hours, fit_hours: under the devices' figures.
-        times_forward: operations of the fit over those of the base's forward on the same text.
+        memory: bytes needed while fitting, by purpose.
+        generation: bytes needed while the base answers prompts; 0 if it is sharded, since another engine should.
+        cache, checkpoint: bytes of disk for `features: cache` and for one checkpoint.
+        tokens: response tokens in the corpus.
+        corpus_hours, fit_hours: hours on these devices.
+        times_forward: operations of one epoch, divided by those of the base's forward on the same text.
     """
 
     base_parameters: int
@@ -70,12 +70,12 @@ class Estimate:
 
     @property
     def total_memory(self) -> float:
-        """Bytes on one device."""
+        """Bytes needed on one device while fitting."""
         return sum(self.memory.values())
 
 
 def empty_heads(config: FitConfig, model: Any) -> ExitHeads:
-    """The heads of a recipe on a base, with shapes and no memory."""
+    """Make the heads of a recipe on the `meta` device, with shapes but no memory."""
     with torch.device("meta"):
         return ExitHeads(
             config.head,
@@ -87,15 +87,15 @@ def empty_heads(config: FitConfig, model: Any) -> ExitHeads:
 
 
 def estimate(config: FitConfig, model: Any, devices: Devices, *, num_prompts: int, prompt_tokens: int) -> Estimate:
-    """Plan the fit of a recipe.
+    """Estimate the fit of a recipe.
 
     Args:
         model: the base on `meta`, see `empty_model`.
-        num_prompts: of the corpus. Answers are taken to be of `max_new_tokens`, so that hours are at most these.
+        num_prompts: prompts in the corpus. Every answer counts as `max_new_tokens` long, so hours are upper bounds.
         prompt_tokens: mean length of a prompt.
 
     Raises:
-        ConfigError: the base does not fit on the devices even when spread over them.
+        ConfigError: the fit or the generation needs more memory than a device has.
     """
     heads = empty_heads(config, model)
     itemsize = getattr(torch, config.dtype).itemsize
@@ -145,21 +145,21 @@ def estimate(config: FitConfig, model: Any, devices: Devices, *, num_prompts: in
 
 
 def step_memory(config: FitConfig, model: Any, heads: ExitHeads, *, length: int, responses: int) -> dict[str, float]:
-    """Bytes of the tensors of one step of one process: what for -> bytes.
+    """Estimate the bytes of the tensors of one step on one process, by purpose.
 
     Args:
         length: tokens of the longest sequence, prompt and response.
-        responses: response positions of a sequence.
+        responses: response positions in a sequence.
     """
     shape, batch = model.config, config.per_device_train_batch_size
     itemsize = getattr(torch, config.dtype).itemsize
     draft = config.draft_vocab_size or shape.vocab_size
     exits, tokens, positions = len(heads.exit_layers), batch * length, batch * responses
     kept = (exits + 2) * positions * shape.hidden_size * itemsize
-    # In a layer: residual, normed and attended states, and the three of a gated MLP.
+    # In a decoder layer: residual, normed and attended states, and three tensors of a gated MLP.
     layer = tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size) * itemsize
     choice = min(CHUNK, positions) * shape.vocab_size * 8
-    # All exits' logits and log-probabilities; going backward the former are gone, and three of one exit's come.
+    # Forward: logits and log-probabilities of all exits. Backward: only the latter, and three tensors of one exit.
     logits = max(8 * exits, 4 * exits + 12) * positions * draft
     inner = 4 * positions * sum(head.kept_numbers for head in heads)
     return {
@@ -170,20 +170,20 @@ def step_memory(config: FitConfig, model: Any, heads: ExitHeads, *, length: int,
 
 
 def position_bytes(config: FitConfig, model: Any) -> float:
-    """Bytes of disk of one response position of cached features."""
+    """Estimate the bytes on disk of one response position of cached features."""
     itemsize = getattr(torch, config.dtype).itemsize
     states = (len(config.exit_layers) + 2) * model.config.hidden_size * itemsize
     return states + 12 * min(config.teacher_top_k, model.config.vocab_size) + 8
 
 
 def _sharing(learned: int, number: int) -> dict[str, float]:
-    """Heads in float32, with gradients and the two moments of AdamW; DDP has a copy of the gradients in buckets."""
+    """Estimate the bytes of float32 heads, gradients and AdamW moments, plus DDP's copy of the gradients."""
     buckets = 4.0 * learned if number > 1 else 0.0
     return {"heads and optimizer": 16.0 * learned + buckets}
 
 
 def _sharded_base(model: Any, number: int) -> float:
-    """Parameters on one device: its part of the decoder layers, two of them gathered, and all that is no layer."""
+    """Count parameters on one device: its shard of the layers, two gathered layers, and both embeddings."""
     total = sum(parameter.numel() for parameter in model.parameters())
     outside = sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
@@ -193,7 +193,7 @@ def _sharded_base(model: Any, number: int) -> float:
 
 
 def _generation_bytes(config: FitConfig, model: Any, prompt_tokens: int) -> float:
-    """Keys, values and logits of a batch of answers."""
+    """Estimate the bytes of keys, values and logits of a batch of answers."""
     shape, itemsize = model.config, getattr(torch, config.dtype).itemsize
     width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     kept = 2 * shape.num_hidden_layers * (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
@@ -204,7 +204,10 @@ def _generation_bytes(config: FitConfig, model: Any, prompt_tokens: int) -> floa
 def _generation_seconds(
     config: FitConfig, base_bytes: float, tokens: int, forward: int, devices: Devices, sharded: bool
 ) -> float:
-    """Every step of generation reads the weights once for a batch; spread weights are read by all devices at once."""
+    """Estimate the seconds of generation: each step reads all weights once per batch, and a forward is computed.
+
+    Without sharding every device reads the whole weights; with it each device reads its part.
+    """
     groups = 1 if sharded else devices.number
     steps = tokens / config.generation_batch_size / groups
     reading = steps * base_bytes / ((devices.number if sharded else 1) * devices.bandwidth * 1e9 * devices.utilisation)
@@ -213,10 +216,13 @@ def _generation_seconds(
 
 
 def recipe_for(name: str, model: Any = None) -> FitConfig:
-    """The recipe in a file, or default settings for a base; with the base's depth the exits are set to it.
+    """Read a recipe from a file, or make default settings for a base.
+
+    Args:
+        model: the base, see `empty_model`; with it the default exits follow its depth, and all exits are checked.
 
     Raises:
-        ConfigError: the file is no recipe, or its exits are not the base's.
+        ConfigError: the file is not a recipe, or its settings do not suit the base.
     """
     if name.endswith((".yaml", ".yml")):
         config = parse_config(["--config", name])

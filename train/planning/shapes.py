@@ -1,7 +1,7 @@
-"""Shapes of bases without their weights: from a folder, a Hub id, or a few figures kept here for known ids.
+"""Shapes of bases without their weights: from a folder, from the Hub, or from the table `KNOWN`.
 
-The figures are those of the models' own config files, so that a fit of a gated or large base can be planned
-without an account and without a download.
+The table repeats figures of the models' own config files. With it a fit of a gated or large base can be planned
+without an account or a download.
 """
 
 from typing import Any
@@ -50,14 +50,14 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 def empty_model(name: str, *, revision: str | None = None) -> Any:
-    """The model of a config, with shapes and no memory (`meta`).
+    """Make a model on the `meta` device from its config, with shapes but no memory.
 
     Args:
-        name: an id of `KNOWN`, a folder or a file with a config, or a Hub id.
+        name: an id in `KNOWN`, a folder or a file with a config, or a Hub id.
 
     Raises:
         ConfigError: there is no such config.
-        UnsupportedModel: SpecBound cannot run such a base.
+        UnsupportedModel: SpecBound does not support this kind of model.
     """
     if name in KNOWN:
         figures = dict(KNOWN[name])
@@ -67,7 +67,7 @@ def empty_model(name: str, *, revision: str | None = None) -> Any:
             config = from_pretrained(AutoConfig, str(name), {"revision": revision})
         except AdapterError as error:
             raise ConfigError(
-                f"no config of {name!r} can be had ({error}); known without one: {', '.join(KNOWN)}"
+                f"no config of {name!r} could be loaded ({error}); these need none: {', '.join(KNOWN)}"
             ) from error
     check_config(config, type(config).__name__)
     with torch.device("meta"):

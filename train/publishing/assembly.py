@@ -1,7 +1,4 @@
-"""From fitted heads to an adapter folder: calibrated, with its evidence, its provenance and a card.
-
-Knows no fitting loop and no network.
-"""
+"""Calibrate fitted heads and write the adapter's folder, with evidence, provenance and card."""
 
 import json
 import platform
@@ -57,11 +54,11 @@ def write_adapter(
     """Calibrate the heads and write `output_dir/adapter`; returns the folder.
 
     Args:
-        write: not where another process does; all of them run a base that is spread.
+        write: whether this process writes the files. With a sharded base all processes calibrate and one writes.
 
     Raises:
-        DataError: too little calibration text, or logits that are not finite.
-        SpecBoundError: replay and runtime accept differently on the same text.
+        DataError: there is too little calibration text, or logits are not finite.
+        SpecBoundError: replay and runtime accept different drafts on the same text.
         AdapterError: the folder cannot be written.
     """
     calibrated = calibrate(config, model, heads, calibration)
@@ -107,7 +104,7 @@ def write_adapter(
 def write_replayed(
     folder: Path, traces: Traces, costs: CostTable, config: SpecBoundConfig, figures: dict[str, Any]
 ) -> None:
-    """What changes with the bounds: `calibration.json`, the pictures of the replay, and the card."""
+    """Write the files that depend on the bounds: `calibration.json`, the plots of the replay, and the card."""
     replayer = Replayer(traces, costs)
     precision_plot(traces, config.bounds, folder / "precision.png")
     speed_plot(replayer, config.bounds, folder / "speed.png")
@@ -117,13 +114,13 @@ def write_replayed(
 
 
 def findable(name: str) -> str:
-    """A base's name for an adapter that stays here: a folder outside this one by its whole path."""
+    """Return a base's name for use on this machine: a folder outside the current one by its absolute path."""
     path = Path(name)
     return str(path.resolve()) if path.is_dir() and (path.is_absolute() or ".." in path.parts) else name
 
 
 def portable(name: str) -> str:
-    """A name without a machine's path or address: Hub ids, and folders below this one, as they are."""
+    """Return a name without paths or addresses of this machine; Hub ids and relative folders are unchanged."""
     path = Path(name)
     if "://" in name:
         return "URL"
@@ -131,9 +128,9 @@ def portable(name: str) -> str:
 
 
 def base_commit(name: str, revision: str | None) -> str | None:
-    """Commit of a base that was loaded from the Hub just now, by where the cache has it.
+    """Return the commit of a base that was loaded from the Hub, as the Hub's cache records it.
 
-    None for a folder, and for a base that was fetched from elsewhere.
+    The result is None for a folder and for a base that was downloaded from elsewhere.
     """
     if Path(name).exists() or find_base(name) != name:
         return None
@@ -142,13 +139,13 @@ def base_commit(name: str, revision: str | None) -> str | None:
 
 
 def _datasets(config: FitConfig) -> list[str]:
-    """The prompts' data sets on the Hub, without their splits; files are nobody else's to find."""
+    """List the prompts' data sets on the Hub, without splits. Local files are left out."""
     names = [source.split(":")[0] for source in config.prompts if not source.endswith((".json", ".jsonl"))]
     return [name for name in names if not Path(name).exists()]
 
 
 def _provenance(config: FitConfig) -> dict[str, Any]:
-    """Settings and versions, without paths of this machine."""
+    """Return settings and versions of the fit, without paths of this machine."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, list):
@@ -165,7 +162,7 @@ def _provenance(config: FitConfig) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that decide the numbers."""
+    """Return the installed versions of the libraries that affect the results."""
     installed = {}
     for name in LIBRARIES:
         try:
@@ -176,13 +173,13 @@ def versions() -> dict[str, str]:
 
 
 def add_speed(folder: Path, speed: dict[str, Any]) -> None:
-    """Keep figures measured by `train.evaluation.comparison` in an adapter's folder, and write its card anew."""
+    """Write figures of `train.evaluation.comparison` into an adapter's folder, and update its card."""
     write_atomic(folder / SPEED_FILE, (json.dumps(speed, indent=2, sort_keys=True) + "\n").encode())
     write_card(folder)
 
 
 def write_card(folder: Path) -> None:
-    """The card of an adapter's folder anew, from the figures that lie in it."""
+    """Write the card of an adapter's folder again, from the figures in the folder."""
     evidence: list[Any] = []
     for path in (folder / name for name in (CALIBRATION_FILE, SPEED_FILE, BENCH_FILE)):
         evidence.append(json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)

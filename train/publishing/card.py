@@ -1,4 +1,4 @@
-"""The model card: an adapter's README.md, from what was measured. Knows no files."""
+"""Write the text of the model card, an adapter's README.md, from its measured figures."""
 
 from typing import Any
 
@@ -19,14 +19,14 @@ def card(
     *,
     repo_id: str | None = None,
 ) -> str:
-    """Text of the card.
+    """Return the text of the card.
 
     Args:
-        config: the adapter.
-        calibrated: what `calibration.json` holds.
-        speed: totals of both ways (keys as in the demo's `report.json`).
-        bench: a report of `specbound bench`, told instead of `speed`; with neither the card claims no speed.
-        repo_id: where it is published; None while it is in a folder.
+        config: the adapter's config.
+        calibrated: content of `calibration.json`.
+        speed: figures of `Comparison.report`, or None.
+        bench: a report of `specbound bench`, used instead of `speed`. Without either the card claims no speed.
+        repo_id: repository of the adapter; None for an adapter that is not published.
     """
     name = repo_id or "THIS_ADAPTER"
     sections = [
@@ -62,7 +62,7 @@ def card(
 def _metadata(
     config: SpecBoundConfig, calibrated: dict[str, Any], results: list[EvalResult], repo_id: str | None
 ) -> str:
-    """The YAML block that the Hub reads."""
+    """Return the YAML metadata block that the Hub reads."""
     data = ModelCardData(
         library_name="specbound",
         base_model=config.base_model_name_or_path,
@@ -80,10 +80,10 @@ def _metadata(
 def _results(
     calibrated: dict[str, Any], speed: dict[str, Any] | None, bench: dict[str, Any] | None
 ) -> list[EvalResult]:
-    """The figures of the card's tables, as the Hub lists them; replayed ones say so."""
+    """Return the card's figures as the Hub's evaluation results; names of replayed figures say 'replayed'."""
 
     def result(kind: str, value: float, name: str, text: str, subset: str | None = None) -> EvalResult:
-        # The Hub puts results together by kind and subset of the data, whatever its name.
+        # The Hub groups results by type and subset of the data set and ignores its name.
         return EvalResult(
             task_type="text-generation",
             dataset_type="text",

@@ -1,8 +1,8 @@
-"""What lies in an adapter's folder beside config and weights: names of files, and the one for transformers."""
+"""Names of the files in an adapter's folder besides config and weights."""
 
 from pathlib import Path
 
-# Figures of `specbound bench`, for the card; put there by hand, or given to `publish`.
+# A report of `specbound bench` for the card, copied there by hand or given to `publish`.
 BENCH_FILE = "bench.json"
 CALIBRATION_FILE, RUN_FILE, SPEED_FILE, CARD_FILE = "calibration.json", "run.yaml", "speed.json", "README.md"
 CUSTOM_GENERATE = Path("custom_generate") / "generate.py"

@@ -1,4 +1,4 @@
-"""Pictures of what was measured. Knows arrays and files, no models."""
+"""Plots of calibration and replay, written to files."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ BINS = 12
 
 
 def reliability_plot(confidences: Confidences, schedule: TemperatureSchedule, path: Path) -> None:
-    """Confidence against share of right drafts, one panel an exit, before (T = 1) and after calibration."""
+    """Plot the share of right drafts against confidence, before (T = 1) and after calibration, one panel per exit."""
     layers = sorted(confidences.grid)
     before = confidences.at(TemperatureSchedule.none(layers))
     after = confidences.at(schedule)
@@ -52,14 +52,14 @@ def reliability_plot(confidences: Confidences, schedule: TemperatureSchedule, pa
 
 
 def precision_plot(traces: Traces, bounds: SpeculationBounds, path: Path) -> None:
-    """Share of drafts that are right against share of positions drafted at, one line a source, its own tau marked."""
+    """Plot precision against coverage of the drafts, one line per source; a dot marks the source's threshold."""
     figure, panel = plt.subplots(figsize=(5.2, 4.0))
     for row, layer in enumerate(traces.layers):
-        confidence, hits = traces.confidence[row, 0], traces.correct[row, 0]  # as the first draft of a round
+        confidence, hits = traces.confidence[row, 0], traces.correct[row, 0]  # those of the first draft in a round
         order = np.argsort(-confidence, kind="stable")
         correct = np.cumsum(hits[order])
         count = np.arange(1, len(order) + 1)
-        shown = count >= min(30, len(order))  # the first few say nothing
+        shown = count >= min(30, len(order))  # the first few are too noisy
         (line,) = panel.plot((count / len(order))[shown], (correct / count)[shown], label=_source(layer))
         taken = bounds.accepts(layer, confidence) & (layer <= bounds.max_exit_layer)
         if taken.any():
@@ -72,7 +72,7 @@ def precision_plot(traces: Traces, bounds: SpeculationBounds, path: Path) -> Non
 
 
 def speed_plot(replayer: Replayer, bounds: SpeculationBounds, path: Path) -> None:
-    """Predicted speed-up over stock by one tau for all exits and by width, the best marked."""
+    """Plot predicted speed-up by draft length and exit threshold, the same at all exits; a star marks the best."""
     taus, widths = np.linspace(0.2, 0.9, 8), range(1, 9)
     speed = np.array(
         [
@@ -96,7 +96,7 @@ def speed_plot(replayer: Replayer, bounds: SpeculationBounds, path: Path) -> Non
 
 
 def sources_plot(replayed: Totals, path: Path) -> None:
-    """Drafts by source, and how many of them were accepted, per 100 tokens emitted."""
+    """Plot drafted and accepted tokens by source, per 100 tokens emitted."""
     layers = sorted(replayed.drafted)
     share = 100.0 / replayed.emitted
     figure, panel = plt.subplots(figsize=(5.2, 0.5 * len(layers) + 1.4))

@@ -1,4 +1,4 @@
-"""`publish`: an adapter to the Hub, in one commit that is there whole or not at all. Knows no command line."""
+"""Publish an adapter to the Hub in a single commit."""
 
 import tempfile
 from pathlib import Path
@@ -27,20 +27,20 @@ def publish(
     claims: Claims | None = None,
     token: str | None = None,
 ) -> Published:
-    """Publish an adapter's folder, which stays as it is, and compare what the Hub has afterwards with what was sent.
+    """Publish a copy of an adapter's folder, then download it and compare it with what was sent.
 
     Args:
-        repo_id: `ORG/NAME`; created where it is not there.
-        create_pr: propose the commit instead of making it.
-        revision: branch, created where it is not there; None is `main`.
+        repo_id: `ORG/NAME`; created if it does not exist.
+        create_pr: open a pull request instead of committing.
+        revision: branch, created if it does not exist; None is `main`.
         tag: set on the commit.
-        claims: base, revision and licence, where the adapter's config does not say them for others.
-        token: None takes the one that was logged in with.
+        claims: base, revision and licence, if the adapter's config lacks them or names a local folder.
+        token: Hub token; None takes the token of the login.
 
     Raises:
-        ConfigError: arguments that do not go together.
-        AdapterError: the adapter must not be published, the repository holds something else or moved meanwhile,
-            the Hub refused or failed, or gives back other bytes.
+        ConfigError: the arguments exclude each other, or `repo_id` is not a valid name.
+        AdapterError: the adapter cannot be published, the repository holds something else or was changed meanwhile,
+            the Hub refused or failed, or the download differs from what was sent.
     """
     check_repo_id(repo_id)
     if create_pr and (revision or tag):
@@ -65,7 +65,7 @@ def publish(
 
 
 def check_can_push(config: FitConfig) -> None:
-    """See before a fit that its adapter can be published, as far as can be told then; raises ConfigError."""
+    """Raise a ConfigError before a fit if its adapter certainly could not be published."""
     check_repo_id(str(config.hub_model_id))
     by_hand = "or publish it afterwards with `specbound publish`"
     if base_is_local(config.model_name_or_path):
@@ -80,7 +80,7 @@ def check_can_push(config: FitConfig) -> None:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise a ConfigError unless the name is ORG/NAME, as the Hub allows it."""
+    """Raise a ConfigError unless the name is ORG/NAME and valid on the Hub."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
@@ -92,7 +92,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def _check_claim(target: Path, token: str | None) -> None:
-    """Load the base that is said to be the adapter's, as its users will; raises BaseModelMismatch where it is not."""
+    """Load the claimed base from the Hub; raises BaseModelMismatch if the adapter was not fitted on it."""
     adapter = load_adapter(target)
     name, options = adapter.config.base_model_name_or_path, {"revision": adapter.config.base_model_revision}
     options |= {"token": token}
@@ -100,9 +100,9 @@ def _check_claim(target: Path, token: str | None) -> None:
 
 
 def _explain(error: Exception, token: str | None) -> str:
-    """One line that says what to do, and never a token."""
+    """Describe an error in one line that says what to do and contains no token."""
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # of the thread that sent a file
+        error = error.__cause__  # the error of the thread that sent a file
     status, message = getattr(getattr(error, "response", None), "status_code", None), one_line(error)
     if status in (401, 403):
         message = f"{message}; log in with `hf auth login`, with a token that may write there"

@@ -1,7 +1,7 @@
-"""What of an adapter's folder others get: its files, checked, for a base that they can get too. Knows no network.
+"""Copy an adapter into a folder for publishing, and check that others can use it and that it has nothing private.
 
-Published are the files named here and nothing else that lies in the folder. Weights, evidence, traces and pictures
-go byte for byte; config, provenance and card are written anew, without places of this machine.
+Only the files named here are published. Weights, evidence, traces and plots are copied byte for byte. Config,
+provenance and card are written again without paths of this machine.
 """
 
 import getpass
@@ -37,27 +37,27 @@ from train.publishing.contents import (
 )
 from train.replay.agreement import agrees
 
-# As they are, where they are there.
+# Files that are copied unchanged, if they exist.
 COPIED = [WEIGHTS_FILE, CALIBRATION_FILE, SPEED_FILE, TRACES_FILE, "costs.json"]
 COPIED += [f"{name}.png" for name in ("reliability", "precision", "speed", "sources")]
 
 OURS = {*COPIED, BENCH_FILE, CONFIG_FILE, RUN_FILE, CARD_FILE, CUSTOM_GENERATE.as_posix()}
 
-# Settings of a run that name places of the machine it ran on, and say nothing of what came out.
+# Settings that only name local paths or the repository, and do not affect the adapter.
 PLACES = ("output_dir", "corpus_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
 FILE_LISTS = ("prompts", "evaluation_files")
 
 SECRET = re.compile(rb"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})\b|PRIVATE KEY-----")
-# A slash that follows neither a word, nor a slash, a colon or a dot begins a path and ends no name, URL or unit.
+# A path begins with a slash, but one after a word, slash, colon or dot is part of a name, URL or unit.
 LOCAL_PATH = re.compile(r"(?<![\w/:.])/(?!/)[\w.+-]+/[\w.+/-]*|\b[A-Za-z]:\\[\w.]+|(?<!\w)~[/\\]\w|\bfile://")
 
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What the publisher says of an adapter where its config does not, or names a folder: None leaves it as it is.
+    """What the publisher states about an adapter, in place of what its config says; None keeps the config's value.
 
     Attributes:
-        bench: report of `specbound bench` for the card; None takes the `bench.json` of the folder, if there is one.
+        bench: report of `specbound bench` for the card; None takes the folder's `bench.json`, if it exists.
     """
 
     base_model: str | None = None
@@ -67,10 +67,10 @@ class Claims:
 
 
 def stage(folder: Path, target: Path, repo_id: str, claims: Claims) -> SpecBoundConfig:
-    """Write what is published of an adapter into an empty folder; returns its config.
+    """Write the files to publish into an empty folder; returns the config.
 
     Raises:
-        AdapterError: the adapter is not whole, or must not be published; all reasons in one line.
+        AdapterError: the adapter is incomplete or cannot be published. The message gives all reasons in one line.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -78,7 +78,7 @@ def stage(folder: Path, target: Path, repo_id: str, claims: Claims) -> SpecBound
     given: dict[str, Any] = {"base_model_name_or_path": claims.base_model, "base_model_revision": claims.base_revision}
     given["license"] = claims.license
     if claims.base_model is not None and claims.base_revision is None:
-        config = replace(config, base_model_revision=None)  # the commit of another name says nothing of this one
+        config = replace(config, base_model_revision=None)  # the old commit belongs to another repository
     config = replace(config, **{name: value for name, value in given.items() if value is not None})
     if claims.bench is not None and not claims.bench.is_file():
         raise AdapterError(f"{claims.bench} is no file: expected a report of `specbound bench`")
@@ -93,7 +93,7 @@ def stage(folder: Path, target: Path, repo_id: str, claims: Claims) -> SpecBound
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
     (target / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
-    if bench is not None:  # without the single runs, and with the base by its public name
+    if bench is not None:  # without the records, and with the base's public name
         bench["settings"]["base_model"] = config.base_model_name_or_path
         bench.pop("records", None)
         (target / BENCH_FILE).write_text(json.dumps(bench, indent=1) + "\n", encoding="utf-8")
@@ -105,17 +105,17 @@ def stage(folder: Path, target: Path, repo_id: str, claims: Claims) -> SpecBound
     load_adapter(target)
     names = [repo_id, config.base_model_name_or_path, *calibrated.get("datasets", [])]
     if leaks := [f"{path.name}: {what}" for path in published(target) for what in _private(path, names)]:
-        raise AdapterError(f"{folder} cannot be published, it would give away {'; '.join(leaks)}: take that out")
+        raise AdapterError(f"{folder} cannot be published, it would reveal {'; '.join(leaks)}: remove that")
     return config
 
 
 def published(target: Path) -> list[Path]:
-    """The files of a staged folder."""
+    """List the files of a staged folder."""
     return sorted(path for path in target.rglob("*") if path.is_file())
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no such file."""
+    """Read the object in a JSON file; None if there is no such file."""
     try:
         return parse_object(path.read_text(encoding="utf-8"), path.name) if path.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
@@ -123,7 +123,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _identity_faults(config: SpecBoundConfig) -> Iterable[str]:
-    """Why nobody else could find the base, or may use the adapter."""
+    """Yield reasons why others could not find the base or may not use the adapter."""
     name, revision = config.base_model_name_or_path, config.base_model_revision
     remedy = "say which Hub repository and commit it is with --base-model ORG/NAME --base-revision COMMIT"
     if base_is_local(name):
@@ -137,7 +137,7 @@ def _identity_faults(config: SpecBoundConfig) -> Iterable[str]:
 
 
 def base_is_local(name: str) -> bool:
-    """Whether a base's name is that of a folder, or of no repository that the Hub could have."""
+    """Whether a base's name is a folder, or not a valid name of a Hub repository."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -146,7 +146,7 @@ def base_is_local(name: str) -> bool:
 
 
 def _evidence_faults(config: SpecBoundConfig, calibrated: dict[str, Any] | None) -> Iterable[str]:
-    """Why its figures cannot be believed."""
+    """Yield reasons why the calibration figures cannot be trusted."""
     if calibrated is None:
         yield f"it has no {CALIBRATION_FILE}, the evidence of its calibration: fit it again"
         return
@@ -161,17 +161,17 @@ def _evidence_faults(config: SpecBoundConfig, calibrated: dict[str, Any] | None)
         yield f"its {CALIBRATION_FILE} is not whole ({type(error).__name__}: {error}): fit it again"
         return
     if not whole:
-        yield f"its {CALIBRATION_FILE} is of other exits, or holds figures that cannot be: fit it again"
+        yield f"its {CALIBRATION_FILE} is of other exits, or holds impossible figures: fit it again"
     if not same:
         agreement = calibrated["agreement"]
         yield (
             f"its measured and predicted acceptance disagree, {agreement['by_run']} and {agreement['by_replay']}"
-            " tokens a round on the same text, so that no figure of it would hold: fit it again, and report this"
+            " tokens a round on the same text, so none of its figures can be trusted: fit it again, and report this"
         )
 
 
 def _bench_faults(config: SpecBoundConfig, bench: dict[str, Any] | None) -> Iterable[str]:
-    """Why a benchmark says nothing of this adapter."""
+    """Yield reasons why a benchmark does not describe this adapter."""
     if bench is None:
         return
     try:
@@ -192,7 +192,7 @@ def _bench_faults(config: SpecBoundConfig, bench: dict[str, Any] | None) -> Iter
 
 
 def _public_run(text: str, base: str) -> str:
-    """Provenance without places: the base by its public name, files by their own."""
+    """Return the provenance with the base's public name and with names of files instead of their paths."""
     try:
         run = yaml.safe_load(text)
         settings = {name: value for name, value in run["settings"].items() if name not in PLACES}
@@ -211,7 +211,7 @@ def _file_name(source: str) -> str:
 
 
 def _private(path: Path, names: list[str]) -> Iterable[str]:
-    """What in a file is nobody else's business; `names` are public and may be like a user's name."""
+    """Yield the kinds of private data in a file; `names` are public, even if they resemble a user's name."""
     data = path.read_bytes()
     token = get_token()
     if SECRET.search(data) or (token and token.encode() in data):
@@ -233,5 +233,5 @@ def _private(path: Path, names: list[str]) -> Iterable[str]:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a process without a name
+    except (OSError, KeyError, ImportError):  # a process without a user name
         return ""

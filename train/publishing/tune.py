@@ -1,7 +1,7 @@
-"""`specbound tune`: an adapter's bounds chosen anew, for the costs of one machine.
+"""Choose an adapter's speculation bounds again, for the costs of one machine, and rewrite its folder.
 
-The traces that were logged when it was fitted are replayed with those costs. Knows no search (`tuning`) and no
-clock (`measure`).
+The traces of the fit, or of another workload, are replayed with those costs. The search is in `train.replay.search`,
+the measurement of costs in `train.replay.profile`.
 """
 
 import json
@@ -28,25 +28,25 @@ def tune_adapter(folder: Path, costs: CostTable, held: Held, *, traces: Traces |
     """Choose bounds for these costs and write them, the evidence and the card into an adapter's folder.
 
     Args:
-        traces: of a workload; by default those logged when the adapter was fitted.
+        traces: traces of a workload; by default those logged when the adapter was fitted.
 
     Returns:
-        JSON values: `before` and `after`, each with its `bounds` and what replay predicts of them, and
-        `cross_fitted_speedup`, predicted on texts that the bounds were not chosen on.
+        JSON values: `before` and `after`, each with its `bounds` and their predicted speed, and
+        `cross_fitted_speedup`, predicted on texts that were not used to choose bounds.
 
     Raises:
-        DataError: the folder holds no traces, or none that fit the adapter.
+        DataError: the folder has no traces, or they do not belong to the adapter.
         AdapterError: the folder is not an adapter, or cannot be written.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: give a copy of the adapter that can be written")
+        raise DataError(f"{folder} is not a folder: give a local copy of the adapter that can be written")
     adapter = load_adapter(folder)
     if traces is None:
         traces = Traces.read(folder / TRACES_FILE, weights_sha256=adapter.config.weights_sha256)
     if set(traces.layers) - {0} != set(adapter.config.exit_layers) or costs.num_hidden_layers != (
         adapter.config.num_hidden_layers
     ):
-        raise DataError(f"{folder}: traces, costs and adapter are not of the same exits and layers: fit it again")
+        raise DataError(f"{folder}: traces, costs and adapter have different exits or layers: profile or fit again")
     before = adapter.config.bounds
     after, replayed = tune(traces, costs, held)
     summary = {
@@ -65,7 +65,7 @@ def _described(bounds: SpeculationBounds, predicted: dict[str, Any]) -> dict[str
 
 
 def _rewrite(folder: Path, adapter: Adapter, traces: Traces, costs: CostTable, summary: dict[str, Any]) -> None:
-    """The same folder with other bounds: whole or not at all; speeds measured with the old ones go."""
+    """Replace the folder atomically by one with other bounds; speeds measured with the old bounds are left out."""
     calibrated = json.loads((folder / CALIBRATION_FILE).read_text(encoding="utf-8"))
     calibrated |= {
         "replay": {key: value for key, value in summary["after"].items() if key != "bounds"},

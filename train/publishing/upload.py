@@ -1,7 +1,7 @@
-"""A staged adapter on its way to one branch of a Hub repository: one commit, retried, read back.
+"""Upload a staged adapter to one branch of a Hub repository, in one commit with retries and verification.
 
-It looks first at what is there, and so can be repeated after any interruption: what has arrived is not sent again,
-and a commit whose answer was lost is found. Knows no adapter but the names of its files.
+An upload first compares the repository with the staged files, so it can be repeated after any interruption. Files
+that have arrived are not sent again, and a commit whose response was lost is found.
 """
 
 import hashlib
@@ -27,13 +27,13 @@ from train.publishing.staging import OURS, published
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
-WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try, where the Hub names none
+WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry, if the Hub names no time
 LONGEST_WAIT = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Where an adapter is: page, commit, and whether this call put it there."""
+    """Where an adapter was published: page, commit, and whether this call changed anything."""
 
     url: str
     commit: str
@@ -41,14 +41,14 @@ class Published:
 
 
 class Upload:
-    """One staged folder on its way to one branch."""
+    """The upload of one staged folder to one branch."""
 
     def __init__(self, target: Path, repo_id: str, branch: str, token: str | None) -> None:
         self.target, self.repo_id, self.branch, self.token = target, repo_id, branch, token
         self.api = HfApi(token=token, library_name="specbound", library_version=VERSION)
 
     def run(self, *, private: bool, create_pr: bool, tag: str | None) -> Published:
-        """The whole way: repository, branch, commit, read back, tag."""
+        """Create the repository and the branch if missing, commit, verify and tag."""
         self._check_repo(private=private)
         head = self._head()
         changed, commit, url = False, head, f"{self.api.endpoint}/{self.repo_id}"
@@ -65,18 +65,18 @@ class Upload:
         return Published(url, commit, changed)
 
     def _check_repo(self, *, private: bool) -> None:
-        """Make the repository where there is none; one with another visibility is not ours to change."""
+        """Create the repository if it does not exist; raises AdapterError if it has the other visibility."""
         try:
             info = _patiently(lambda: self.api.repo_info(self.repo_id))
         except RepositoryNotFoundError:
             _patiently(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
             info = _patiently(lambda: self.api.repo_info(self.repo_id))
         if bool(info.private) != private:
-            there, remedy = ("private", "leave out --public") if info.private else ("public", "give --public")
-            raise AdapterError(f"{self.repo_id} is there and {there}: {remedy}, or change it on its settings page")
+            visibility, remedy = ("private", "leave out --public") if info.private else ("public", "give --public")
+            raise AdapterError(f"{self.repo_id} is there and {visibility}: {remedy}, or change that in its settings")
 
     def _head(self) -> str:
-        """Commit of the branch, which is made from `main` where it is not there."""
+        """Return the branch's last commit; creates the branch from `main` if it does not exist."""
         refs = _patiently(lambda: self.api.list_repo_refs(self.repo_id))
         if self.branch in {ref.name for ref in refs.tags}:
             raise AdapterError(
@@ -88,16 +88,16 @@ class Upload:
         return next(ref.target_commit for ref in refs.branches if ref.name == self.branch)
 
     def _check_tag(self, tag: str, head: str) -> None:
-        """A tag that is there stays where it is."""
+        """Raise an AdapterError if the tag exists and would have to move."""
         refs = _patiently(lambda: self.api.list_repo_refs(self.repo_id))
         there = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
         if there is not None and (there != head or self._differing(head)):
             raise AdapterError(f"{self.repo_id} has a tag {tag} already, of commit {there[:12]}: give another")
 
     def _differing(self, commit: str) -> dict[str, bool]:
-        """Files that the repository has not, or has otherwise (True), and those of an adapter it has too much (False).
+        """Compare a commit with the staged files; returns names of files to send (True) and to delete (False).
 
-        By the Hub's own hashes: SHA-256 of large files, git's of small ones.
+        The Hub's hashes are compared: SHA-256 of large files, git's of small ones. Only adapter files are deleted.
         """
         verification = _patiently(
             lambda: self.api.verify_repo_checksums(self.repo_id, revision=commit, local_dir=self.target)
@@ -106,13 +106,13 @@ class Upload:
         return dict.fromkeys(sorted(wanted), True) | dict.fromkeys(set(verification.missing_paths) & OURS, False)
 
     def _check_replaceable(self, head: str) -> None:
-        """A repository with a config that is not an adapter's is somebody's model."""
+        """Raise an AdapterError if the repository has a config that is not an adapter's."""
         names = _patiently(lambda: self.api.list_repo_files(self.repo_id, revision=head))
         if CONFIG_FILE in names and b'"specbound_version"' not in self._bytes(CONFIG_FILE, head):
             raise AdapterError(f"{self.repo_id} holds something else than a SpecBound adapter: give another name")
 
     def _proposal(self) -> tuple[str, str] | None:
-        """Commit and page of a pull request that proposes these very files already."""
+        """Return commit and page of a pull request that already proposes the same files, if there is one."""
         refs = _patiently(lambda: self.api.list_repo_refs(self.repo_id, include_pull_requests=True))
         for ref in reversed(refs.pull_requests or []):
             if not self._differing(ref.target_commit):
@@ -121,10 +121,10 @@ class Upload:
         return None
 
     def _commit(self, files: dict[str, bool], head: str, url: str, *, create_pr: bool) -> tuple[str, str]:
-        """One commit on top of `head`, or a refusal where `head` is the branch's last no more; its id and page."""
+        """Commit on top of `head`; returns id and page. Raises AdapterError if somebody else has changed the branch."""
 
         def send() -> tuple[str, str]:
-            operations = [  # made anew for each try: huggingface_hub marks them
+            operations = [  # new objects for each try, since huggingface_hub marks them as sent
                 CommitOperationAdd(name, self.target / name) if wanted else CommitOperationDelete(name)
                 for name, wanted in files.items()
             ]
@@ -139,7 +139,7 @@ class Upload:
             return made.oid, str(made.pr_url) if create_pr else url
 
         def landed() -> tuple[str, str] | None:
-            """Where the commit is whose answer was lost."""
+            """Look for the commit after its response was lost."""
             if create_pr:
                 return self._proposal()
             now = self._head()
@@ -155,7 +155,7 @@ class Upload:
         return _patiently(send, landed)
 
     def _read_back(self, commit: str) -> None:
-        """Download what was published, and compare it with what was sent, by sha256."""
+        """Download the published files and compare their SHA-256 with the staged files."""
         for path in published(self.target):
             name = path.relative_to(self.target).as_posix()
             if hashlib.sha256(self._bytes(name, commit)).hexdigest() != file_sha256(path):
@@ -169,11 +169,11 @@ class Upload:
 
 
 def _patiently(call: Callable[[], Answer], landed: Callable[[], Answer | None] | None = None) -> Answer:
-    """Call until the Hub answers, a few times, waiting as long as it asks; `landed` finds what a lost answer said."""
+    """Call the Hub, with retries after the time it asks for; `landed` looks for the result of a call that failed."""
     for wait in (*WAITS, None):
         try:
             return call()
-        except (TRANSPORT_ERROR, json.JSONDecodeError) as error:  # a proxy's error page is no JSON
+        except (TRANSPORT_ERROR, json.JSONDecodeError) as error:  # a proxy's error page is not JSON
             if landed is not None and (answer := landed()) is not None:
                 return answer
             pause = _pause(error, wait)
@@ -185,7 +185,7 @@ def _patiently(call: Callable[[], Answer], landed: Callable[[], Answer | None] |
 
 
 def _pause(error: Exception, wait: float | None) -> float | None:
-    """Seconds until the next try; None where there is to be none."""
+    """Return the seconds until the next try; None if there should be none."""
     response = getattr(error, "response", None)
     if wait is None or (response is not None and response.status_code not in RETRIED):
         return None
@@ -194,5 +194,5 @@ def _pause(error: Exception, wait: float | None) -> float | None:
 
 
 def one_line(error: BaseException) -> str:
-    """What a library's error says, on one line and not too long."""
+    """Return a library's error message on one line of limited length."""
     return " ".join(str(error).split())[:300] or type(error).__name__

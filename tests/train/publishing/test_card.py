@@ -83,7 +83,7 @@ def without_agreement(calibrated):
         (lambda calibrated: calibrated["agreement"].update(by_run=0), "acceptance disagree"),
         (without_agreement, "calibration.json is not whole (KeyError: 'agreement')"),
         (lambda calibrated: calibrated["exits"].pop("2"), "of other exits"),
-        (lambda calibrated: calibrated["exits"]["2"].update(agreement=7), "figures that cannot be"),
+        (lambda calibrated: calibrated["exits"]["2"].update(agreement=7), "impossible figures"),
         (lambda calibrated: calibrated.update(replay=[]), "calibration.json is not whole"),
     ],
 )
