@@ -58,7 +58,7 @@ def run_bench(settings: BenchSettings, *, path: Path | None = None, resume: bool
     """Run every method on every prompt.
 
     Args:
-        path: file of the report, written anew after every prompt.
+        path: file of the report, rewritten after every prompt.
         resume: continue the report in `path`, which must have the same settings and machine.
 
     Raises:

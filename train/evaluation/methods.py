@@ -82,7 +82,7 @@ def _stock(specbound: SpecBound) -> Method:
 
 
 def _plain(specbound: SpecBound) -> Method:
-    return Method("SpecBound's loop without drafts", SpeculationBounds(OFF, 0, 0), specbound.drafter)
+    return Method("our loop, nothing drafted", SpeculationBounds(OFF, 0, 0), specbound.drafter)
 
 
 def _specbound(specbound: SpecBound) -> Method:

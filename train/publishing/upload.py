@@ -121,7 +121,7 @@ class Upload:
         return None
 
     def _commit(self, files: dict[str, bool], head: str, url: str, *, create_pr: bool) -> tuple[str, str]:
-        """Commit on top of `head`; returns id and page. Raises AdapterError if somebody else has changed the branch."""
+        """Commit on top of `head`; returns id and page. Raises AdapterError if somebody else changed the branch."""
 
         def send() -> tuple[str, str]:
             operations = [  # new objects for each try, since huggingface_hub marks them as sent
