@@ -145,16 +145,21 @@ def parts(text: str) -> list[str]:
 
 
 class Draw:
+    """Random choices that are the same on every Python."""
+
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
     def below(self, limit: int) -> int:
+        """A number from 0 to below the limit."""
         return int(self._random.random() * limit)
 
     def one(self, entries: list[str]) -> str:
+        """One of the entries."""
         return entries[self.below(len(entries))]
 
     def shuffled(self, entries: list[str]) -> list[str]:
+        """The entries in another order."""
         return [entry for _, entry in sorted((self._random.random(), entry) for entry in entries)]
 
 
@@ -206,6 +211,7 @@ def make_prompts() -> list[str]:
 
 
 def main() -> None:
+    """Write the file."""
     parser = argparse.ArgumentParser(description="Write the demonstration prompts.")
     default = Path(__file__).resolve().parents[1] / "configs" / "data" / "demo_prompts.jsonl"
     parser.add_argument("--output", type=Path, default=default)

@@ -21,20 +21,25 @@ TURNS_2 = [Prompt((Message("user", f"w{n} w{n + 1}"),), ("w9 w8",) * (n % 3)) fo
 
 
 def prompts(count: int) -> list[Prompt]:
+    """Different prompts of one to five words."""
     return [Prompt((Message("user", " ".join(f"w{n + k}" for k in range(1 + n % 5))),)) for n in range(count)]
 
 
 def rows(folder) -> list[dict]:
+    """All rows of a corpus, split by split."""
     return [row for split in SPLITS for row in pq.read_table(folder / f"{split}.parquet").to_pylist()]
 
 
 def files(folder) -> dict[str, bytes]:
+    """Every file of a folder by name."""
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def record(folder) -> dict:
+    """What a corpus says of itself."""
     return json.loads((folder / "corpus.json").read_text())
 
 
 def run(model, tokenizer, asked, folder, options=OPTIONS, **others):
+    """Make a corpus without a progress bar."""
     return distil(model, tokenizer, asked, folder, options, progress=False, **others)

@@ -23,6 +23,7 @@ def paths(value, path=()):
 
 
 def replaced(fields, path, value):
+    """A copy in which another value stands at a path."""
     if not path:
         return value
     copy = dict(fields) if isinstance(fields, dict) else list(fields)
@@ -31,6 +32,7 @@ def replaced(fields, path, value):
 
 
 def flip(data, numbers):
+    """A few bits flipped."""
     changed = bytearray(data)
     for _ in range(numbers.choice((1, 1, 2, 8))):
         changed[numbers.randrange(len(data))] ^= 1 << numbers.randrange(8)
@@ -38,6 +40,7 @@ def flip(data, numbers):
 
 
 def cut(data, numbers):
+    """The end cut off."""
     return data[: numbers.randrange(len(data))]
 
 
@@ -100,11 +103,13 @@ CONFIG_MUTATORS = (flip, cut, splice, strange_value, swapped, keys, literals)
 
 
 def header_of(data):
+    """The header of a safetensors file, and what follows it."""
     length = struct.unpack("<Q", data[:8])[0]
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
 def with_header(text, body):
+    """A safetensors file of a header and what follows it."""
     return struct.pack("<Q", len(text)) + text + body
 
 

@@ -132,6 +132,7 @@ def stock(served: Any, ids: list[int], *, seed: int | None = None, **options: An
 
 
 def chat_ids(tokenizer: Any) -> list[int]:
+    """Ids of `MESSAGES` in the chat template."""
     ids: list[int] = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True)["input_ids"]
     return ids
 

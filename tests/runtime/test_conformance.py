@@ -1,4 +1,7 @@
-"""Options of `generate` x {plain, SpecBound}: same ids, same scores, same streamer calls, same exceptions."""
+"""Options of `generate` x {plain, SpecBound}: same ids, same scores, same streamer calls, same exceptions.
+
+What ends a text and what turns ids into text stand in test_conformance_stops.py and test_conformance_text.py.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +27,7 @@ class Nudge(LogitsProcessor):
     """A user's processor that depends on the text's length and last token."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Raise the score of one id."""
         scores = scores.clone()
         scores[:, (input_ids.shape[1] * 7 + int(input_ids[0, -1])) % scores.shape[1]] += 4.0
         return scores
@@ -99,6 +103,7 @@ def test_same_ids_scores_and_stream(model: Any, name: str) -> None:
     streams: list[Recorder] = []
 
     def options() -> dict[str, Any]:
+        """Those of the case, with a new streamer."""
         chosen = {"inputs": PROMPT, "max_new_tokens": NEW_TOKENS, "do_sample": False} | CASES[name]
         chosen |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
         if "beam" not in name and name != "returned_twice":
@@ -184,6 +189,7 @@ def test_what_speculation_cannot_honour_is_plain_with_one_warning(
     options = {"inputs": PROMPT, "max_new_tokens": 6, "do_sample": False} | CASES[name]
 
     def twice() -> Any:
+        """The second of two calls."""
         model.generate(**options)
         torch.manual_seed(11)
         return model.generate(**options)

@@ -21,6 +21,7 @@ class StopAtTail(StoppingCriteria):
         self.pair = torch.tensor(pair)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Whether each row ends with the pair."""
         return torch.tensor([bool((row[-2:] == self.pair).all()) for row in input_ids])
 
 

@@ -23,6 +23,7 @@ def test_text_streamers(model: Any, plain: list[int], make_tokenizer: Callable[.
     assert capsys.readouterr().out == stock
 
     def pieces() -> list[str]:
+        """What the iterator yields while a thread generates."""
         streamer = TextIteratorStreamer(tokenizer, timeout=60)
         worker = Thread(target=model.generate, kwargs=options | {"streamer": streamer})
         worker.start()
@@ -39,6 +40,7 @@ def test_pipeline(model: Any, plain: list[int], make_tokenizer: Callable[..., An
     text = tokenizer.decode(PROMPT[0])
 
     def ask() -> Any:
+        """The pipeline's text."""
         return pipeline("text-generation", model=model, tokenizer=tokenizer)(text, max_new_tokens=9, do_sample=False)
 
     stock = ask()

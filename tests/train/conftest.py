@@ -29,6 +29,7 @@ def make_recipe(tmp_path_factory, tiny_base) -> Callable[..., dict[str, Any]]:
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
 
     def make(output_dir: Path, **changes: Any) -> dict[str, Any]:
+        """The settings, with changes."""
         settings: dict[str, Any] = {
             "model_name_or_path": str(tiny_base),
             "dtype": "float32",

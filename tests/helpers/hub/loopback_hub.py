@@ -21,9 +21,11 @@ class Handler(Pages):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments: Any) -> None:
+        """Requests are noted by the server and not printed."""
         pass
 
     def handle_any(self) -> None:
+        """Count a request, fail it where the script says so, else answer it."""
         body = self.body()
         split = urlsplit(self.path)
         hub = self.server
@@ -54,6 +56,7 @@ class Handler(Pages):
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
     def body(self) -> bytes:
+        """All bytes of a request, chunked or not."""
         if self.headers.get("Transfer-Encoding") == "chunked":
             parts = []
             while size := int(self.rfile.readline(), 16):
@@ -64,10 +67,12 @@ class Handler(Pages):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def hang_up(self) -> None:
+        """Close the connection at once."""
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 
     def answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        """Send status, headers and content."""
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -78,6 +83,7 @@ class Handler(Pages):
             self.wfile.write(content)
 
     def route(self, path: str, query: dict[str, list[str]], body: bytes) -> tuple[int, bytes, dict[str, str]]:
+        """Status, content and headers of the page that a request asks for."""
         if self.command in ("GET", "HEAD") and (match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(.+?)/(.+)", path)):
             return self.resolve(*match.groups())
         for method, pattern, action in ROUTES:
@@ -87,6 +93,7 @@ class Handler(Pages):
         raise Refused(404, f"no such page: {path}")
 
     def resolve(self, name: str, revision: str, path: str) -> tuple[int, bytes, dict[str, str]]:
+        """A file to download."""
         repository = self.repository(name)
         commit = self.commit_of(repository, revision)
         content = repository.commits[commit].get(path)
@@ -100,6 +107,7 @@ class Handler(Pages):
         return self.ranged(content, sha256, headers | linked)
 
     def ranged(self, content: bytes, etag: str, headers: dict[str, str]) -> tuple[int, bytes, dict[str, str]]:
+        """All of a content, or the range that was asked for."""
         headers = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes"} | headers
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(wanted[1]), min(int(wanted[2] or len(content) - 1), len(content) - 1)

@@ -17,9 +17,11 @@ class Pages(BaseHTTPRequestHandler):
     server: LoopbackHub
 
     def authorized(self) -> bool:
+        """Whether the request carries the token."""
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def repository(self, name: str, *, write: bool = False) -> Repository:
+        """A repository that the client may see, or write to."""
         found = self.server.repositories.get(name)
         if found is None or (found.private and not self.authorized()):
             raise Refused(404 if self.authorized() else 401, "Repository not found", "RepoNotFound")
@@ -28,12 +30,14 @@ class Pages(BaseHTTPRequestHandler):
         return found
 
     def commit_of(self, repository: Repository, revision: str) -> str:
+        """The commit that a revision names."""
         found = repository.resolve(revision)
         if found is None:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return found
 
     def create(self, *, query: Any, body: bytes) -> Any:
+        """Make a repository."""
         if not self.authorized():
             raise Refused(401, "Invalid username or password.")
         asked = json.loads(body)
@@ -45,21 +49,25 @@ class Pages(BaseHTTPRequestHandler):
         return {"url": f"{self.server.url}/{name}", "name": name}
 
     def info(self, name: str, revision: str | None = None, *, query: Any, body: bytes) -> Any:
+        """What a repository is and which files it has."""
         repository = self.repository(name)
         commit = self.commit_of(repository, revision or "main")
         siblings = [{"rfilename": path} for path in repository.commits[commit]]
         return {"id": name, "sha": commit, "private": repository.private, "siblings": siblings, "tags": []}
 
     def refs(self, name: str, *, query: dict[str, list[str]], body: bytes) -> Any:
+        """Its branches, tags and pull requests."""
         repository = self.repository(name)
 
         def listed(names: dict[str, str], prefix: str) -> list[dict[str, str]]:
+            """One kind of them."""
             return [{"name": key, "ref": prefix + key, "targetCommit": commit} for key, commit in names.items()]
 
         found = {"branches": listed(repository.branches, "refs/heads/"), "tags": listed(repository.tags, "refs/tags/")}
         return found | {"converts": [], "pullRequests": listed(repository.proposals, "")}
 
     def tree(self, name: str, revision: str, inner: str | None = None, *, query: Any, body: bytes) -> Any:
+        """Its files, or those of a folder."""
         repository = self.repository(name)
         files = repository.commits[self.commit_of(repository, revision)]
         found = [described(path, content) for path, content in files.items() if path.startswith(inner or "")]
@@ -68,6 +76,7 @@ class Pages(BaseHTTPRequestHandler):
         return found
 
     def branch(self, name: str, branch: str, *, query: Any, body: bytes) -> Any:
+        """Make a branch."""
         repository = self.repository(name, write=True)
         if branch in repository.branches:
             raise Refused(409, "Reference already exists")
@@ -75,6 +84,7 @@ class Pages(BaseHTTPRequestHandler):
         return {}
 
     def tag(self, name: str, revision: str, *, query: Any, body: bytes) -> Any:
+        """Make a tag."""
         repository, tag = self.repository(name, write=True), json.loads(body)["tag"]
         if tag in repository.tags:
             raise Refused(409, "Tag already exists")
@@ -82,12 +92,14 @@ class Pages(BaseHTTPRequestHandler):
         return {}
 
     def validate(self, *, query: Any, body: bytes) -> Any:
+        """Check that a card has metadata."""
         asked = json.loads(body)
         if not asked["content"].startswith("---\n"):
             raise Refused(400, "no metadata")
         return {"errors": [], "warnings": []}
 
     def preupload(self, name: str, revision: str, *, query: Any, body: bytes) -> Any:
+        """Say which files are uploaded as large ones."""
         repository = self.repository(name, write=True)
         there = repository.commits[self.commit_of(repository, revision)]
         answers = []
@@ -100,6 +112,7 @@ class Pages(BaseHTTPRequestHandler):
         return {"files": answers}
 
     def batch(self, name: str, *, query: Any, body: bytes) -> Any:
+        """Say where the large files that are not there yet are uploaded."""
         self.repository(name, write=True)
         objects = []
         for wanted in json.loads(body)["objects"]:
@@ -111,17 +124,20 @@ class Pages(BaseHTTPRequestHandler):
         return {"transfer": "basic", "objects": objects}
 
     def upload(self, sha256: str, *, query: Any, body: bytes) -> Any:
+        """Take a large file."""
         if hashlib.sha256(body).hexdigest() != sha256:
             raise Refused(400, "other bytes than promised")
         self.server.blobs[sha256] = body
         return {}
 
     def verify(self, name: str, *, query: Any, body: bytes) -> Any:
+        """Say whether a large file has arrived."""
         if json.loads(body)["oid"] not in self.server.blobs:
             raise Refused(404, "not uploaded")
         return {}
 
     def commit(self, name: str, revision: str, *, query: dict[str, list[str]], body: bytes) -> Any:
+        """Change files on a branch, or propose it."""
         repository = self.repository(name, write=True)
         if revision not in repository.branches:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")

@@ -19,12 +19,14 @@ class Repository:
     proposals: dict[str, str] = field(default_factory=dict)
 
     def add(self, files: Files, parent: str | None) -> str:
+        """Keep files as a commit; returns its id."""
         content = sorted((path, hashlib.sha256(data).hexdigest()) for path, data in files.items())
         oid = hashlib.sha1(f"{len(self.commits)} {content} {parent}".encode()).hexdigest()
         self.commits[oid], self.parents[oid] = files, parent
         return oid
 
     def resolve(self, revision: str) -> str | None:
+        """The commit that a name or an id stands for."""
         for names in (self.branches, self.tags, self.proposals):
             if revision in names:
                 return names[revision]
@@ -39,6 +41,7 @@ class Refused(Exception):
 
 
 def is_large(path: str) -> bool:
+    """Whether the Hub keeps a file in LFS."""
     return path.endswith((".safetensors", ".png"))
 
 
@@ -53,4 +56,5 @@ def described(path: str, content: bytes) -> dict[str, Any]:
 
 
 def git_oid(content: bytes) -> str:
+    """The id that git gives a content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

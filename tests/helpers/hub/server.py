@@ -31,6 +31,7 @@ class LoopbackHub(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
+        """Its address."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def restart(self) -> None:

@@ -64,6 +64,7 @@ def attempt(folder):
     [("config.json", CONFIG_MUTATORS, 700, 500), ("model.safetensors", WEIGHT_MUTATORS, 500, 490)],
 )
 def test_a_mutated_adapter_never_loads_silently_different(original, name, mutators, number, least_refused):
+    """Refused, or loaded with a warning, or the same as before; and no code runs."""
     global watched
     folder, config, weights = original
     good, data = content(load_adapter(folder)), {"config.json": config, "model.safetensors": weights}[name]
@@ -105,6 +106,7 @@ def test_one_whose_hashes_fit_is_refused_or_as_valid_as_any(original):
 
 
 def test_pickles_and_archives_in_the_place_of_a_file(original, tmp_path):
+    """Refused and never opened; code that lies beside the files is never run."""
     folder, config, weights = original
     bomb = pickle.dumps(Bomb(tmp_path / "opened"))
     header, body = header_of(weights)
@@ -122,6 +124,7 @@ def test_pickles_and_archives_in_the_place_of_a_file(original, tmp_path):
 
 
 def test_the_watch_sees_what_it_is_there_for(tmp_path):
+    """Negative control: a pickle and an `eval` are seen."""
     global watched
     watched = []
     pickle.loads(pickle.dumps(Bomb(tmp_path / "opened")))

@@ -26,5 +26,6 @@ def served(make_model: Any, make_tokenizer: Any) -> Iterator[tuple[str, Any, Any
 
 @pytest.fixture(scope="module")
 def client(served: Any) -> Iterator[openai.OpenAI]:
+    """The real client, which tries once."""
     with openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none", max_retries=0) as client:
         yield client

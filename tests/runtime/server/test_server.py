@@ -12,6 +12,7 @@ from tests.helpers.servers import MESSAGES, MODEL_ID, SAMPLED, chat_ids, stock
 
 @pytest.mark.parametrize("request_options", [{}, {"temperature": 0}, SAMPLED, SAMPLED | {"seed": 12}])
 def test_chat_streamed_whole_and_stock(served: Any, client: openai.OpenAI, request_options: dict[str, Any]) -> None:
+    """Text, usage and finish reason of a chat are stock's, in one piece or many."""
     tokenizer = served[2]
     options = {key: value for key, value in request_options.items() if key != "seed"}
     options = {"do_sample": bool(options.get("temperature"))} | {k: v for k, v in options.items() if v}
@@ -86,6 +87,7 @@ def test_rounds_on_request(served: Any, client: openai.OpenAI) -> None:
 
 
 def test_models(client: openai.OpenAI) -> None:
+    """The one model is listed; others are not found."""
     assert [model.id for model in client.models.list()] == [MODEL_ID]
     assert client.models.retrieve(MODEL_ID).id == MODEL_ID
     with pytest.raises(openai.NotFoundError, match="serves 'tiny' only"):
@@ -110,6 +112,7 @@ def test_many_at_once_are_answered_alike(served: Any, client: openai.OpenAI) -> 
     from concurrent.futures import ThreadPoolExecutor
 
     def ask(seed: int) -> str:
+        """Text of one request."""
         found = client.completions.create(model=MODEL_ID, prompt=[20, 63], seed=seed, temperature=1, max_tokens=8)
         return found.choices[0].text
 

@@ -49,6 +49,7 @@ def test_logprobs_of_chats(served: Any, client: openai.OpenAI, request_options: 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_of_completions(served: Any, client: openai.OpenAI, stream: bool) -> None:
+    """The same in the older form, with the place of each token in the text."""
     tokenizer = served[2]
     ids, rows = plain_logprobs(served, [20, 63, 6], do_sample=False)
     arguments: Any = {"model": MODEL_ID, "prompt": [20, 63, 6], "max_tokens": 20, "temperature": 0, "stream": stream}
@@ -79,6 +80,7 @@ def test_logprobs_see_a_single_bit(served: Any, client: openai.OpenAI, monkeypat
     stock = TargetEmitter.emit
 
     def nudged(self: TargetEmitter, logits: torch.Tensor) -> tuple[int, bool]:
+        """Emit with the best logit moved by a bit."""
         logits = logits.clone()
         best = logits.argmax()
         logits[0, best] = torch.nextafter(logits[0, best], torch.tensor(torch.inf))

@@ -10,6 +10,7 @@ from tests.helpers.corpora import EOS, TEMPLATE
 
 @pytest.fixture
 def model():
+    """A tiny Llama that ends some of its answers early."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
@@ -32,6 +33,7 @@ def model():
 
 @pytest.fixture
 def tokenizer():
+    """Whole words, with a chat template that refuses tools."""
     words = ["<pad>", "</s>", "<unk>", "<user>", "<assistant>", "<system>"]
     words += [f"w{number}" for number in range(128 - len(words))]
     inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))

@@ -39,6 +39,7 @@ def test_responses_are_those_of_plain_generate(model, tokenizer, tmp_path):
 
 
 def test_the_end_of_sequence_is_kept_once_also_where_it_is_the_padding(model, tokenizer, tmp_path):
+    """Padding of the same id is cut off, the end is not."""
     first = rows(run(model, tokenizer, prompts(18), tmp_path / "a"))
     tokenizer.pad_token = "</s>"
     assert rows(run(model, tokenizer, prompts(18), tmp_path / "b")) == first
@@ -48,6 +49,7 @@ def test_the_end_of_sequence_is_kept_once_also_where_it_is_the_padding(model, to
 
 
 def test_splits_counts_and_order(model, tokenizer, tmp_path):
+    """Rows lie in the split of their hash, sorted; the record counts them and what was left out."""
     evaluation = tmp_path / "e.jsonl"
     evaluation.write_text(json.dumps({"prompt": prompts(40)[7].messages[0].content}))
     options = dataclasses.replace(OPTIONS, evaluation_files=(str(evaluation),), held_out_fraction=0.3)
@@ -75,12 +77,14 @@ def test_splits_counts_and_order(model, tokenizer, tmp_path):
 
 
 def test_the_order_of_the_prompts_does_not_matter(model, tokenizer, tmp_path):
+    """The files are the same, byte for byte."""
     first = run(model, tokenizer, prompts(18), tmp_path / "a")
     second = run(model, tokenizer, prompts(18)[::-1], tmp_path / "b")
     assert files(first) == files(second)
 
 
 def test_a_second_turn_follows_the_models_own_first_answer(model, tokenizer, tmp_path):
+    """Its prompt holds that answer, wave by wave."""
     found = rows(run(model, tokenizer, TURNS_2, tmp_path / "c"))
     answers = {(row["prompt_hash"], row["wave"]): row for row in found}
     assert sorted(answers) == sorted((p.hash, wave) for p in TURNS_2 for wave in range(1 + len(p.later_turns)))
@@ -94,6 +98,7 @@ def test_a_second_turn_follows_the_models_own_first_answer(model, tokenizer, tmp
 
 
 def test_sampling_takes_its_share_and_leaves_the_random_numbers_alone(model, tokenizer, tmp_path):
+    """About half of the rows are sampled, by the seed; the state of the caller's numbers stays."""
     options = dataclasses.replace(OPTIONS, sample_fraction=0.5, temperature=2.0)
     asked = [Prompt((Message("user", f"w{n} w{n // 2} w{n // 3}"),)) for n in range(100)]
     before = torch.get_rng_state()
@@ -108,6 +113,7 @@ def test_sampling_takes_its_share_and_leaves_the_random_numbers_alone(model, tok
 
 
 def test_sampling_is_not_cut_by_the_models_own_top_k(model, tokenizer, tmp_path):
+    """With a top_k of 1 it would be greedy."""
     options = dataclasses.replace(OPTIONS, sample_fraction=1.0, temperature=5.0)
     model.generation_config.top_k = 1
     sampled = rows(run(model, tokenizer, prompts(18), tmp_path / "a", options))
@@ -116,6 +122,7 @@ def test_sampling_is_not_cut_by_the_models_own_top_k(model, tokenizer, tmp_path)
 
 
 def test_chat_template_none_is_plain_text(model, tokenizer, tmp_path):
+    """A tokenizer without a template needs it; other names are refused."""
     tokenizer.chat_template = None
     with pytest.raises(DataError, match=r"`chat_template: none`"):
         run(model, tokenizer, prompts(9), tmp_path / "a")
@@ -128,18 +135,21 @@ def test_chat_template_none_is_plain_text(model, tokenizer, tmp_path):
 
 
 def test_a_prompt_the_template_refuses_is_named(model, tokenizer, tmp_path):
+    """The error shows how it begins and the template's own words."""
     bad = Prompt((Message("tool", "w5"), Message("user", "w6")))
     with pytest.raises(DataError, match=r"begins 'w5': the chat template refuses .*: no tools here; change"):
         run(model, tokenizer, [bad], tmp_path / "c")
 
 
 def test_no_usable_prompt(model, tokenizer, tmp_path):
+    """None, or none that is short enough, is an error."""
     for asked in ([], [Prompt((Message("user", "w1 " * 60),))]):
         with pytest.raises(DataError, match=r"no prompt is left"):
             run(model, tokenizer, asked, tmp_path / str(len(asked)))
 
 
 def test_prompts_leave_room_for_the_answer(model, tokenizer, tmp_path):
+    """Prompt and answer fit the positions of the base together."""
     options = dataclasses.replace(OPTIONS, max_new_tokens=250, max_prompt_tokens=1024, batch_size=64)
     folder = run(model, tokenizer, prompts(18), tmp_path / "a", options)
     assert all(len(row["prompt_ids"]) <= 6 for row in rows(folder))
@@ -150,6 +160,7 @@ def test_prompts_leave_room_for_the_answer(model, tokenizer, tmp_path):
 
 
 def test_load_split_says_what_is_wrong(model, tokenizer, tmp_path):
+    """No corpus, no such split, an empty one, broken files: each has its message."""
     with pytest.raises(DataError, match=r"holds no corpus; run train/distil.py"):
         load_split(tmp_path, "fit")
     with pytest.raises(ConfigError, match=r"split 'test': expected one of fit, calibration, held_out"):

@@ -17,12 +17,14 @@ from train.corpus.corpus import distil, load_split
 @pytest.mark.parametrize("stop_after", [0, 1, 4, 6])
 @pytest.mark.parametrize("sample_fraction", [0.0, 0.5])
 def test_a_killed_run_goes_on_and_gives_the_same(model, tokenizer, tmp_path, monkeypatch, stop_after, sample_fraction):
+    """Whatever was finished is kept, and the files equal those of a run that was not killed."""
     options = dataclasses.replace(OPTIONS, sample_fraction=sample_fraction, temperature=1.3, top_p=0.9)
     whole = run(model, tokenizer, TURNS_2, tmp_path / "whole", options)
     num_batches = len(list((whole / "shards").iterdir()))
     plain, calls = Answerer.answer, []
 
     def answer(self, batch, *, name):
+        """Answer until it is time to be killed."""
         if len(calls) == stop_after:
             raise KeyboardInterrupt
         calls.append(name)
@@ -44,6 +46,7 @@ def test_a_killed_run_goes_on_and_gives_the_same(model, tokenizer, tmp_path, mon
 
 
 def test_a_torn_shard_is_made_again(model, tokenizer, tmp_path, monkeypatch, caplog):
+    """Cut, empty or exchanged ones, with a warning that names each."""
     folder = run(model, tokenizer, prompts(18), tmp_path / "c")
     before = files(folder)
     shards = sorted((folder / "shards").iterdir())
@@ -58,6 +61,7 @@ def test_a_torn_shard_is_made_again(model, tokenizer, tmp_path, monkeypatch, cap
 
 
 def test_shards_of_other_settings_are_not_taken(model, tokenizer, tmp_path):
+    """Those of another model are made again."""
     folder = run(model, tokenizer, prompts(18), tmp_path / "c", fingerprint="one")
     (folder / "corpus.json").unlink()
     with torch.no_grad():
@@ -68,6 +72,7 @@ def test_shards_of_other_settings_are_not_taken(model, tokenizer, tmp_path):
 
 
 def test_a_complete_corpus_is_returned_at_once(model, tokenizer, tmp_path, monkeypatch):
+    """Without the model; a lost split comes back from the shards."""
     folder = run(model, tokenizer, prompts(9), tmp_path / "c")
     before = files(folder)
     monkeypatch.setattr(model, "generate", None)
@@ -80,6 +85,7 @@ def test_a_complete_corpus_is_returned_at_once(model, tokenizer, tmp_path, monke
 
 
 def test_other_settings_are_refused_by_name(model, tokenizer, tmp_path):
+    """The error names what differs, there and now."""
     folder = run(model, tokenizer, prompts(9), tmp_path / "c", fingerprint="one")
     other = dataclasses.replace(OPTIONS, max_new_tokens=7, top_p=0.5)
     with pytest.raises(ConfigError, match=r"settings: max_new_tokens \(6 there, 7 now\), top_p \(1.0 there") as caught:
@@ -95,6 +101,7 @@ def test_other_settings_are_refused_by_name(model, tokenizer, tmp_path):
 
 
 def test_two_processes_give_what_one_gives(model, tokenizer, tmp_path):
+    """Rank 1 makes its shards, rank 0 the rest and the corpus."""
     options = dataclasses.replace(OPTIONS, sample_fraction=0.5)
     one = run(model, tokenizer, prompts(18), tmp_path / "one", options)
     for rank in (1, 0):
@@ -109,6 +116,7 @@ def as_two(model, tokenizer, asked, folder, barrier, **others):
     results, failures = {}, []
 
     def work(rank: int) -> None:
+        """The part of one rank."""
         try:
             team = {"rank": rank, "world_size": 2, "barrier": barrier.wait}
             results[rank] = run(model, tokenizer, asked, folder, **team, **others)
@@ -126,6 +134,7 @@ def as_two(model, tokenizer, asked, folder, barrier, **others):
 
 
 def test_two_processes_wait_for_each_other_between_waves(model, tokenizer, tmp_path):
+    """A second turn needs the first answers of both."""
     one = run(model, tokenizer, TURNS_2, tmp_path / "one")
     two = as_two(model, tokenizer, TURNS_2, tmp_path / "two", threading.Barrier(2, timeout=60))
     assert files(one) == files(two)
@@ -142,6 +151,7 @@ def test_processes_that_share_a_base_answer_equally_often(model, tokenizer, tmp_
     generate = Answerer.answer
 
     def together(self, batch, *, name):
+        """Answer once both are there."""
         meeting.wait()  # as the layers of a base that is spread would
         self.together = False  # but there is no group of processes here
         found = generate(self, batch, name=name)
@@ -157,11 +167,13 @@ def test_processes_that_share_a_base_answer_equally_often(model, tokenizer, tmp_
 
 
 def test_a_shard_missing_after_its_wave_is_an_error(model, tokenizer, tmp_path):
+    """Rank 0 alone cannot finish the work of two."""
     with pytest.raises(DataError, match=r"batch-00001.parquet is not there"):
         run(model, tokenizer, prompts(18), tmp_path / "c", rank=0, world_size=2)
 
 
 def test_progress_is_shown_on_rank_0_alone(model, tokenizer, tmp_path, capsys):
+    """The bar with waves and tokens a second."""
     distil(model, tokenizer, prompts(9), tmp_path / "a", OPTIONS, rank=1, world_size=2)
     assert "batch" not in capsys.readouterr().err
     distil(model, tokenizer, prompts(9), tmp_path / "a", OPTIONS, rank=0, world_size=2)
