@@ -1,8 +1,6 @@
 """What several test files share: a tiny seeded base, a tiny tokenizer, an adapter. No network."""
 
-import json
 import os
-import random
 import shutil
 import tempfile
 import time
@@ -28,7 +26,8 @@ from runtime.adapter.folder import Adapter
 from runtime.adapter.identity import base_fingerprint, tokenizer_fingerprint
 from runtime.drafting.heads import ExitHeads
 from tests.helpers.graphs.fake_cuda import pretend
-from tests.helpers.loopback_hub import TOKEN, LoopbackHub, loopback_hub
+from tests.helpers.hub.loopback_hub import loopback_hub
+from tests.helpers.hub.server import TOKEN, LoopbackHub
 from tests.helpers.speculation import NEW_TOKENS, PROMPT
 
 # Tiny tensors: on a busy machine, threads that wait for one another take ten times as long.
@@ -59,12 +58,6 @@ def own_hub_cache() -> Iterator[None]:
     """Certificates and downloads of a test run are its own, and go with it."""
     yield
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
-
-
-@pytest.fixture
-def own_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of its own for certificates."""
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
 
 
 @pytest.fixture(params=["twin", "recorded"])
@@ -186,41 +179,6 @@ def tiny_base(tmp_path_factory, make_model, make_tokenizer) -> Path:
     make_model().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def make_recipe(tmp_path_factory, tiny_base) -> Callable[..., dict[str, Any]]:
-    """`make_recipe(output_dir, **settings)`: settings of a fit of a second on the tiny base, as in a recipe.
-
-    All of a session share one corpus, which the first of them makes.
-    """
-    folder = tmp_path_factory.mktemp("recipe")
-    numbers = random.Random(0)
-    texts = [" ".join(f"w{numbers.randrange(100)}" for _ in range(2 + index % 7)) for index in range(120)]
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-
-    def make(output_dir: Path, **changes: Any) -> dict[str, Any]:
-        settings: dict[str, Any] = {
-            "model_name_or_path": str(tiny_base),
-            "dtype": "float32",
-            "prompts": [str(prompts)],
-            "chat_template": "none",
-            "corpus_dir": str(folder / "corpus"),
-            "max_new_tokens": 16,
-            "calibration_fraction": 0.2,
-            "exit_layers": [2, 4],
-            "head_rank": 4,
-            "draft_vocab_size": 64,
-            "teacher_top_k": 8,
-            "output_dir": str(output_dir),
-            "per_device_train_batch_size": 8,
-            "max_steps": 4,
-            "learning_rate": 0.01,
-        }
-        return settings | changes
-
-    return make
 
 
 @pytest.fixture

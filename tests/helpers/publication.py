@@ -6,7 +6,7 @@ import hashlib
 import pytest
 
 from runtime import AdapterError, load_adapter
-from tests.helpers.loopback_hub import TOKEN
+from tests.helpers.hub.server import TOKEN
 from train.publishing.publish import publish
 
 NAME, BASE = "some-org/tiny-specbound", "some-org/tiny-base"

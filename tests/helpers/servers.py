@@ -23,6 +23,9 @@ from tests.helpers.fake_heads import FakeHeads
 
 MODEL_ID = "tiny"
 PROMPT = [20, 63, 6]
+TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+MESSAGES: Any = [{"role": "system", "content": "w5 w9"}, {"role": "user", "content": "w17 w60 w3"}]
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "seed": 11}
 LIMITS = Limits(max_tokens=200, max_body_bytes=20_000, max_waiting=2)
 
 
@@ -116,6 +119,22 @@ class Served:
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
         return connection
+
+
+def stock(served: Any, ids: list[int], *, seed: int | None = None, **options: Any) -> list[int]:
+    """New ids of plain `generate`."""
+    _, model, _ = served
+    if seed is not None:
+        torch.manual_seed(seed)
+    with model.specbound.disabled():
+        found: list[int] = model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
+    return found
+
+
+def chat_ids(tokenizer: Any) -> list[int]:
+    """Ids of `MESSAGES` in the chat template."""
+    ids: list[int] = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return ids
 
 
 def stock_text(model: Any, tokenizer: Any) -> str:

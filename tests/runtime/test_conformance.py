@@ -1,23 +1,18 @@
-"""Options of `generate` x {plain, SpecBound}: same ids, same scores, same streamer calls, same exceptions."""
+"""Options of `generate` x {plain, SpecBound}: same ids, same scores, same streamer calls, same exceptions.
+
+What ends a text and what turns ids into text stand in test_conformance_stops.py and test_conformance_text.py.
+"""
 
 from collections.abc import Callable
-from threading import Thread
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedTokenizerFast,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-    TextStreamer,
-    pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -28,20 +23,11 @@ from tests.helpers.fake_heads import FakeHeads
 from tests.helpers.speculation import NEW_TOKENS, PROMPT, both, with_speculation
 
 
-class StopAtTail(StoppingCriteria):
-    """A user's criterion that looks at the last two tokens only."""
-
-    def __init__(self, pair: tuple[int, int]) -> None:
-        self.pair = torch.tensor(pair)
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.tensor([bool((row[-2:] == self.pair).all()) for row in input_ids])
-
-
 class Nudge(LogitsProcessor):
     """A user's processor that depends on the text's length and last token."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Raise the score of one id."""
         scores = scores.clone()
         scores[:, (input_ids.shape[1] * 7 + int(input_ids[0, -1])) % scores.shape[1]] += 4.0
         return scores
@@ -117,6 +103,7 @@ def test_same_ids_scores_and_stream(model: Any, name: str) -> None:
     streams: list[Recorder] = []
 
     def options() -> dict[str, Any]:
+        """Those of the case, with a new streamer."""
         chosen = {"inputs": PROMPT, "max_new_tokens": NEW_TOKENS, "do_sample": False} | CASES[name]
         chosen |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
         if "beam" not in name and name != "returned_twice":
@@ -135,53 +122,6 @@ def test_same_ids_scores_and_stream(model: Any, name: str) -> None:
         assert streams[1].calls == streams[0].calls
     assert type(found) is type(stock)
     assert (specbound.stats.accepted.total() > 0) == (name in SPECULATIVE)
-
-
-def test_eos_inside_an_accepted_block(model: Any, plain: list[int]) -> None:
-    """Whichever token ends the text, nothing after it is emitted, and the cache is stock's."""
-    for end in range(1, 12):
-        stock, found, _ = both(
-            model, inputs=PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=[plain[end], 127],
-            return_dict_in_generate=True,
-        )  # fmt: skip
-        assert torch.equal(found.sequences, stock.sequences)
-        assert found.past_key_values.get_seq_length() == stock.past_key_values.get_seq_length()
-        for mine, theirs in zip(found.past_key_values.layers, stock.past_key_values.layers, strict=True):
-            assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
-
-
-def test_a_criterion_that_looks_at_the_tail(model: Any, plain: list[int]) -> None:
-    """Evaluated after every token: no overrun, wherever in a block it fires."""
-    for end in range(1, 12):
-        criteria = StoppingCriteriaList([StopAtTail((plain[end - 1], plain[end]))])
-        stock, found, _ = both(
-            model, inputs=PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False, stopping_criteria=criteria
-        )
-        assert torch.equal(found, stock) and stock.shape[1] < 7 + NEW_TOKENS
-
-
-def letters() -> PreTrainedTokenizerFast:
-    """A tokenizer whose 128 ids are the characters of ASCII."""
-    inner = Tokenizer(models.WordLevel({chr(code): code for code in range(128)}, unk_token="?"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
-    inner.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
-
-
-def test_stop_strings(model: Any, plain: list[int]) -> None:
-    """Across tokens and blocks, with the tokenizer as stock asks for it, and stock's own error without."""
-    tokenizer = letters()
-    stop = chr(plain[6]) + chr(plain[7])
-    stock, found, specbound = both(
-        model, inputs=PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False, stop_strings=[stop], tokenizer=tokenizer
-    )
-    assert torch.equal(found, stock) and stock.shape[1] < 7 + NEW_TOKENS
-    assert specbound.stats.accepted.total() > 0
-    with pytest.raises(ValueError, match="tokenizer") as stock_error:
-        model.generate(PROMPT, max_new_tokens=4, stop_strings=[stop])
-    with pytest.raises(ValueError, match="tokenizer") as found_error:
-        with_speculation(model, plain, lambda: model.generate(PROMPT, max_new_tokens=4, stop_strings=[stop]))
-    assert str(found_error.value) == str(stock_error.value)
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1.0, "do_sample": True}, {"max_new_tokens": 0}, {"nonsense": 3}])
@@ -229,46 +169,6 @@ def test_left_padded_batch_is_plain_and_equal(model: Any) -> None:
     assert torch.equal(found, stock)
 
 
-def test_text_streamers(model: Any, plain: list[int], make_tokenizer: Callable[..., Any], capsys: Any) -> None:
-    """TextStreamer prints the same; TextIteratorStreamer yields the same pieces."""
-    tokenizer = make_tokenizer()
-    options = {"inputs": PROMPT, "max_new_tokens": NEW_TOKENS, "do_sample": False}
-    model.generate(**options, streamer=TextStreamer(tokenizer))
-    stock = capsys.readouterr().out
-    with_speculation(model, [0] * 7 + plain, lambda: model.generate(**options, streamer=TextStreamer(tokenizer)))
-    assert capsys.readouterr().out == stock
-
-    def pieces() -> list[str]:
-        streamer = TextIteratorStreamer(tokenizer, timeout=60)
-        worker = Thread(target=model.generate, kwargs=options | {"streamer": streamer})
-        worker.start()
-        found = list(streamer)
-        worker.join()
-        return found
-
-    assert with_speculation(model, [0] * 7 + plain, pieces)[0] == pieces()
-
-
-def test_pipeline(model: Any, plain: list[int], make_tokenizer: Callable[..., Any]) -> None:
-    """`pipeline("text-generation")` takes the model as any other and gives the same text."""
-    tokenizer = make_tokenizer()
-    text = tokenizer.decode(PROMPT[0])
-
-    def ask() -> Any:
-        return pipeline("text-generation", model=model, tokenizer=tokenizer)(text, max_new_tokens=9, do_sample=False)
-
-    stock = ask()
-    found, specbound = with_speculation(model, [0] * 7 + plain, ask)
-    assert found == stock
-    assert specbound.stats.accepted.total() > 0
-
-
-def test_max_time(model: Any, plain: list[int]) -> None:
-    """A time limit long past stops after one token, as stock does."""
-    stock, found, _ = both(model, inputs=PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False, max_time=1e-9)
-    assert torch.equal(found, stock) and stock.shape[1] == 8
-
-
 PLAIN = {
     "no_cache_of_its_own": "does not use the default dynamic cache",
     "holes": "its attention mask has holes",
@@ -289,6 +189,7 @@ def test_what_speculation_cannot_honour_is_plain_with_one_warning(
     options = {"inputs": PROMPT, "max_new_tokens": 6, "do_sample": False} | CASES[name]
 
     def twice() -> Any:
+        """The second of two calls."""
         model.generate(**options)
         torch.manual_seed(11)
         return model.generate(**options)

@@ -1,6 +1,7 @@
 """What tests of the training side share: fits of a second, and a fitted adapter."""
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,42 @@ from safetensors.torch import save_file
 from tests.helpers.publication import BASE, rename
 from train import fit_exits
 from train.settings.fit_config import FitConfig
+
+
+@pytest.fixture(scope="session")
+def make_recipe(tmp_path_factory, tiny_base) -> Callable[..., dict[str, Any]]:
+    """`make_recipe(output_dir, **settings)`: settings of a fit of a second on the tiny base, as in a recipe.
+
+    All of a session share one corpus, which the first of them makes.
+    """
+    folder = tmp_path_factory.mktemp("recipe")
+    numbers = random.Random(0)
+    texts = [" ".join(f"w{numbers.randrange(100)}" for _ in range(2 + index % 7)) for index in range(120)]
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+
+    def make(output_dir: Path, **changes: Any) -> dict[str, Any]:
+        """The settings, with changes."""
+        settings: dict[str, Any] = {
+            "model_name_or_path": str(tiny_base),
+            "dtype": "float32",
+            "prompts": [str(prompts)],
+            "chat_template": "none",
+            "corpus_dir": str(folder / "corpus"),
+            "max_new_tokens": 16,
+            "calibration_fraction": 0.2,
+            "exit_layers": [2, 4],
+            "head_rank": 4,
+            "draft_vocab_size": 64,
+            "teacher_top_k": 8,
+            "output_dir": str(output_dir),
+            "per_device_train_batch_size": 8,
+            "max_steps": 4,
+            "learning_rate": 0.01,
+        }
+        return settings | changes
+
+    return make
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import pickle
 import random
-import struct
 import sys
 import warnings
 from pathlib import Path
@@ -11,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from runtime import SpecBoundError, load_adapter, save_adapter
-from runtime.adapter.config import CONTENT_SHA256, SpecBoundConfig, _content_sha256
-from runtime.adapter.identity import file_sha256
+from runtime.adapter.config import SpecBoundConfig
+from tests.helpers.mutations import CONFIG_MUTATORS, WEIGHT_MUTATORS, header_of, strange_value, vouched, with_header
 from tests.helpers.publication import content
 
 RUNS_CODE = {"exec", "compile", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class"}
@@ -60,153 +59,12 @@ def attempt(folder):
     return ("warned" if caught else "loaded"), found
 
 
-# Values that no field of its kind has.
-STRANGE = [
-    None, True, 0, -1, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, "", "x", "1", [], {}, [[]], [None], {"a": 1}, {"": {}},
-    "../../etc/passwd", "/dev/zero", "__import__('os').system('touch bomb')", "!!python/object/apply:os.system [ls]",
-    "\u202e\x00\n", "a" * 5000, list(range(2000)), {"2": 1.0, "4": 1.0}, ["2", "4"], [4, 2], [2, 2], 10**30,
-]  # fmt: skip
-
-
-def paths(value, path=()):
-    """Where every value of a JSON object is."""
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield from paths(inner, (*path, key))
-
-
-def replaced(fields, path, value):
-    if not path:
-        return value
-    copy = dict(fields) if isinstance(fields, dict) else list(fields)
-    copy[path[0]] = replaced(copy[path[0]], path[1:], value)
-    return copy
-
-
-def flip(data, numbers):
-    changed = bytearray(data)
-    for _ in range(numbers.choice((1, 1, 2, 8))):
-        changed[numbers.randrange(len(data))] ^= 1 << numbers.randrange(8)
-    return bytes(changed)
-
-
-def cut(data, numbers):
-    return data[: numbers.randrange(len(data))]
-
-
-def splice(data, numbers):
-    """A piece removed, doubled or replaced by noise."""
-    start = numbers.randrange(len(data))
-    piece = data[start : start + numbers.randrange(1, 40)]
-    noise = numbers.choice((b"", piece * 2, numbers.randbytes(len(piece)), piece[::-1]))
-    return data[:start] + noise + data[start + len(piece) :]
-
-
-def strange_value(data, numbers):
-    """Another value, of another type or size, anywhere in the config."""
-    fields = json.loads(data)
-    return json.dumps(replaced(fields, numbers.choice(list(paths(fields))[1:]), numbers.choice(STRANGE))).encode()
-
-
-def swapped(data, numbers):
-    """The values of two fields exchanged."""
-    fields = json.loads(data)
-    one, two = numbers.sample(sorted(fields), 2)
-    return json.dumps(fields | {one: fields[two], two: fields[one]}).encode()
-
-
-def keys(data, numbers):
-    """A key twice, missing, renamed, or one that names code."""
-    fields = json.loads(data)
-    name = numbers.choice(sorted(fields))
-    kind = numbers.randrange(4)
-    if kind == 0:
-        twice = json.dumps(name) + ": " + json.dumps(numbers.choice([fields[name], *STRANGE])) + ", "
-        return b"{" + twice.encode() + data.strip()[1:]
-    value = fields.pop(name)
-    if kind == 1:
-        fields[name.upper()] = value
-    elif kind == 2:
-        fields |= {name: value, numbers.choice(["auto_map", "model_type", "architectures", "__class__"]): "os.system"}
-    return json.dumps(fields).encode()
-
-
-def literals(data, numbers):
-    """What JSON does not have, or has too much of."""
-    fields = json.loads(data)
-    name = numbers.choice(sorted(fields))
-    text = json.dumps(fields | {name: "HERE"})
-    deep = numbers.randrange(500, 20000)
-    odd = [
-        "NaN",
-        "Infinity",
-        "-Infinity",
-        "1e400",
-        "1" * 5000,
-        "[" * deep + "]" * deep,
-        '{"a":' * deep + "1" + "}" * deep,
-    ]
-    return text.replace('"HERE"', numbers.choice([*odd, "'x'", "0x10", "1_000", "01", "/* */ 1", "\ufeff1"])).encode()
-
-
-CONFIG_MUTATORS = (flip, cut, splice, strange_value, swapped, keys, literals)
-
-
-def header_of(data):
-    length = struct.unpack("<Q", data[:8])[0]
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def with_header(text, body):
-    return struct.pack("<Q", len(text)) + text + body
-
-
-def header_value(data, numbers):
-    """Another shape, dtype, offset or name in the header of the weights."""
-    header, body = header_of(data)
-    spots = [path for path in paths(header) if len(path) > 1]
-    strange = [*STRANGE[:14], "F32", "F64", "I64", "BOOL", "F8_E4M3", [0, 0], [16, 8], [0, 1 << 62], [8, 0], [-1, 4]]
-    return with_header(json.dumps(replaced(header, numbers.choice(spots), numbers.choice(strange))).encode(), body)
-
-
-def header_names(data, numbers):
-    """A tensor twice, missing, renamed or added; the header's length a lie."""
-    header, body = header_of(data)
-    name = numbers.choice([name for name in header if name != "__metadata__"])
-    kind = numbers.randrange(5)
-    if kind == 0:
-        twice = json.dumps(name) + ": " + json.dumps(numbers.choice(list(header.values()))) + ", "
-        return with_header(b"{" + twice.encode() + json.dumps(header).encode()[1:], body)
-    if kind == 1:
-        return struct.pack("<Q", numbers.choice([0, 1, 2**63, 2**64 - 1, 100_000_001, len(data)])) + data[8:]
-    entry = header.pop(name)
-    if kind == 2:
-        header["extra." + name] = entry
-    elif kind == 3:
-        header |= {name: entry, "extra": {"dtype": "F32", "shape": [0], "data_offsets": [len(body), len(body)]}}
-    return with_header(json.dumps(header).encode(), body)
-
-
-WEIGHT_MUTATORS = (flip, flip, cut, splice, header_value, header_names)
-
-
-def vouched(folder, data):
-    """The config as if its writer meant it: with the hashes that belong to it, where it can still be read."""
-    try:
-        fields = json.loads(data)
-        fields["weights_sha256"] = file_sha256(folder / "model.safetensors")
-        fields[CONTENT_SHA256] = _content_sha256(fields)
-        return json.dumps(fields).encode()
-    except (ValueError, TypeError, RecursionError):
-        return data
-
-
 @pytest.mark.parametrize(
     ("name", "mutators", "number", "least_refused"),
     [("config.json", CONFIG_MUTATORS, 700, 500), ("model.safetensors", WEIGHT_MUTATORS, 500, 490)],
 )
 def test_a_mutated_adapter_never_loads_silently_different(original, name, mutators, number, least_refused):
+    """Refused, or loaded with a warning, or the same as before; and no code runs."""
     global watched
     folder, config, weights = original
     good, data = content(load_adapter(folder)), {"config.json": config, "model.safetensors": weights}[name]
@@ -248,6 +106,7 @@ def test_one_whose_hashes_fit_is_refused_or_as_valid_as_any(original):
 
 
 def test_pickles_and_archives_in_the_place_of_a_file(original, tmp_path):
+    """Refused and never opened; code that lies beside the files is never run."""
     folder, config, weights = original
     bomb = pickle.dumps(Bomb(tmp_path / "opened"))
     header, body = header_of(weights)
@@ -265,6 +124,7 @@ def test_pickles_and_archives_in_the_place_of_a_file(original, tmp_path):
 
 
 def test_the_watch_sees_what_it_is_there_for(tmp_path):
+    """Negative control: a pickle and an `eval` are seen."""
     global watched
     watched = []
     pickle.loads(pickle.dumps(Bomb(tmp_path / "opened")))

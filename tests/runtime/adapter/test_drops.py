@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 from runtime import AdapterError, load_specbound, save_adapter
 from runtime.adapter.hub import WAITS
-from tests.helpers.loopback_hub import LoopbackHub
+from tests.helpers.hub.server import LoopbackHub
 
 NAME, BASE = "some-org/tiny-specbound", "some-org/tiny-base"
 REQUESTS = 12  # fewer than a load makes

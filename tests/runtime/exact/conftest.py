@@ -1,10 +1,19 @@
-"""Packing on machines without oneDNN's operators."""
+"""A place for certificates, and packing on machines without oneDNN's operators."""
+
+from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from torch import Tensor, nn
 
 from runtime.exact import packed
 from runtime.exact.native.layout import Layout
+
+
+@pytest.fixture
+def own_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of its own for certificates."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from runtime import load_adapter
-from tests.helpers.loopback_hub import TOKEN
+from tests.helpers.hub.server import TOKEN
 from tests.helpers.paths import SHIPPED
 from tests.helpers.publication import BASE, NAME, refusal, rename
 from train.cli.app import app

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from runtime import AdapterError, load_adapter, load_specbound, save_adapter
 from runtime.adapter.hub import resolve_adapter
-from tests.helpers.loopback_hub import TOKEN
+from tests.helpers.hub.server import TOKEN
 from tests.helpers.paths import ROOT
 from train.publishing.contents import write_custom_generate
 

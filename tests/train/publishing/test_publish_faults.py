@@ -6,7 +6,7 @@ from functools import partial
 import huggingface_hub
 import pytest
 
-from tests.helpers.loopback_hub import TOKEN
+from tests.helpers.hub.server import TOKEN
 from tests.helpers.publication import NAME, hashes, refusal, rename
 from train.publishing.publish import publish
 from train.publishing.staging import Claims, stage
@@ -101,7 +101,7 @@ def test_a_commit_of_somebody_else_in_between_is_not_overwritten(hub, folder, mo
 def test_other_bytes_than_were_sent_are_noticed(hub, folder, monkeypatch):
     publish(folder, NAME)
     files = hub.files(NAME)
-    monkeypatch.setattr("tests.helpers.loopback_hub.Handler.ranged", lambda self, *rest: (200, b"[]", {}))
+    monkeypatch.setattr("tests.helpers.hub.loopback_hub.Handler.ranged", lambda self, *rest: (200, b"[]", {}))
     assert "came back from some-org/tiny-specbound with other bytes" in refusal(folder, NAME)
     assert hub.files(NAME) == files
 
