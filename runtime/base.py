@@ -113,8 +113,12 @@ def check_device_map(device_map: Any) -> None:
 
 
 def _has_device(device: torch.device) -> bool:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return found is not None and found.type == device.type and (device.index or 0) < torch.accelerator.device_count()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return (
+        accelerator is not None
+        and accelerator.type == device.type
+        and (device.index or 0) < torch.accelerator.device_count()
+    )
 
 
 def given_base(base_model: Any) -> PreTrainedModel | str | None:

@@ -13,10 +13,10 @@ from runtime.adapter.config import VERSION
 
 def conditions(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """As JSON values: `hardware`, `dtype` (where given), `threads` and `versions`."""
-    found: dict[str, Any] = {"hardware": hardware(device)}
+    fields: dict[str, Any] = {"hardware": hardware(device)}
     if dtype is not None:
-        found["dtype"] = str(dtype).removeprefix("torch.")
-    return found | {"threads": torch.get_num_threads(), "versions": versions()}
+        fields["dtype"] = str(dtype).removeprefix("torch.")
+    return fields | {"threads": torch.get_num_threads(), "versions": versions()}
 
 
 def versions() -> dict[str, str]:

@@ -94,8 +94,8 @@ def optional(reader: Callable[[Any, str], Any]) -> Reader:
 def check_keys(value: Any, name: str, wanted: Collection[str]) -> None:
     """Raise a ConfigError unless the value is an object with exactly these keys."""
     if not isinstance(value, dict) or set(value) != set(wanted):
-        found = sorted(value) if isinstance(value, dict) else value
-        raise ConfigError(f"{name} is {shown(found)}: expected an object with the keys {sorted(wanted)}")
+        given = sorted(value) if isinstance(value, dict) else value
+        raise ConfigError(f"{name} is {shown(given)}: expected an object with the keys {sorted(wanted)}")
 
 
 def shown(value: Any) -> str:

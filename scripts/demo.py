@@ -93,7 +93,8 @@ def show(report: dict[str, Any]) -> None:
     """The table."""
     table = Table(title="SpecBound demo: SmolLM2-135M-Instruct, same tokens", show_header=False)
     used = ", ".join(
-        f"{source(int(layer))}: {found['accepted']} of {found['drafted']}" for layer, found in report["exits"].items()
+        f"{source(int(layer))}: {counts['accepted']} of {counts['drafted']}"
+        for layer, counts in report["exits"].items()
     )
     rows = {
         "stock generate": f"{report['stock_tokens_per_second']:.1f} tokens/s",

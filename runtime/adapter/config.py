@@ -161,12 +161,12 @@ def _content_sha256(fields: dict[str, Any]) -> str:
 
 
 def _check_format(fields: dict[str, Any], source: str) -> None:
-    found, version = fields.get("format"), fields.get("specbound_version")
-    if type(found) is not int or found < 1:
-        raise AdapterError(f"{source} is not of a SpecBound adapter: its 'format' is {shown(found)}")
-    if found > FORMAT:
+    file_format, version = fields.get("format"), fields.get("specbound_version")
+    if type(file_format) is not int or file_format < 1:
+        raise AdapterError(f"{source} is not of a SpecBound adapter: its 'format' is {shown(file_format)}")
+    if file_format > FORMAT:
         wanted = f"specbound >= {version}" if _is_version(version) else "a newer specbound"
-        raise AdapterError(f"{source} has format {shown(found)}, this version reads {FORMAT}: install {wanted}")
+        raise AdapterError(f"{source} has format {shown(file_format)}, this version reads {FORMAT}: install {wanted}")
     if not _is_version(version):
         raise AdapterError(f"{source}: specbound_version is {shown(version)}: expected one such as {VERSION}")
 
@@ -187,10 +187,10 @@ def _bounds(value: Any, name: str) -> SpeculationBounds:
 
 
 def _by_layer(value: Any, name: str) -> dict[int, float]:
-    found = kind(dict)(value, name)
-    if not all(re.fullmatch("0|[1-9][0-9]{0,5}", layer) for layer in found):
-        raise ConfigError(f"{name} has keys {shown(sorted(found))}: expected layer numbers")
-    return {int(layer): number(item, f"{name}.{layer}") for layer, item in found.items()}
+    layers = kind(dict)(value, name)
+    if not all(re.fullmatch("0|[1-9][0-9]{0,5}", layer) for layer in layers):
+        raise ConfigError(f"{name} has keys {shown(sorted(layers))}: expected layer numbers")
+    return {int(layer): number(item, f"{name}.{layer}") for layer, item in layers.items()}
 
 
 def _temperatures(value: Any, name: str) -> TemperatureSchedule:

@@ -158,9 +158,9 @@ def load_adapter(folder: str | Path) -> Adapter:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             _refuse(path, _header_faults(_header(file), wanted))
-            if (found := file_sha256(path)) != config.weights_sha256:
+            if (digest := file_sha256(path)) != config.weights_sha256:
                 raise AdapterError(
-                    f"{path} has sha256 {found}, its {CONFIG_FILE} says {config.weights_sha256}: download both again"
+                    f"{path} has sha256 {digest}, its {CONFIG_FILE} says {config.weights_sha256}: download both again"
                 )
             tensors = {name: file.get_tensor(name).clone() for name in wanted}
     except SpecBoundError:
@@ -234,10 +234,10 @@ def _value_faults(tensors: dict[str, Tensor], vocab_size: int) -> Iterable[str]:
 
 
 def _refuse(path: Path, faults: Iterable[str]) -> None:
-    found = list(faults)
-    if found:
-        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
-        raise AdapterError(f"{path} does not fit its {CONFIG_FILE}: {'; '.join(found[:5])}{more}")
+    problems = list(faults)
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise AdapterError(f"{path} does not fit its {CONFIG_FILE}: {'; '.join(problems[:5])}{more}")
 
 
 def _first_line(error: Exception) -> str:

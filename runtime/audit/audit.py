@@ -63,16 +63,16 @@ def run_audit(
     findings: list[dict[str, Any]] = []
     if report is not None and resume:
         findings = earlier_entries(report, "findings", held, under="conditions")
-    found = summary(findings, len(ids), held, model)
+    outcome = summary(findings, len(ids), held, model)
     with tqdm(total=len(ids), initial=len(findings), desc="audit", unit="prompt") as bar:
         for finding in audit(model, ids[len(findings) :], seed=settings.seed, **settings.options):
             findings.append(finding.to_dict())
-            found = summary(findings, len(ids), held, model)
+            outcome = summary(findings, len(ids), held, model)
             if report is not None:
-                write_report(report, found)
-            bar.set_postfix_str(f"{found['differing_tokens']} differing tokens")
+                write_report(report, outcome)
+            bar.set_postfix_str(f"{outcome['differing_tokens']} differing tokens")
             bar.update()
-    return found
+    return outcome
 
 
 def summary(findings: list[dict[str, Any]], total: int, held: dict[str, Any], model: Any) -> dict[str, Any]:

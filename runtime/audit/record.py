@@ -9,9 +9,9 @@ from runtime.errors import DataError
 from runtime.files import write_atomic
 
 
-def write_report(report: Path, found: Mapping[str, Any]) -> None:
+def write_report(report: Path, contents: Mapping[str, Any]) -> None:
     """Put the report in the place of the last one."""
-    write_atomic(report, (json.dumps(found, indent=1) + "\n").encode())
+    write_atomic(report, (json.dumps(contents, indent=1) + "\n").encode())
 
 
 def earlier_entries(report: Path, entries: str, conditions: Mapping[str, Any], *, under: str = "") -> list[Any]:
@@ -27,8 +27,8 @@ def earlier_entries(report: Path, entries: str, conditions: Mapping[str, Any], *
     if not report.exists():
         return []
     try:
-        found = json.loads(report.read_text(encoding="utf-8"))
-        held, done = (found[under] if under else found), list(found[entries])
+        contents = json.loads(report.read_text(encoding="utf-8"))
+        held, done = (contents[under] if under else contents), list(contents[entries])
         # As JSON has it: a tuple comes back as a list.
         wanted = json.loads(json.dumps(conditions))
         differing = sorted(key for key in wanted if held.get(key) != wanted[key])

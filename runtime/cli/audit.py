@@ -43,14 +43,14 @@ def audit_command(
         attached = load_with_adapter(
             adapter, model, dtype=dtype, threads=threads, exactness=exactness, adaptive=False
         )  # a model at rest would show little
-        found = run_audit(settings, attached, to_ids(attached, chosen), report=json_file, resume=resume)
+        report = run_audit(settings, attached, to_ids(attached, chosen), report=json_file, resume=resume)
     except (SpecBoundError, OSError) as error:
         fail(error, None)
-    for number, prompt in enumerate(found["findings"]):
+    for number, prompt in enumerate(report["findings"]):
         if prompt["divergence"] is not None:
             print(f"prompt {number}: {prompt['divergence']}")
-    print(f"{found['differing_tokens']} differing tokens of {found['tokens']} over {found['prompts']} prompts")
-    print(f"{found['differing_logits']} rows of logits with a differing bit")
-    print(f"exactness: {found['certificate']}")
-    if found["differing_tokens"]:
+    print(f"{report['differing_tokens']} differing tokens of {report['tokens']} over {report['prompts']} prompts")
+    print(f"{report['differing_logits']} rows of logits with a differing bit")
+    print(f"exactness: {report['certificate']}")
+    if report["differing_tokens"]:
         raise typer.Exit(1)

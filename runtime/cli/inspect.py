@@ -78,37 +78,39 @@ def _calibration(path: Path, exit_layers: tuple[int, ...]) -> tuple[dict[int, di
         return {}, []
     try:
         exits = json.loads(path.read_text(encoding="utf-8"))["exits"]
-        found = {layer: {name: exits[str(layer)][name] for name in FIGURES} for layer in exit_layers}
-        good = all(type(x) in (int, float) and 0 <= x <= 1 for figures in found.values() for x in figures.values())
+        by_layer = {layer: {name: exits[str(layer)][name] for name in FIGURES} for layer in exit_layers}
+        good = all(type(x) in (int, float) and 0 <= x <= 1 for figures in by_layer.values() for x in figures.values())
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         good = False
-    return (found, []) if good else ({}, ["calibration.json is damaged or of other exits; its figures are left out"])
+    return (
+        (by_layer, []) if good else ({}, ["calibration.json is damaged or of other exits; its figures are left out"])
+    )
 
 
-def show(found: dict[str, Any], console: Console) -> None:
+def show(summary: dict[str, Any], console: Console) -> None:
     """Print what `describe` returned, readable in 80 columns and in a pipe."""
-    base, bounds, head = found["base"], found["bounds"], found["head"]
-    alpha = found["schedule"]["alpha"]
+    base, bounds, head = summary["base"], summary["bounds"], summary["head"]
+    alpha = summary["schedule"]["alpha"]
     lines = {
-        "adapter": found["adapter"],
+        "adapter": summary["adapter"],
         "valid": "yes",
-        "format": f"{found['format']}, written by specbound {found['specbound_version']}",
-        "license": found["license"] or "not stated",
+        "format": f"{summary['format']}, written by specbound {summary['specbound_version']}",
+        "license": summary["license"] or "not stated",
         "base": base["name"],
         "revision": base["revision"] or "not stated",
         "fingerprint": f"{base['fingerprint'][:23]}... (all of it: --json)",
         "shape": f"{base['num_hidden_layers']} layers, hidden size {base['hidden_size']}, {base['vocab_size']} tokens",
-        "heads": head["kind"] + ("" if head["rank"] is None else f", rank {head['rank']}") + f", {found['dtype']}",
-        "depth-0 lookup": "on" if found["lookup"] else "off",
-        "draft vocabulary": f"{found['draft_vocab_size']} of {base['vocab_size']} tokens",
-        "temperatures": found["schedule"]["kind"] + ("" if alpha is None else f", alpha {alpha:g}"),
+        "heads": head["kind"] + ("" if head["rank"] is None else f", rank {head['rank']}") + f", {summary['dtype']}",
+        "depth-0 lookup": "on" if summary["lookup"] else "off",
+        "draft vocabulary": f"{summary['draft_vocab_size']} of {base['vocab_size']} tokens",
+        "temperatures": summary["schedule"]["kind"] + ("" if alpha is None else f", alpha {alpha:g}"),
         "exit_threshold": f"{bounds['exit_threshold']:g}"
         + "".join(f", {tau:g} at layer {layer}" for layer, tau in bounds["exit_thresholds"].items()),
         "max_exit_layer": str(bounds["max_exit_layer"]),
         "max_draft_tokens": str(bounds["max_draft_tokens"]),
         "min_survival": f"{bounds['min_survival']:g}",
         "min_draft_survival": f"{bounds['min_draft_survival']:g}",
-        "size": f"{found['weights_bytes'] / 1e6:.1f} MB",
+        "size": f"{summary['weights_bytes'] / 1e6:.1f} MB",
     }
     grid = Table(box=None, show_header=False, pad_edge=False)
     grid.add_column(no_wrap=True)
@@ -116,12 +118,12 @@ def show(found: dict[str, Any], console: Console) -> None:
     for name, value in lines.items():
         grid.add_row(name, Text(value))  # Text: brackets in a name are no markup
     console.print(grid)
-    measured = [name for name in FIGURES if name in found["exits"][0]]
+    measured = [name for name in FIGURES if name in summary["exits"][0]]
     titles = {"agreement": "agreement", "ece_before": "ECE before", "ece_after": "ECE after"}
     exits = Table("exit after layer", "temperature", *(titles[name] for name in measured), box=None, pad_edge=False)
     for column in exits.columns:
         column.justify = "right"
-    for row in found["exits"]:
+    for row in summary["exits"]:
         exits.add_row(str(row["layer"]), f"{row['temperature']:.3f}", *(f"{row[name]:.3f}" for name in measured))
     console.print()
     console.print(exits)
@@ -138,13 +140,13 @@ def inspect_command(
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            found = describe(adapter, revision=revision)
+            summary = describe(adapter, revision=revision)
     except SpecBoundError as error:
         fail(error, {"adapter": adapter, "valid": False} if as_json else None)
-    found["warnings"] += [one_line(entry.message) for entry in caught if entry.category is UserWarning]
+    summary["warnings"] += [one_line(entry.message) for entry in caught if entry.category is UserWarning]
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(summary, indent=2))
         return
-    for warning in found["warnings"]:
+    for warning in summary["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    show(found, Console(highlight=False))
+    show(summary, Console(highlight=False))

@@ -70,13 +70,13 @@ def to_ids(model: Any, prompts: Sequence[Any]) -> list[Any]:
     from runtime.errors import DataError
     from runtime.text.encode import encode
 
-    tokenizer, found = AutoTokenizer.from_pretrained(model.name_or_path), []
+    tokenizer, tensors = AutoTokenizer.from_pretrained(model.name_or_path), []
     for prompt in prompts:
         ids = encode(tokenizer, [asdict(message) for message in prompt.messages])
         if not ids:
             raise DataError("a prompt has no tokens: remove it from the file")
-        found.append(torch.tensor([ids], device=model.device))
-    return found
+        tensors.append(torch.tensor([ids], device=model.device))
+    return tensors
 
 
 def sampling(sample: bool, temperature: float | None, top_p: float | None) -> dict[str, Any]:

@@ -36,8 +36,8 @@ class Speaker:
     def exit_layers(self) -> list[int]:
         """Exits that may draft, shallowest first; 0 is the lookup."""
         specbound = self.model.specbound
-        found: list[int] = specbound.bounds.exits(specbound.drafter.exit_layers)
-        return found
+        layers: list[int] = specbound.bounds.exits(specbound.drafter.exit_layers)
+        return layers
 
     @property
     def context(self) -> int:

@@ -71,5 +71,5 @@ class DraftHeads:
 
     def logits(self, layer: int, hidden: Tensor, context: HeadContext) -> Tensor:
         """Draft logits [N, V] of one exit from hidden states [N, D]."""
-        found: Tensor = self.exits.logits(layer, hidden, context, self.unembedding)
-        return found
+        logits: Tensor = self.exits.logits(layer, hidden, context, self.unembedding)
+        return logits

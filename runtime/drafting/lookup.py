@@ -56,9 +56,9 @@ class ContextLookup:
         """
         context = [*self._tail, *pending][-MAX_MATCH:]
         for length in range(len(context), 0, -1):
-            found = self._followers.get(tuple(context[-length:]))
-            if found is not None:
-                return Proposal(found[0], length, found[1])
+            follower = self._followers.get(tuple(context[-length:]))
+            if follower is not None:
+                return Proposal(follower[0], length, follower[1])
         return None
 
 

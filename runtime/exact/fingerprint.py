@@ -119,17 +119,17 @@ def words(tensor: Tensor) -> list[tuple[Tensor, int]]:
 
 def sums(parts: list[tuple[Tensor, int]]) -> Tensor:
     """Of the words that are there now."""
-    found = [part.sum(dimension) if dimension >= 0 else part.long() for part, dimension in parts]
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+    totals = [part.sum(dimension) if dimension >= 0 else part.long() for part, dimension in parts]
+    return torch.cat(totals) if totals else torch.empty(0, dtype=torch.int64)
 
 
 def hooks_of(values: dict[str, Any], prefix: str = "") -> list[Any]:
     """Forward hooks among a module's values; with `_global`, those on all modules."""
-    found: list[Any] = []
+    forward_hooks: list[Any] = []
     for name in ("_forward_pre_hooks", "_forward_hooks"):
         if hooks := values.get(prefix + name):
-            found += hooks.values()
-    return found
+            forward_hooks += hooks.values()
+    return forward_hooks
 
 
 def _plain(value: Any) -> tuple[Any, ...] | None:

@@ -26,16 +26,16 @@ def packed_rows(reference: Reference, packed: PackedLinears, widths: Sequence[in
     by_shape: dict[Shape, list[JointLinear]] = {}
     for joint in packed.joint:
         by_shape.setdefault(joint.shape, []).append(joint)
-    found = {}
+    rows_by_shape = {}
     for shape, joints in by_shape.items():
         recorded = [(joint, _joint_rows(reference, joint.modules)) for joint in joints]
         for rows in LINEAR_ROWS:
             run = partial(_packed_in_rows, layout=joints[0].layout, rows=rows)
             in_order = same_linear(run, joints[0].modules[0], shape[0], widths)
             if in_order and all(_same_rows(joint, given, rows, widths) for joint, given in recorded):
-                found[shape] = rows
+                rows_by_shape[shape] = rows
                 break
-    return found
+    return rows_by_shape
 
 
 def _packed_in_rows(linear: nn.Module, layout: Layout, rows: int | None) -> Callable[..., Tensor]:
@@ -54,7 +54,7 @@ def linear_rows(reference: Reference, widths: Sequence[int]) -> dict[Shape, int]
     by_shape: dict[Shape, list[nn.Module]] = {}
     for module in reference.rows:
         by_shape.setdefault(tuple(module.weight.shape), []).append(module)  # type: ignore[arg-type]
-    found: dict[Shape, int] = {}
+    rows_by_shape: dict[Shape, int] = {}
     for shape, modules in by_shape.items():
         kinds = {(type(module), module.bias is None): module for module in modules if is_plain(module)}
         for rows in LINEAR_ROWS:
@@ -64,8 +64,8 @@ def linear_rows(reference: Reference, widths: Sequence[int]) -> dict[Shape, int]
             ):
                 break
         if rows is not None:
-            found[shape] = rows
-    return found
+            rows_by_shape[shape] = rows
+    return rows_by_shape
 
 
 def _outputs(module: nn.Module) -> int:

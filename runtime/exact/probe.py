@@ -139,11 +139,11 @@ def _candidates(
     joint = {} if packed is None else packed_rows(reference, packed, [1, *widths])
     # Attention of a whole block adds in another order everywhere; in groups, and in our kernel, on some CPUs.
     kinds = [kind for kind in (*NATIVE_KINDS, "grouped") if _keeps_order(kind, model, reference, widths)] + ["rowwise"]
-    found = [ExecutionPolicy(kind, rows, packed_rows=joint) for kind in kinds]
-    fused = [replace(policy, fused=True) for policy in found] if joint else []
+    policies = [ExecutionPolicy(kind, rows, packed_rows=joint) for kind in kinds]
+    fused = [replace(policy, fused=True) for policy in policies] if joint else []
     plain = [ExecutionPolicy("rowwise", rows)] if joint else []
     segments = [ExecutionPolicy("batched", rows, static=True), ExecutionPolicy("batched", other_rows=1, static=True)]
-    return [*(segments if static else []), *fused, *found, *plain, ExecutionPolicy.rowwise()]
+    return [*(segments if static else []), *fused, *policies, *plain, ExecutionPolicy.rowwise()]
 
 
 def _keeps_order(kind: str, model: PreTrainedModel, reference: Reference, widths: Sequence[int]) -> bool:
@@ -200,15 +200,15 @@ def compare(
     cache = kind.from_dynamic(reference.cache, reference.length + max(widths, default=0))
     if policy.static or policy.attention in NATIVE_KINDS:  # one row alone is not plain decoding's own call either
         widths = [1, *widths]
-    found = Agreement()
+    agreement = Agreement()
     with execution(model, policy, packed):
         for width in widths:
             cache.crop(reference.first)
             for block in _blocks(layers, reference, width, cache):
-                found += block
-                if found.differing and not whole:
-                    return found
-    return found
+                agreement += block
+                if agreement.differing and not whole:
+                    return agreement
+    return agreement
 
 
 def _blocks(layers: DecoderLayers, reference: Reference, width: int, cache: KVCache) -> Iterator[Agreement]:

@@ -54,10 +54,10 @@ class LogprobsForm:
     def _by_text(self, token: Token) -> dict[str, float]:
         """The likeliest and the chosen one; of those that look the same, the likeliest."""
         assert token.logprobs is not None
-        found: dict[str, float] = {}
+        by_text: dict[str, float] = {}
         for id, value in [*token.logprobs.top, (token.id, token.logprobs.chosen)]:
-            found.setdefault(self._text(id), _finite(value))
-        return found
+            by_text.setdefault(self._text(id), _finite(value))
+        return by_text
 
     def _text(self, id: int | None) -> str:
         text: str = self.tokenizer.decode([id])

@@ -179,11 +179,11 @@ class Worker:
     def _run(self, job: Job, model: PreTrainedModel) -> None:
         started = time.perf_counter()
         try:
-            found: Written | BaseException = write(
+            outcome: Written | BaseException = write(
                 model, job.prompt, job.transcript, seed=job.seed, speculate=job.speculate, **job.options
             )
         except Exception as error:  # this request's alone: the next one finds the model as it was
             logger.exception("a request failed")
-            found = error
+            outcome = error
         self._usual_seconds += 0.3 * (time.perf_counter() - started - self._usual_seconds)
-        job.finish(found)
+        job.finish(outcome)

@@ -139,10 +139,10 @@ class Transcript(StoppingCriteria):
     def _release(self, piece: str, *, last: bool = False) -> str:
         """What of the held text and this piece can be shown: not a stop string, nor what may become one."""
         text = self._held + piece
-        found = [index for index in (text.find(string) for string in self.stop) if index >= 0]
-        if found:
+        positions = [index for index in (text.find(string) for string in self.stop) if index >= 0]
+        if positions:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(positions)]
         keep = 0 if last else max((_overlap(text, string) for string in self.stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

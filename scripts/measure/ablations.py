@@ -42,15 +42,15 @@ def main(
     """Measure, print a table, keep the figures; exit code 1 if any id differs."""
     chosen = spread(read_prompts(prompts), limit)
     model = load_with_adapter(str(adapter), None, dtype=dtype, threads=threads, adaptive=False)
-    found = measure(model, to_ids(model, chosen), max_new_tokens)
+    figures = measure(model, to_ids(model, chosen), max_new_tokens)
     traces = Traces.read(adapter / TRACES_FILE, weights_sha256=model.specbound.config.weights_sha256)
     replayed = ablate(traces, model.specbound.bounds, CostTable.read(costs))
-    for name, one in found["variants"].items():
+    for name, one in figures["variants"].items():
         one["replayed"] = replayed[name]
-    show(found)
+    show(figures)
     if json_file is not None:
-        write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
-    if not found["identical"]:
+        write_atomic(json_file, (json.dumps(figures, indent=1) + "\n").encode())
+    if not figures["identical"]:
         raise typer.Exit(1)
 
 
@@ -99,10 +99,10 @@ def timed(model: Any, prompt: torch.Tensor, options: dict[str, Any]) -> tuple[to
     return output, time.perf_counter() - started
 
 
-def show(found: dict[str, Any]) -> None:
+def show(figures: dict[str, Any]) -> None:
     """The table, replay's figures in brackets: on its own text, so lengths differ where texts do."""
     table = Table("variant", "speed-up over stock", "mean accepted length", "acceptance rate", box=None)
-    for name, one in found["variants"].items():
+    for name, one in figures["variants"].items():
         replayed = one["replayed"]
         table.add_row(
             name,
@@ -112,7 +112,7 @@ def show(found: dict[str, Any]) -> None:
         )
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"{found['tokens']} tokens, ids {'identical' if found['identical'] else 'DIFFERENT'}")
+    console.print(f"{figures['tokens']} tokens, ids {'identical' if figures['identical'] else 'DIFFERENT'}")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main(
     model = load_with_adapter(adapter, None, dtype=dtype, threads=threads)
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     drafter = model.specbound.drafter
-    found: dict[str, Any] = {"hardware": hardware(model.device), "threads": torch.get_num_threads(), "dtype": dtype}
+    figures: dict[str, Any] = {"hardware": hardware(model.device), "threads": torch.get_num_threads(), "dtype": dtype}
     for kind in KINDS:
         model.specbound.controller = Controller()
         noisy = kind == "heads of noise"
@@ -63,7 +63,7 @@ def main(
             over_plain.append(plain / ours)
             identical += same
             rested += model.specbound.stats.resting_rounds
-        found[kind] = {
+        figures[kind] = {
             "speedup_over_plain": round(statistics.median(over_plain), 4),
             "lowest_over_plain": round(min(over_plain), 4),
             "speedup_over_stock": round(statistics.median(ratios), 4),
@@ -71,10 +71,10 @@ def main(
             "prompts": prompts,
             "resting_rounds": rested,
         }
-        print(f"{kind}: {found[kind]}")
+        print(f"{kind}: {figures[kind]}")
     if json_file is not None:
-        write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
-    if any(found[kind]["identical_prompts"] != prompts for kind in KINDS):
+        write_atomic(json_file, (json.dumps(figures, indent=1) + "\n").encode())
+    if any(figures[kind]["identical_prompts"] != prompts for kind in KINDS):
         raise typer.Exit(1)
 
 

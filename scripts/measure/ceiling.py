@@ -45,7 +45,7 @@ def main(
 ) -> None:
     """Measure on the CPU, print, keep the figures."""
     model = load_with_adapter(adapter, None, dtype=dtype, threads=threads)
-    found = {
+    figures = {
         "hardware": hardware(model.device),
         "threads": torch.get_num_threads(),
         "dtype": dtype,
@@ -53,9 +53,9 @@ def main(
         **split(model, context, repeats),
         "bounds": bounds(model, Path(adapter)),
     }
-    show(found)
+    show(figures)
     if json_file is not None:
-        write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
+        write_atomic(json_file, (json.dumps(figures, indent=1) + "\n").encode())
 
 
 @torch.no_grad()
@@ -138,15 +138,17 @@ def bounds(model: Any, adapter: Path) -> dict[str, float]:
     }
 
 
-def show(found: dict[str, Any]) -> None:
+def show(figures: dict[str, Any]) -> None:
     """Print both tables."""
     console = Console(highlight=False)
-    console.print(f"{found['hardware']}, {found['dtype']}, {found['threads']} threads, context {found['context']}")
-    table = Table("ms a token", *found["stock"], box=None)
+    console.print(
+        f"{figures['hardware']}, {figures['dtype']}, {figures['threads']} threads, context {figures['context']}"
+    )
+    table = Table("ms a token", *figures["stock"], box=None)
     for name in ("stock", "plain"):
-        table.add_row(name, *(f"{value:.1f}" for value in found[name].values()))
+        table.add_row(name, *(f"{value:.1f}" for value in figures[name].values()))
     console.print(table)
-    for name, value in found["bounds"].items():
+    for name, value in figures["bounds"].items():
         console.print(f"{name.replace('_', ' ')}: {value}")
 
 

@@ -33,15 +33,17 @@ def main(
 ) -> None:
     """Measure, print, keep the figures."""
     model = load_with_adapter(adapter, base, dtype=dtype, threads=threads)
-    found = conditions(model.device, model.dtype) | {"tokens": tokens, "repeats": repeats}
-    found |= measure(model, tokens, repeats)
+    figures = conditions(model.device, model.dtype) | {"tokens": tokens, "repeats": repeats}
+    figures |= measure(model, tokens, repeats)
     console = Console(highlight=False)
-    console.print(f"{found['hardware']}, {found['dtype']}, {found['threads']} threads, an answer of {tokens} tokens")
-    for name, ms in found["ms"].items():
+    console.print(
+        f"{figures['hardware']}, {figures['dtype']}, {figures['threads']} threads, an answer of {tokens} tokens"
+    )
+    for name, ms in figures["ms"].items():
         console.print(f"{name:<12} {ms:9.3f} ms")
-    console.print(f"all checks are {100 * found['share']:.2f} % of the answer")
+    console.print(f"all checks are {100 * figures['share']:.2f} % of the answer")
     if json_file is not None:
-        write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
+        write_atomic(json_file, (json.dumps(figures, indent=1) + "\n").encode())
 
 
 @torch.no_grad()

@@ -60,14 +60,14 @@ def main(
     try:
         attached = load_with_adapter(adapter, model, dtype=dtype, threads=threads)
         tokenizer = AutoTokenizer.from_pretrained(attached.name_or_path)
-        found = compare(attached, tokenizer, [name.strip() for name in tasks.split(",")], limit)
+        figures = compare(attached, tokenizer, [name.strip() for name in tasks.split(",")], limit)
     except (SpecBoundError, OSError) as error:
         fail(error, None)
-    found |= {"hardware": hardware(attached.device), "dtype": dtype, "threads": torch.get_num_threads()}
-    show(found)
+    figures |= {"hardware": hardware(attached.device), "dtype": dtype, "threads": torch.get_num_threads()}
+    show(figures)
     if json_file is not None:
-        write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
-    if found["different"]:
+        write_atomic(json_file, (json.dumps(figures, indent=1) + "\n").encode())
+    if figures["different"]:
         raise typer.Exit(1)
 
 
@@ -97,7 +97,7 @@ def compare(model: Any, tokenizer: Any, tasks: list[str], limit: int | None) -> 
         }
         answers[way] = timed.answers
         tokens = sum(map(len, timed.answers))
-        scores = {task: _numbers(found) for task, found in results["results"].items()}
+        scores = {task: _numbers(metrics) for task, metrics in results["results"].items()}
         ways[way] = {"scores": scores, "tokens": tokens, "seconds": round(timed.seconds, 2)}
     different = [name for name, text in texts["plain"].items() if texts["specbound"].get(name) != text]
     if not different and answers["plain"] != answers["specbound"]:
@@ -105,25 +105,27 @@ def compare(model: Any, tokenizer: Any, tasks: list[str], limit: int | None) -> 
     return {"items": len(texts["plain"]), "different": different, **ways}
 
 
-def _numbers(found: dict[str, Any]) -> dict[str, float]:
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     """The scores of a task, without their errors, which take more items than anybody waits for."""
-    return {name: value for name, value in found.items() if isinstance(value, float) and "stderr" not in name}
+    return {name: value for name, value in metrics.items() if isinstance(value, float) and "stderr" not in name}
 
 
-def show(found: dict[str, Any]) -> None:
+def show(figures: dict[str, Any]) -> None:
     """Both ways side by side."""
     console = Console(highlight=False)
     table = Table("", "plain", "specbound", box=None)
-    for task, scores in found["plain"]["scores"].items():
+    for task, scores in figures["plain"]["scores"].items():
         for name, value in scores.items():
-            table.add_row(f"{task} {name}", f"{value:.4f}", f"{found['specbound']['scores'][task][name]:.4f}")
-    speeds = [found[way]["tokens"] / found[way]["seconds"] for way in ("plain", "specbound")]
+            table.add_row(f"{task} {name}", f"{value:.4f}", f"{figures['specbound']['scores'][task][name]:.4f}")
+    speeds = [figures[way]["tokens"] / figures[way]["seconds"] for way in ("plain", "specbound")]
     table.add_row("tokens/s", *(f"{speed:.1f}" for speed in speeds))
     console.print(table)
-    console.print(f"{found['hardware']}, {found['dtype']}, {found['threads']} threads, {speeds[1] / speeds[0]:.2f}x")
-    same = found["items"] - len(found["different"])
-    console.print(f"{same} of {found['items']} items with the same text")
-    for name in found["different"]:
+    console.print(
+        f"{figures['hardware']}, {figures['dtype']}, {figures['threads']} threads, {speeds[1] / speeds[0]:.2f}x"
+    )
+    same = figures["items"] - len(figures["different"])
+    console.print(f"{same} of {figures['items']} items with the same text")
+    for name in figures["different"]:
         console.print(f"different: {name}", style="bold")
 
 

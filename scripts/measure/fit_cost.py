@@ -68,11 +68,11 @@ def main(
     rows = [USUAL] + [USUAL | {name: value} for name, values in OTHERS.items() for value in values]
     given = ["--steps", str(steps), "--dtype", dtype, "--threads", str(threads)]
     measured = [run_row(base, one, given) for one in tqdm(rows, "rows", unit="row")]
-    found = {"hardware": hardware(CPU), "threads": threads, "dtype": dtype, "prompt": PROMPT, "response": RESPONSE}
+    figures = {"hardware": hardware(CPU), "threads": threads, "dtype": dtype, "prompt": PROMPT, "response": RESPONSE}
     text = table(measured)
     print(text)
     if json_file is not None:
-        write_atomic(json_file, (json.dumps(found | {"steps": steps, "rows": measured}, indent=1) + "\n").encode())
+        write_atomic(json_file, (json.dumps(figures | {"steps": steps, "rows": measured}, indent=1) + "\n").encode())
     if markdown is not None:
         write_atomic(markdown, text.encode())
 

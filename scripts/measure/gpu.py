@@ -59,12 +59,12 @@ def main(
     """Run every step, print what came of it, keep the reports; exit code 1 where a step failed."""
     check_writable(json_file)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found: dict[str, Any] = conditions(device) | {"tiny": tiny, "steps": {}}
+    report: dict[str, Any] = conditions(device) | {"tiny": tiny, "steps": {}}
     with tempfile.TemporaryDirectory() as scratch:
         for step in steps(base or kept_base(SMOLLM2), adapter, prompts, Path(scratch), device.type, tiny=tiny):
-            found["steps"][step.name] = run(step)
-            write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
-    if any("error" in step for step in found["steps"].values()):
+            report["steps"][step.name] = run(step)
+            write_atomic(json_file, (json.dumps(report, indent=1) + "\n").encode())
+    if any("error" in step for step in report["steps"].values()):
         raise typer.Exit(1)
 
 
@@ -80,7 +80,7 @@ def steps(base: Path, adapter: Path, prompts: Path, scratch: Path, device: str, 
     tests = ["pytest", "-q", *TESTS, *(["-k", "another_order"] if tiny else [])]
     fitted = scratch / "fit"
     fit = ["train/fit_exits.py", "--config", str(recipe(base, prompts, fitted, tiny))]
-    found = [
+    plan = [
         Step("rows", [sys.executable, *rows], 90, files["rows"]),
         Step("tests", [*PYTHON, *tests], 180),
         Step("audit", [*PYTHON, "train.cli.app", "audit", *asked, "--json", str(files["audit"])], 120, files["audit"]),
@@ -88,7 +88,7 @@ def steps(base: Path, adapter: Path, prompts: Path, scratch: Path, device: str, 
         Step("fit", [sys.executable, *fit], 150, fitted / "metrics.jsonl"),
         Step("scale", [sys.executable, *scale], 120, files["scale"]),
     ]
-    return found[:-1] if tiny else found  # shapes of 7B are not tiny
+    return plan[:-1] if tiny else plan  # shapes of 7B are not tiny
 
 
 def recipe(base: Path, prompts: Path, fitted: Path, tiny: bool) -> Path:
@@ -122,14 +122,14 @@ def run(step: Step) -> dict[str, Any]:
         error = None if done.returncode == 0 else f"exit code {done.returncode}"
     except (subprocess.TimeoutExpired, OSError) as failure:
         lines, error = [], one_line(failure)[:200]
-    found: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 1), "last": lines[-3:]}
+    outcome: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 1), "last": lines[-3:]}
     if error is not None:
-        found["error"] = error
+        outcome["error"] = error
     if step.report is not None and step.report.exists():
         text = step.report.read_text(encoding="utf-8")
-        found["report"] = json.loads(text.splitlines()[-1] if step.report.suffix == ".jsonl" else text)
-    console.print(f"{step.name:<8} {found['seconds']:7.1f} s  {error or (lines or [''])[-1]}")
-    return found
+        outcome["report"] = json.loads(text.splitlines()[-1] if step.report.suffix == ".jsonl" else text)
+    console.print(f"{step.name:<8} {outcome['seconds']:7.1f} s  {error or (lines or [''])[-1]}")
+    return outcome
 
 
 if __name__ == "__main__":

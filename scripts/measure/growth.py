@@ -55,7 +55,7 @@ def main(
     rows = [measure(model, methods, ids, *pair, repeats) for pair in tqdm(lengths, "lengths", unit="length")]
     heads = sum(tensor.nbytes for tensor in model.specbound.drafter.heads.exits.state_dict().values())
     keys = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
-    found = {
+    figures = {
         "hardware": hardware(model.device),
         "threads": torch.get_num_threads(),
         "dtype": dtype,
@@ -69,9 +69,9 @@ def main(
         },
         "lengths": rows,
     }
-    show(found)
+    show(figures)
     if json_file is not None:
-        write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
+        write_atomic(json_file, (json.dumps(figures, indent=1) + "\n").encode())
     if not all(row["identical"] for row in rows):
         raise typer.Exit(1)
 
@@ -103,17 +103,17 @@ def measure(
     }
 
 
-def show(found: dict[str, Any]) -> None:
+def show(figures: dict[str, Any]) -> None:
     """A table of speeds and a line of memory."""
     table = Table("prompt", "answer", *METHODS, "accepted length", "identical", box=None)
-    for row in found["lengths"]:
+    for row in figures["lengths"]:
         speeds = [f"{row['tokens_per_second'][name]:.1f}" for name in METHODS]
         length = f"{row['mean_accepted_length']:.2f}"
         table.add_row(str(row["context"]), str(row["output"]), *speeds, length, str(row["identical"]))
     console = Console(highlight=False)
     console.print(table)
-    sizes = ", ".join(f"{name} {size:.0f} MiB" for name, size in found["mebibytes"].items())
-    console.print(f"{sizes}; loaded and probed in {found['load_seconds']:.1f} s")
+    sizes = ", ".join(f"{name} {size:.0f} MiB" for name, size in figures["mebibytes"].items())
+    console.print(f"{sizes}; loaded and probed in {figures['load_seconds']:.1f} s")
 
 
 if __name__ == "__main__":

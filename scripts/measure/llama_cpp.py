@@ -36,7 +36,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         path = model if as_it_is else in_bfloat16(model, Path(folder) / "bfloat16.gguf")
         timings = [answer(server, prompt, max_new_tokens) for server, prompt in served(path, prompts, limit, threads)]
-    found = {
+    figures = {
         "hardware": hardware(torch.device("cpu")),
         "threads": threads,
         "weights": model.name if as_it_is else f"{model.name}, matrices in bfloat16",
@@ -46,9 +46,9 @@ def main(
         "tokens_per_second": median(timings, "predicted_per_second"),
         "prompt_tokens_per_second": median(timings, "prompt_per_second"),
     }
-    print(json.dumps(found, indent=1))
+    print(json.dumps(figures, indent=1))
     if json_file is not None:
-        write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
+        write_atomic(json_file, (json.dumps(figures, indent=1) + "\n").encode())
 
 
 def in_bfloat16(source: Path, target: Path) -> Path:

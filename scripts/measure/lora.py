@@ -47,17 +47,17 @@ def main(
     texts = to_ids(model, read_prompts(prompts))
     lora: Any = get_peft_model(model, LoraConfig(**LORA))
     losses = train(lora, texts, steps)
-    found: dict[str, Any] = conditions(model.device, model.dtype) | {"lora": LORA, "steps": steps, "losses": losses}
+    figures: dict[str, Any] = conditions(model.device, model.dtype) | {"lora": LORA, "steps": steps, "losses": losses}
     stages: dict[str, Any] = {"unmerged": lambda: None, "merged": lora.merge_adapter}
     stages["unmerged again"] = lora.unmerge_adapter
-    found["stages"] = {}
+    figures["stages"] = {}
     for name, change in stages.items():
         change()
-        found["stages"][name] = compare(lora, model, texts, tokens, name)
-    show(found)
+        figures["stages"][name] = compare(lora, model, texts, tokens, name)
+    show(figures)
     if json_file is not None:
-        write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
-    if any(stage["differing"] for stage in found["stages"].values()):
+        write_atomic(json_file, (json.dumps(figures, indent=1) + "\n").encode())
+    if any(stage["differing"] for stage in figures["stages"].values()):
         raise typer.Exit(1)
 
 
@@ -78,31 +78,31 @@ def train(lora: Any, texts: list[torch.Tensor], steps: int) -> list[float]:
 
 def compare(lora: Any, model: Any, texts: list[torch.Tensor], tokens: int, name: str) -> dict[str, Any]:
     """Tokens, how many differ, seconds of both ways, and what SpecBound did."""
-    found = {"tokens": 0, "differing": 0, "stock_seconds": 0.0, "specbound_seconds": 0.0}
+    totals = {"tokens": 0, "differing": 0, "stock_seconds": 0.0, "specbound_seconds": 0.0}
     stats = SpeculationStats()
-    for ids in until(texts, found, tokens, name):
+    for ids in until(texts, totals, tokens, name):
         outputs = {}
-        for way in ("stock", "specbound") if found["tokens"] % 2 else ("specbound", "stock"):
+        for way in ("stock", "specbound") if totals["tokens"] % 2 else ("specbound", "stock"):
             started = time.perf_counter()
             with nullcontext() if way == "specbound" else model.specbound.disabled():
                 outputs[way] = generate(lora, ids)
-            found[f"{way}_seconds"] += time.perf_counter() - started
+            totals[f"{way}_seconds"] += time.perf_counter() - started
         stats += model.specbound.stats
         longest = max(len(output) for output in outputs.values())
         same = sum(one == other for one, other in zip(outputs["stock"], outputs["specbound"], strict=False))
-        found["tokens"] += longest
-        found["differing"] += longest - same
+        totals["tokens"] += longest
+        totals["differing"] += longest - same
     certificate = str(model.specbound.certificate)
-    return found | {"mean_accepted_length": round(stats.mean_accepted_length, 3), "certificate": certificate}
+    return totals | {"mean_accepted_length": round(stats.mean_accepted_length, 3), "certificate": certificate}
 
 
-def until(texts: list[torch.Tensor], found: dict[str, Any], tokens: int, name: str) -> Iterator[torch.Tensor]:
+def until(texts: list[torch.Tensor], totals: dict[str, Any], tokens: int, name: str) -> Iterator[torch.Tensor]:
     """Texts one after another, until so many tokens were compared."""
     with tqdm(desc=name, total=tokens, unit="token") as bar:
         for ids in cycle(texts):
             yield ids
-            bar.update(found["tokens"] - bar.n)
-            if found["tokens"] >= tokens:
+            bar.update(totals["tokens"] - bar.n)
+            if totals["tokens"] >= tokens:
                 return
 
 
@@ -113,15 +113,15 @@ def generate(lora: Any, ids: torch.Tensor) -> list[int]:
     return new
 
 
-def show(found: dict[str, Any]) -> None:
+def show(figures: dict[str, Any]) -> None:
     """Print the stages."""
     table = Table("LoRA", "tokens", "differing", "times stock", "accepted length", box=None)
-    for name, stage in found["stages"].items():
+    for name, stage in figures["stages"].items():
         speedup = stage["stock_seconds"] / stage["specbound_seconds"]
         accepted = f"{stage['mean_accepted_length']:.2f}"
         table.add_row(name, str(stage["tokens"]), str(stage["differing"]), f"{speedup:.2f}", accepted)
     console = Console(highlight=False)
-    console.print(f"{found['hardware']}, {found['dtype']}, {found['threads']} threads, {found['steps']} steps")
+    console.print(f"{figures['hardware']}, {figures['dtype']}, {figures['threads']} threads, {figures['steps']} steps")
     console.print(table)
 
 

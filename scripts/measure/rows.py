@@ -41,8 +41,8 @@ def main(
     """Look, print, keep the findings."""
     where = torch.device(device)
     shapes, heads = (TINY_SHAPES, TINY_HEADS) if tiny else (SHAPES, HEADS)
-    found = {name: kept(getattr(torch, name), where, shapes, heads) for name in DTYPES}
-    report = conditions(where) | {"widths": [WIDTHS[0], WIDTHS[-1]], "kept": found}
+    by_dtype = {name: kept(getattr(torch, name), where, shapes, heads) for name in DTYPES}
+    report = conditions(where) | {"widths": [WIDTHS[0], WIDTHS[-1]], "kept": by_dtype}
     show(report)
     if json_file is not None:
         write_atomic(json_file, (json.dumps(report, indent=1) + "\n").encode())
@@ -86,7 +86,7 @@ def show(report: dict[str, Any]) -> None:
     )
     table = Table("operation", *report["kept"], box=None)
     for name in next(iter(report["kept"].values())):
-        cells = [_short(found[name], last - 1) for found in report["kept"].values()]
+        cells = [_short(column[name], last - 1) for column in report["kept"].values()]
         table.add_row(name, *cells)
     console.print(table)
 

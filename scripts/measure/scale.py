@@ -56,16 +56,16 @@ def main(
         torch.set_num_threads(threads)
     config = load_adapter(adapter).config
     traces = Traces.read(Path(adapter) / TRACES_FILE, weights_sha256=config.weights_sha256)
-    found: dict[str, Any] = {"hardware": hardware(torch.device(device)), "dtype": dtype, "bases": {}}
+    figures: dict[str, Any] = {"hardware": hardware(torch.device(device)), "dtype": dtype, "bases": {}}
     for base in bases:
         shape = empty_model(base).config
         depth = shape.num_hidden_layers
         costs = whole(part(shape, getattr(torch, dtype), device, repeats), depth)
         at_depth = tuple(round(layer * depth / config.num_hidden_layers) for layer in traces.layers)
-        found["bases"][base] = predict(replace(traces, layers=at_depth), costs) | {"costs": asdict(costs)}
-    show(found)
+        figures["bases"][base] = predict(replace(traces, layers=at_depth), costs) | {"costs": asdict(costs)}
+    show(figures)
     if json_file is not None:
-        write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
+        write_atomic(json_file, (json.dumps(figures, indent=1) + "\n").encode())
 
 
 def part(shape: PretrainedConfig, dtype: torch.dtype, device: str, repeats: int) -> CostTable:
@@ -85,10 +85,10 @@ def part(shape: PretrainedConfig, dtype: torch.dtype, device: str, repeats: int)
     )
     bounds = SpeculationBounds(OFF, 1, MAX_WIDTH - 1)
     attach(model, SpecBound(model, drafter, bounds, fingerprint="random layers"))
-    found = measure(model, repeats=repeats)
+    costs = measure(model, repeats=repeats)
     del model, layers, heads, drafter
     gc.collect()
-    return found
+    return costs
 
 
 def whole(measured: CostTable, num_hidden_layers: int) -> CostTable:
@@ -122,13 +122,13 @@ def predict(traces: Traces, costs: CostTable) -> dict[str, float]:
     }
 
 
-def show(found: dict[str, Any]) -> None:
+def show(figures: dict[str, Any]) -> None:
     """A row for each base."""
     console = Console(highlight=False)
-    console.print(f"{found['hardware']}, {found['dtype']}; times stock, by replay with measured parts")
-    names = [name for name in next(iter(found["bases"].values())) if name != "costs"]
+    console.print(f"{figures['hardware']}, {figures['dtype']}; times stock, by replay with measured parts")
+    names = [name for name in next(iter(figures["bases"].values())) if name != "costs"]
     table = Table("base", *(name.replace("_", " ") for name in names), box=None)
-    for base, row in found["bases"].items():
+    for base, row in figures["bases"].items():
         table.add_row(base.rsplit("/", 1)[-1], *(str(row[name]) for name in names))
     console.print(table)
 

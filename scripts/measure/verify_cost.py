@@ -44,10 +44,10 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).to(device).eval()
-    found = measure(model, context, [int(width) for width in widths.split(",")], repeats)
-    show(found)
+    figures = measure(model, context, [int(width) for width in widths.split(",")], repeats)
+    show(figures)
     if json_file is not None:
-        write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
+        write_atomic(json_file, (json.dumps(figures, indent=1) + "\n").encode())
 
 
 @torch.no_grad()
@@ -108,18 +108,20 @@ def timing(call: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def show(found: dict[str, Any]) -> None:
+def show(figures: dict[str, Any]) -> None:
     """Print the table: milliseconds of a pass, and per token as a share of stock's one-token forward."""
     console = Console(highlight=False)
-    console.print(f"{found['hardware']}, {found['dtype']}, {found['threads']} threads, context {found['context']}")
-    console.print(f"stock one-token forward: {found['stock_ms']:.1f} ms (median of {found['repeats']})")
+    console.print(
+        f"{figures['hardware']}, {figures['dtype']}, {figures['threads']} threads, context {figures['context']}"
+    )
+    console.print(f"stock one-token forward: {figures['stock_ms']:.1f} ms (median of {figures['repeats']})")
     table = Table("width", "exact ms", "per token / stock", "batched ms", "per token / stock", box=None)
-    for width, exact in found["bitwise_ms"].items():
-        batched = found["batched_ms"][width]
-        shares = (f"{ms / width / found['stock_ms']:.3f}" for ms in (exact, batched))
+    for width, exact in figures["bitwise_ms"].items():
+        batched = figures["batched_ms"][width]
+        shares = (f"{ms / width / figures['stock_ms']:.3f}" for ms in (exact, batched))
         table.add_row(str(width), f"{exact:.1f}", next(shares), f"{batched:.1f}", next(shares))
     console.print(table)
-    console.print(found["certificate"], soft_wrap=True)
+    console.print(figures["certificate"], soft_wrap=True)
 
 
 if __name__ == "__main__":
