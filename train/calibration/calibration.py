@@ -19,17 +19,17 @@ from train.settings.fit_config import FitConfig
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What calibration found.
+    """All that calibration measured.
 
     Attributes:
-        found: drafts of every exit at every position, at every temperature.
+        confidences: drafts of every exit at every position, at every temperature.
         schedule: exit temperatures.
         lookup: confidences of the depth-0 exit.
         traces: confidence and correctness of every source, for replay.
         figures: for `calibration.json`.
     """
 
-    found: Confidences
+    confidences: Confidences
     schedule: TemperatureSchedule
     lookup: LookupTable
     traces: Traces
@@ -53,10 +53,10 @@ def calibrate(
     size = config.per_device_train_batch_size
     device = calibration.extract.layers.device
     features = [batch.to("cpu") for batch in tqdm(calibration.batches(size), "features", unit="batch")]
-    found = collect((batch.to(device) for batch in tqdm(features, "calibrate", unit="batch")), heads)
-    require_positions(len(found.sequence))
-    schedule, scores = fit_schedule(found, config.schedule, model.config.num_hidden_layers)
-    looked_up = LookupTraces.collect(calibration.sequences.rows, found.targets)
+    confidences = collect((batch.to(device) for batch in tqdm(features, "calibrate", unit="batch")), heads)
+    require_positions(len(confidences.sequence))
+    schedule, scores = fit_schedule(confidences, config.schedule, model.config.num_hidden_layers)
+    looked_up = LookupTraces.collect(calibration.sequences.rows, confidences.targets)
     table = looked_up.fit()
     exits = ExitLog.collect(
         (batch.to(device) for batch in tqdm(features, "log", unit="batch")),
@@ -65,9 +65,9 @@ def calibrate(
         ages=heads.exits.one.ages,
     )
     traces = Traces.of(calibration.sequences.rows, exits, (looked_up, table))
-    figures = report(found, schedule) | {
+    figures = report(confidences, schedule) | {
         "negative_log_likelihood": scores,
         "lookup": looked_up.report(table),
-        "schedules": compare_schedules(found, model.config.num_hidden_layers),
+        "schedules": compare_schedules(confidences, model.config.num_hidden_layers),
     }
-    return Calibration(found, schedule, table, traces, figures)
+    return Calibration(confidences, schedule, table, traces, figures)

@@ -44,20 +44,20 @@ class LookupTraces:
             rows: prompt ids and response ids of each text.
             targets: the base's choice at each response position, text after text.
         """
-        found, behind = [], []
+        proposals, behind = [], []
         choices = iter(targets)
         for prompt, response in rows:
             lookup = ContextLookup(prompt[:-1])
             for newest in [prompt[-1], *response[:-1]]:
                 proposal = lookup.propose([newest])
                 choice = next(choices)
-                found.append(
+                proposals.append(
                     (0, 0, False) if proposal is None else (proposal.match, proposal.support, proposal.token == choice)
                 )
                 lost = proposal is not None and proposal.token != choice
                 behind.append(_followed(lookup, newest) if lost else NOTHING)
                 lookup.extend([newest])
-        match, support, correct = zip(*found, strict=True)
+        match, support, correct = zip(*proposals, strict=True)
         return cls(np.array(match), np.array(support), np.array(correct), np.moveaxis(np.array(behind), 0, -1))
 
     def fit(self) -> LookupTable:
@@ -96,13 +96,13 @@ class LookupTraces:
 
 def _followed(lookup: ContextLookup, newest: int) -> tuple[tuple[int, ...], ...]:
     """Match and support of so many proposals in a row, each on the ones before it, behind the one after `newest`."""
-    found: list[tuple[int, int]] = []
+    followed: list[tuple[int, int]] = []
     pending = [newest]
-    while len(found) <= FOLLOWED and (proposal := lookup.propose(pending)) is not None:
-        found.append((proposal.match, proposal.support))
+    while len(followed) <= FOLLOWED and (proposal := lookup.propose(pending)) is not None:
+        followed.append((proposal.match, proposal.support))
         pending.append(proposal.token)
-    found += [(0, 0)] * (1 + FOLLOWED - len(found))
-    return tuple(zip(*found[1:], strict=True))
+    followed += [(0, 0)] * (1 + FOLLOWED - len(followed))
+    return tuple(zip(*followed[1:], strict=True))
 
 
 def _looked_up(table: LookupTable, match: NDArray[np.int64], support: NDArray[np.int64]) -> NDArray[np.float32]:

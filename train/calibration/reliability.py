@@ -82,20 +82,22 @@ def _quantiles(values: NDArray[np.float64]) -> list[float]:
     return [float(low), float(high)]
 
 
-def report(found: Confidences, schedule: TemperatureSchedule) -> dict[str, Any]:
+def report(confidences: Confidences, schedule: TemperatureSchedule) -> dict[str, Any]:
     """For `calibration.json`: how honest each exit is before and after, with intervals over texts."""
-    before = found.at(TemperatureSchedule.none(sorted(found.grid)))
-    after = found.at(schedule)
-    texts = Texts.of(found.sequence)
+    before = confidences.at(TemperatureSchedule.none(sorted(confidences.grid)))
+    after = confidences.at(schedule)
+    texts = Texts.of(confidences.sequence)
     exits = {
         str(layer): {"temperature": schedule[layer]} | describe_exit(before[layer], after[layer], correct, texts)
-        for layer, correct in sorted(found.correct.items())
+        for layer, correct in sorted(confidences.correct.items())
     }
-    layers = sorted(found.correct)
-    pooled = [np.concatenate([by_layer[layer] for layer in layers]) for by_layer in (before, after, found.correct)]
+    layers = sorted(confidences.correct)
+    pooled = [
+        np.concatenate([by_layer[layer] for layer in layers]) for by_layer in (before, after, confidences.correct)
+    ]
     return {
-        "positions": len(found.sequence),
-        "sequences": int(found.sequence[-1]) + 1,
+        "positions": len(confidences.sequence),
+        "sequences": int(confidences.sequence[-1]) + 1,
         "schedule": {"kind": schedule.kind, "alpha": schedule.alpha},
         "exits": exits,
         "overall": {
@@ -107,19 +109,19 @@ def report(found: Confidences, schedule: TemperatureSchedule) -> dict[str, Any]:
     }
 
 
-def compare_schedules(found: Confidences, num_hidden_layers: int) -> dict[str, Any]:
+def compare_schedules(confidences: Confidences, num_hidden_layers: int) -> dict[str, Any]:
     """Each kind of schedule side by side: its temperatures, and the calibration error of each exit under it."""
     compared = {}
     for kind in SCHEDULE_KINDS:
-        schedule, _ = fit_schedule(found, kind, num_hidden_layers)
-        confidence = found.at(schedule)
+        schedule, _ = fit_schedule(confidences, kind, num_hidden_layers)
+        confidence = confidences.at(schedule)
         compared[kind] = {
             str(layer): {
                 "temperature": schedule[layer],
-                "ece": expected_calibration_error(confidence[layer], found.correct[layer]),
-                "brier": brier(confidence[layer], found.correct[layer]),
+                "ece": expected_calibration_error(confidence[layer], confidences.correct[layer]),
+                "brier": brier(confidence[layer], confidences.correct[layer]),
             }
-            for layer in sorted(found.grid)
+            for layer in sorted(confidences.grid)
         }
     return compared
 

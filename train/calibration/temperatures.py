@@ -79,14 +79,14 @@ def collect(batches: Iterable[Features], heads: DraftHeads) -> Confidences:
 def _confidence_grid(logits: torch.Tensor) -> Floats:
     """`confidence` of logits [N, V] at each of `TEMPERATURES`, shape [N, temperatures]; so few rows at a time that
     they stay in the processor's cache."""
-    found = torch.empty(len(logits), len(TEMPERATURES))
-    for rows, into in zip(logits.split(CACHED_ROWS), found.split(CACHED_ROWS), strict=True):
+    confidence = torch.empty(len(logits), len(TEMPERATURES))
+    for rows, into in zip(logits.split(CACHED_ROWS), confidence.split(CACHED_ROWS), strict=True):
         below = rows.float() - rows.float().amax(dim=-1, keepdim=True)
         buffer = torch.empty_like(below)
         for column, temperature in enumerate(TEMPERATURES):
             total = torch.div(below, float(temperature), out=buffer).exp_().sum(dim=-1)
             into[:, column] = total.reciprocal()
-    return found.numpy()
+    return confidence.numpy()
 
 
 def require_positions(number: int) -> None:
@@ -99,26 +99,28 @@ def require_positions(number: int) -> None:
 
 
 def fit_schedule(
-    found: Confidences, kind: str, num_hidden_layers: int
+    confidences: Confidences, kind: str, num_hidden_layers: int
 ) -> tuple[TemperatureSchedule, dict[str, float]]:
     """Exit temperatures, and the mean negative log-likelihood of each kind on sequences not used to fit it.
 
     Args:
         kind: one of `SCHEDULE_KINDS`, or `auto` for the likeliest of them, the simpler one of equals.
     """
-    odd = found.sequence % 2 == 1
+    odd = confidences.sequence % 2 == 1
     scores = {
         name: float(
-            np.mean([_score(found, _fit(found, name, num_hidden_layers, part), ~part) for part in (odd, ~odd)])
+            np.mean(
+                [_score(confidences, _fit(confidences, name, num_hidden_layers, part), ~part) for part in (odd, ~odd)]
+            )
         )
         for name in SCHEDULE_KINDS
     }
     chosen = min(scores, key=lambda name: scores[name]) if kind == "auto" else kind
-    return _fit(found, chosen, num_hidden_layers, np.ones_like(odd)), scores
+    return _fit(confidences, chosen, num_hidden_layers, np.ones_like(odd)), scores
 
 
-def _fit(found: Confidences, kind: str, num_hidden_layers: int, part: NDArray[np.bool_]) -> TemperatureSchedule:
-    losses = {layer: _losses(found, layer, part) for layer in found.grid}
+def _fit(confidences: Confidences, kind: str, num_hidden_layers: int, part: NDArray[np.bool_]) -> TemperatureSchedule:
+    losses = {layer: _losses(confidences, layer, part) for layer in confidences.grid}
     layers = sorted(losses)
     if kind == "none":
         return TemperatureSchedule.none(layers)
@@ -152,14 +154,14 @@ def _non_increasing(losses: list[NDArray[np.float64]]) -> list[int]:
     return chosen[::-1]
 
 
-def _score(found: Confidences, schedule: TemperatureSchedule, part: NDArray[np.bool_]) -> float:
-    return float(np.mean([_losses(found, layer, part)[_nearest(schedule[layer])] for layer in found.grid]))
+def _score(confidences: Confidences, schedule: TemperatureSchedule, part: NDArray[np.bool_]) -> float:
+    return float(np.mean([_losses(confidences, layer, part)[_nearest(schedule[layer])] for layer in confidences.grid]))
 
 
-def _losses(found: Confidences, layer: int, part: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _losses(confidences: Confidences, layer: int, part: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Mean negative log-likelihood of right and wrong at each of `TEMPERATURES`."""
-    confidence = np.clip(found.grid[layer][part].astype(np.float64), 1e-6, 1 - 1e-6)
-    correct = found.correct[layer][part][:, None]
+    confidence = np.clip(confidences.grid[layer][part].astype(np.float64), 1e-6, 1 - 1e-6)
+    correct = confidences.correct[layer][part][:, None]
     losses: NDArray[np.float64] = -np.where(correct, np.log(confidence), np.log1p(-confidence)).mean(axis=0)
     return losses
 

@@ -193,15 +193,15 @@ class Traces:
         try:
             with safe_open(path, framework="np") as file:
                 heads = (file.metadata() or {}).get("weights_sha256")
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             traces = cls(
-                layers=tuple(found["layers"].tolist()),
-                confidence=found["sure"].astype(np.float32),
-                correct=found["right"],
-                sequence=found["sequence"].astype(np.int64),
-                context=found["context"].astype(np.int64),
-                uncalibrated=found["uncalibrated"].astype(np.float32) if "uncalibrated" in found else None,
-                after_wrong=_spread(found) if "after_wrong" in found else None,
+                layers=tuple(tensors["layers"].tolist()),
+                confidence=tensors["sure"].astype(np.float32),
+                correct=tensors["right"],
+                sequence=tensors["sequence"].astype(np.int64),
+                context=tensors["context"].astype(np.int64),
+                uncalibrated=tensors["uncalibrated"].astype(np.float32) if "uncalibrated" in tensors else None,
+                after_wrong=_spread(tensors) if "after_wrong" in tensors else None,
             )
         except FileNotFoundError:
             raise DataError(f"{path} is not there: fit the adapter again, which logs traces") from None
@@ -212,10 +212,10 @@ class Traces:
         return traces
 
 
-def _spread(found: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+def _spread(tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
     """`after_wrong` of a file, at all positions."""
-    spread = np.zeros((len(found["after_wrong"]), len(found["sequence"])), dtype=np.float32)
-    spread[:, found["wrong"]] = found["after_wrong"]
+    spread = np.zeros((len(tensors["after_wrong"]), len(tensors["sequence"])), dtype=np.float32)
+    spread[:, tensors["wrong"]] = tensors["after_wrong"]
     return spread
 
 

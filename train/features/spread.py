@@ -73,8 +73,8 @@ def whole_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(part, FSDPModule):
             part.reshard()  # FSDP2 leaves the top gathered, and weights that were tied are then two
     for name, parameter in module.named_parameters():
-        with _whole(parameter) as found:
-            yield name, found
+        with _whole(parameter) as whole:
+            yield name, whole
 
 
 @contextmanager
@@ -105,6 +105,6 @@ def decoder_layers(model: Any) -> DecoderLayers:
 
 
 def _copy(module: nn.Module, empty: nn.Module, device: torch.device) -> nn.Module:
-    for name, found in whole_parameters(module):
-        empty.register_parameter(name, nn.Parameter(found.detach().to(device, copy=True), requires_grad=False))
+    for name, value in whole_parameters(module):
+        empty.register_parameter(name, nn.Parameter(value.detach().to(device, copy=True), requires_grad=False))
     return empty

@@ -33,15 +33,15 @@ class Alarms:
             values: figures of an evaluation, with `held_out/agreement/layer_<NN>`.
             chance: agreement of always drafting the token that the base says most.
         """
-        found = {}
+        alarms = {}
         for key, agreement in values.items():
             if "/agreement/" in key and agreement <= chance:
                 layer = key.rpartition("/")[2]
-                found[f"alarm/dead/{layer}"] = 1.0
+                alarms[f"alarm/dead/{layer}"] = 1.0
                 logger.warning(
                     "the head of %s is right at %.3f of the positions; always the same token would be at %.3f",
                     layer.replace("layer_", "exit layer "),
                     agreement,
                     chance,
                 )
-        return found
+        return alarms

@@ -108,12 +108,12 @@ def _remove(folder: Path) -> None:
 
 
 def _prune(output_dir: Path, step: int, *, keep: int) -> None:
-    found = find_checkpoints(output_dir)
-    valid = [path for path in found if _step(path) <= step and _damage(path, hashes=False) is None]
+    folders = find_checkpoints(output_dir)
+    valid = [path for path in folders if _step(path) <= step and _damage(path, hashes=False) is None]
     best = best_checkpoint(valid)
     first = [valid[-1], *([] if best is None else [best])]
     kept = list(dict.fromkeys([*first, *reversed(valid)]))[: max(keep, len(set(first)))]
-    for folder in found:
+    for folder in folders:
         if folder not in kept:
             _remove(folder)
 
@@ -162,11 +162,11 @@ def load_best(accelerator: Accelerator, output_dir: Path) -> FitState | None:
     if accelerator.is_main_process:
         best = best_checkpoint([path for path in find_checkpoints(output_dir) if _damage(path) is None])
         chosen = [None if best is None else (best, _read(best)[0])]
-    found = broadcast_object_list(chosen)[0]
-    if found is None:
+    best = broadcast_object_list(chosen)[0]
+    if best is None:
         return None
-    _restore(accelerator, found[0])
-    state: FitState = found[1]
+    _restore(accelerator, best[0])
+    state: FitState = best[1]
     return state
 
 
@@ -238,8 +238,8 @@ def _difference(folder: Path, before: dict[str, Any], settings: dict[str, Any]) 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
     """Folders named as checkpoints, by rising step; whole or not."""
-    found = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
-    return sorted(found, key=_step)
+    folders = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(folders, key=_step)
 
 
 def _step(folder: Path) -> int:

@@ -44,8 +44,8 @@ def draw_curves(log: Path, picture: Path) -> None:
 
 
 def _points(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    found = [(line["step"], line[key]) for line in lines if key in line]
-    return [step for step, _ in found], [value for _, value in found]
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _layers(lines: list[dict[str, Any]]) -> list[str]:

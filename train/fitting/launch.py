@@ -53,10 +53,10 @@ def check_output_dir(config: FitConfig) -> None:
         raise ConfigError(
             f"output_dir {config.output_dir!r} cannot be written ({error.strerror}): name another"
         ) from None
-    found = find_checkpoints(path)
-    if found and config.resume_from_checkpoint is None:
+    checkpoints = find_checkpoints(path)
+    if checkpoints and config.resume_from_checkpoint is None:
         raise ConfigError(
-            f"output_dir {config.output_dir!r} holds {found[-1].name} of an earlier run: continue it with"
+            f"output_dir {config.output_dir!r} holds {checkpoints[-1].name} of an earlier run: continue it with"
             " --resume_from_checkpoint latest, or name another output_dir"
         )
 

@@ -112,12 +112,12 @@ class Learner:
 def _norms(heads: Any) -> dict[int, float]:
     """Exit layer -> norm of its head's gradient; nothing where DeepSpeed or FSDP keep gradients to themselves."""
     learned = {int(layer): [p for p in head.parameters() if p.requires_grad] for layer, head in heads.heads.items()}
-    gradients = {layer: [p.grad for p in found if p.grad is not None] for layer, found in learned.items()}
-    if not all(type(gradient) is torch.Tensor for found in gradients.values() for gradient in found):
+    gradients = {layer: [p.grad for p in parameters if p.grad is not None] for layer, parameters in learned.items()}
+    if not all(type(gradient) is torch.Tensor for each in gradients.values() for gradient in each):
         return {}
     if not any(gradients.values()):
         return {}
-    norms = torch.stack([torch.nn.utils.get_total_norm(found) for found in gradients.values()])
+    norms = torch.stack([torch.nn.utils.get_total_norm(each) for each in gradients.values()])
     return dict(zip(gradients, norms.tolist(), strict=True))
 
 

@@ -92,7 +92,7 @@ def write_adapter(
     def evidence_files(path: Path) -> None:
         (path / RUN_FILE).write_text(yaml.safe_dump(_provenance(config), sort_keys=True), encoding="utf-8")
         write_custom_generate(path)
-        reliability_plot(calibrated.found, calibrated.schedule, path / "reliability.png")
+        reliability_plot(calibrated.confidences, calibrated.schedule, path / "reliability.png")
         traces.write(path / TRACES_FILE, weights_sha256=file_sha256(path / WEIGHTS_FILE))
         write_replayed(path, traces, costs, adapter_config, figures)
 

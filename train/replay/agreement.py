@@ -48,19 +48,19 @@ def check_agreement(
     counted = CostTable.layer_passes(layers.num_layers)
     replayed = Replayer(traces.of_sequences(chosen), counted).run(bounds).mean_accepted_length
     ran = measured.mean_accepted_length
-    found = {"tokens": int(lengths[number - 1]), "by_replay": round(replayed, 4), "by_run": round(ran, 4)}
-    if not agrees(found):
+    compared = {"tokens": int(lengths[number - 1]), "by_replay": round(replayed, 4), "by_run": round(ran, 4)}
+    if not agrees(compared):
         raise SpecBoundError(
-            f"on the same {found['tokens']} tokens replay accepts {replayed:.3f} tokens a round and the"
+            f"on the same {compared['tokens']} tokens replay accepts {replayed:.3f} tokens a round and the"
             f" runtime {ran:.3f}, more than {TOLERANCE:.0%} apart: the adapter is not published, since no"
             " figure of it would hold; please report this"
         )
-    return found
+    return compared
 
 
-def agrees(found: Mapping[str, Any]) -> bool:
+def agrees(compared: Mapping[str, Any]) -> bool:
     """Whether replay and run, as `check_agreement` returns them, need the same number of rounds for the tokens."""
-    tokens, by_replay, by_run = found["tokens"], found["by_replay"], found["by_run"]
+    tokens, by_replay, by_run = compared["tokens"], compared["by_replay"], compared["by_run"]
     if not (by_replay > 0 and by_run > 0):
         return False
     rounds = tokens / by_run

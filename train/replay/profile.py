@@ -155,31 +155,31 @@ class _Bench:
     @torch.inference_mode()
     def blocks(self) -> dict[Any, float]:
         """All layers, and the unembedding, by width."""
-        found = {}
+        seconds = {}
         for width in range(1, self.max_width + 1):
             given = self.layers.embed(self.token_ids[:, self.length : self.length + width], self.length)
             run = partial(self.layers.run, given, 0, self.layers.num_layers, self.length, self.cache)
-            found["layers", width, self.context], hidden = self._timed(run)
+            seconds["layers", width, self.context], hidden = self._timed(run)
             self.cache.crop(self.length)
-            found["unembedding", width, self.context], _ = self._timed(partial(self.layers.logits, hidden))
-        return found
+            seconds["unembedding", width, self.context], _ = self._timed(partial(self.layers.logits, hidden))
+        return seconds
 
     def sources(self) -> dict[Any, float]:
         """Making a token pending, and then asking each exit for a draft, on the way through the layers below it."""
         state = DecodeState(self.layers, self.cache, self.token_ids[0, : self.length].tolist())
         drafter, newest = self.specbound.drafter, int(self.token_ids[0, self.length])
-        found: dict[Any, float] = {}
+        seconds: dict[Any, float] = {}
         for layer in drafter.exit_layers:
             push, _ = self._timed(partial(state.push, newest))
             climb, _ = self._timed(partial(state.advance, layer))
             ask, _ = self._timed(partial(drafter.propose, layer, state))
             state.crop(self.length)
-            found["push", None, self.context] = push
+            seconds["push", None, self.context] = push
             if layer == 0:
-                found["lookup", layer, self.context] = ask
+                seconds["lookup", layer, self.context] = ask
             else:
-                found["step", layer, self.context] = push + climb + ask
-        return found
+                seconds["step", layer, self.context] = push + climb + ask
+        return seconds
 
     def gaps(self) -> dict[Any, float]:
         """Seconds between tokens of stock `generate` and of rounds that draft nothing, and to choose one token."""

@@ -63,9 +63,9 @@ def tune(
         for _ in range(PASSES):
             before = speed
             for vary in _settings(traces, held):
-                found, candidate = best(vary(bounds))
-                if found > speed * (1 + MIN_GAIN):
-                    speed, bounds = found, candidate
+                fastest, candidate = best(vary(bounds))
+                if fastest > speed * (1 + MIN_GAIN):
+                    speed, bounds = fastest, candidate
             if speed <= before * (1 + MIN_GAIN):
                 break
     bounds = _tidy(traces, bounds, held)
@@ -95,7 +95,7 @@ def best_uniform(traces: Traces, costs: CostTable) -> Totals:
     """The fastest replay with one threshold for all exits: a quick look."""
     replayer = Replayer(traces, costs)
     bounds = (SpeculationBounds(tau, max(traces.layers), 4) for tau in THRESHOLDS)
-    return max((replayer.run(one) for one in bounds), key=lambda found: found.speedup)
+    return max((replayer.run(one) for one in bounds), key=lambda totals: totals.speedup)
 
 
 def cross_fitted(traces: Traces, costs: CostTable, held: Held | None = None) -> float:
@@ -105,8 +105,8 @@ def cross_fitted(traces: Traces, costs: CostTable, held: Held | None = None) -> 
     for part in (odd, ~odd):
         if part.any() and (~part).any():
             bounds, _ = tune(traces.of_sequences(part), costs, held, progress=False)
-            found = Replayer(traces.of_sequences(~part), costs).run(bounds)
-            plain, ms = plain + float(found.plain_by_text.sum()), ms + float(found.ms_by_text.sum())
+            totals = Replayer(traces.of_sequences(~part), costs).run(bounds)
+            plain, ms = plain + float(totals.plain_by_text.sum()), ms + float(totals.ms_by_text.sum())
     return plain / ms if ms else 1.0
 
 
@@ -121,7 +121,7 @@ def _uniform(traces: Traces, held: Held) -> Iterator[SpeculationBounds]:
 def _settings(traces: Traces, held: Held) -> list[Callable[[SpeculationBounds], Iterator[SpeculationBounds]]]:
     """For each setting that is free: all its values, the others as they are."""
     deepest = max(traces.layers) if held.max_exit_layer is None else held.max_exit_layer
-    found: list[Callable[[SpeculationBounds], Iterator[SpeculationBounds]]] = []
+    settings: list[Callable[[SpeculationBounds], Iterator[SpeculationBounds]]] = []
 
     def thresholds(bounds: SpeculationBounds, varied: int) -> Iterator[SpeculationBounds]:
         own = {layer: bounds.threshold(layer) if layer <= bounds.max_exit_layer else OFF for layer in traces.layers}
@@ -129,12 +129,12 @@ def _settings(traces: Traces, held: Held) -> list[Callable[[SpeculationBounds], 
             yield replace(bounds, max_exit_layer=deepest, exit_thresholds=own | {varied: value})
 
     if held.exit_threshold is None:
-        found += [partial(thresholds, varied=layer) for layer in traces.layers if layer <= deepest]
+        settings += [partial(thresholds, varied=layer) for layer in traces.layers if layer <= deepest]
     if held.max_draft_tokens is None:
-        found.append(lambda bounds: (replace(bounds, max_draft_tokens=width) for width in WIDTHS))
-    found.append(lambda bounds: (replace(bounds, min_survival=survival) for survival in SURVIVALS))
-    found.append(lambda bounds: (replace(bounds, min_draft_survival=survival) for survival in DRAFT_SURVIVALS))
-    return found
+        settings.append(lambda bounds: (replace(bounds, max_draft_tokens=width) for width in WIDTHS))
+    settings.append(lambda bounds: (replace(bounds, min_survival=survival) for survival in SURVIVALS))
+    settings.append(lambda bounds: (replace(bounds, min_draft_survival=survival) for survival in DRAFT_SURVIVALS))
+    return settings
 
 
 def _tidy(traces: Traces, bounds: SpeculationBounds, held: Held) -> SpeculationBounds:

@@ -42,14 +42,14 @@ def ablate(traces: Traces, bounds: SpeculationBounds, costs: CostTable) -> dict[
     calibrated, uncalibrated = (
         (Replayer(logged, costs), Replayer(logged, passes)) for logged in (traces, traces.without_temperatures())
     )
-    found = {}
+    figures = {}
     for name, varied in variants(bounds, traces.layers).items():
         timed, counted = uncalibrated if name == UNCALIBRATED else calibrated
         replayed = timed.run(varied)
-        found[name] = {
+        figures[name] = {
             "mean_accepted_length": replayed.mean_accepted_length,
             "acceptance_rate": replayed.acceptance_rate,
             "layer_passes_per_token": counted.run(varied).ms_per_token,
             "predicted_speedup": replayed.speedup,
         }
-    return found
+    return figures
