@@ -54,7 +54,7 @@ def test_from_profile_to_tuned_bounds(fitted: Any, tmp_path: Path, caplog: pytes
     arguments = ["tune", "--adapter", str(folder), "--costs", str(tmp_path / "costs.json")]
     result = CliRunner().invoke(app, [*arguments, "--max-draft-tokens", "3"])
     assert result.exit_code == 0, result.output
-    assert "after: " in result.output and "not chosen on" in result.output
+    assert "after: " in result.output and "not used to choose bounds" in result.output
     tuned = load_adapter(folder).config
     assert tuned.bounds.max_draft_tokens == 3
     assert {path.name for path in folder.iterdir()} == names | {"costs.json"}
@@ -86,7 +86,7 @@ def test_what_cannot_be_tuned_is_refused(fitted: Any, tmp_path: Path) -> None:
     before = (folder / "config.json").read_bytes()
     for arguments, message in (
         (["--adapter", str(folder), "--costs", str(tmp_path / "none.json")], "specbound profile"),
-        (["--adapter", str(folder), "--costs", str(tmp_path / "other.json")], "not of the same exits and layers"),
+        (["--adapter", str(folder), "--costs", str(tmp_path / "other.json")], "different exits or layers"),
         (["--adapter", str(tmp_path / "none"), "--costs", str(tmp_path / "other.json")], "is not a folder"),
     ):
         result = CliRunner().invoke(app, ["tune", *arguments])
