@@ -31,6 +31,8 @@ TESTS = [
     "tests/runtime/exact/test_graph_limits.py",
     "tests/runtime/exact/test_order.py",
 ]
+WIDTHS = ["2", "3", "4", "8", "16"]
+KEPT_LINES, KEPT_LINES_OF_A_FAILURE = 3, 40
 PYTHON = [sys.executable, "-m"]
 
 
@@ -54,6 +56,7 @@ def main(
     base: Annotated[Path | None, typer.Option(help="Folder of the base; by default where it was fetched to.")] = None,
     adapter: Annotated[Path, typer.Option(help="Folder of its adapter.")] = Path("adapters/smollm2-135m-instruct"),
     prompts: Annotated[Path, typer.Option(help="A .jsonl file.")] = Path("configs/data/demo_prompts.jsonl"),
+    only: Annotated[list[str] | None, typer.Option(help="Run this step only; may be given several times.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Small shapes, few prompts: does it run?")] = False,
 ) -> None:
     """Run every step, print what came of it, keep the reports; exit code 1 where a step failed."""
@@ -62,6 +65,8 @@ def main(
     report: dict[str, Any] = conditions(device) | {"tiny": tiny, "steps": {}}
     with tempfile.TemporaryDirectory() as scratch:
         for step in steps(base or kept_base(SMOLLM2), adapter, prompts, Path(scratch), device.type, tiny=tiny):
+            if only and step.name not in only:
+                continue
             report["steps"][step.name] = run(step)
             write_atomic(json_file, (json.dumps(report, indent=1) + "\n").encode())
     if any("error" in step for step in report["steps"].values()):
@@ -75,6 +80,7 @@ def steps(base: Path, adapter: Path, prompts: Path, scratch: Path, device: str, 
     asked += ["--max-new-tokens", tokens, "--dtype", "float32" if tiny else "bfloat16"]
     files = {name: scratch / f"{name}.json" for name in ("rows", "audit", "bench", "scale")}
     rows = ["scripts/measure/rows.py", "--device", device, "--json", str(files["rows"]), *(["--tiny"] if tiny else [])]
+    rows += [part for width in WIDTHS for part in ("--width", width)]
     scale = ["scripts/measure/scale.py", str(adapter), *SHAPES, "--device", device, "--json", str(files["scale"])]
     bench = ["--methods", "stock,plain,specbound,prompt_lookup", "--json", str(files["bench"])]
     tests = ["pytest", "-q", *TESTS, *(["-k", "another_order"] if tiny else [])]
@@ -116,13 +122,22 @@ def run(step: Step) -> dict[str, Any]:
     console, started = Console(highlight=False), time.perf_counter()
     try:
         done = subprocess.run(
-            step.command, capture_output=True, text=True, timeout=step.seconds, check=False, stdin=subprocess.DEVNULL
+            step.command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=step.seconds,
+            check=False,
+            stdin=subprocess.DEVNULL,
         )
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        lines = _lines(done.stdout) + _lines(done.stderr)
         error = None if done.returncode == 0 else f"exit code {done.returncode}"
-    except (subprocess.TimeoutExpired, OSError) as failure:
-        lines, error = [], one_line(failure)[:200]
-    outcome: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 1), "last": lines[-3:]}
+    except subprocess.TimeoutExpired as failure:
+        lines, error = _lines(failure.stdout) + _lines(failure.stderr), f"stopped after {step.seconds:.0f} s"
+    except OSError as failure:
+        lines, error = [], one_line(failure)
+    kept = KEPT_LINES if error is None else KEPT_LINES_OF_A_FAILURE
+    outcome: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 1), "last": lines[-kept:]}
     if error is not None:
         outcome["error"] = error
     if step.report is not None and step.report.exists():
@@ -130,6 +145,12 @@ def run(step: Step) -> dict[str, Any]:
         outcome["report"] = json.loads(text.splitlines()[-1] if step.report.suffix == ".jsonl" else text)
     console.print(f"{step.name:<8} {outcome['seconds']:7.1f} s  {error or (lines or [''])[-1]}")
     return outcome
+
+
+def _lines(output: str | bytes | None) -> list[str]:
+    """Those that are not empty; the output of a process that was stopped comes as bytes."""
+    text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+    return [line for line in text.splitlines() if line.strip()]
 
 
 if __name__ == "__main__":

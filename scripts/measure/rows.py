@@ -24,8 +24,8 @@ from runtime.exact.execution import in_rows
 from runtime.exact.order import cancelling, same_attention, same_linear
 from runtime.files import write_atomic
 
-DTYPES = ("float32", "bfloat16", "float16")
-WIDTHS = tuple(range(2, 17))
+DTYPES = ("bfloat16", "float32", "float16")
+WIDTHS = list(range(2, 17))
 # Outputs by inputs: of SmolLM2-135M, of 7B shapes, and an unembedding.
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (4096, 4096), (11008, 4096), (4096, 11008), (32000, 4096))
 TINY_SHAPES = ((64, 48), (48, 64))
@@ -35,22 +35,28 @@ TINY_HEADS = {"4 heads on 2": (4, 2, 8)}
 
 def main(
     device: str = "cpu",
+    width: Annotated[list[int], typer.Option(help="Rows in a call; may be given several times.")] = WIDTHS,
     tiny: Annotated[bool, typer.Option("--tiny", help="Small shapes only.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Keep the findings in this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Keep what is seen in this file.")] = None,
 ) -> None:
-    """Look, print, keep the findings."""
+    """Look and print; the file is written after each dtype, so that a limit of time leaves what was seen."""
     where = torch.device(device)
     shapes, heads = (TINY_SHAPES, TINY_HEADS) if tiny else (SHAPES, HEADS)
-    by_dtype = {name: kept(getattr(torch, name), where, shapes, heads) for name in DTYPES}
-    report = conditions(where) | {"widths": [WIDTHS[0], WIDTHS[-1]], "kept": by_dtype}
+    report: dict[str, Any] = conditions(where) | {"widths": sorted(width), "kept": {}}
+    for name in DTYPES:
+        report["kept"][name] = kept(getattr(torch, name), where, shapes, heads, sorted(width))
+        if json_file is not None:
+            write_atomic(json_file, (json.dumps(report, indent=1) + "\n").encode())
     show(report)
-    if json_file is not None:
-        write_atomic(json_file, (json.dumps(report, indent=1) + "\n").encode())
 
 
 @torch.no_grad()
 def kept(
-    dtype: torch.dtype, device: torch.device, shapes: Sequence[tuple[int, int]], heads: dict[str, tuple[int, int, int]]
+    dtype: torch.dtype,
+    device: torch.device,
+    shapes: Sequence[tuple[int, int]],
+    heads: dict[str, tuple[int, int, int]],
+    widths: Sequence[int],
 ) -> dict[str, list[int]]:
     """Operation -> numbers of rows in a call that keep every bit."""
     checks: dict[str, Callable[[int], bool]] = {}
@@ -61,7 +67,7 @@ def kept(
     for name, sizes in heads.items():
         for kind in ("grouped", "batched"):
             checks[f"attention {kind}, {name}"] = partial(_attention, kind, sizes, dtype, device)
-    return {name: [width for width in WIDTHS if check(width)] for name, check in checks.items()}
+    return {name: [width for width in widths if check(width)] for name, check in checks.items()}
 
 
 def _linear(like: nn.Linear, outputs: int, width: int) -> bool:
@@ -80,14 +86,14 @@ def _norm(norm: Any, width: int) -> bool:
 
 def show(report: dict[str, Any]) -> None:
     """A row for each operation."""
-    console, last = Console(highlight=False), report["widths"][1]
+    console, widths = Console(highlight=False), report["widths"]
     console.print(
-        f"{report['hardware']}, {report['threads']} threads: rows in a call that keep every bit, of 2 to {last}"
+        f"{report['hardware']}, {report['threads']} threads: rows in a call that keep every bit, of"
+        f" {', '.join(map(str, widths))}"
     )
     table = Table("operation", *report["kept"], box=None)
     for name in next(iter(report["kept"].values())):
-        cells = [_short(column[name], last - 1) for column in report["kept"].values()]
-        table.add_row(name, *cells)
+        table.add_row(name, *(_short(by_operation[name], len(widths)) for by_operation in report["kept"].values()))
     console.print(table)
 
 

@@ -63,9 +63,9 @@ def main(
         costs = whole(part(shape, getattr(torch, dtype), device, repeats), depth)
         at_depth = tuple(round(layer * depth / config.num_hidden_layers) for layer in traces.layers)
         figures["bases"][base] = predict(replace(traces, layers=at_depth), costs) | {"costs": asdict(costs)}
+        if json_file is not None:
+            write_atomic(json_file, (json.dumps(figures, indent=1) + "\n").encode())
     show(figures)
-    if json_file is not None:
-        write_atomic(json_file, (json.dumps(figures, indent=1) + "\n").encode())
 
 
 def part(shape: PretrainedConfig, dtype: torch.dtype, device: str, repeats: int) -> CostTable:
