@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.import_utils import is_accelerate_available
 
 from runtime.adapter.folder import Adapter
 from runtime.adapter.hub import chain_of, is_hub_id, kept_base, patiently
@@ -99,7 +100,9 @@ def check_dtype(dtype: Any) -> None:
 
 
 def check_device_map(device_map: Any) -> None:
-    """Raise a ConfigError where a device map names a device that this machine does not have."""
+    """Raise a ConfigError where accelerate is missing, or this machine has no such device."""
+    if device_map is not None and not is_accelerate_available():
+        raise ConfigError(f"device_map {device_map!r:.100} needs the package accelerate: pip install accelerate")
     for place in device_map.values() if isinstance(device_map, dict) else (device_map,):
         if place is None or place == "disk" or (isinstance(place, str) and place in PLACEMENTS):
             continue

@@ -6,7 +6,18 @@ from typing import Annotated, Any
 import typer
 
 from runtime.cli.failure import fail
-from runtime.cli.options import Adapter, Dtype, Exactness, Model, Sample, Threads, load_with_adapter, sampling, to_ids
+from runtime.cli.options import (
+    Adapter,
+    Device,
+    Dtype,
+    Exactness,
+    Model,
+    Sample,
+    Threads,
+    load_with_adapter,
+    sampling,
+    to_ids,
+)
 
 
 def audit_command(
@@ -17,6 +28,7 @@ def audit_command(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate this many tokens a prompt at most.")] = 128,
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
+    device: Device = "cpu",
     sample: Sample = False,
     temperature: Annotated[float | None, typer.Option(min=1e-6, help="Temperature of sampling. By default 1.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of torch before each generation.")] = 0,
@@ -41,7 +53,7 @@ def audit_command(
             check_writable(json_file)
         chosen = spread(read_prompts(prompts), limit)  # before the model, which takes longer
         attached = load_with_adapter(
-            adapter, model, dtype=dtype, threads=threads, exactness=exactness, adaptive=False
+            adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness, adaptive=False
         )  # a model at rest would show little
         report = run_audit(settings, attached, to_ids(attached, chosen), report=json_file, resume=resume)
     except (SpecBoundError, OSError) as error:

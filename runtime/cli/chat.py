@@ -9,6 +9,7 @@ from rich.console import Console
 from runtime.cli.failure import fail
 from runtime.cli.options import (
     Adapter,
+    Device,
     Dtype,
     Exactness,
     Model,
@@ -33,6 +34,7 @@ def chat_command(
     show: Annotated[bool, typer.Option("--show", help="Colour drafts by their exit, and show the speed.")] = False,
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
+    device: Device = "cpu",
     exactness: Exactness = "bitwise",
 ) -> None:
     """Talk with the model. A line is a turn; /reset forgets what was said, /exit leaves.
@@ -46,7 +48,7 @@ def chat_command(
     console = Console(highlight=False)
     try:
         options = sampling(sample, temperature, top_p) | {"seed": seed, "max_new_tokens": max_new_tokens}
-        speaker = Speaker.load(adapter, model, dtype=dtype, threads=threads, exactness=exactness)
+        speaker = Speaker.load(adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness)
         view: Any = RoundsView(console, speaker.tokenizer, speaker.exit_layers) if show else TextView()
         if show:
             console.print(view.legend())

@@ -9,6 +9,7 @@ import typer
 from runtime.cli.failure import fail
 from runtime.cli.options import (
     Adapter,
+    Device,
     Dtype,
     Exactness,
     Model,
@@ -38,6 +39,7 @@ def generate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
+    device: Device = "cpu",
     exactness: Exactness = "bitwise",
 ) -> None:
     """Answer a prompt. The text comes as it is generated.
@@ -57,7 +59,7 @@ def generate_command(
         text = sys.stdin.read() if prompt in (None, "-") else prompt
         if not text:
             raise DataError("the prompt is empty: give it as an argument or on stdin")
-        speaker = Speaker.load(adapter, model, dtype=dtype, threads=threads, exactness=exactness)
+        speaker = Speaker.load(adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness)
         ids = speaker.encode([("user", text)], raw=raw)
         ask: dict[str, Any] = {"seed": seed, "stop": stop or (), "max_new_tokens": max_new_tokens} | options
         if as_json:

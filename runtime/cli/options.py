@@ -24,6 +24,7 @@ TopP = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Seed of torch. By default another one each time.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the text at this string. May be given several times.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the base: bfloat16, float32 or float16.")]
+Device = Annotated[str, typer.Option(help="Where the base runs: cpu, cuda, cuda:1, ..., or auto.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Number of CPU threads. By default torch chooses.")]
 Exactness = Annotated[str, typer.Option(help="How exact the tokens must be: bitwise or batched.")]
 
@@ -34,12 +35,14 @@ def load_with_adapter(
     *,
     dtype: str,
     threads: int | None,
+    device: str = "cpu",
     exactness: str = "bitwise",
     adaptive: bool = True,
 ) -> Any:
     """The model with `generate` bound, in this dtype; torch's threads are set for the whole process.
 
     Args:
+        device: as `device_map` of `from_pretrained`.
         adaptive: as `load_specbound` takes it; False where speculation itself is what is looked at.
 
     Raises:
@@ -55,7 +58,14 @@ def load_with_adapter(
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_specbound(adapter, base_model, dtype=getattr(torch, dtype), exactness=exactness, adaptive=adaptive)
+    return load_specbound(
+        adapter,
+        base_model,
+        dtype=getattr(torch, dtype),
+        device_map=None if device == "cpu" else device,  # which needs accelerate
+        exactness=exactness,
+        adaptive=adaptive,
+    )
 
 
 def to_ids(model: Any, prompts: Sequence[Any]) -> list[Any]:

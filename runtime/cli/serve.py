@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from runtime.cli.failure import fail
-from runtime.cli.options import Adapter, Dtype, Exactness, Model, Threads
+from runtime.cli.options import Adapter, Device, Dtype, Exactness, Model, Threads
 
 
 def serve_command(
@@ -28,6 +28,7 @@ def serve_command(
     grace: Annotated[float, typer.Option(min=0, help="Seconds for the running request to finish on SIGTERM.")] = 30,
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
+    device: Device = "cpu",
     exactness: Exactness = "bitwise",
 ) -> None:
     """Serve OpenAI's API and a page to watch speculation on, one request at a time.
@@ -47,7 +48,7 @@ def serve_command(
         from runtime.cli.speaker import Speaker
 
         def load() -> tuple[Any, Any]:
-            speaker = Speaker.load(adapter, model, dtype=dtype, threads=threads, exactness=exactness)
+            speaker = Speaker.load(adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness)
             print(f"ready: {speaker.model.specbound.certificate}", file=sys.stderr)
             return speaker.model, speaker.tokenizer
 

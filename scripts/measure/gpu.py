@@ -77,22 +77,23 @@ def steps(base: Path, adapter: Path, prompts: Path, scratch: Path, device: str, 
     """The steps in the order of their worth, should time run out."""
     limit, tokens = ("2", "4") if tiny else ("8", "64")
     asked = ["--adapter", str(adapter), "--model", str(base), "--prompts", str(prompts), "--limit", limit]
-    asked += ["--max-new-tokens", tokens, "--dtype", "float32" if tiny else "bfloat16"]
+    asked += ["--device", device, "--max-new-tokens", tokens, "--dtype", "float32" if tiny else "bfloat16"]
     files = {name: scratch / f"{name}.json" for name in ("rows", "audit", "bench", "scale")}
     rows = ["scripts/measure/rows.py", "--device", device, "--json", str(files["rows"]), *(["--tiny"] if tiny else [])]
     rows += [part for width in WIDTHS for part in ("--width", width)]
     scale = ["scripts/measure/scale.py", str(adapter), *SHAPES, "--device", device, "--json", str(files["scale"])]
+    scale += ["--exactness", "batched"]  # what a further row costs where nothing is asked of its bits
     bench = ["--methods", "stock,plain,specbound,prompt_lookup", "--json", str(files["bench"])]
     tests = ["pytest", "-q", *TESTS, *(["-k", "another_order"] if tiny else [])]
     fitted = scratch / "fit"
     fit = ["train/fit_exits.py", "--config", str(recipe(base, prompts, fitted, tiny))]
     plan = [
-        Step("rows", [sys.executable, *rows], 90, files["rows"]),
+        Step("rows", [sys.executable, *rows], 120, files["rows"]),
         Step("tests", [*PYTHON, *tests], 180),
         Step("audit", [*PYTHON, "train.cli.app", "audit", *asked, "--json", str(files["audit"])], 120, files["audit"]),
         Step("bench", [*PYTHON, "train.cli.app", "bench", *asked, *bench], 120, files["bench"]),
         Step("fit", [sys.executable, *fit], 150, fitted / "metrics.jsonl"),
-        Step("scale", [sys.executable, *scale], 120, files["scale"]),
+        Step("scale", [sys.executable, *scale], 180, files["scale"]),
     ]
     return plan[:-1] if tiny else plan  # shapes of 7B are not tiny
 

@@ -47,6 +47,7 @@ def main(
     dtype: str = "bfloat16",
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     device: str = "cpu",
+    exactness: str = "bitwise",
     repeats: Annotated[int, typer.Option(min=2)] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the figures in this file.")] = None,
 ) -> None:
@@ -60,7 +61,7 @@ def main(
     for base in bases:
         shape = empty_model(base).config
         depth = shape.num_hidden_layers
-        costs = whole(part(shape, getattr(torch, dtype), device, repeats), depth)
+        costs = whole(part(shape, getattr(torch, dtype), device, exactness, repeats), depth)
         at_depth = tuple(round(layer * depth / config.num_hidden_layers) for layer in traces.layers)
         figures["bases"][base] = predict(replace(traces, layers=at_depth), costs) | {"costs": asdict(costs)}
         if json_file is not None:
@@ -68,7 +69,7 @@ def main(
     show(figures)
 
 
-def part(shape: PretrainedConfig, dtype: torch.dtype, device: str, repeats: int) -> CostTable:
+def part(shape: PretrainedConfig, dtype: torch.dtype, device: str, exactness: str, repeats: int) -> CostTable:
     """Measured costs of a model of this shape with `LAYERS` layers, and of a head on its first."""
     few = AutoConfig.for_model(**(shape.to_dict() | {"num_hidden_layers": LAYERS, "layer_types": None}))
     with torch.device(device):
@@ -84,7 +85,7 @@ def part(shape: PretrainedConfig, dtype: torch.dtype, device: str, repeats: int)
         LookupTable(((0.5,) * 3,) * 8),
     )
     bounds = SpeculationBounds(OFF, 1, MAX_WIDTH - 1)
-    attach(model, SpecBound(model, drafter, bounds, fingerprint="random layers"))
+    attach(model, SpecBound(model, drafter, bounds, fingerprint="random layers", exactness=exactness))
     costs = measure(model, repeats=repeats)
     del model, layers, heads, drafter
     gc.collect()

@@ -17,6 +17,7 @@ from runtime import (
     save_adapter,
 )
 from runtime.adapter.identity import weights_sha256
+from runtime.base import check_device_map
 
 PROMPT = torch.tensor([[5, 17, 33, 90]])
 
@@ -124,6 +125,14 @@ def test_a_peft_model_is_taken_as_it_is(folder, make_model, merged):
     assert stock != generate(make_model())
     assert generate(load_specbound(folder, tuned)) == stock
     assert tuned.get_base_model().specbound.stats.emitted == 40
+
+
+def test_a_device_map_without_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded, with the command that helps; without a device map accelerate is not asked for."""
+    monkeypatch.setattr("runtime.base.is_accelerate_available", lambda: False)
+    with pytest.raises(ConfigError, match="pip install accelerate"):
+        check_device_map("cpu")
+    check_device_map(None)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_scale(make_model: Any) -> None:
     """A deeper base costs what its layers do; the same shares of it are asked."""
     scale = script("measure/scale")
     shape = make_model(max_position_embeddings=64).config  # no room for more than one length of context
-    measured = scale.part(shape, torch.float32, "cpu", 2)
+    measured = scale.part(shape, torch.float32, "cpu", "bitwise", 2)
     assert measured.num_hidden_layers == 2
     measured = replace(measured, plain=5.0, plain_context=0.2, unembedding={1: 0.75, 2: 1.0}, token=0.25)
     costs = scale.whole(measured, 10)

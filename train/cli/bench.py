@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from runtime.cli.failure import fail
-from runtime.cli.options import Adapter, Dtype, Exactness, Model, Threads
+from runtime.cli.options import Adapter, Device, Dtype, Exactness, Model, Threads
 
 Methods = Annotated[
     str,
@@ -31,6 +31,7 @@ def bench_command(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Generate at most this many tokens per prompt.")] = 128,
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
+    device: Device = "cpu",
     exactness: Exactness = "bitwise",
     costs: Annotated[
         Path | None, typer.Option(help="Costs from `specbound profile`; adds the speed that they predict.")
@@ -50,7 +51,7 @@ def bench_command(
 
     names = tuple(name.strip() for name in methods.split(",") if name.strip())
     settings = BenchSettings(
-        adapter, prompts, names, model, limit, per_task, max_new_tokens, dtype, threads, exactness, costs
+        adapter, prompts, names, model, limit, per_task, max_new_tokens, dtype, threads, device, exactness, costs
     )
     try:
         check_writable(json_file)

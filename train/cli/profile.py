@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from runtime.cli.failure import fail
-from runtime.cli.options import Adapter, Dtype, Exactness, Model, Threads
+from runtime.cli.options import Adapter, Device, Dtype, Exactness, Model, Threads
 
 
 def profile_command(
@@ -15,6 +15,7 @@ def profile_command(
     model: Model = None,
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
+    device: Device = "cpu",
     exactness: Exactness = "bitwise",
 ) -> None:
     """Measure how long each part of a speculation round takes on this machine.
@@ -28,7 +29,7 @@ def profile_command(
 
     try:
         check_writable(json_file)
-        attached = load_with_adapter(adapter, model, dtype=dtype, threads=threads, exactness=exactness)
+        attached = load_with_adapter(adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness)
         costs = measure(attached)
         costs.write(json_file)
     except (SpecBoundError, OSError) as error:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from runtime.cli.failure import fail
+from runtime.cli.options import Device, Model
 
 
 def tune_command(
@@ -25,10 +26,9 @@ def tune_command(
         int | None, typer.Option(min=1, help="Take this many prompts, evenly spaced over the file.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Generate at most this many tokens per answer.")] = 128,
-    model: Annotated[
-        str | None, typer.Option(help="The base that answers the prompts. By default the adapter's.")
-    ] = None,
+    model: Model = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the base that answers the prompts.")] = "bfloat16",
+    device: Device = "cpu",
 ) -> None:
     """Choose the fastest bounds for this machine by replaying the adapter's traces, or answers to your prompts.
 
@@ -49,7 +49,8 @@ def tune_command(
             from train.replay.workload import log_workload
 
             chosen = spread(read_prompts(prompts), limit)
-            attached = load_with_adapter(str(adapter), model, dtype=dtype, threads=table.conditions.get("threads"))
+            threads = table.conditions.get("threads")
+            attached = load_with_adapter(str(adapter), model, dtype=dtype, threads=threads, device=device)
             traces = log_workload(attached, to_ids(attached, chosen), max_new_tokens=max_new_tokens)
         summary = tune_adapter(adapter, table, held, traces=traces)
     except (SpecBoundError, OSError) as error:

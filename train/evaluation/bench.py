@@ -50,6 +50,7 @@ class BenchSettings:
     max_new_tokens: int = 128
     dtype: str = "bfloat16"
     threads: int | None = None
+    device: str = "cpu"
     exactness: str = "bitwise"
     costs: Path | None = None
 
@@ -74,6 +75,7 @@ def run_bench(settings: BenchSettings, *, path: Path | None = None, resume: bool
         settings.base_model,
         dtype=settings.dtype,
         threads=settings.threads,
+        device=settings.device,
         exactness=settings.exactness,
     )
     names = ["stock", *(name for name in settings.methods if name != "stock")]

@@ -24,6 +24,7 @@ from runtime.conditions import hardware
 from runtime.decoding.cache import KVCache
 from runtime.decoding.state import DecodeState
 from runtime.drafting.policy import SpeculationBounds
+from runtime.errors import SpecBoundError
 from runtime.exact.static import StaticCache
 from runtime.handle import SpecBound
 from train.replay.clock import Clock
@@ -46,9 +47,13 @@ def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, p
 
     Args:
         max_width: widest block measured, in tokens.
+
+    Raises:
+        SpecBoundError: the model does not speculate on this machine.
     """
     specbound: SpecBound = model.specbound
-    specbound.prepare(model)
+    if (reason := specbound.why_stock(model)) is not None:
+        raise SpecBoundError(f"no round can be timed, for this model decodes plainly here: {reason}")
     rounds = WARM_UP + repeats
     longer = SHORTER * (rounds // 2)  # than the context that they are on average
     longest = getattr(model.config, "max_position_embeddings", None) or CONTEXTS[-1] * 2

@@ -99,7 +99,7 @@ def best_uniform(traces: Traces, costs: CostTable) -> Totals:
 
 
 def cross_fitted(traces: Traces, costs: CostTable, held: Held | None = None) -> float:
-    """Speed-up over stock on texts that were not used to choose the bounds: half of them tuned, the other half replayed."""
+    """Speed-up over stock on texts that did not choose the bounds: half of them tuned, the other half replayed."""
     odd = np.arange(traces.num_sequences) % 2 == 1
     plain = ms = 0.0
     for part in (odd, ~odd):

@@ -21,6 +21,8 @@ WRONG: list[tuple[list[str], str]] = [
     ([*GENERATE, "--model", "no/such/base", "w1"], "the folder no/such/base of the base does not exist"),
     ([*GENERATE, "--model", "empty", "w1"], "could not be loaded"),
     ([*GENERATE, "--dtype", "bf16", "w1"], "expected one of bfloat16, float32, float16"),
+    ([*GENERATE, "--device", "gpu", "w1"], "a device such as 'cuda:0'"),
+    ([*BENCH, "b.json", "--device", "cuda:7"], "torch sees no such device"),
     ([*GENERATE, "--exactness", "exact", "w1"], "expected one of bitwise, batched"),
     ([*GENERATE, "--temperature", "0.5", "w1"], "--sample"),
     ([*GENERATE, "--stop", "", "w1"], "--stop is empty"),

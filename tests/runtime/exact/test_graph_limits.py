@@ -180,6 +180,7 @@ def test_on_a_gpu_ids_are_stocks(family: str) -> None:
 
 
 @GPU
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_on_a_gpu_segments_wait_for_nothing() -> None:
     """Once recorded, torch's own check of synchronisations passes; states that are kept are not written over."""
     model = tiny("llama").to("cuda")

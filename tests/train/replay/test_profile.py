@@ -158,3 +158,12 @@ def test_bounds_for_a_workload(fitted: Any, tmp_path: Path) -> None:
     few = [*options[:-1], "2"]
     result = CliRunner().invoke(app, ["tune", "--adapter", str(folder), *few, "--model", base, "--dtype", "float32"])
     assert result.exit_code in (0, 1) and "Traceback" not in result.stderr
+
+
+def test_a_base_that_decodes_plainly_is_not_profiled(fitted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rounds would be stock's: an error says why, instead of figures of nothing."""
+    folder, base, _ = fitted
+    model: Any = load_specbound(folder, base)
+    monkeypatch.setattr(type(model.specbound.prepared), "look", lambda *_: "its layers are not known")
+    with pytest.raises(SpecBoundError, match="decodes plainly here: its layers are not known"):
+        measure(model)
