@@ -65,6 +65,16 @@ class KVCache:
         self.lengths[layer_idx] = end
         return key_buffer.narrow(2, 0, end), value_buffer.narrow(2, 0, end)
 
+    def reserve(self, layer_idx: int, length: int) -> tuple[Tensor, Tensor]:
+        """A layer's buffers of keys and values, [1, KV heads, capacity, head size], with room for `length` rows."""
+        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        assert keys is not None and values is not None
+        held = self.lengths[layer_idx]
+        if length > keys.shape[2]:
+            keys, values = (_reserve(buffer, buffer, held, length, self._capacity) for buffer in (keys, values))
+            self._keys[layer_idx], self._values[layer_idx] = keys, values
+        return keys, values
+
     def run(self, through: Through, hidden: Tensor, start: int, stop: int, position: int) -> Tensor:
         """Layers `start` to `stop - 1` on a block, their new rows appended here.
 

@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 from runtime.decoding.cache import KVCache, position_ids
 from runtime.decoding.families import check_supported
 
+# Of the model's body, while it runs under a policy of native layers: what runs several at once.
+NATIVE = "specbound_native"
+
 
 class DecoderLayers:
     """The base model as parts that run on a block of tokens of one request.
@@ -96,6 +99,11 @@ class DecoderLayers:
         }
         if self.rotary is not None:
             arguments["position_embeddings"] = self.rotary(hidden, position_ids=position_ids)
+        native = self.body.__dict__.get(NATIVE)
+        if native is not None and mask is None:
+            output = native(hidden, start, stop, arguments["position_embeddings"], cache)
+            if output is not None:
+                return output
         for layer in self.layers[start:stop]:
             output = layer(hidden, attention_mask=mask, **arguments)
             hidden = output[0] if isinstance(output, tuple) else output

@@ -89,7 +89,7 @@ def _describe(policy: ExecutionPolicy) -> str:
     if policy.attention == "grouped":
         parts.append("attention in groups of rows")
     if policy.fused:
-        parts.append("layers fused")
+        parts.append("layers native" if policy.native else "layers fused")
     if policy.static:
         parts.append("segments of fixed shapes")
     return "; ".join(parts)
@@ -131,7 +131,7 @@ def read_certificate(path: Path) -> Certificate | None:
         stored = fields["policy"]
         rows = {tuple(shape): count for shape, count in stored["linear_rows"]}
         packed = {tuple(shape): count for shape, count in stored["packed_rows"]}
-        how = (stored["attention"], rows, stored["other_rows"], packed, stored["fused"], stored["static"])
+        how = (stored["attention"], rows, stored["other_rows"], packed, stored["fused"], stored["native"], stored["static"])
         fields["policy"] = ExecutionPolicy(*how)
         fields["native"] = [tuple(shape) for shape in fields["native"]]
         return Certificate(**(fields | {"seconds": 0.0}))
@@ -149,6 +149,7 @@ def write_certificate(path: Path, certificate: Certificate) -> None:
         "other_rows": policy.other_rows,
         "packed_rows": sorted(policy.packed_rows.items()),
         "fused": policy.fused,
+        "native": policy.native,
         "static": policy.static,
     }
     try:

@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from runtime.decoding.families import FAMILIES, LlamaParts
+from runtime.decoding.layers import NATIVE
 from runtime.exact.attention import BlockAttention, block_attention
 from runtime.exact.fused import fused_layers
+from runtime.exact.native.layers import NativeLayers
+from runtime.exact.native.layout import NATIVE as NATIVE_LAYOUT
 from runtime.exact.packed import PackedLinears
 
 Shape = tuple[int, ...]
@@ -36,6 +40,7 @@ class ExecutionPolicy:
         other_rows: the same for Linears of any other shape; None gives them the whole block in one call.
         packed_rows: shape of packed Linears -> rows in one call; these run packed, where a packed copy is at hand.
         fused: layers of the Llama kind whose Linears all run packed run as one function.
+        native: these layers run several at a time in our own kernel, where it takes all of them.
         static: layers run over a `StaticCache`, in calls of fixed shapes; `attention` is `batched` then.
     """
 
@@ -44,6 +49,7 @@ class ExecutionPolicy:
     other_rows: int | None = None
     packed_rows: Mapping[Shape, int | None] = field(default_factory=dict)
     fused: bool = False
+    native: bool = False
     static: bool = False
 
     @classmethod
@@ -65,13 +71,17 @@ class ExecutionPolicy:
 def execution(model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None = None) -> Iterator[None]:
     """While open, `model` computes blocks by `policy`; afterwards its modules are as they were."""
     patched: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
+    body = getattr(model, FAMILIES[model.config.model_type].body)
     with block_attention(model, policy.attention) as attention:
         try:
+            if policy.native:
+                body.__dict__[NATIVE] = native_layers(model, policy, packed, attention)
             for module, forward in _forwards(model, policy, packed, attention):
                 patched.append((module, module.__dict__.get("forward")))
                 module.__dict__["forward"] = forward
             yield
         finally:
+            body.__dict__.pop(NATIVE, None)
             for module, hooked in patched:
                 if hooked is None:
                     del module.__dict__["forward"]
@@ -99,6 +109,22 @@ def _forwards(
         if rows is not None and module not in taken:
             # another library's hook, where there is one, runs in each call
             yield module, in_rows(module.__dict__.get("forward") or partial(type(module).forward, module), rows)
+
+
+def native_layers(
+    model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None, attention: BlockAttention
+) -> NativeLayers | None:
+    """The model's layers as runs in our own kernel; None where it does not take all of them under this policy."""
+    family = FAMILIES[model.config.model_type]
+    if packed is None or not family.fusable:
+        return None
+    joint = {
+        joint.modules: joint
+        for joint in packed.joint
+        if joint.layout is NATIVE_LAYOUT and policy.packed_rows.get(joint.shape, 1) is None
+    }
+    layers = getattr(getattr(model, family.body), family.layers)
+    return NativeLayers.of([LlamaParts.of(layer) for layer in layers], joint, attention.order)
 
 
 def linears(model: PreTrainedModel) -> list[nn.Module]:

@@ -41,12 +41,12 @@ class JointLinear:
         self.sizes = [module.weight.shape[0] for module in modules]
         self.shape = _shape(modules)
         weight = torch.cat([module.weight.detach() for module in modules])
-        self._weight = layout.pack(weight)
-        self._bias = None if modules[0].bias is None else torch.cat([module.bias.detach() for module in modules])
+        self.weight = layout.pack(weight)
+        self.bias = None if modules[0].bias is None else torch.cat([module.bias.detach() for module in modules])
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Outputs of all modules, shape [..., sum of their sizes], of hidden states [..., in]."""
-        return self.layout.multiply(hidden, self._weight, self._bias, self.shape[0])
+        return self.layout.multiply(hidden, self.weight, self.bias, self.shape[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy or pickle of a Linear that runs packed runs from its own weights: the layout cannot be copied."""

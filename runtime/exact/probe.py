@@ -24,7 +24,7 @@ from runtime.decoding.layers import DecoderLayers
 from runtime.errors import UnsupportedModel, one_line
 from runtime.exact.attention import NATIVE_KINDS, BlockAttention
 from runtime.exact.certificate import Certificate, environment, read_certificate, write_certificate
-from runtime.exact.execution import ExecutionPolicy, Shape, execution
+from runtime.exact.execution import ExecutionPolicy, Shape, execution, native_layers
 from runtime.exact.fingerprint import digest as running_digest
 from runtime.exact.linear_rows import linear_rows, packed_rows
 from runtime.exact.native.attend import can_attend
@@ -35,7 +35,7 @@ from runtime.exact.reference import Reference
 from runtime.exact.static import StaticCache
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 14
+PROBE_FORMAT = 16
 
 
 def certify(
@@ -141,9 +141,14 @@ def _candidates(
     kinds = [kind for kind in (*NATIVE_KINDS, "grouped") if _keeps_order(kind, model, reference, widths)] + ["rowwise"]
     policies = [ExecutionPolicy(kind, rows, packed_rows=joint) for kind in kinds]
     fused = [replace(policy, fused=True) for policy in policies] if joint else []
+    native = [
+        replace(policy, native=True)
+        for policy in fused
+        if native_layers(model, policy, packed, BlockAttention(policy.attention, "sdpa")) is not None
+    ]
     plain = [ExecutionPolicy("rowwise", rows)] if joint else []
     segments = [ExecutionPolicy("batched", rows, static=True), ExecutionPolicy("batched", other_rows=1, static=True)]
-    return [*(segments if static else []), *fused, *policies, *plain, ExecutionPolicy.rowwise()]
+    return [*(segments if static else []), *native, *fused, *policies, *plain, ExecutionPolicy.rowwise()]
 
 
 def _keeps_order(kind: str, model: PreTrainedModel, reference: Reference, widths: Sequence[int]) -> bool:

@@ -22,7 +22,9 @@ from runtime.errors import one_line
 
 logger = logging.getLogger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("attention.cpp", "products.cpp")]
+FOLDER = Path(__file__).parent
+SOURCE = FOLDER / "kernels.cpp"
+HEADERS = [FOLDER / name for name in ("attention.h", "layers.h", "numbers.h", "products.h")]
 CPU_FLAGS = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512_bf16"))
 # No contraction: a product and a sum are rounded apart, as in the operations that these repeat.
 COMPILE = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off"]
@@ -63,7 +65,7 @@ def _load() -> ctypes.CDLL:
     if missing := _missing():
         raise Unavailable(missing)
     compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
-    source = b"".join(path.read_bytes() for path in SOURCES)
+    source = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
     key = repr((torch.__version__, COMPILE, platform.machine())).encode() + source
     path = Path(constants.HF_HOME) / "specbound" / f"native-{hashlib.sha256(key).hexdigest()[:32]}.so"
     try:
@@ -72,19 +74,20 @@ def _load() -> ctypes.CDLL:
                 raise Unavailable("there is no C++ compiler (g++)")
             _build(compiler, path)
         library = ctypes.CDLL(str(path))
-        products, attention = library.specbound_products, library.specbound_attention
+        _declare(library)
     except (OSError, AttributeError) as error:
         raise Unavailable(one_line(error)) from error
-    products.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5
-    products.restype = None
-    attention.argtypes = [ctypes.c_void_p] * 4 + [
-        ctypes.POINTER(ctypes.c_int64),
-        ctypes.c_float,
-        ctypes.c_int64,
-        ctypes.c_int64,
-    ]
-    attention.restype = ctypes.c_int64
     return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Arguments and results of its functions."""
+    place, number, numbers = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)
+    products, attention, layers = library.specbound_products, library.specbound_attention, library.specbound_layers
+    products.argtypes, products.restype = [*[place] * 4, *[number] * 5], None
+    attention.argtypes, attention.restype = [*[place] * 4, numbers, ctypes.c_float, number, number], number
+    layers.argtypes = [place, numbers, ctypes.POINTER(ctypes.c_float), *[place] * 4, number]
+    layers.restype = number
 
 
 def _missing() -> str | None:
@@ -113,15 +116,12 @@ def _build(compiler: str, path: Path) -> None:
     torch_libraries = Path(torch.__file__).parent / "lib"
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="native-") as folder:
         built = Path(folder, "kernels.so")
-        objects = [Path(folder, f"{source.stem}.o") for source in SOURCES]
-        compile_ = [
-            [compiler, *COMPILE, "-c", str(source), "-o", str(into)]
-            for source, into in zip(SOURCES, objects, strict=True)
-        ]
+        object_ = str(Path(folder, "kernels.o"))
+        compile_ = [compiler, *COMPILE, "-c", str(SOURCE), "-o", object_]
         # Without -fopenmp: it would bring a second OpenMP, with threads of its own that fight torch's for the cores.
-        link = [compiler, "-shared", *map(str, objects), "-o", str(built), f"-L{torch_libraries}"]
+        link = [compiler, "-shared", object_, "-o", str(built), f"-L{torch_libraries}"]
         link += ["-Wl,--no-as-needed", "-ltorch_cpu"]
-        for command in (*compile_, link):
+        for command in (compile_, link):
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
             except subprocess.CalledProcessError as error:

@@ -1,0 +1,296 @@
+// Attention of one query row in bfloat16, with the order of additions of torch's kernel for one row (flash attention on
+// a CPU with AVX512-BF16): keys in blocks of 512, a running maximum, weights rounded to bfloat16, pairs along what is
+// summed. All query heads that share keys take them from one pass. Each row sees its own number of keys.
+#pragma once
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "numbers.h"
+
+namespace {
+
+constexpr int BLOCK = 512;
+constexpr int HEADS = 4;       // query heads that go through the keys together,
+constexpr int ROWS_TOGETHER = 4;  // and rows
+constexpr int MAX_SIZE = 256;  // of a head
+
+constexpr int AHEAD = 32;  // keys to come that are fetched from memory meanwhile
+
+inline void fetch(const uint16_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
+
+enum Order { PAIRS, FOURS };  // how products are added, of scores and of values
+
+struct Attention {
+  const uint16_t *query, *keys, *values;  // numbers of a head lie side by side
+  uint16_t* output;                       // [rows][query heads][size]
+  int64_t rows, queries, shared, size, length;
+  int64_t query_head, query_row, key_head, key_row, value_head, value_row;  // strides
+  float scale;
+};
+
+// 2 to the power of x / ln 2: the exponent's bits from the whole part, a cubic for the fraction (Malossi et al., 2015),
+// with the coefficients that torch uses in this place.
+inline __m512 power(__m512 x) {
+  const __m512 scaled = _mm512_mul_ps(x, _mm512_set1_ps(1.44269502f));
+  const __m512 fraction = _mm512_sub_ps(scaled, _mm512_floor_ps(scaled));
+  __m512 cubic = _mm512_fmadd_ps(fraction, _mm512_set1_ps(-0.079204240219773236f), _mm512_set1_ps(-0.22433836478672356f));
+  cubic = _mm512_fmadd_ps(fraction, cubic, _mm512_set1_ps(0.30354260500649682f));
+  cubic = _mm512_fmadd_ps(fraction, cubic, _mm512_set1_ps(0.00010703434948458272f));
+  const __m512 bits = _mm512_fmadd_ps(_mm512_set1_ps(8388608.f), _mm512_sub_ps(scaled, cubic), _mm512_set1_ps(8388608.f * 127.f));
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_castsi512_ps(_mm512_set1_epi32((int)0xc2aeac50)), _CMP_NLT_US);
+  return _mm512_castsi512_ps(_mm512_maskz_cvttps_epi32(normal, bits));
+}
+
+// Halves added to halves.
+inline float total(__m512 x) {
+  x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
+  x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+  x = _mm512_add_ps(x, _mm512_shuffle_ps(x, x, 0x4e));
+  x = _mm512_add_ps(x, _mm512_shuffle_ps(x, x, 0xb1));
+  return _mm512_cvtss_f32(x);
+}
+
+inline __m512 low(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+inline __m512 high(__m512i words) {
+  return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+// 16 x 16 words turned over.
+inline void transpose(__m512i (&rows)[LANES]) {
+  __m512i half[LANES];
+  for (int i = 0; i < LANES; i += 4) {
+    const __m512i one = _mm512_unpacklo_epi32(rows[i], rows[i + 1]), two = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    const __m512i three = _mm512_unpacklo_epi32(rows[i + 2], rows[i + 3]);
+    const __m512i four = _mm512_unpackhi_epi32(rows[i + 2], rows[i + 3]);
+    half[i] = _mm512_unpacklo_epi64(one, three);
+    half[i + 1] = _mm512_unpackhi_epi64(one, three);
+    half[i + 2] = _mm512_unpacklo_epi64(two, four);
+    half[i + 3] = _mm512_unpackhi_epi64(two, four);
+  }
+  for (int i = 0; i < 4; i++) {
+    const __m512i one = _mm512_shuffle_i32x4(half[i], half[i + 4], 0x88), two = _mm512_shuffle_i32x4(half[i], half[i + 4], 0xdd);
+    const __m512i three = _mm512_shuffle_i32x4(half[i + 8], half[i + 12], 0x88);
+    const __m512i four = _mm512_shuffle_i32x4(half[i + 8], half[i + 12], 0xdd);
+    rows[i] = _mm512_shuffle_i32x4(one, three, 0x88);
+    rows[i + 8] = _mm512_shuffle_i32x4(one, three, 0xdd);
+    rows[i + 4] = _mm512_shuffle_i32x4(two, four, 0x88);
+    rows[i + 12] = _mm512_shuffle_i32x4(two, four, 0xdd);
+  }
+}
+
+// Up to 16 keys side by side: words of two numbers, or in the other order the numbers themselves.
+template <Order O>
+void turn(const Attention& a, const uint16_t* keys, int64_t count, float (*into)[LANES]) {
+  for (int64_t e = 0; e < a.size; e += 2 * LANES) {
+    const __mmask16 mask = first_of((a.size - e) / 2);
+    __m512i words[LANES];
+    for (int i = 0; i < LANES; i++) {
+      fetch(keys + (i + AHEAD) * a.key_row + e);
+      words[i] = i < count ? _mm512_maskz_loadu_epi32(mask, keys + i * a.key_row + e) : _mm512_setzero_si512();
+    }
+    transpose(words);
+    const int64_t pairs = std::min<int64_t>(LANES, (a.size - e) / 2);
+    for (int64_t i = 0; i < pairs; i++) {
+      if (O == PAIRS) {
+        _mm512_store_si512(into[e / 2 + i], words[i]);
+      } else {
+        _mm512_store_ps(into[e + 2 * i], low(words[i]));
+        _mm512_store_ps(into[e + 2 * i + 1], high(words[i]));
+      }
+    }
+  }
+}
+
+// Scores of H queries with 16 keys side by side: pairs along the head in order, or four sums of every fourth number.
+template <int H, Order O>
+void scores(const Attention& a, const float (*query)[MAX_SIZE], const float (*keys)[LANES], float (*into)[BLOCK]) {
+  __m512 sum[H][4];
+  for (int h = 0; h < H; h++)
+    for (int i = 0; i < 4; i++) sum[h][i] = _mm512_setzero_ps();
+  if (O == PAIRS) {
+    for (int64_t pair = 0; pair < a.size / 2; pair++) {
+      const __m512bh words = (__m512bh)_mm512_load_ps(keys[pair]);
+      for (int h = 0; h < H; h++) sum[h][0] = _mm512_dpbf16_ps(sum[h][0], words, (__m512bh)_mm512_set1_ps(query[h][pair]));
+    }
+  } else {
+    for (int64_t e = 0; e < a.size; e += 4)
+      for (int i = 0; i < 4; i++) {
+        const __m512 numbers = _mm512_load_ps(keys[e + i]);
+        for (int h = 0; h < H; h++) sum[h][i] = _mm512_fmadd_ps(numbers, _mm512_set1_ps(query[h][e + i]), sum[h][i]);
+      }
+  }
+  for (int h = 0; h < H; h++) {
+    __m512* part = sum[h];
+    if (O == FOURS) part[0] = _mm512_add_ps(_mm512_add_ps(part[0], part[2]), _mm512_add_ps(part[1], part[3]));
+    _mm512_storeu_ps(into[h], _mm512_mul_ps(part[0], _mm512_set1_ps(a.scale)));
+  }
+}
+
+// Scores to weights, in place: numbers rounded to bfloat16, or words of two; returns the sum of those that are not
+// rounded. NaN among the scores makes `highest` NaN.
+template <Order O>
+float weigh(float* scores, int64_t count, float* highest) {
+  const __m512 lowest = _mm512_set1_ps(-INFINITY);
+  __m512 tops = lowest;
+  __mmask16 nan = 0;
+  for (int64_t i = 0; i < count; i += LANES) {
+    const __m512 x = _mm512_mask_loadu_ps(lowest, first_of(count - i), scores + i);
+    nan |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    tops = _mm512_max_ps(tops, x);
+  }
+  const float top = std::max(*highest, _mm512_reduce_max_ps(tops));
+  *highest = nan ? NAN : top;
+  __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    const __m512 x = power(_mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(top)));
+    sums[i / LANES % 2] = _mm512_add_ps(sums[i / LANES % 2], x);
+    _mm512_storeu_ps(scores + i, x);
+  }
+  float sum = total(_mm512_add_ps(sums[0], sums[1]));
+  for (; i < count; i++) sum += scores[i] = std::exp(scores[i] - top);
+  for (int64_t j = 0; j < count; j += LANES) {
+    const __m256i bits = convert(_mm512_maskz_loadu_ps(first_of(count - j), scores + j));
+    if (O == PAIRS)
+      _mm256_storeu_si256((__m256i*)(scores + j / 2), bits);
+    else
+      _mm512_storeu_ps(scores + j, widen(bits));
+  }
+  return sum;
+}
+
+// Values of `count` keys by their weights, added to `result`: pairs of keys in order, or fours and the rest backwards.
+// E vectors of the head at a time, so that sums do not wait for one another.
+template <int H, int E, Order O>
+void add_values(const Attention& a, const uint16_t* values, int64_t count, const float (*weights)[BLOCK], const float* fade,
+                bool first, int64_t from, float (*result)[MAX_SIZE]) {
+  __mmask16 mask[E];
+  __m512 sum[H][E];
+  for (int v = 0; v < E; v++) mask[v] = first_of(a.size - from - v * LANES);
+  auto words = [&](int64_t i, int v) {
+    const uint16_t* at = values + i * a.value_row + from + v * LANES;
+    if (v % 2 == 0) fetch(at + AHEAD * a.value_row);
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask[v], at));
+  };
+  for (int h = 0; h < H; h++)
+    for (int v = 0; v < E; v++)
+      sum[h][v] = first ? _mm512_setzero_ps()
+                        : _mm512_mul_ps(_mm512_loadu_ps(result[h] + from + v * LANES), _mm512_set1_ps(fade[h]));
+  if (O == PAIRS) {
+    for (int64_t i = 0; i < count; i += 2)
+      for (int v = 0; v < E; v++) {
+        __m512i pair = words(i, v);
+        if (i + 1 < count) pair = _mm512_or_si512(pair, _mm512_slli_epi32(words(i + 1, v), 16));
+        for (int h = 0; h < H; h++)
+          sum[h][v] = _mm512_dpbf16_ps(sum[h][v], (__m512bh)pair, (__m512bh)_mm512_set1_ps(weights[h][i / 2]));
+      }
+  } else {
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4)
+      for (int v = 0; v < E; v++) {
+        const __m512 one = low(words(i, v)), two = low(words(i + 1, v)), three = low(words(i + 2, v)), four = low(words(i + 3, v));
+        for (int h = 0; h < H; h++) {
+          const float* own = weights[h] + i;
+          const __m512 even = _mm512_fmadd_ps(three, _mm512_set1_ps(own[2]), _mm512_mul_ps(one, _mm512_set1_ps(own[0])));
+          const __m512 odd = _mm512_fmadd_ps(four, _mm512_set1_ps(own[3]), _mm512_mul_ps(two, _mm512_set1_ps(own[1])));
+          sum[h][v] = _mm512_add_ps(sum[h][v], _mm512_add_ps(even, odd));
+        }
+      }
+    for (int64_t rest = count - 1; rest >= i; rest--)
+      for (int v = 0; v < E; v++)
+        for (int h = 0; h < H; h++)
+          sum[h][v] = _mm512_fmadd_ps(low(words(rest, v)), _mm512_set1_ps(weights[h][rest]), sum[h][v]);
+  }
+  for (int h = 0; h < H; h++)
+    for (int v = 0; v < E; v++) _mm512_storeu_ps(result[h] + from + v * LANES, sum[h][v]);
+}
+
+// H query heads that share keys, from `head` on, of `rows` rows; whether all of it are numbers. The rows go through the
+// keys together, each as far as it sees.
+template <int H, Order O>
+bool heads(const Attention& a, int64_t row, int64_t rows, int64_t head) {
+  const uint16_t* keys = a.keys + head / a.shared * a.key_head;
+  const uint16_t* values = a.values + head / a.shared * a.value_head;
+  const int64_t before = a.length - a.rows + row + 1;  // keys that the first of the rows sees
+  alignas(64) float query[ROWS_TOGETHER][H][MAX_SIZE], part[ROWS_TOGETHER][H][BLOCK], turned[MAX_SIZE][LANES];
+  alignas(64) float result[ROWS_TOGETHER][H][MAX_SIZE];
+  float highest[ROWS_TOGETHER][H], sum[ROWS_TOGETHER][H] = {};
+  for (int64_t r = 0; r < rows; r++)
+    for (int h = 0; h < H; h++) {
+      const uint16_t* from = a.query + (head + h) * a.query_head + (row + r) * a.query_row;
+      highest[r][h] = -INFINITY;
+      if (O == PAIRS)
+        std::memcpy(query[r][h], from, a.size * sizeof *from);
+      else
+        for (int64_t e = 0; e < a.size; e += LANES)
+          _mm512_storeu_ps(query[r][h] + e, widen(_mm256_maskz_loadu_epi16(first_of(a.size - e), from + e)));
+    }
+  for (int64_t first = 0; first < before + rows - 1; first += BLOCK) {
+    const int64_t all = std::min<int64_t>(BLOCK, before + rows - 1 - first);
+    for (int64_t key = 0; key < all; key += LANES) {
+      turn<O>(a, keys + (first + key) * a.key_row, all - key, turned);
+      for (int64_t r = 0; r < rows; r++) scores<H, O>(a, query[r], turned, (float(*)[BLOCK])(part[r][0] + key));
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t count = std::min<int64_t>(BLOCK, before + r - first);
+      if (count <= 0) continue;
+      float fade[H];
+      for (int h = 0; h < H; h++) {
+        const float earlier = highest[r][h];
+        const float added = weigh<O>(part[r][h], count, &highest[r][h]);
+        fade[h] = std::exp(earlier - highest[r][h]);
+        sum[r][h] = std::fma(fade[h], sum[r][h], added);
+        if (!std::isfinite(highest[r][h])) return false;
+      }
+      int64_t e = 0;
+      for (; e + 2 * LANES <= a.size; e += 2 * LANES)
+        add_values<H, 2, O>(a, values + first * a.value_row, count, part[r], fade, first == 0, e, result[r]);
+      for (; e < a.size; e += LANES)
+        add_values<H, 1, O>(a, values + first * a.value_row, count, part[r], fade, first == 0, e, result[r]);
+    }
+  }
+  for (int64_t r = 0; r < rows; r++)
+    for (int h = 0; h < H; h++) {
+      const __m512 scale = _mm512_set1_ps(1.0f / sum[r][h]);
+      uint16_t* into = a.output + ((row + r) * a.queries + head + h) * a.size;
+      for (int64_t e = 0; e < a.size; e += LANES)
+        _mm256_mask_storeu_epi16(into + e, first_of(a.size - e), convert(_mm512_mul_ps(_mm512_loadu_ps(result[r][h] + e), scale)));
+    }
+  return true;
+}
+
+// Every row and query head; called by every thread of a team, which waits for all at the end. `numbers` becomes false
+// where some score is no finite number: nothing is promised then.
+template <Order O>
+void attend_in(const Attention& a, std::atomic<bool>& numbers) {
+  const int64_t parts = (a.shared + HEADS - 1) / HEADS, groups = a.queries / a.shared;
+  const int64_t chunks = (a.rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER;
+#pragma omp for schedule(static)
+  for (int64_t task = 0; task < chunks * groups * parts; task++) {
+    const int64_t row = task / (groups * parts) * ROWS_TOGETHER, part = task % parts;
+    const int64_t rows = std::min<int64_t>(ROWS_TOGETHER, a.rows - row);
+    const int64_t head = task / parts % groups * a.shared + part * HEADS;
+    bool fine;
+    switch (std::min<int64_t>(HEADS, a.shared - part * HEADS)) {
+      case 1: fine = heads<1, O>(a, row, rows, head); break;
+      case 2: fine = heads<2, O>(a, row, rows, head); break;
+      case 3: fine = heads<3, O>(a, row, rows, head); break;
+      default: fine = heads<4, O>(a, row, rows, head);
+    }
+    if (!fine) numbers = false;
+  }
+}
+
+inline void attend(const Attention& a, int64_t order, std::atomic<bool>& numbers) {
+  if (order == PAIRS)
+    attend_in<PAIRS>(a, numbers);
+  else
+    attend_in<FOURS>(a, numbers);
+}
+
+}  // namespace

@@ -1,0 +1,41 @@
+// What Python calls. Plain C, no torch header: it compiles in a few seconds.
+#include <cstdint>
+
+#include "attention.h"
+#include "layers.h"
+#include "products.h"
+
+// See `products.py` for the arguments.
+extern "C" void specbound_products(const void* weight, const void* input, const void* bias, void* output, int64_t rows,
+                                   int64_t outputs, int64_t pairs, int64_t block, int64_t threads) {
+  const Product p{(const uint32_t*)weight, (const uint32_t*)input, (const uint16_t*)bias, (uint16_t*)output, rows, outputs,
+                  pairs, block, nullptr, nullptr, 1.f};
+#pragma omp parallel num_threads(threads)
+  multiply(p);
+}
+
+// See `attend.py` for the arguments. Returns 0 where some score is no finite number: nothing is promised then.
+extern "C" int64_t specbound_attention(const void* query, const void* keys, const void* values, void* output,
+                                       const int64_t* sizes, float scale, int64_t order, int64_t threads) {
+  const Attention a{(const uint16_t*)query, (const uint16_t*)keys, (const uint16_t*)values, (uint16_t*)output,
+                    sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
+                    sizes[6], sizes[7], sizes[8], sizes[9], sizes[10], scale};
+  std::atomic<bool> numbers{true};
+#pragma omp parallel num_threads(threads)
+  attend(a, order, numbers);
+  return numbers;
+}
+
+// See `layers.py` for the arguments. Returns 0 where some score is no finite number: nothing is promised then.
+extern "C" int64_t specbound_layers(const void* layers, const int64_t* sizes, const float* floats, const void* cosines,
+                                    const void* sines, const void* silu, void* hidden, int64_t threads) {
+  const Run run{(const Layer*)layers, (const uint16_t*)cosines, (const uint16_t*)sines, (const uint16_t*)silu,
+                sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7],
+                sizes[8], sizes[9], floats[0], floats[1], floats[2]};
+  std::vector<uint16_t> heads(run.rows * (run.queries + 2 * run.keys) * run.size);
+  std::vector<uint16_t> attended(run.rows * run.queries * run.size), inner(run.rows * run.inner);
+  std::atomic<bool> numbers{true};
+#pragma omp parallel num_threads(threads)
+  through(run, (uint16_t*)hidden, heads.data(), attended.data(), inner.data(), numbers);
+  return numbers;
+}

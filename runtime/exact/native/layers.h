@@ -1,0 +1,156 @@
+// A run of decoder layers of the Llama kind on a block of rows, with the bits of transformers' modules: norm, query,
+// key and value, rotary positions, attention, output, residual, norm, gated SiLU, residual. One team of threads runs
+// through all of it.
+#pragma once
+#include <immintrin.h>
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "attention.h"
+#include "products.h"
+
+namespace {
+
+struct Layer {  // as `layers.py` lays it out
+  const uint32_t *query_key_value, *output, *gate_up, *down;            // packed weights
+  const uint16_t *query_key_value_bias, *output_bias, *gate_up_bias, *down_bias;  // or null
+  const uint16_t *norm, *second_norm, *query_norm, *key_norm;           // the last two, of a head, or null
+  uint16_t *keys, *values;                                              // [key heads][capacity][size]
+  int64_t capacity, rotary;                                             // whether positions are turned into heads
+};
+
+struct Run {
+  const Layer* layers;
+  const uint16_t *cosines, *sines;  // [rows][size]
+  const uint16_t* silu;             // of every bfloat16
+  int64_t count, rows, held, hidden, queries, keys, size, inner;  // held: rows of the cache before these
+  int64_t block, order;             // of additions: of products, of attention
+  float epsilon, scale, multiplier;  // of norms, of scores, of what is added to the residual
+};
+
+// The sum of squares in the order of torch's float32 sum: vectors of 8 dealt to four sums in turn, each in levels of 16
+// and more; the vectors that are left, to the first; then the numbers that fill no vector, and the lanes one by one.
+inline float sum_of_squares(const uint16_t* numbers, int64_t count) {
+  constexpr int WIDTH = 8, LEVELS = 4, APART = 4;
+  const int64_t vectors = count / WIDTH, steps = vectors / APART;
+  int64_t power = 0;
+  while ((int64_t{1} << power) < steps) power++;
+  power = std::max<int64_t>(4, power / LEVELS);
+  const int64_t step = int64_t{1} << power;
+  __m256 sums[LEVELS][APART] = {};
+  auto add = [&](__m256& sum, int64_t vector) {
+    const __m128i bits = _mm_loadu_si128((const __m128i*)(numbers + vector * WIDTH));
+    const __m256 x = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    sum = _mm256_add_ps(sum, _mm256_mul_ps(x, x));
+  };
+  int64_t i = 0;
+  while (i + step <= steps) {
+    for (int64_t j = 0; j < step; j++, i++)
+      for (int k = 0; k < APART; k++) add(sums[0][k], i * APART + k);
+    for (int64_t level = 1; level < LEVELS; level++) {
+      for (int k = 0; k < APART; k++) {
+        sums[level][k] = _mm256_add_ps(sums[level][k], sums[level - 1][k]);
+        sums[level - 1][k] = _mm256_setzero_ps();
+      }
+      if (i & ((step - 1) << (level * power))) break;
+    }
+  }
+  for (; i < steps; i++)
+    for (int k = 0; k < APART; k++) add(sums[0][k], i * APART + k);
+  for (int level = 1; level < LEVELS; level++)
+    for (int k = 0; k < APART; k++) sums[0][k] = _mm256_add_ps(sums[0][k], sums[level][k]);
+  for (int64_t vector = steps * APART; vector < vectors; vector++) add(sums[0][0], vector);
+  for (int k = 1; k < APART; k++) sums[0][0] = _mm256_add_ps(sums[0][0], sums[0][k]);
+  alignas(32) float lanes[WIDTH];
+  _mm256_store_ps(lanes, sums[0][0]);
+  float total = 0.f;
+  for (int64_t rest = vectors * WIDTH; rest < count; rest++) {
+    const uint32_t bits = (uint32_t)numbers[rest] << 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    total += x * x;
+  }
+  for (float lane : lanes) total += lane;
+  return total;
+}
+
+// The module's own sums in float32, rounded where it rounds.
+inline void norm(const uint16_t* from, const uint16_t* weight, int64_t count, float epsilon, uint16_t* into) {
+  const __m512 scale = _mm512_set1_ps(1.f / std::sqrt(sum_of_squares(from, count) / (float)count + epsilon));
+  for (int64_t i = 0; i < count; i += LANES) {
+    const __mmask16 mask = first_of(count - i);
+    const __m512 x = widen(narrow(_mm512_mul_ps(widen(_mm256_maskz_loadu_epi16(mask, from + i)), scale)));
+    const __m512 weighed = _mm512_mul_ps(widen(_mm256_maskz_loadu_epi16(mask, weight + i)), x);
+    _mm256_mask_storeu_epi16(into + i, mask, narrow(weighed));
+  }
+}
+
+// A head turned to its position, in place or elsewhere; its size is a multiple of 32.
+inline void rotate(const uint16_t* head, const uint16_t* cosines, const uint16_t* sines, int64_t size, uint16_t* into) {
+  auto at = [](const uint16_t* from) { return widen(_mm256_loadu_si256((const __m256i*)from)); };
+  auto times = [](__m512 one, __m512 other) { return widen(narrow(_mm512_mul_ps(one, other))); };
+  const int64_t half = size / 2;
+  for (int64_t e = 0; e < half; e += LANES) {
+    const __m512 first = at(head + e), second = at(head + e + half);
+    const __m512 low = _mm512_sub_ps(times(first, at(cosines + e)), times(second, at(sines + e)));
+    const __m512 high = _mm512_add_ps(times(second, at(cosines + e + half)), times(first, at(sines + e + half)));
+    _mm256_storeu_si256((__m256i*)(into + e), narrow(low));
+    _mm256_storeu_si256((__m256i*)(into + e + half), narrow(high));
+  }
+}
+
+// Queries in place, keys and values of the rows into the cache.
+inline void place_heads(const Run& run, const Layer& layer, uint16_t* heads) {
+  const int64_t all = run.queries + 2 * run.keys;
+#pragma omp for schedule(static)
+  for (int64_t task = 0; task < run.rows * all; task++) {
+    const int64_t row = task / all, head = task % all, key = head - run.queries;
+    uint16_t* from = heads + task * run.size;
+    if (key >= run.keys) {  // a value
+      uint16_t* into = layer.values + ((key - run.keys) * layer.capacity + run.held + row) * run.size;
+      std::memcpy(into, from, run.size * sizeof(uint16_t));
+      continue;
+    }
+    uint16_t* into = key < 0 ? from : layer.keys + (key * layer.capacity + run.held + row) * run.size;
+    if (layer.query_norm) norm(from, key < 0 ? layer.query_norm : layer.key_norm, run.size, run.epsilon, from);
+    if (layer.rotary)
+      rotate(from, run.cosines + row * run.size, run.sines + row * run.size, run.size, into);
+    else if (into != from)
+      std::memcpy(into, from, run.size * sizeof(uint16_t));
+  }
+}
+
+// What one thread of the team does; `hidden` [rows][hidden] becomes that above the last layer.
+inline void through(const Run& run, uint16_t* hidden, uint16_t* heads, uint16_t* attended, uint16_t* inner,
+                    std::atomic<bool>& numbers) {
+  std::vector<uint16_t> normed(run.rows * run.hidden);  // each thread its own: cheaper than to wait for another's
+  auto normalise = [&](const uint16_t* weight) {
+    for (int64_t row = 0; row < run.rows; row++)
+      norm(hidden + row * run.hidden, weight, run.hidden, run.epsilon, normed.data() + row * run.hidden);
+  };
+  auto product = [&](const uint32_t* weight, const uint16_t* input, const uint16_t* bias, uint16_t* output, int64_t outputs,
+                     int64_t inputs, const uint16_t* silu, const uint16_t* residual) {
+    const float multiplier = residual ? run.multiplier : 1.f;
+    multiply({weight, (const uint32_t*)input, bias, output, run.rows, outputs, inputs / 2, run.block, silu, residual,
+              multiplier});
+  };
+  const int64_t wide = (run.queries + 2 * run.keys) * run.size, all = run.queries * run.size;
+  for (int64_t i = 0; i < run.count; i++) {
+    const Layer& layer = run.layers[i];
+    normalise(layer.norm);
+    product(layer.query_key_value, normed.data(), layer.query_key_value_bias, heads, wide, run.hidden, nullptr, nullptr);
+    place_heads(run, layer, heads);
+    attend({heads, layer.keys, layer.values, attended, run.rows, run.queries, run.queries / run.keys, run.size,
+            run.held + run.rows, run.size, wide, layer.capacity * run.size, run.size, layer.capacity * run.size, run.size,
+            run.scale},
+           run.order, numbers);
+    product(layer.output, attended, layer.output_bias, hidden, run.hidden, all, nullptr, hidden);
+    normalise(layer.second_norm);
+    product(layer.gate_up, normed.data(), layer.gate_up_bias, inner, 2 * run.inner, run.hidden, run.silu, nullptr);
+    product(layer.down, inner, layer.down_bias, hidden, run.hidden, run.inner, nullptr, hidden);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,133 @@
+"""A run of decoder layers of the Llama kind as one call of our own kernel, no Python between the operations.
+
+Whether the rows have the bits of the model's own layers is the caller's business. Knows no policy and no probe.
+"""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from runtime.decoding.families import LlamaParts
+from runtime.exact.native.attend import MAX_SIZE, ORDERS
+from runtime.exact.native.library import native_library
+from runtime.exact.native.products import BLOCK
+
+# Of a head, and of the gated part: halves of whole vectors, and what torch's SiLU takes in whole vectors.
+HEAD_MULTIPLE, INNER_MULTIPLE = 32, 64
+# Columns of the table of layers, as `layers.h` declares them: four weights, four biases, four norms, the cache, a switch.
+KEYS = 12
+COLUMNS = 16
+
+
+class NativeLayers:
+    """Decoder layers that run natively.
+
+    Shape suffixes: T tokens of the block, D hidden size, E head size.
+
+    Args:
+        parts: of every layer of the model.
+        packed: weight and bias (or None) of the Linears of each layer, in the order of `LlamaParts.linears`.
+        order: of additions in attention, one of `attend.ORDERS`.
+    """
+
+    def __init__(self, parts: Sequence[LlamaParts], packed: Sequence[Sequence[tuple[Tensor, Tensor | None]]], order: str):
+        first = parts[0]
+        self.sizes = (*_heads(first), first.linears[2][0].weight.shape[0], BLOCK // 2, ORDERS.index(order))
+        self.floats = (ctypes.c_float * 3)(first.norms[0].variance_epsilon, first.attention.scaling, 1.0)
+        self.silu = _silu_of_all()
+        self.held = [(packed, *each.norms) for each in parts]  # the table holds addresses alone
+        self.table = np.array([_row(*both) for both in zip(parts, packed, strict=True)], dtype=np.int64)
+
+    @classmethod
+    def of(
+        cls, parts: Sequence[LlamaParts | None], packed: Mapping[tuple[nn.Module, ...], Any], order: str | None
+    ) -> "NativeLayers | None":
+        """None where the kernels or what they need are missing, or a layer is of another kind or size.
+
+        Args:
+            packed: by the modules that each stands for: what has a `weight` for our kernel, and a `bias`.
+        """
+        whole = [each for each in parts if each is not None]
+        linears = [[packed.get(modules) for modules in each.linears] for each in whole]
+        if native_library() is None or order is None or len(whole) < len(parts) or not whole:
+            return None
+        if any(linear is None for layer in linears for linear in layer) or not all(map(_is_fit, whole)):
+            return None
+        if len({(_heads(each), each.norms[0].variance_epsilon, each.attention.scaling) for each in whole}) > 1:
+            return None
+        return cls(whole, [[(linear.weight, linear.bias) for linear in layer] for layer in linears], order)
+
+    def __call__(
+        self, hidden: Tensor, start: int, stop: int, position_embeddings: tuple[Tensor, Tensor], cache: Any
+    ) -> Tensor | None:
+        """Hidden states [1, T, D] at depth `stop` of those at depth `start`; appends to the cache.
+
+        None, and the cache as it was, where it cannot be said: some score is not finite.
+        """
+        rows, held = hidden.shape[1], cache.lengths[start]
+        cosines, sines = position_embeddings
+        for index in range(start, stop):
+            assert cache.lengths[index] == held
+            keys, values = cache.reserve(index, held + rows)
+            self.table[index, KEYS : KEYS + 3] = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+        output = hidden.clone(memory_format=torch.contiguous_format)
+        sizes = (ctypes.c_int64 * 10)(stop - start, rows, held, hidden.shape[2], *self.sizes)
+        library = native_library()
+        assert library is not None
+        fine = library.specbound_layers(
+            self.table[start:].ctypes.data,
+            sizes,
+            self.floats,
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            self.silu.data_ptr(),
+            output.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if not fine:
+            return None
+        for index in range(start, stop):
+            cache.lengths[index] = held + rows
+        return output
+
+
+def _heads(parts: LlamaParts) -> tuple[int, int, int]:
+    """Heads of queries, of keys, and the size of each."""
+    size = parts.attention.head_dim
+    queries, keys, _ = parts.linears[0]
+    return queries.weight.shape[0] // size, keys.weight.shape[0] // size, size  # type: ignore[union-attr, operator]
+
+
+def _is_fit(parts: LlamaParts) -> bool:
+    """Whether sizes are those that the kernel takes."""
+    size, inner = parts.attention.head_dim, parts.linears[2][0].weight.shape[0]
+    norms = [norm.weight for norm in parts.norms]
+    return (
+        size % HEAD_MULTIPLE == 0
+        and size <= MAX_SIZE
+        and inner % INNER_MULTIPLE == 0
+        and all(weight.dtype == torch.bfloat16 and weight.is_contiguous() for weight in norms)
+        and len({norm.variance_epsilon for norm in parts.norms}) == 1
+    )
+
+
+def _row(parts: LlamaParts, packed: Sequence[tuple[Tensor, Tensor | None]]) -> list[int]:
+    """Of the table of layers; keys and values are put in when it runs."""
+    weights = [weight.data_ptr() for weight, _ in packed]
+    biases = [0 if bias is None else bias.data_ptr() for _, bias in packed]
+    norms = [norm.weight.data_ptr() for norm in parts.norms]
+    row = [*weights, *biases, *norms, 0, 0, 0, 0, 0, 1]
+    assert len(row) == COLUMNS
+    return row
+
+
+def _silu_of_all() -> Tensor:
+    """Torch's SiLU of every bfloat16, by its bits; one more, since the kernel reads words of two."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    opened = functional.silu(bits.view(torch.bfloat16))
+    return functional.pad(opened, (0, 1))
