@@ -17,8 +17,8 @@ from runtime.errors import UnsupportedModel
 class Family:
     """Where a model family keeps the parts that generation runs through.
 
-    `fusable` says that a layer is what `runtime/exact/fused.py` computes: norm, attention with rotary positions,
-    residual, norm, gated SiLU, residual.
+    `llama_kind` says that a layer is what `LlamaParts` takes apart: norm, attention with rotary positions, residual,
+    norm, gated SiLU, residual.
     """
 
     body: str = "model"
@@ -28,17 +28,17 @@ class Family:
     rotary: str | None = "rotary_emb"
     positions: str | None = None
     cache_argument: str = "past_key_values"
-    fusable: bool = False
+    llama_kind: bool = False
 
 
 FAMILIES = {
-    "llama": Family(fusable=True),
-    "mistral": Family(fusable=True),
-    "qwen2": Family(fusable=True),
-    "qwen3": Family(),
-    "smollm3": Family(),
+    "llama": Family(llama_kind=True),
+    "mistral": Family(llama_kind=True),
+    "qwen2": Family(llama_kind=True),
+    "qwen3": Family(llama_kind=True),
+    "smollm3": Family(llama_kind=True),
+    "granite": Family(llama_kind=True),
     "olmo2": Family(),
-    "granite": Family(),
     "phi3": Family(),
     "gemma": Family(),
     "gpt_neox": Family(body="gpt_neox", embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past"),
@@ -50,17 +50,28 @@ STEADY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
 @dataclass(frozen=True, slots=True)
 class LlamaParts:
-    """A decoder layer of a fusable family, taken apart.
+    """A decoder layer of the Llama kind, taken apart.
 
     Attributes:
         attention: the module, which holds head size, scaling and layer index.
         norms: before attention, and before the gated part; their weights and epsilons are read.
         linears: query, key and value; output; gate and up; down. Those of a tuple read the same input.
+        head_norms: of each query head and each key head (Qwen3).
+        rotary: whether heads are turned to their positions; SmolLM3 leaves some layers out.
+        multiplier: of what is added to the residual (Granite).
     """
 
     attention: Any
     norms: tuple[Any, Any]
     linears: tuple[tuple[nn.Module, ...], ...]
+    head_norms: tuple[Any, Any] | None = None
+    rotary: bool = True
+    multiplier: float = 1.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer has nothing that Llama's own layers lack."""
+        return self.head_norms is None and self.rotary and self.multiplier == 1.0
 
     @classmethod
     def of(cls, layer: Any) -> "LlamaParts | None":
@@ -74,7 +85,9 @@ class LlamaParts:
                 (mlp.gate_proj, mlp.up_proj),
                 (mlp.down_proj,),
             )
-            plain = all(hasattr(norm, "variance_epsilon") and hasattr(norm, "weight") for norm in norms)
+            head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
+            all_norms = (*norms, *(head_norms or ()))
+            plain = all(hasattr(norm, "variance_epsilon") and hasattr(norm, "weight") for norm in all_norms)
         except AttributeError:
             return None
         plain = plain and "silu" in type(mlp.act_fn).__name__.lower()
@@ -82,7 +95,10 @@ class LlamaParts:
             module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
             for module in layer.modules()
         )
-        return cls(attention, norms, linears) if plain and not listened else None
+        if not plain or listened:
+            return None
+        rotary = bool(getattr(attention, "use_rope", True))
+        return cls(attention, norms, linears, head_norms, rotary, float(getattr(layer, "residual_multiplier", 1.0)))
 
 
 def check_supported(model: Any) -> Family:

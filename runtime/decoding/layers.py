@@ -101,12 +101,12 @@ class DecoderLayers:
             arguments["position_embeddings"] = self.rotary(hidden, position_ids=position_ids)
         native = self.body.__dict__.get(NATIVE)
         if native is not None and mask is None:
-            output = native(hidden, start, stop, arguments["position_embeddings"], cache)
+            output: Tensor | None = native(hidden, start, stop, arguments["position_embeddings"], cache)
             if output is not None:
                 return output
         for layer in self.layers[start:stop]:
-            output = layer(hidden, attention_mask=mask, **arguments)
-            hidden = output[0] if isinstance(output, tuple) else output
+            above = layer(hidden, attention_mask=mask, **arguments)
+            hidden = above[0] if isinstance(above, tuple) else above
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

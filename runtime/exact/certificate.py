@@ -131,7 +131,15 @@ def read_certificate(path: Path) -> Certificate | None:
         stored = fields["policy"]
         rows = {tuple(shape): count for shape, count in stored["linear_rows"]}
         packed = {tuple(shape): count for shape, count in stored["packed_rows"]}
-        how = (stored["attention"], rows, stored["other_rows"], packed, stored["fused"], stored["native"], stored["static"])
+        how = (
+            stored["attention"],
+            rows,
+            stored["other_rows"],
+            packed,
+            stored["fused"],
+            stored["native"],
+            stored["static"],
+        )
         fields["policy"] = ExecutionPolicy(*how)
         fields["native"] = [tuple(shape) for shape in fields["native"]]
         return Certificate(**(fields | {"seconds": 0.0}))

@@ -117,12 +117,12 @@ def fused_layers(
     Args:
         joint: the Linears that run packed, by the modules that each stands for.
     """
-    if not FAMILIES[model.config.model_type].fusable or attention.stock == "eager":
+    if not FAMILIES[model.config.model_type].llama_kind or attention.stock == "eager":
         return
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     weight: Tensor = decoder.norm.weight
     shared = Shared(weight.shape[0], weight)
     for layer in decoder.layers:
         parts = LlamaParts.of(layer)
-        if parts is not None and all(linears in joint for linears in parts.linears):
+        if parts is not None and parts.is_plain and all(linears in joint for linears in parts.linears):
             yield layer, FusedLayer(parts, [joint[each] for each in parts.linears], attention=attention, shared=shared)

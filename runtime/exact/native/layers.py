@@ -19,7 +19,7 @@ from runtime.exact.native.products import BLOCK
 
 # Of a head, and of the gated part: halves of whole vectors, and what torch's SiLU takes in whole vectors.
 HEAD_MULTIPLE, INNER_MULTIPLE = 32, 64
-# Columns of the table of layers, as `layers.h` declares them: four weights, four biases, four norms, the cache, a switch.
+# Columns of the table of layers, as `layers.h` declares them: weights, biases, norms (four each), the cache, a switch.
 KEYS = 12
 COLUMNS = 16
 
@@ -35,12 +35,14 @@ class NativeLayers:
         order: of additions in attention, one of `attend.ORDERS`.
     """
 
-    def __init__(self, parts: Sequence[LlamaParts], packed: Sequence[Sequence[tuple[Tensor, Tensor | None]]], order: str):
+    def __init__(
+        self, parts: Sequence[LlamaParts], packed: Sequence[Sequence[tuple[Tensor, Tensor | None]]], order: str
+    ):
         first = parts[0]
-        self.sizes = (*_heads(first), first.linears[2][0].weight.shape[0], BLOCK // 2, ORDERS.index(order))
-        self.floats = (ctypes.c_float * 3)(first.norms[0].variance_epsilon, first.attention.scaling, 1.0)
+        self.sizes = (*_heads(first), _inner(first), BLOCK // 2, ORDERS.index(order))
+        self.floats = (ctypes.c_float * 3)(first.norms[0].variance_epsilon, first.attention.scaling, first.multiplier)
         self.silu = _silu_of_all()
-        self.held = [(packed, *each.norms) for each in parts]  # the table holds addresses alone
+        self.held = [(packed, *_norms(each)) for each in parts]  # the table holds addresses alone
         self.table = np.array([_row(*both) for both in zip(parts, packed, strict=True)], dtype=np.int64)
 
     @classmethod
@@ -52,15 +54,20 @@ class NativeLayers:
         Args:
             packed: by the modules that each stands for: what has a `weight` for our kernel, and a `bias`.
         """
-        whole = [each for each in parts if each is not None]
-        linears = [[packed.get(modules) for modules in each.linears] for each in whole]
-        if native_library() is None or order is None or len(whole) < len(parts) or not whole:
+        if native_library() is None or order is None or not parts:
             return None
-        if any(linear is None for layer in linears for linear in layer) or not all(map(_is_fit, whole)):
-            return None
-        if len({(_heads(each), each.norms[0].variance_epsilon, each.attention.scaling) for each in whole}) > 1:
-            return None
-        return cls(whole, [[(linear.weight, linear.bias) for linear in layer] for layer in linears], order)
+        weights: list[list[tuple[Tensor, Tensor | None]]] = []
+        alike: set[Any] = set()
+        whole: list[LlamaParts] = []
+        for each in parts:
+            if each is None or any(modules not in packed for modules in each.linears) or not _is_fit(each):
+                return None
+            whole.append(each)
+            weights.append([(packed[modules].weight, packed[modules].bias) for modules in each.linears])
+            alike.add(
+                (*_heads(each), _inner(each), each.norms[0].variance_epsilon, each.attention.scaling, each.multiplier)
+            )
+        return cls(whole, weights, order) if len(alike) == 1 else None
 
     def __call__(
         self, hidden: Tensor, start: int, stop: int, position_embeddings: tuple[Tensor, Tensor], cache: Any
@@ -98,21 +105,33 @@ class NativeLayers:
 
 def _heads(parts: LlamaParts) -> tuple[int, int, int]:
     """Heads of queries, of keys, and the size of each."""
-    size = parts.attention.head_dim
-    queries, keys, _ = parts.linears[0]
-    return queries.weight.shape[0] // size, keys.weight.shape[0] // size, size  # type: ignore[union-attr, operator]
+    attention = parts.attention
+    size: int = attention.head_dim
+    return attention.q_proj.out_features // size, attention.k_proj.out_features // size, size
+
+
+def _inner(parts: LlamaParts) -> int:
+    """Size of the gated part."""
+    gate: Any = parts.linears[2][0]
+    size: int = gate.out_features
+    return size
+
+
+def _norms(parts: LlamaParts) -> tuple[Any, ...]:
+    """Of the layer, and of its heads where there are such."""
+    return (*parts.norms, *(parts.head_norms or ()))
 
 
 def _is_fit(parts: LlamaParts) -> bool:
     """Whether sizes are those that the kernel takes."""
-    size, inner = parts.attention.head_dim, parts.linears[2][0].weight.shape[0]
-    norms = [norm.weight for norm in parts.norms]
+    size = _heads(parts)[2]
+    norms = _norms(parts)
     return (
         size % HEAD_MULTIPLE == 0
         and size <= MAX_SIZE
-        and inner % INNER_MULTIPLE == 0
-        and all(weight.dtype == torch.bfloat16 and weight.is_contiguous() for weight in norms)
-        and len({norm.variance_epsilon for norm in parts.norms}) == 1
+        and _inner(parts) % INNER_MULTIPLE == 0
+        and all(norm.weight.dtype == torch.bfloat16 and norm.weight.is_contiguous() for norm in norms)
+        and len({norm.variance_epsilon for norm in norms}) == 1
     )
 
 
@@ -120,8 +139,8 @@ def _row(parts: LlamaParts, packed: Sequence[tuple[Tensor, Tensor | None]]) -> l
     """Of the table of layers; keys and values are put in when it runs."""
     weights = [weight.data_ptr() for weight, _ in packed]
     biases = [0 if bias is None else bias.data_ptr() for _, bias in packed]
-    norms = [norm.weight.data_ptr() for norm in parts.norms]
-    row = [*weights, *biases, *norms, 0, 0, 0, 0, 0, 1]
+    norms = [norm.weight.data_ptr() for norm in _norms(parts)]
+    row = [*weights, *biases, *norms, *[0] * (4 - len(norms)), 0, 0, 0, int(parts.rotary)]
     assert len(row) == COLUMNS
     return row
 

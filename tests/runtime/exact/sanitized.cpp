@@ -6,6 +6,8 @@
 extern "C" void specbound_products(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t);
 extern "C" int64_t specbound_attention(const void*, const void*, const void*, void*, const int64_t*, float, int64_t, int64_t);
 
+extern "C" int64_t specbound_layers(const void*, const int64_t*, const float*, const void*, const void*, const void*, void*, int64_t);
+
 static std::vector<uint16_t> numbers(int64_t count) {
   std::vector<uint16_t> made(count);
   uint32_t state = 1;
@@ -35,5 +37,21 @@ int main() {
           const int64_t sizes[] = {rows, queries, queries / groups, size, length, rows * size, size, length * size, size, length * size, size};
           if (!specbound_attention(query.data(), keys.data(), values.data(), output.data(), sizes, 0.1f, order, 2)) return 1;
         }
+  for (int64_t rows : {1, 3, 17})
+    for (int64_t held : {0, 1, 600})
+      for (int64_t size : {32, 96}) {
+        const int64_t hidden = 50, queries = 4, keys = 2, inner = 64, capacity = held + rows;
+        auto packed = [](int64_t outputs, int64_t inputs) { return numbers((outputs + 15) / 16 * 16 * inputs); };
+        auto wide = packed((queries + 2 * keys) * size, hidden), output = packed(hidden, queries * size);
+        auto gate_up = packed(2 * inner, hidden), down = packed(hidden, inner), norm = numbers(hidden), head = numbers(size);
+        auto key = numbers(keys * capacity * size), value = key, table = numbers(65537), state = numbers(rows * hidden);
+        auto angles = numbers(rows * size);
+        const void* layer[] = {wide.data(), output.data(), gate_up.data(), down.data(), nullptr, nullptr, nullptr, nullptr,
+                               norm.data(), norm.data(), head.data(), head.data(), key.data(), value.data(),
+                               (const void*)capacity, (const void*)1};
+        const int64_t sizes[] = {1, rows, held, hidden, queries, keys, size, inner, 256, 1};
+        const float floats[] = {1e-5f, 0.1f, 0.5f};
+        if (!specbound_layers(layer, sizes, floats, angles.data(), angles.data(), table.data(), state.data(), 2)) return 2;
+      }
   std::puts("fine");
 }

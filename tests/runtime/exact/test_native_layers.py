@@ -1,0 +1,122 @@
+"""Runs of layers in our own kernel: the bits of transformers' modules, family by family, and refused where they differ."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from runtime.decoding.cache import KVCache
+from runtime.decoding.layers import NATIVE, DecoderLayers
+from runtime.exact.certificate import Certificate
+from runtime.exact.execution import execution
+from runtime.exact.native import layers as native
+from runtime.exact.native.library import why_not_native
+from runtime.exact.packed import PackedLinears
+from runtime.exact.probe import probe
+from tests.helpers.families import randomise
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "vocab_size": 96,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+OWN: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "granite": {"residual_multiplier": 0.22, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
+}
+
+
+def base(family: str, **own: Any) -> PreTrainedModel:
+    """A random model of sizes that the kernel takes."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(SHAPE | OWN[family] | own))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    randomise(model)
+    return model
+
+
+def probed(model: PreTrainedModel) -> tuple[Certificate, PackedLinears]:
+    """Its certificate and packed Linears; skips where this machine has no kernel in torch's order."""
+    packed = PackedLinears.of(model)
+    if why_not_native() is not None or packed is None:
+        pytest.skip(f"no native kernels here: {why_not_native()}")
+    certificate = probe(model, max_width=5, packed=packed)
+    if not certificate.policy.attention.startswith("native") or not certificate.native:
+        pytest.skip("torch adds in an order of its own here")
+    return certificate, packed
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_layers_have_the_bits_of_the_model_s_own(family: str) -> None:
+    """Every family of the Llama kind, with its own switches."""
+    certificate, _ = probed(base(family))
+    assert certificate.bitwise and certificate.policy.native
+    assert "layers native" in str(certificate)
+
+
+@pytest.mark.parametrize("own", [{"head_dim": 48}, {"intermediate_size": 96}, {"hidden_act": "gelu"}], ids=str)
+def test_what_the_kernel_does_not_take_runs_as_before(own: dict[str, Any]) -> None:
+    """Sizes that fill no vector, another activation: exact, and not native."""
+    certificate, _ = probed(base("llama", **own))
+    assert certificate.bitwise and not certificate.policy.native
+
+
+def spoilt_silu() -> Tensor:
+    """Rounded otherwise than torch's."""
+    table = silu()
+    table[0x3F00:0x3F80] = torch.nextafter(table[0x3F00:0x3F80], torch.tensor(9.0, dtype=torch.bfloat16))
+    return table
+
+
+silu = native._silu_of_all
+SPOILT: dict[str, tuple[str, Any]] = {
+    "SiLU": ("_silu_of_all", spoilt_silu),
+    "rows": ("_row", lambda parts, packed, row=native._row: [*row(parts, packed)[:-1], 0]),  # heads are not turned
+    "norms": ("_norms", lambda parts: parts.norms[::-1]),
+}
+
+
+@pytest.mark.parametrize("part", SPOILT)
+def test_a_spoilt_kernel_is_refused(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: the probe sees it and takes another way, which is exact."""
+    model = base("llama")
+    monkeypatch.setattr(native, *SPOILT[part])
+    certificate, _ = probed(model)
+    assert certificate.bitwise and not certificate.policy.native
+
+
+def test_states_that_are_no_numbers_go_to_torch() -> None:
+    """The run says that it cannot; the cache is as it was, and the block is what the layers give one by one."""
+    model = base("llama")
+    certificate, packed = probed(model)
+    ids = torch.arange(2, 12)[None]
+    stock = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(ids, past_key_values=stock)
+        cache, layers = KVCache.from_dynamic(stock, 32), DecoderLayers(model)
+        hidden = layers.embed(ids[:, :3], 10)
+        hidden[0, 1, 7] = torch.inf
+        with execution(model, certificate.policy, packed):
+            run = model.model.__dict__[NATIVE]
+            assert layers.rotary is not None
+            tables = layers.rotary(hidden, position_ids=torch.arange(10, 13)[None])
+            assert run(hidden, 0, 3, tables, cache) is None and cache.lengths == [10] * 3
+            block = layers.run(hidden, 0, 3, 10, cache)
+        assert NATIVE not in model.model.__dict__ and cache.lengths == [13] * 3
+        alone = layers.run(hidden[:, :1], 0, 3, 10, KVCache.from_dynamic(stock, 32))
+    assert torch.equal(block[:, :1], alone) and not torch.isfinite(block[:, 1]).all()
