@@ -1,4 +1,4 @@
-"""Runs of layers in our own kernel: the bits of transformers' modules, family by family, and refused where they differ."""
+"""Runs of layers in our own kernel: the bits of transformers' modules, family by family, and refused otherwise."""
 
 from typing import Any
 
