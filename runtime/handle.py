@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 
 from runtime.adapter.config import SpecBoundConfig
 from runtime.adapter.identity import base_fingerprint
-from runtime.decoding.draft import Drafter
+from runtime.decoding.draft import Drafter, HeadDrafter
 from runtime.drafting.controller import Controller
 from runtime.drafting.policy import SpeculationBounds
 from runtime.errors import ConfigError, UnsupportedModel
 from runtime.exact.certificate import Certificate
+from runtime.exact.native.heads import native_heads
 from runtime.exact.packed import pack_in_place
 from runtime.exact.prepared import PreparedModel
 from runtime.stats import SpeculationStats
@@ -103,9 +104,8 @@ class SpecBound:
             return reason
         layers = self.prepared.layers
         if self._ready[0] is not self.drafter or self._ready[1] is not layers:
-            self.drafter = self.drafter.on(layers)
+            self.drafter = _fast(self.drafter.on(layers))
             self._ready = self.drafter, layers
-            pack_in_place(self.drafter.modules)
         try:
             certificate = self.prepared.certify(model, self.exactness, self.bounds.max_draft_tokens + 1)
         except UnsupportedModel as error:
@@ -158,3 +158,13 @@ def require_exactness(exactness: str) -> None:
     """Raise ConfigError where it is not one of the modes."""
     if exactness not in EXACTNESS:
         raise ConfigError(f"exactness is {exactness!r}: expected one of {', '.join(EXACTNESS)}")
+
+
+def _fast(drafter: Drafter) -> Drafter:
+    """The drafter, its heads in our own kernel, or their Linears packed where they cannot be."""
+    if isinstance(drafter, HeadDrafter):
+        drafter = replace(drafter, heads=native_heads(drafter.heads))
+        if len(drafter.heads.native) == len(drafter.heads.exit_layers):
+            return drafter
+    pack_in_place(drafter.modules)
+    return drafter

@@ -17,7 +17,7 @@ from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.heads import MAX_AGE, HeadContext
 from runtime.drafting.lookup import LookupTable
 from runtime.drafting.policy import SpeculationBounds
-from runtime.drafting.temperature import TemperatureSchedule, confidence
+from runtime.drafting.temperature import TemperatureSchedule
 
 
 class Drafter(Protocol):
@@ -71,10 +71,7 @@ class HeadDrafter:
         """What the lookup proposes at depth 0; elsewhere the head's most likely token, at its exit's temperature."""
         if layer == 0:
             return self._look_up(state)
-        logits = self.heads.logits(layer, state.newest[0], head_context(state))[0].float()
-        best = logits.argmax()
-        chance, index = torch.stack([confidence(logits, self.temperatures[layer]), best.float()]).tolist()
-        return int(self.heads.draft_to_target[int(index)]), chance
+        return self.heads.best(layer, state.newest[0], head_context(state), self.temperatures[layer])
 
     def _look_up(self, state: DecodeState) -> tuple[int, float]:
         proposal = state.lookup.propose(state.pending)

@@ -4,13 +4,14 @@ Knows no policy, no cache and no file.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from runtime.drafting.heads import ExitHeads, HeadContext
+from runtime.drafting.temperature import confidence
 from runtime.drafting.unembedding import Base, DraftUnembedding
 
 
@@ -25,12 +26,14 @@ class DraftHeads:
         unembedding: the base's frozen rows for the draft vocabulary.
         draft_to_target: target id of each draft id, shape [V], int64.
         target_to_draft: the inverse, shape [base's vocabulary], int64; -1 where there is no draft id.
+        native: exit layer -> the head as one call of our own kernel, which takes what `best` takes.
     """
 
     exits: Any
     unembedding: DraftUnembedding
     draft_to_target: Tensor
     target_to_draft: Tensor
+    native: Mapping[int, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, exits: ExitHeads, base: Base, draft_to_target: Tensor) -> "DraftHeads":
@@ -68,6 +71,16 @@ class DraftHeads:
         """Draft logits of every exit, from hidden states [N, D] by exit layer: exit layer -> [N, V]."""
         logits: dict[int, Tensor] = self.exits(hidden, context, self.unembedding)
         return logits
+
+    def best(self, layer: int, hidden: Tensor, context: HeadContext, temperature: float) -> tuple[int, float]:
+        """Target id and confidence of one exit's draft, from a hidden state [1, D]; waits for the device once."""
+        native = self.native.get(layer)
+        if native is not None:
+            index, chance = native(hidden, context, temperature)
+        else:
+            logits = self.logits(layer, hidden, context)[0].float()
+            chance, index = torch.stack([confidence(logits, temperature), logits.argmax().float()]).tolist()
+        return int(self.draft_to_target[int(index)]), chance
 
     def logits(self, layer: int, hidden: Tensor, context: HeadContext) -> Tensor:
         """Draft logits [N, V] of one exit from hidden states [N, D]."""

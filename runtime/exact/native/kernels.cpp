@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "heads.h"
 #include "layers.h"
 #include "products.h"
 
@@ -38,4 +39,16 @@ extern "C" int64_t specbound_layers(const void* layers, const int64_t* sizes, co
 #pragma omp parallel num_threads(threads)
   through(run, (uint16_t*)hidden, heads.data(), attended.data(), inner.data(), numbers);
   return numbers;
+}
+
+// See `heads.py` for the arguments. Returns the draft id, -1 where no logit is a number.
+extern "C" int64_t specbound_draft(const void* head, const int64_t* sizes, const float* floats, const void* hidden,
+                                   const void* embedding, const void* deep, const void* silu, float* chance,
+                                   int64_t threads) {
+  const Draft d{(const Head*)head, (const uint16_t*)hidden, (const uint16_t*)embedding, (const uint16_t*)deep,
+                (const uint16_t*)silu, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], floats[0], floats[1], floats[2]};
+  std::vector<uint16_t> inner(d.rank), added(d.size), logits(d.vocabulary);
+#pragma omp parallel num_threads(threads)
+  draft(d, inner.data(), added.data(), logits.data());
+  return choose(d, logits.data(), chance);
 }

@@ -41,7 +41,7 @@ class NativeLayers:
         first = parts[0]
         self.sizes = (*_heads(first), _inner(first), BLOCK // 2, ORDERS.index(order))
         self.floats = (ctypes.c_float * 3)(first.norms[0].variance_epsilon, first.attention.scaling, first.multiplier)
-        self.silu = _silu_of_all()
+        self.silu = silu_of_all()
         self.held = [(packed, *_norms(each)) for each in parts]  # the table holds addresses alone
         self.table = np.array([_row(*both) for both in zip(parts, packed, strict=True)], dtype=np.int64)
 
@@ -145,7 +145,7 @@ def _row(parts: LlamaParts, packed: Sequence[tuple[Tensor, Tensor | None]]) -> l
     return row
 
 
-def _silu_of_all() -> Tensor:
+def silu_of_all() -> Tensor:
     """Torch's SiLU of every bfloat16, by its bits; one more, since the kernel reads words of two."""
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     opened = functional.silu(bits.view(torch.bfloat16))

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "kernels.cpp"
-HEADERS = [FOLDER / name for name in ("attention.h", "layers.h", "numbers.h", "products.h")]
+HEADERS = [FOLDER / name for name in ("attention.h", "heads.h", "layers.h", "numbers.h", "products.h")]
 CPU_FLAGS = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512_bf16"))
 # No contraction: a product and a sum are rounded apart, as in the operations that these repeat.
 COMPILE = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off"]
@@ -82,12 +82,14 @@ def _load() -> ctypes.CDLL:
 
 def _declare(library: ctypes.CDLL) -> None:
     """Arguments and results of its functions."""
+    floats = ctypes.POINTER(ctypes.c_float)
     place, number, numbers = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)
     products, attention, layers = library.specbound_products, library.specbound_attention, library.specbound_layers
     products.argtypes, products.restype = [*[place] * 4, *[number] * 5], None
     attention.argtypes, attention.restype = [*[place] * 4, numbers, ctypes.c_float, number, number], number
-    layers.argtypes = [place, numbers, ctypes.POINTER(ctypes.c_float), *[place] * 4, number]
-    layers.restype = number
+    layers.restype, layers.argtypes = number, [place, numbers, floats, *[place] * 4, number]
+    draft = library.specbound_draft
+    draft.argtypes, draft.restype = [place, numbers, floats, *[place] * 4, floats, number], number
 
 
 def _missing() -> str | None:

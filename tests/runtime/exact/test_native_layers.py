@@ -83,9 +83,9 @@ def spoilt_silu() -> Tensor:
     return table
 
 
-silu = native._silu_of_all
+silu = native.silu_of_all
 SPOILT: dict[str, tuple[str, Any]] = {
-    "SiLU": ("_silu_of_all", spoilt_silu),
+    "SiLU": ("silu_of_all", spoilt_silu),
     "rows": ("_row", lambda parts, packed, row=native._row: [*row(parts, packed)[:-1], 0]),  # heads are not turned
     "norms": ("_norms", lambda parts: parts.norms[::-1]),
 }

@@ -1,0 +1,65 @@
+"""Heads in our own kernel: the drafts and confidences of the modules, up to rounding."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.decoding.layers import DecoderLayers
+from runtime.drafting.draft_heads import DraftHeads
+from runtime.drafting.heads import MAX_AGE, ExitHeads, HeadContext
+from runtime.exact.native.heads import native_heads
+from runtime.exact.native.library import why_not_native
+from tests.helpers.families import tiny
+
+SIZE, VOCABULARY = 48, 37
+
+
+def made(
+    kind: str = "deep", *, dtype: torch.dtype = torch.bfloat16, rank: int = 32, family: str = "llama"
+) -> DraftHeads:
+    """Random heads on a tiny base, in our kernel where it takes them."""
+    if why_not_native() is not None:
+        pytest.skip(f"no native kernels here: {why_not_native()}")
+    base = tiny(family, dtype=dtype)
+    exits = ExitHeads(kind, [1, 2], hidden_size=SIZE, draft_vocab_size=VOCABULARY, rank=rank)
+    for parameter in exits.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    heads = DraftHeads.of(exits.to(dtype).eval(), DecoderLayers(base), torch.arange(3, 3 + VOCABULARY))
+    return native_heads(heads)
+
+
+@torch.inference_mode()
+def test_drafts_are_those_of_the_modules() -> None:
+    """At every age; a confidence is off by no more than rounding, and another temperature gives another one."""
+    heads = made()
+    modules = replace(heads, native={})
+    same = 0
+    for number in range(100):
+        state, embedding, deep = torch.randn(3, 1, SIZE).bfloat16()
+        context = HeadContext(embedding, deep, torch.tensor([number % (MAX_AGE + 1)]))
+        layer, temperature = 1 + number % 2, 1.0 + number / 100
+        token, chance = heads.best(layer, state, context, temperature)
+        expected, sure = modules.best(layer, state, context, temperature)
+        same += token == expected
+        assert chance == pytest.approx(sure, rel=0.1) and 3 <= token < 3 + VOCABULARY
+        assert heads.best(layer, state, context, 9.0)[1] < chance
+    assert same > 90
+
+
+@torch.inference_mode()
+def test_logits_that_are_no_numbers_draft_nothing() -> None:
+    """Their confidence passes no threshold."""
+    state = torch.full((1, SIZE), torch.nan).bfloat16()
+    _, chance = made().best(1, state, HeadContext(state, state, torch.tensor([1])), 1.0)
+    assert not chance >= 0.0
+
+
+WRONG: list[dict[str, Any]] = [{"kind": "lora"}, {"dtype": torch.float32}, {"rank": 20}, {"family": "gemma"}]
+
+
+@pytest.mark.parametrize("options", WRONG, ids=str)
+def test_other_heads_stay_modules(options: dict[str, Any]) -> None:
+    """Another kind, dtype or rank, or a final norm that is not Llama's."""
+    assert made(**options).native == {}
