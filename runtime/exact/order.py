@@ -18,6 +18,7 @@ LENGTHS = (*range(1, 5), *range(5, 60, 3), 511, 514, 526, 1035)
 # Larger weights are looked at by their first rows: bytes.
 LARGEST = 2**26
 PATTERNS = 32
+NORMED_ROWS, SPREAD = 4096, 12
 
 
 def cancelling(rows: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -132,6 +133,18 @@ def same_sums(attention: BlockAttention, size: int) -> bool:
             if not torch.equal(block, stock(module, query, keys, values, None)[0]):
                 return False
     return True
+
+
+def same_norm(norm: nn.Module, run: Callable[[nn.Module, Tensor], Tensor]) -> bool:
+    """Whether `run(norm, rows)` gives thousands of rows [N, D] what the module gives each alone.
+
+    Squares are positive: nothing cancels, and another order shows in one row of some hundred where sizes differ much.
+    """
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.exp2(torch.randint(-SPREAD, SPREAD + 1, (NORMED_ROWS, weight.shape[0]), generator=generator).float())
+    rows = (torch.randn(sizes.shape, generator=generator) * sizes).to(weight)
+    return torch.equal(run(norm, rows), torch.cat([norm(row[None, None])[0] for row in rows]))
 
 
 def _telling_values(heads: tuple[int, int, int], rows: int, length: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -28,8 +28,9 @@ from runtime.exact.execution import ExecutionPolicy, Shape, execution, native_la
 from runtime.exact.fingerprint import digest as running_digest
 from runtime.exact.linear_rows import linear_rows, packed_rows
 from runtime.exact.native.attend import can_attend
+from runtime.exact.native.layers import norms as native_norms
 from runtime.exact.native.layout import NATIVE
-from runtime.exact.order import same_attention, same_sums
+from runtime.exact.order import same_attention, same_norm, same_sums
 from runtime.exact.packed import PackedLinears
 from runtime.exact.reference import Reference
 from runtime.exact.static import StaticCache
@@ -141,14 +142,19 @@ def _candidates(
     kinds = [kind for kind in (*NATIVE_KINDS, "grouped") if _keeps_order(kind, model, reference, widths)] + ["rowwise"]
     policies = [ExecutionPolicy(kind, rows, packed_rows=joint) for kind in kinds]
     fused = [replace(policy, fused=True) for policy in policies] if joint else []
-    native = [
-        replace(policy, native=True)
-        for policy in fused
-        if native_layers(model, policy, packed, BlockAttention(policy.attention, "sdpa")) is not None
-    ]
+    native = [replace(policy, native=True) for policy in fused if _runs_native(model, policy, packed)]
     plain = [ExecutionPolicy("rowwise", rows)] if joint else []
     segments = [ExecutionPolicy("batched", rows, static=True), ExecutionPolicy("batched", other_rows=1, static=True)]
     return [*(segments if static else []), *native, *fused, *policies, *plain, ExecutionPolicy.rowwise()]
+
+
+def _runs_native(model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None) -> bool:
+    """Whether our kernel takes the model's layers under this policy, and adds in its norms as they do."""
+    run = native_layers(model, policy, packed, BlockAttention(policy.attention, "sdpa"))
+    if run is None:
+        return False
+    by_size = {norm.weight.shape: norm for norm in run.norms}
+    return all(same_norm(norm, native_norms) for norm in by_size.values())
 
 
 def _keeps_order(kind: str, model: PreTrainedModel, reference: Reference, widths: Sequence[int]) -> bool:

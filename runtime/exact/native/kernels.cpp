@@ -27,6 +27,13 @@ extern "C" int64_t specbound_attention(const void* query, const void* keys, cons
   return numbers;
 }
 
+// Norms of rows as in `layers.h`, for a look at their order of additions.
+extern "C" void specbound_norms(const void* hidden, const void* weight, void* output, int64_t rows, int64_t size,
+                                float epsilon) {
+  for (int64_t row = 0; row < rows; row++)
+    norm((const uint16_t*)hidden + row * size, (const uint16_t*)weight, size, epsilon, (uint16_t*)output + row * size);
+}
+
 // See `layers.py` for the arguments. Returns 0 where some score is no finite number: nothing is promised then.
 extern "C" int64_t specbound_layers(const void* layers, const int64_t* sizes, const float* floats, const void* cosines,
                                     const void* sines, const void* silu, void* hidden, int64_t threads) {

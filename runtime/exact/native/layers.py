@@ -42,7 +42,8 @@ class NativeLayers:
         self.sizes = (*_heads(first), _inner(first), BLOCK // 2, ORDERS.index(order))
         self.floats = (ctypes.c_float * 3)(first.norms[0].variance_epsilon, first.attention.scaling, first.multiplier)
         self.silu = silu_of_all()
-        self.held = [(packed, *_norms(each)) for each in parts]  # the table holds addresses alone
+        self.norms = [norm for each in parts for norm in norms_of(each)]
+        self.held = (packed, self.norms)  # the table holds addresses alone
         self.table = np.array([_row(*both) for both in zip(parts, packed, strict=True)], dtype=np.int64)
 
     @classmethod
@@ -103,6 +104,16 @@ class NativeLayers:
         return output
 
 
+def norms(module: Any, rows: Tensor) -> Tensor:
+    """A norm of the Llama kind as the kernel computes it in a run, of rows [N, D], bfloat16."""
+    library = native_library()
+    assert library is not None
+    output = torch.empty_like(rows)
+    addresses = rows.data_ptr(), module.weight.data_ptr(), output.data_ptr()
+    library.specbound_norms(*addresses, *rows.shape, module.variance_epsilon)
+    return output
+
+
 def _heads(parts: LlamaParts) -> tuple[int, int, int]:
     """Heads of queries, of keys, and the size of each."""
     attention = parts.attention
@@ -117,7 +128,7 @@ def _inner(parts: LlamaParts) -> int:
     return size
 
 
-def _norms(parts: LlamaParts) -> tuple[Any, ...]:
+def norms_of(parts: LlamaParts) -> tuple[Any, ...]:
     """Of the layer, and of its heads where there are such."""
     return (*parts.norms, *(parts.head_norms or ()))
 
@@ -125,7 +136,7 @@ def _norms(parts: LlamaParts) -> tuple[Any, ...]:
 def _is_fit(parts: LlamaParts) -> bool:
     """Whether sizes are those that the kernel takes."""
     size = _heads(parts)[2]
-    norms = _norms(parts)
+    norms = norms_of(parts)
     return (
         size % HEAD_MULTIPLE == 0
         and size <= MAX_SIZE
@@ -139,7 +150,7 @@ def _row(parts: LlamaParts, packed: Sequence[tuple[Tensor, Tensor | None]]) -> l
     """Of the table of layers; keys and values are put in when it runs."""
     weights = [weight.data_ptr() for weight, _ in packed]
     biases = [0 if bias is None else bias.data_ptr() for _, bias in packed]
-    norms = [norm.weight.data_ptr() for norm in _norms(parts)]
+    norms = [norm.weight.data_ptr() for norm in norms_of(parts)]
     row = [*weights, *biases, *norms, *[0] * (4 - len(norms)), 0, 0, 0, int(parts.rotary)]
     assert len(row) == COLUMNS
     return row

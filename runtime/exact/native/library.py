@@ -1,7 +1,7 @@
 """The compiled kernels: built at first use with the C++ compiler that is there, and kept for later starts.
 
 Without a compiler, on another CPU or platform, or where the cache folder cannot be written there is none, and one line
-says why. The source needs no header of torch: it compiles in a second, and needs nothing but the compiler.
+says why. The source needs no header of torch: nothing but the compiler, and a few seconds.
 """
 
 import ctypes
@@ -88,6 +88,8 @@ def _declare(library: ctypes.CDLL) -> None:
     products.argtypes, products.restype = [*[place] * 4, *[number] * 5], None
     attention.argtypes, attention.restype = [*[place] * 4, numbers, ctypes.c_float, number, number], number
     layers.restype, layers.argtypes = number, [place, numbers, floats, *[place] * 4, number]
+    norms = library.specbound_norms
+    norms.argtypes, norms.restype = [*[place] * 3, number, number, ctypes.c_float], None
     draft = library.specbound_draft
     draft.argtypes, draft.restype = [place, numbers, floats, *[place] * 4, floats, number], number
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from runtime.decoding.cache import KVCache
 from runtime.decoding.layers import NATIVE, DecoderLayers
@@ -13,6 +14,7 @@ from runtime.exact.certificate import Certificate
 from runtime.exact.execution import execution
 from runtime.exact.native import layers as native
 from runtime.exact.native.library import why_not_native
+from runtime.exact.order import same_norm
 from runtime.exact.packed import PackedLinears
 from runtime.exact.probe import probe
 from tests.helpers.families import randomise
@@ -87,7 +89,7 @@ silu = native.silu_of_all
 SPOILT: dict[str, tuple[str, Any]] = {
     "SiLU": ("silu_of_all", spoilt_silu),
     "rows": ("_row", lambda parts, packed, row=native._row: [*row(parts, packed)[:-1], 0]),  # heads are not turned
-    "norms": ("_norms", lambda parts: parts.norms[::-1]),
+    "norms": ("norms_of", lambda parts: parts.norms[::-1]),
 }
 
 
@@ -98,6 +100,16 @@ def test_a_spoilt_kernel_is_refused(part: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(native, *SPOILT[part])
     certificate, _ = probed(model)
     assert certificate.bitwise and not certificate.policy.native
+
+
+@pytest.mark.parametrize("size", [64, 100, 256, 576, 2048, 4096])
+def test_norms_add_in_the_order_of_torch(size: int) -> None:
+    """Of each row alone, at sizes that fill vectors and levels and those that do not; a sum backwards is refused."""
+    if why_not_native() is not None:
+        pytest.skip(f"no native kernels here: {why_not_native()}")
+    norm = LlamaRMSNorm(size, 1e-5).to(torch.bfloat16)
+    assert same_norm(norm, native.norms)
+    assert not same_norm(norm, lambda module, rows: native.norms(module, rows.flip(1)).flip(1))
 
 
 def test_states_that_are_no_numbers_go_to_torch() -> None:
