@@ -91,14 +91,17 @@ class LlamaParts:
         except AttributeError:
             return None
         plain = plain and "silu" in type(mlp.act_fn).__name__.lower()
-        listened = any(
-            module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-            for module in layer.modules()
-        )
-        if not plain or listened:
+        if not plain or is_listened_to(layer):
             return None
         rotary = bool(getattr(attention, "use_rope", True))
         return cls(attention, norms, linears, head_norms, rotary, float(getattr(layer, "residual_multiplier", 1.0)))
+
+
+def is_listened_to(module: nn.Module) -> bool:
+    """Whether there is a hook or a `forward` of somebody's on a module or one within it."""
+    return any(
+        each._forward_hooks or each._forward_pre_hooks or "forward" in each.__dict__ for each in module.modules()
+    )
 
 
 def check_supported(model: Any) -> Family:

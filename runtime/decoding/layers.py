@@ -92,6 +92,11 @@ class DecoderLayers:
         self, hidden: Tensor, start: int, stop: int, position_ids: Tensor, cache: KVCache, mask: Tensor | None
     ) -> Tensor:
         """As `run`; positions [1, T] and, where rows do not see just what is before them, the mask are tensors."""
+        native = self.body.__dict__.get(NATIVE)
+        if native is not None and mask is None:
+            output: Tensor | None = native(hidden, start, stop, position_ids, cache)
+            if output is not None:
+                return output
         arguments: dict[str, Any] = {
             "position_ids": position_ids,
             self.cache_argument: cache,
@@ -99,11 +104,6 @@ class DecoderLayers:
         }
         if self.rotary is not None:
             arguments["position_embeddings"] = self.rotary(hidden, position_ids=position_ids)
-        native = self.body.__dict__.get(NATIVE)
-        if native is not None and mask is None:
-            output: Tensor | None = native(hidden, start, stop, arguments["position_embeddings"], cache)
-            if output is not None:
-                return output
         for layer in self.layers[start:stop]:
             above = layer(hidden, attention_mask=mask, **arguments)
             hidden = above[0] if isinstance(above, tuple) else above

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from runtime.decoding.families import FAMILIES, LlamaParts
+from runtime.decoding.families import FAMILIES
 from runtime.decoding.layers import NATIVE
 from runtime.exact.attention import BlockAttention, block_attention
 from runtime.exact.fused import fused_layers
-from runtime.exact.native.layers import NativeLayers
+from runtime.exact.native.layers import NativeLayers, norms
 from runtime.exact.native.layout import NATIVE as NATIVE_LAYOUT
 from runtime.exact.packed import PackedLinears
 
@@ -74,9 +74,9 @@ def execution(model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLin
     body = getattr(model, FAMILIES[model.config.model_type].body)
     with block_attention(model, policy.attention) as attention:
         try:
-            if policy.native:
-                body.__dict__[NATIVE] = native_layers(model, policy, packed, attention)
-            for module, forward in _forwards(model, policy, packed, attention):
+            native = native_layers(model, policy, packed, attention) if policy.native else None
+            body.__dict__[NATIVE] = native
+            for module, forward in _forwards(model, policy, packed, attention, native):
                 patched.append((module, module.__dict__.get("forward")))
                 module.__dict__["forward"] = forward
             yield
@@ -90,13 +90,19 @@ def execution(model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLin
 
 
 def _forwards(
-    model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None, attention: BlockAttention
+    model: PreTrainedModel,
+    policy: ExecutionPolicy,
+    packed: PackedLinears | None,
+    attention: BlockAttention,
+    native: NativeLayers | None,
 ) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
     """The modules that compute otherwise than by themselves, and how."""
     taken: set[nn.Module] = set()
     joints = [] if packed is None else [joint for joint in packed.joint if joint.shape in policy.packed_rows]
     calls = {joint.modules: in_rows(joint, policy.packed_rows[joint.shape]) for joint in joints}
-    if policy.fused:
+    if native is not None:
+        yield native.final, partial(norms, native.final)
+    elif policy.fused:
         for layer, fused in fused_layers(model, calls, attention):
             yield layer, fused
             taken.update(layer.modules())
@@ -123,8 +129,7 @@ def native_layers(
         for joint in packed.joint
         if joint.layout is NATIVE_LAYOUT and policy.packed_rows.get(joint.shape, 1) is None
     }
-    layers = getattr(getattr(model, family.body), family.layers)
-    return NativeLayers.of([LlamaParts.of(layer) for layer in layers], joint, attention.order)
+    return NativeLayers.of(getattr(model, family.body), joint, attention.order)
 
 
 def linears(model: PreTrainedModel) -> list[nn.Module]:

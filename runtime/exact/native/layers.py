@@ -4,7 +4,7 @@ Whether the rows have the bits of the model's own layers is the caller's busines
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from runtime.decoding.families import LlamaParts
+from runtime.decoding.families import LlamaParts, is_listened_to
 from runtime.exact.native.attend import MAX_SIZE, ORDERS
 from runtime.exact.native.library import native_library
 from runtime.exact.native.products import BLOCK
@@ -33,52 +33,56 @@ class NativeLayers:
         parts: of every layer of the model.
         packed: weight and bias (or None) of the Linears of each layer, in the order of `LlamaParts.linears`.
         order: of additions in attention, one of `attend.ORDERS`.
+        body: of the model: its rotary module, whose tables depend on the position alone, and its final norm.
     """
 
     def __init__(
-        self, parts: Sequence[LlamaParts], packed: Sequence[Sequence[tuple[Tensor, Tensor | None]]], order: str
-    ):
+        self,
+        parts: Sequence[LlamaParts],
+        packed: Sequence[Sequence[tuple[Tensor, Tensor | None]]],
+        order: str,
+        body: Any,
+    ) -> None:
         first = parts[0]
         self.sizes = (*_heads(first), _inner(first), BLOCK // 2, ORDERS.index(order))
         self.floats = (ctypes.c_float * 3)(first.norms[0].variance_epsilon, first.attention.scaling, first.multiplier)
+        self.frequencies, self.magnitude = body.rotary_emb.inv_freq, body.rotary_emb.attention_scaling
+        self.final = body.norm
         self.silu = silu_of_all()
         self.norms = [norm for each in parts for norm in norms_of(each)]
         self.held = (packed, self.norms)  # the table holds addresses alone
         self.table = np.array([_row(*both) for both in zip(parts, packed, strict=True)], dtype=np.int64)
 
     @classmethod
-    def of(
-        cls, parts: Sequence[LlamaParts | None], packed: Mapping[tuple[nn.Module, ...], Any], order: str | None
-    ) -> "NativeLayers | None":
+    def of(cls, body: Any, packed: Mapping[tuple[nn.Module, ...], Any], order: str | None) -> "NativeLayers | None":
         """None where the kernels or what they need are missing, or a layer is of another kind or size.
 
         Args:
+            body: of the model: what holds its layers, final norm and rotary module.
             packed: by the modules that each stands for: what has a `weight` for our kernel, and a `bias`.
         """
-        if native_library() is None or order is None or not parts:
+        if native_library() is None or order is None or is_listened_to(body.rotary_emb) or not _is_known([body.norm]):
             return None
         weights: list[list[tuple[Tensor, Tensor | None]]] = []
         alike: set[Any] = set()
         whole: list[LlamaParts] = []
-        for each in parts:
-            if each is None or any(modules not in packed for modules in each.linears) or not _is_fit(each):
+        for layer in body.layers:
+            parts = LlamaParts.of(layer)
+            if parts is None or any(modules not in packed for modules in parts.linears) or not _is_fit(parts):
                 return None
-            whole.append(each)
-            weights.append([(packed[modules].weight, packed[modules].bias) for modules in each.linears])
-            alike.add(
-                (*_heads(each), _inner(each), each.norms[0].variance_epsilon, each.attention.scaling, each.multiplier)
-            )
-        return cls(whole, weights, order) if len(alike) == 1 else None
+            whole.append(parts)
+            weights.append([(packed[modules].weight, packed[modules].bias) for modules in parts.linears])
+            alike.add((*_heads(parts), _inner(parts), parts.norms[0].variance_epsilon, parts.attention.scaling))
+            alike.add(parts.multiplier)
+        return cls(whole, weights, order, body) if len(alike) == 2 else None
 
-    def __call__(
-        self, hidden: Tensor, start: int, stop: int, position_embeddings: tuple[Tensor, Tensor], cache: Any
-    ) -> Tensor | None:
-        """Hidden states [1, T, D] at depth `stop` of those at depth `start`; appends to the cache.
+    def __call__(self, hidden: Tensor, start: int, stop: int, position_ids: Tensor, cache: Any) -> Tensor | None:
+        """Hidden states [1, T, D] at depth `stop` of those at depth `start`, positions [1, T]; appends to the cache.
 
         None, and the cache as it was, where it cannot be said: some score is not finite.
         """
         rows, held = hidden.shape[1], cache.lengths[start]
-        cosines, sines = position_embeddings
+        cosines, sines = self._tables(position_ids)
         for index in range(start, stop):
             assert cache.lengths[index] == held
             keys, values = cache.reserve(index, held + rows)
@@ -103,14 +107,25 @@ class NativeLayers:
             cache.lengths[index] = held + rows
         return output
 
+    def _tables(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [1, T, E] in bfloat16, in the rotary module's own operations."""
+        angles = position_ids[..., None].float() * self.frequencies
+        angles = torch.cat((angles, angles), -1)
+        cosines, sines = angles.cos(), angles.sin()
+        if self.magnitude != 1.0:
+            cosines, sines = cosines * self.magnitude, sines * self.magnitude
+        return cosines.to(torch.bfloat16), sines.to(torch.bfloat16)
+
 
 def norms(module: Any, rows: Tensor) -> Tensor:
-    """A norm of the Llama kind as the kernel computes it in a run, of rows [N, D], bfloat16."""
+    """A norm of the Llama kind as the kernel computes it in a run, of rows [..., D], bfloat16."""
     library = native_library()
     assert library is not None
+    rows = rows.contiguous()
     output = torch.empty_like(rows)
     addresses = rows.data_ptr(), module.weight.data_ptr(), output.data_ptr()
-    library.specbound_norms(*addresses, *rows.shape, module.variance_epsilon)
+    size = rows.shape[-1]
+    library.specbound_norms(*addresses, rows.numel() // size, size, module.variance_epsilon)
     return output
 
 
@@ -133,6 +148,14 @@ def norms_of(parts: LlamaParts) -> tuple[Any, ...]:
     return (*parts.norms, *(parts.head_norms or ()))
 
 
+def _is_known(norms: Iterable[Any]) -> bool:
+    """Whether norms are of the Llama kind, in bfloat16."""
+    return all(
+        hasattr(norm, "variance_epsilon") and norm.weight.dtype == torch.bfloat16 and norm.weight.is_contiguous()
+        for norm in norms
+    )
+
+
 def _is_fit(parts: LlamaParts) -> bool:
     """Whether sizes are those that the kernel takes."""
     size = _heads(parts)[2]
@@ -141,7 +164,7 @@ def _is_fit(parts: LlamaParts) -> bool:
         size % HEAD_MULTIPLE == 0
         and size <= MAX_SIZE
         and _inner(parts) % INNER_MULTIPLE == 0
-        and all(norm.weight.dtype == torch.bfloat16 and norm.weight.is_contiguous() for norm in norms)
+        and _is_known(norms)
         and len({norm.variance_epsilon for norm in norms}) == 1
     )
 

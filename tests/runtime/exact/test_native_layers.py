@@ -125,9 +125,7 @@ def test_states_that_are_no_numbers_go_to_torch() -> None:
         hidden[0, 1, 7] = torch.inf
         with execution(model, certificate.policy, packed):
             run = model.model.__dict__[NATIVE]
-            assert layers.rotary is not None
-            tables = layers.rotary(hidden, position_ids=torch.arange(10, 13)[None])
-            assert run(hidden, 0, 3, tables, cache) is None and cache.lengths == [10] * 3
+            assert run(hidden, 0, 3, torch.arange(10, 13)[None], cache) is None and cache.lengths == [10] * 3
             block = layers.run(hidden, 0, 3, 10, cache)
         assert NATIVE not in model.model.__dict__ and cache.lengths == [13] * 3
         alone = layers.run(hidden[:, :1], 0, 3, 10, KVCache.from_dynamic(stock, 32))
