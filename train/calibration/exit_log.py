@@ -1,4 +1,4 @@
-"""Every exit asked at every position of held-out text, as old as the verified state may be: what replay needs.
+"""What every exit drafts at every position of held-out text, for each age of the verified state; replay needs it.
 
 Knows no base model, no lookup and no policy.
 """

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from runtime.drafting.lookup import MAX_MATCH, NUM_SUPPORTS, ContextLookup, LookupTable
 from train.calibration.reliability import expected_calibration_error
 
-# Positions that the prior of a cell counts for: few proposals say little.
+# Weight of the prior of a cell, in positions: a cell with few proposals says little by itself.
 PRIOR_WEIGHT = 8.0
-# Drafts behind a wrong one that are followed: as many as any round makes that is replayed, or nearly.
+# Drafts logged after a wrong one: about as many as the longest round that is replayed makes.
 FOLLOWED = 15
 NOTHING = ((0,) * FOLLOWED,) * 2
 
@@ -27,8 +27,8 @@ class LookupTraces:
         match: length of the match, shape [N]; 0 where nothing was proposed.
         support: see `runtime.drafting.lookup`, shape [N].
         correct: whether the proposal is the base's choice, shape [N].
-        after_wrong: match and support of what the lookup would go on to propose behind a wrong proposal of its own,
-            shape [2, FOLLOWED, N]; match 0 behind a right one, and where it would propose nothing.
+        after_wrong: match and support of what the lookup would propose next after a wrong proposal of its own,
+            shape [2, FOLLOWED, N]; match 0 after a correct one, and where it would propose nothing.
     """
 
     match: NDArray[np.int64]
@@ -61,7 +61,7 @@ class LookupTraces:
         return cls(np.array(match), np.array(support), np.array(correct), np.moveaxis(np.array(behind), 0, -1))
 
     def fit(self) -> LookupTable:
-        """Share of right proposals by match length and support, drawn to the share of its match length."""
+        """Share of right proposals by match length and support, shrunk towards the share of its match length."""
         proposed = self.match > 0
         overall = float(self.correct[proposed].mean()) if proposed.any() else 0.0
         rows = []
@@ -95,7 +95,7 @@ class LookupTraces:
 
 
 def _followed(lookup: ContextLookup, newest: int) -> tuple[tuple[int, ...], ...]:
-    """Match and support of so many proposals in a row, each on the ones before it, behind the one after `newest`."""
+    """Match and support of the `FOLLOWED` proposals after the one for `newest`, each made on the ones before it."""
     followed: list[tuple[int, int]] = []
     pending = [newest]
     while len(followed) <= FOLLOWED and (proposal := lookup.propose(pending)) is not None:

@@ -1,6 +1,6 @@
 """How honest confidences are: calibration error, Brier score, precision by threshold, and a bound on wasted drafts.
 
-Tokens of one text hang together, so intervals are drawn over texts, and a text is one piece of evidence. Knows no
+Tokens of one text depend on one another, so intervals are over texts: a text is one piece of evidence. Knows no
 base model and fits nothing.
 """
 
@@ -49,7 +49,7 @@ class Texts:
 
     @classmethod
     def of(cls, sequence: NDArray[np.int64]) -> "Texts":
-        """The same draws for everything that is asked."""
+        """With the same bootstrap draws for every figure."""
         number = int(sequence[-1]) + 1
         weights = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=DRAWS)
         return cls(sequence, weights.astype(np.float64))
@@ -59,12 +59,12 @@ class Texts:
         return np.bincount(self.sequence, weights=values, minlength=self.weights.shape[1]).astype(np.float64)
 
     def interval(self, top: NDArray[Any], bottom: NDArray[Any]) -> list[float] | None:
-        """Of the ratio of two sums over positions; None where the second may be 0."""
+        """Interval of the ratio of two sums over positions; None where the second may be 0."""
         tops, bottoms = self.weights @ self.sums(top), self.weights @ self.sums(bottom)
         return _quantiles(tops / bottoms) if bool((bottoms > 0).all()) else None
 
     def ece_interval(self, confidence: Floats, correct: Flags) -> list[float]:
-        """Of the calibration error, the bins' edges held.
+        """Interval of the calibration error, with the bins' edges kept.
 
         Drawing texts adds noise to every bin, and noise only raises an error: the draws are moved to the estimate.
         """
@@ -172,7 +172,7 @@ def bounded_waste(
         taken = texts.sums(confidence >= threshold)
         drafting = taken > 0
         if int(drafting.sum()) < FEWEST_TEXTS:
-            continue  # not tested: nothing is claimed of it
+            continue  # not tested: no claim is made
         wasted = texts.sums((confidence >= threshold) & ~correct)[drafting] / taken[drafting]
         if hoeffding_bentkus(float(wasted.mean()), len(wasted), epsilon) > delta:
             break

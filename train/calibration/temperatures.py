@@ -77,8 +77,8 @@ def collect(batches: Iterable[Features], heads: DraftHeads) -> Confidences:
 
 
 def _confidence_grid(logits: torch.Tensor) -> Floats:
-    """`confidence` of logits [N, V] at each of `TEMPERATURES`, shape [N, temperatures]; so few rows at a time that
-    they stay in the processor's cache."""
+    """`confidence` of logits [N, V] at each of `TEMPERATURES`, shape [N, temperatures]; a few rows at a time, so
+    that they stay in the processor's cache."""
     confidence = torch.empty(len(logits), len(TEMPERATURES))
     for rows, into in zip(logits.split(CACHED_ROWS), confidence.split(CACHED_ROWS), strict=True):
         below = rows.float() - rows.float().amax(dim=-1, keepdim=True)

@@ -80,7 +80,7 @@ def distil(
         counts = {"prompts": len(kept), "duplicates": num_duplicates, "sharing_13_words": len(dropped)}
         counts |= {"too_long": num_too_long, **_write_splits(folder, tables, options=options)}
         _write_record(folder, {"settings": settings, "counts": counts, "complete": True})
-    barrier()  # nobody returns before the corpus is there
+    barrier()  # no process returns before the corpus is complete
     return folder
 
 

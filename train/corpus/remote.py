@@ -25,7 +25,7 @@ ATTEMPTS = 5
 TIMEOUT = 600  # seconds of one batch
 SAMPLE = 8  # answers compared with the base
 LEAST_SHARE = 0.9
-LIKELY = 50  # a sampled token counts as the base's own among its so many most likely
+LIKELY = 50  # a sampled token is accepted as the base's own if it is among this many of its likeliest
 
 
 class RemoteAnswerer(Answerer):
@@ -55,7 +55,7 @@ class RemoteAnswerer(Answerer):
         sampled = batch[0].sampled
         if not self.together:
             responses = self._responses(batch, name=name)
-        else:  # an engine need not say twice the same, and all must check the same
+        else:  # an engine may answer differently the second time, and all processes must check the same answer
             first = PartialState().is_main_process
             responses = broadcast_object_list([self._responses(batch, name=name) if first else None])[0]
         if sampled not in self.checked:

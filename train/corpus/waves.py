@@ -71,5 +71,5 @@ class Waves:
                     bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s")
 
     def _any_missing(self, turn: Sequence[str], batches: dict[str, list[Turn]]) -> bool:
-        """The same for all: none of a turn is written before all processes have answered."""
+        """Whether any shard is missing; the same on all processes, since none is written before all have answered."""
         return any(self.shards.read(batches[name], name=name) is None for name in turn)

@@ -1,4 +1,4 @@
-"""The disk that cached features take: counted before any is written, refused where it is not there.
+"""The disk space that cached features take: counted before any are written; too little is refused.
 
 Knows nothing of how features are computed or laid out; it adds up the tensors of one text.
 """
@@ -37,7 +37,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def require_disk(folder: Path, needed: float) -> str:
-    """See that a folder's disk has room; returns a line that states the need and what is free.
+    """Check that a folder's disk has room; returns a line with what is needed and what is free.
 
     Args:
         folder: need not exist yet. What lies in it already counts towards the need: it is not written again.

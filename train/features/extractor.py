@@ -16,7 +16,7 @@ from runtime.drafting.heads import HeadContext
 from runtime.errors import DataError
 
 CHUNK = 512
-# Ages of the verified state that heads are fitted and calibrated on, in turn: about what drafting meets.
+# Ages of the verified state that heads are fitted and calibrated on, in turn: about those that occur in drafting.
 AGE_PATTERN = (1, 1, 2, 1, 1, 3, 1, 2, 4, 0)
 
 

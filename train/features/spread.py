@@ -2,7 +2,7 @@
 
 Each process holds a part of every parameter from the first byte read, and layers are gathered while they run. So
 all processes must run the base equally often, and who reads a parameter asks for the whole of it. The heads are
-small and stay whole on every process: accelerate never hears of the spreading.
+small and stay whole on every process: accelerate is not told about the spreading.
 """
 
 import copy
@@ -27,7 +27,7 @@ FSDP, ZERO_3 = "FSDP", "DeepSpeed ZeRO-3"
 
 
 def take_from_launcher() -> str | None:
-    """How `accelerate launch` was asked to spread: `FSDP`, `ZERO_3` or None; accelerate does not see it any more."""
+    """How `accelerate launch` was asked to spread: `FSDP`, `ZERO_3` or None; accelerate itself no longer sees it."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         del os.environ["ACCELERATE_USE_FSDP"]
         return FSDP
@@ -58,7 +58,9 @@ def load_spread(kind: str, name: str, *, dtype: torch.dtype, **options: Any) -> 
     model = from_pretrained(AutoModelForCausalLM, name, options | {"dtype": dtype})
     del request
     engine = deepspeed.initialize(model=model.eval().requires_grad_(False), config=settings)[0]
-    model.spread_by = [engine]  # kept, for its end takes the gathering away; in a list, for it is a module
+    model.spread_by = [
+        engine
+    ]  # kept, because without it parameters are no longer gathered; in a list, because it is a module
     return model
 
 
@@ -68,7 +70,7 @@ def is_spread(model: Any) -> bool:
 
 
 def whole_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and all of every parameter, one at a time; of a module that is spread every process reads them."""
+    """Name and all of every parameter, one at a time; where the module is spread, every process must read them."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()  # FSDP2 leaves the top gathered, and weights that were tied are then two
@@ -89,7 +91,7 @@ def _whole(parameter: Tensor) -> Iterator[Tensor]:
 
 
 def shaped(model: Any) -> Any:
-    """The model itself, or where it is spread one of its shapes without memory."""
+    """The model itself; where it is spread, one of the same shapes on the `meta` device."""
     if not is_spread(model):
         return model
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Checkpoints of a fit: `checkpoint-<step>` folders, whole or passed over. Knows no heads and no data.
+"""Checkpoints of a fit: `checkpoint-<step>` folders; incomplete ones are skipped. Knows no heads and no data.
 
 Accelerate writes model, optimizer and random states; this file names, finds, verifies and prunes the folders. A
 checkpoint takes its name last, and holds size and hash of each of its files.
@@ -52,7 +52,7 @@ def save_checkpoint(
 ) -> None:
     """Write `checkpoint-<step>`, then remove all but the best and the newest; every process calls it.
 
-    Of the `keep` that stay, one is the newest and one the best by score: where these are two, no fewer stay.
+    Of the `keep` that stay, one is the newest and one the best by score; both always stay.
     Checkpoints of later steps are removed: they are left from before the run went back to an older one.
     """
     unfinished = output_dir / f".{PREFIX}{state.step}"
@@ -79,7 +79,7 @@ def save_checkpoint(
 
 
 def _finish(unfinished: Path, final: Path, record: dict[str, Any]) -> None:
-    """Record the files, see them on disk, and give the folder its name."""
+    """Record the files, flush them to disk, and give the folder its name."""
     paths = sorted(path for path in unfinished.rglob("*") if path.is_file())
     record["files"] = {path.relative_to(unfinished).as_posix(): _seal(path) for path in paths}
     text = json.dumps(record, indent=2) + "\n"
@@ -99,7 +99,7 @@ def _seal(path: Path) -> dict[str, Any]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint: its name first, so that a kill leaves no part of it under that name."""
+    """Remove a checkpoint: its name first, so that an interrupted removal leaves no part of it under that name."""
     if folder.exists():
         nameless = folder.with_name(f".{folder.name}-removed")
         shutil.rmtree(nameless, ignore_errors=True)
@@ -144,7 +144,7 @@ def load_checkpoint(
         ConfigError: the folder is no whole checkpoint, none of them is whole, or it was made with other settings
             (which are listed).
     """
-    # The main process alone reads and hashes; the others take its word.
+    # Only the main process reads and hashes; it tells the others the result.
     chosen: list[Any] = [_choose(wanted, output_dir, settings) if accelerator.is_main_process else None]
     folder, state, complaint = broadcast_object_list(chosen)[0]
     if complaint:

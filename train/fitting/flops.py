@@ -10,7 +10,7 @@ from torch import nn
 
 from runtime.drafting.heads import ExitHeads
 
-# Dense bfloat16 operations a second, as the makers state them; matched against the device's name, longest first.
+# Dense bfloat16 operations a second, as the vendors state them; matched against the device's name, longest first.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during a fit: the step under way ends and is saved. Knows nothing of steps or files."""
+"""SIGINT and SIGTERM during a fit: the current step is finished and saved. Knows nothing of steps or files."""
 
 import logging
 import signal
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """Within `with`: the first signal that asks the process to stop is noted, for whoever looks at `received`.
+    """Within `with`: the first signal that asks the process to stop is kept in `received`.
 
     Outside `waiting()` it also ends the process at once, by SystemExit with the shell's code for it: 130 after
     Ctrl-C, 143 after SIGTERM. Later ones change nothing while the process waits: a launcher sends its own after the

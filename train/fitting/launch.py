@@ -37,7 +37,7 @@ def quiet_logs() -> None:
 
 
 def check_output_dir(config: FitConfig) -> None:
-    """See that the output folder can be written and holds no other run, before anything is loaded.
+    """Check that the output folder can be written and holds no other run, before anything is loaded.
 
     Nothing is created: a fit that fails at its base or its prompts leaves no folder behind.
 
@@ -105,7 +105,7 @@ def make_accelerator(config: FitConfig, spread: str | None = None) -> Accelerato
         raise ConfigError(f"features: cache cannot be had with a base spread by {spread}: use --features online")
     handlers = []
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available():
-        # Without these accelerate finds no backend, and every process takes itself for the only one.
+        # Without these accelerate finds no backend, and every process believes that it is the only one.
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
@@ -118,7 +118,7 @@ def make_accelerator(config: FitConfig, spread: str | None = None) -> Accelerato
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
         raise ConfigError("ZeRO-3 in a file of DeepSpeed's own is not seen in time: use configs/accelerate/zero3.yaml")
-    # The launcher's environment would win over the recipe.
+    # The launcher's environment would override the recipe.
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     if plugin is not None:  # DeepSpeed accumulates and clips by its own settings
         settings = plugin.deepspeed_config

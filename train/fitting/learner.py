@@ -88,7 +88,7 @@ class Learner:
             self.faults.append(f"{where}: {_fault(features)}")
             # Every process must go backward once, so a batch that is left out gives a gradient of zero.
             part = self._part(_blank(features), text, turn) * 0.0
-        # What follows averages over processes and micro-batches; the parts are to be summed.
+        # The optimizer averages over processes and micro-batches, but these parts must be summed.
         self.accelerator.backward(part * (self.accelerator.num_processes * len(text.batches)))
         finite = True
         if self.accelerator.sync_gradients:
@@ -122,7 +122,7 @@ def _norms(heads: Any) -> dict[int, float]:
 
 
 def _fault(features: Features) -> str:
-    """Where values that are not finite came in."""
+    """The first place with values that are not finite."""
     bad = [f"hidden states of layer {layer}" for layer, hidden in features.hidden.items() if not _is_finite(hidden)]
     bad += [name for name in ("embedding", "deep", "top_log_probs") if not _is_finite(getattr(features, name))]
     return f"values that are not finite in {', '.join(bad)}" if bad else "the loss is not finite"

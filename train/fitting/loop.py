@@ -159,7 +159,7 @@ class _Judge:
         return values
 
     def scored(self, state: FitState, values: dict[str, float]) -> FitState:
-        """The state with its score; the main process's, for others may differ in the last bit."""
+        """The state with its score; the main process's, since those of others may differ in the last bit."""
         score = broadcast_object_list([values.get("held_out/accepted_length")])[0]
         if score is None:
             return state

@@ -27,7 +27,7 @@ class FrozenRows(nn.Linear):
         """Nothing of it is saved."""
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing of it is missed in a state that is loaded."""
+        """A state without it loads without complaint."""
 
 
 class PeftLoraHead(LoraHead):

@@ -1,6 +1,6 @@
 """`Plan`: how many steps a fit has, which text each sees, and its learning rate.
 
-All of it follows from the settings, so a checkpoint holds none of it and a continued run sees what an
+All of it follows from the settings, so checkpoints need not store it, and a continued run sees what an
 uninterrupted one would. Knows no tensors of a model and no heads.
 """
 

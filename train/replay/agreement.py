@@ -1,4 +1,4 @@
-"""Does the runtime do what replay says? Both on the same held-out text; an adapter where they differ is not published.
+"""Checks that the runtime does what replay says, on the same held-out text; where they differ nothing is published.
 
 Source: SpecBound's bounds are chosen by replay, so a difference would make every predicted figure wrong. Knows no
 files.
@@ -24,7 +24,7 @@ from train.calibration.traces import Traces
 from train.replay.costs import CostTable
 from train.replay.replay import Replayer
 
-# Enough text to see a fault, few enough tokens to decode one round after another.
+# Enough text to see a fault, and few enough tokens to decode in seconds.
 TOKENS = 600
 # Features are logged in batches and drafts made one by one, so single confidences cross a threshold.
 TOLERANCE, FREE_ROUNDS = 0.02, 3

@@ -110,7 +110,7 @@ class CostTable:
             hard: whether the token after them asked every source in vain.
         """
         depths: list[int] = []  # that each token has reached
-        widths: list[int] = []  # of each layer that runs: it takes all tokens that have come just so far
+        widths: list[int] = []  # of each layer that runs: it takes all tokens that stand right below it
         asking = 0.0
         for draft in (*drafts, None):
             depths.append(0)
@@ -180,7 +180,7 @@ def counted_costs(model: Any, heads: DraftHeads) -> CostTable:
 
 
 def _climb(depths: list[int], to: int) -> list[int]:
-    """Bring every token to a depth, those that stand equally deep together; the width of each layer run."""
+    """Widths of the layer runs that bring every token to a depth; tokens at the same depth run together."""
     widths = [sum(depth <= layer for depth in depths) for layer in range(min(depths), to)]
     depths[:] = [max(depth, to) for depth in depths]
     return widths

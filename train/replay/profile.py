@@ -1,8 +1,8 @@
 """Measures a cost table: what the parts of a round take on this machine, in this dtype, in this exactness mode.
 
-Everything in turn, many times over, means of the middle half: a busy moment then falls on all alike. Each time the
-context is some tokens shorter, for what attention costs depends on where in a vector a block of rows begins. Knows no
-policy.
+Everything is measured in turn, many times, and averaged over the middle half, so that a busy moment affects all alike.
+Each time the context is some tokens shorter, because the cost of attention depends on where in a vector a block of
+rows begins. Knows no policy.
 """
 
 import statistics
@@ -97,7 +97,7 @@ def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound:
         width: statistics.mean(ms["unembedding", width, context] for context in contexts) for width in widths
     }
     plain, plain_context = line("stock")
-    # A head as a draft pays for it: everything between two drafts but the layers.
+    # The cost of a head for one draft: everything between two drafts except the layers.
     token = ms["choose", None, contexts[0]]
     heads = [
         step - ms["push", None, context] - layer * (layers[1][0] + layers[1][1] * context) / num_layers
@@ -134,7 +134,7 @@ class _Bench:
     """Everything measured after a context of one length; a call of each method gives seconds by what was timed.
 
     Args:
-        longer: tokens more than that to begin with; each `shorten` takes some away.
+        longer: tokens more than that at the start; each `shorten` takes some away.
     """
 
     def __init__(self, model: Any, context: int, longer: int, max_width: int) -> None:
@@ -189,7 +189,7 @@ class _Bench:
     def gaps(self) -> dict[Any, float]:
         """Seconds between tokens of stock `generate` and of rounds that draft nothing, and to choose one token."""
         specbound = self.specbound
-        # As wide as before, so that the same certificate holds.
+        # As wide as before, so that the same certificate is valid.
         idle = SpeculationBounds(2.0, specbound.bounds.max_exit_layer, specbound.bounds.max_draft_tokens)
         with specbound.using(bounds=idle, controller=None):
             alone = self._gap()

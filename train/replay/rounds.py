@@ -78,7 +78,7 @@ class LoggedRounds:
         """
         drafts: list[int] = []
         num_accepted, survival = 0, 1.0
-        wrong = -1  # where a draft by lookup was wrong, if the lookup still copies on from there
+        wrong = -1  # where a draft by lookup was wrong, if the lookup still copies from there
         for at, (sources, lookups, correct) in zip(range(position, position + limit), self._drafts, strict=False):
             runs_layers = survival >= self._runs_from
             if not runs_layers:

@@ -24,16 +24,16 @@ DRAFT_SURVIVALS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2
 OFF = 2.0  # a threshold no confidence reaches
 MIN_GAIN = 1e-4
 PASSES = 4
-# What a draft is charged beyond its measured cost, in tokens of stock `generate`: costs are noisy, the fastest bounds
-# have many nearly as fast beside them, and those that draft less lose less where text or machine are others.
+# Added to the measured cost of each draft, in tokens of stock `generate`. Costs are noisy and many bounds are nearly as
+# fast as the fastest; those that draft less lose less on other texts and machines.
 CAUTION = 0.01
-# Candidates are compared on about so many positions, whole texts, and the first few of them then on all.
+# Candidates are compared on whole texts of about this many positions, and the best of them then on all texts.
 QUICK_POSITIONS, FINALISTS = 2000, 5
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Settings that the user has chosen, and that stay; None is free."""
+    """Settings that the user has fixed; None leaves a setting free."""
 
     exit_threshold: float | None = None
     max_exit_layer: int | None = None
@@ -119,7 +119,7 @@ def _uniform(traces: Traces, held: Held) -> Iterator[SpeculationBounds]:
 
 
 def _settings(traces: Traces, held: Held) -> list[Callable[[SpeculationBounds], Iterator[SpeculationBounds]]]:
-    """For each setting that is free: all its values, the others as they are."""
+    """For each free setting: all its values, with the others unchanged."""
     deepest = max(traces.layers) if held.max_exit_layer is None else held.max_exit_layer
     settings: list[Callable[[SpeculationBounds], Iterator[SpeculationBounds]]] = []
 
@@ -138,7 +138,7 @@ def _settings(traces: Traces, held: Held) -> list[Callable[[SpeculationBounds], 
 
 
 def _tidy(traces: Traces, bounds: SpeculationBounds, held: Held) -> SpeculationBounds:
-    """The same decisions, said shortly: no deeper than the deepest exit in use, no threshold twice."""
+    """The same decisions in a shorter form: no deeper than the deepest exit in use, no threshold twice."""
     used = bounds.exits(traces.layers)
     deepest = used[-1] if used and held.max_exit_layer is None else bounds.max_exit_layer
     own = {

@@ -1,6 +1,6 @@
-"""Traces of a workload of one's own: the base answers the prompts, and every source is asked at every position.
+"""Traces of the user's own workload: the base answers the prompts, and every source is asked at every position.
 
-Knows no bounds: those the adapter has only make the answers come faster.
+The adapter's bounds only make the answers come faster.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def log_workload(model: Any, prompts: Sequence[Tensor], *, max_new_tokens: int) 
         prompts: token ids, each of shape [1, T], int64.
 
     Raises:
-        DataError: too little text comes of it.
+        DataError: the answers are too short.
         ConfigError: the model drafts with something other than an adapter's heads.
     """
     rows = []
