@@ -24,8 +24,8 @@ DRAFT_SURVIVALS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2
 OFF = 2.0  # a threshold no confidence reaches
 MIN_GAIN = 1e-4
 PASSES = 4
-# Added to the measured cost of each draft, in tokens of stock `generate`. Costs are noisy and many bounds are nearly as
-# fast as the fastest; those that draft less lose less on other texts and machines.
+# Added to the measured cost of each draft, in tokens of stock `generate`. Costs are noisy and many bounds are nearly
+# as fast as the fastest; those that draft less lose less on other texts and machines.
 CAUTION = 0.01
 # Candidates are compared on whole texts of about this many positions, and the best of them then on all texts.
 QUICK_POSITIONS, FINALISTS = 2000, 5
