@@ -122,7 +122,7 @@ def native_layers(
 ) -> NativeLayers | None:
     """The model's layers as runs in our own kernel; None where it does not take all of them under this policy."""
     family = FAMILIES[model.config.model_type]
-    if packed is None or not family.llama_kind:
+    if packed is None or not family.llama_kind or attention.stock == "eager":
         return None
     joint = {
         joint.modules: joint

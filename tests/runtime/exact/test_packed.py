@@ -202,7 +202,7 @@ def test_a_layer_that_is_listened_to_or_of_another_kind_is_not_fused(model: Any)
     with execution(model, fused_policy(found), found):
         assert not any("forward" in layer.__dict__ for layer in model.model.layers)
     model.config._attn_implementation = "sdpa"
-    model.config.model_type = "granite"
+    model.config.model_type = "gemma"
     with execution(model, fused_policy(found), found):
         assert not any("forward" in layer.__dict__ for layer in model.model.layers)
 
@@ -240,5 +240,6 @@ def test_fused_layers_with_other_bits_are_not_certified(model: Any, monkeypatch:
         return stock(self, index, hidden) * 1.01
 
     monkeypatch.setattr(FusedLayer, "_norm", shifted)
+    monkeypatch.setattr("runtime.exact.probe.native_layers", lambda *_: None)  # it would be taken before
     certificate = probe(model, max_width=3, packed=found)
     assert certificate.bitwise and not certificate.policy.fused
