@@ -5,6 +5,7 @@ activations in all but one row of thousands: too seldom for a probe of a few hun
 numbers span more bits than a sum holds, and cancel: what is left is rounding alone. Knows no model and no policy.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +19,9 @@ LENGTHS = (*range(1, 5), *range(5, 60, 3), 511, 514, 526, 1035)
 # Larger weights are looked at by their first rows: bytes.
 LARGEST = 2**26
 PATTERNS = 32
+# Keys -> times that so many heads are looked at: no full vector of keys, an odd and an even number of them, blocks.
+SUMMED, SUMMED_HEADS = {13: 64, 30: 64, 47: 64, 203: 32, 527: 16, 1035: 16}, 256
+FINER = (-4, -3, -2)  # keys whose values move an output in finer and finer steps
 NORMED_PARTS, NORMED_NUMBERS, NORMED_ALONE = 16, 2**21, 512
 
 
@@ -110,10 +114,10 @@ def same_attention(
 
 
 def same_sums(attention: BlockAttention, size: int) -> bool:
-    """Whether a kind of attention in bfloat16 adds the weights of its keys in the order of torch's kernel for one row.
+    """Whether a kind of attention in bfloat16 sums the weights of its keys to the bit as torch's kernel for one row.
 
-    Weights are positive: nothing cancels, and another order moves one output in some 200,000. So millions are made,
-    within a block of 512 keys, and, with the highest score at the end, over several.
+    Weights are positive: nothing cancels, and of a sum that is off in its last bit one output in 60,000 shows it. So
+    values are sought, for each of many heads, at which an output is just between two bfloat16: there every bit shows.
 
     Args:
         attention: around `sdpa`.
@@ -123,16 +127,33 @@ def same_sums(attention: BlockAttention, size: int) -> bool:
     module = nn.Module()
     module.__dict__["num_key_value_groups"] = 1
     generator = torch.Generator().manual_seed(0)
-    heads = 32
-    for length, outputs in ((203, 3_000_000), (1035, 500_000)):
-        keys, values = (torch.randn(1, heads, length, size, generator=generator).bfloat16() for _ in range(2))
-        for _ in range(outputs // (heads * size)):
-            query = torch.randn(1, heads, 1, size, generator=generator).bfloat16()
-            keys[:, :, -1:] = query * 0.25
-            block, _ = attention(module, query, keys, values, None)
-            if not torch.equal(block, stock(module, query, keys, values, None)[0]):
+    for length, times in SUMMED.items():
+        for _ in range(times):
+            query, keys = _graded_keys(length, size, generator)
+            values = torch.zeros(1, SUMMED_HEADS, length, size, dtype=torch.bfloat16)
+            values[:, :, -1] = 1 + torch.randint(128, (SUMMED_HEADS, 1), generator=generator) / 128
+            for place in FINER:
+                sweep = torch.arange(size) * (80 / size) / 16 - (2 if place == FINER[0] else 0.25)
+                values[:, :, place] = sweep
+                output, _ = attention(module, query, keys, values, None)
+                if place == FINER[-1]:
+                    break
+                edge = (output[0, 0, :, 1:] != output[0, 0, :, :-1]).int().argmax(-1)
+                values[:, :, place] = sweep.to(torch.bfloat16)[edge][:, None]
+            if not torch.equal(output, stock(module, query, keys, values, None)[0]):
                 return False
     return True
+
+
+def _graded_keys(length: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A query for each head, and keys that weigh much; the last weighs 1, those of `FINER` 2^-8, 2^-14 and 2^-20."""
+    query = torch.randn(1, SUMMED_HEADS, 1, size, generator=generator).bfloat16()
+    whole = query.float().square().sum(-1, keepdim=True) * size**-0.5  # score of a key that is the query
+    below = 4 * torch.rand(1, SUMMED_HEADS, length, 1, generator=generator)
+    below[:, :, -1] = -0.1
+    for place, fraction in zip(FINER, (8, 14, 20), strict=True):
+        below[:, :, place] = fraction * math.log(2)
+    return query, (query.float() * (1 - below / whole)).bfloat16()
 
 
 def same_norm(norm: nn.Module, run: Callable[[nn.Module, Tensor], Tensor]) -> bool:

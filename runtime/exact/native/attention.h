@@ -153,7 +153,7 @@ float weigh(float* scores, int64_t count, float* highest) {
     _mm512_storeu_ps(scores + i, x);
   }
   float sum = total(_mm512_add_ps(sums[0], sums[1]));
-  for (; i < count; i++) sum += scores[i] = std::exp(scores[i] - top);
+  for (; i < count; i++) sum += scores[i] = (float)std::exp((double)(scores[i] - top));  // as torch has it, in double
   for (int64_t j = 0; j < count; j += LANES) {
     const __m256i bits = convert(_mm512_maskz_loadu_ps(first_of(count - j), scores + j));
     if (O == PAIRS)
