@@ -127,6 +127,24 @@ def test_another_sum_of_weights_is_refused(attention_order: str, monkeypatch: py
     assert not order.same_sums(BlockAttention(f"native_{attention_order}", "sdpa"), HEADS[2])
 
 
+def test_a_sum_of_weights_off_in_its_last_bits_is_refused(
+    attention_order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: scores off in their last bit, which millions of ordinary outputs hardly show."""
+    attention = BlockAttention(f"native_{attention_order}", "sdpa")
+
+    def shifted(query: Tensor, keys: Tensor, values: Tensor, _: float | None, name: str) -> Tensor | None:
+        return attend(query, keys, values, HEADS[2] ** -0.5 * (1 + 2**-23), name)
+
+    monkeypatch.setattr("runtime.exact.attention.attend", shifted)
+    assert not order.same_sums(attention, HEADS[2])
+    torch.manual_seed(0)
+    query, keys, values = (torch.randn(1, 32, count, 64).bfloat16() for count in (1, 203, 203))
+    ordinary, _ = BlockAttention("rowwise", "sdpa")(torch.nn.Identity(), query, keys, values, None)
+    shown = attend(query, keys, values, HEADS[2] ** -0.5 * (1 + 2**-23), attention_order)
+    assert shown is not None and torch.equal(shown, ordinary)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_scores_that_are_no_numbers_go_to_torch(kernels: None, bad: float) -> None:
     """The kernel says so, and the block gets what torch gives."""
