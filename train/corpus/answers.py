@@ -5,6 +5,7 @@ Knows nothing of files, splits or processes.
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -88,7 +89,8 @@ class Answerer:
         seed = hashlib.sha256(f"{options.seed} {name}".encode()).digest()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(int.from_bytes(seed[:7], "big"))
-            output = self.model.generate(input_ids=input_ids, attention_mask=mask, **how)
+            with _dense_unembedding(self.model):
+                output = self.model.generate(input_ids=input_ids, attention_mask=mask, **how)
         return [self._until_eos(row) for row in output[:, width:].tolist()]
 
     def _until_eos(self, row: list[int]) -> list[int]:
@@ -101,6 +103,16 @@ class Answerer:
         except DataError as error:
             begins = f"the prompt that begins {prompt.texts[0][:60]!a}"
             raise DataError(f"{begins}: {error}; change its messages or set `chat_template: none`") from error
+
+
+@contextmanager
+def _dense_unembedding(model: Any) -> Iterator[None]:
+    """While open, the unembedding reads dense rows: of strided ones torch copies a frozen bfloat16 weight each."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def next_turns(

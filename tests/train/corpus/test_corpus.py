@@ -178,3 +178,13 @@ def test_load_split_says_what_is_wrong(model, tokenizer, tmp_path):
     (folder / "corpus.json").write_text("[]")
     with pytest.raises(DataError, match=r"is not the record of a corpus"):
         run(model, tokenizer, prompts(9), folder)
+
+
+def test_the_unembedding_reads_dense_rows(model, tokenizer, tmp_path):
+    """Also of the last positions of padded prompts, which are a slice; afterwards nobody listens to the model."""
+    dense = []
+    hook = model.lm_head.register_forward_hook(lambda _, args, output: dense.append(args[0].is_contiguous()))
+    run(model, tokenizer, prompts(18), tmp_path / "c")
+    hook.remove()
+    assert len(dense) > 5 and all(dense)
+    assert not model.lm_head._forward_pre_hooks
