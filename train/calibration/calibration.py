@@ -1,4 +1,4 @@
-"""`Calibration`: all that is known of fitted heads on text kept out of the fit. Knows no bounds and no folder."""
+"""`Calibration`: everything measured on fitted heads with text kept out of the fit. Needs no bounds and no folder."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from train.settings.fit_config import FitConfig
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """All that calibration measured.
+    """Everything that calibration measured.
 
     Attributes:
         confidences: drafts of every exit at every position, at every temperature.
@@ -42,10 +42,10 @@ def calibrate(
     heads: DraftHeads,
     calibration: Split,
 ) -> Calibration:
-    """Temperatures, lookup table and traces from one pass of the base over the calibration split.
+    """Compute temperatures, lookup table and traces in one pass of the base over the calibration split.
 
-    The features are kept in the CPU's memory meanwhile: the heads run over them twice, to fit the temperatures and,
-    with these, at every age of the verified state. A position takes about (exits + 2) hidden states.
+    The features stay in CPU memory, because the heads run over them twice: once to fit the temperatures, and once with
+    these temperatures at every age of the verified state. Each position takes about (exits + 2) hidden states.
 
     Raises:
         DataError: too little text, or logits that are not finite.

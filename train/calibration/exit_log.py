@@ -1,6 +1,6 @@
-"""What every exit drafts at every position of held-out text, for each age of the verified state; replay needs it.
+"""`ExitLog`: what every exit drafts at every position of held-out text, for each age of the verified state.
 
-Knows no base model, no lookup and no policy.
+Replay reads it. Needs no base model, lookup or policy.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,11 +18,11 @@ from train.features.extractor import Features
 
 @dataclass(slots=True)
 class ExitLog:
-    """Drafts of every exit at N positions of some sequences, batch after batch.
+    """Drafts of every exit at N positions of some sequences, collected batch by batch.
 
     Attributes:
-        temperatures: exit layer -> temperature of `confidence`.
-        ages: of the verified state, in the order of a round's drafts; see `runtime.drafting.heads.AGES`.
+        temperatures: exit layer -> temperature used for `confidence`.
+        ages: ages of the verified state, in the order of a round's drafts; see `runtime.drafting.heads.AGES`.
     """
 
     temperatures: Mapping[int, float]
@@ -51,11 +51,11 @@ class ExitLog:
         return logged
 
     def add(self, batch: Features, logits: Sequence[Mapping[int, torch.Tensor]], choice: torch.Tensor) -> None:
-        """One batch.
+        """Log one batch.
 
         Args:
             logits: for each age, exit layer -> draft logits [N, V].
-            choice: draft id of the base's choice, shape [N]; negative where there is none.
+            choice: draft id of the base's choice, shape [N]; negative where the draft vocabulary lacks it.
         """
         for layer in logits[0]:
             given = [by_layer[layer] for by_layer in logits]

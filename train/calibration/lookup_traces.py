@@ -1,6 +1,6 @@
-"""The depth-0 exit on logged text: what the lookup would have proposed, and the table of its confidence.
+"""`LookupTraces`: what the lookup (the depth-0 exit) would have proposed on logged text, and its confidence table.
 
-Knows no model: token ids and the base's choices are enough.
+Needs no model: token ids and the base's choices are enough.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from runtime.drafting.lookup import MAX_MATCH, NUM_SUPPORTS, ContextLookup, LookupTable
 from train.calibration.reliability import expected_calibration_error
 
-# Weight of the prior of a cell, in positions: a cell with few proposals says little by itself.
+# Weight of a cell's prior, in positions: the share of a few proposals alone is unreliable.
 PRIOR_WEIGHT = 8.0
-# Drafts logged after a wrong one: about as many as the longest round that is replayed makes.
+# Drafts logged after a wrong one: about the length of the longest round in a replay.
 FOLLOWED = 15
 NOTHING = ((0,) * FOLLOWED,) * 2
 
@@ -27,8 +27,8 @@ class LookupTraces:
         match: length of the match, shape [N]; 0 where nothing was proposed.
         support: see `runtime.drafting.lookup`, shape [N].
         correct: whether the proposal is the base's choice, shape [N].
-        after_wrong: match and support of what the lookup would propose next after a wrong proposal of its own,
-            shape [2, FOLLOWED, N]; match 0 after a correct one, and where it would propose nothing.
+        after_wrong: match and support of the lookup's next proposals after a wrong one of its own, shape
+            [2, FOLLOWED, N]; match is 0 after a correct proposal and where the lookup would propose nothing.
     """
 
     match: NDArray[np.int64]
@@ -61,7 +61,7 @@ class LookupTraces:
         return cls(np.array(match), np.array(support), np.array(correct), np.moveaxis(np.array(behind), 0, -1))
 
     def fit(self) -> LookupTable:
-        """Share of right proposals by match length and support, shrunk towards the share of its match length."""
+        """Fit the table: share of correct proposals by match length and support, shrunk towards that of the length."""
         proposed = self.match > 0
         overall = float(self.correct[proposed].mean()) if proposed.any() else 0.0
         rows = []
@@ -75,7 +75,7 @@ class LookupTraces:
         return LookupTable(tuple(rows))
 
     def report(self, table: LookupTable) -> dict[str, float]:
-        """Share of positions with a proposal, share of those that are right, and ECE; for `calibration.json`."""
+        """Figures for `calibration.json`: shares of positions with a (correct) proposal, precision and ECE."""
         proposed = self.match > 0
         confidence = self.confidences(table)
         return {
@@ -95,7 +95,7 @@ class LookupTraces:
 
 
 def _followed(lookup: ContextLookup, newest: int) -> tuple[tuple[int, ...], ...]:
-    """Match and support of the `FOLLOWED` proposals after the one for `newest`, each made on the ones before it."""
+    """Match and support of the `FOLLOWED` proposals after the one for `newest`; each continues the ones before it."""
     followed: list[tuple[int, int]] = []
     pending = [newest]
     while len(followed) <= FOLLOWED and (proposal := lookup.propose(pending)) is not None:

@@ -1,7 +1,6 @@
-"""How honest confidences are: calibration error, Brier score, precision by threshold, and a bound on wasted drafts.
+"""How reliable confidences are: calibration error, Brier score, precision by threshold, and a bound on wasted drafts.
 
-Tokens of one text depend on one another, so intervals are over texts: a text is one piece of evidence. Knows no
-base model and fits nothing.
+Tokens of one text depend on each other, so intervals resample whole texts. Needs no base model.
 """
 
 import math
@@ -19,7 +18,7 @@ BINS = 15
 DRAWS = 400
 LEVEL = 0.95
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-# The statement about wasted work: at most this share of drafts rejected, wrong with at most this chance.
+# The bound on waste: at most a share EPSILON of drafts is rejected; it fails with a probability of at most DELTA.
 EPSILON, DELTA = 0.25, 0.1
 RISK_THRESHOLDS = tuple(round(0.99 - 0.03 * step, 2) for step in range(24))
 FEWEST_TEXTS = 10
@@ -36,20 +35,20 @@ def expected_calibration_error(confidence: Floats, correct: Flags, *, bins: int 
 
 
 def _equal_mass(confidence: Floats, bins: int) -> list[NDArray[np.int64]]:
-    """Positions of each bin, least sure first."""
+    """Positions of each bin, least confident first."""
     return [part for part in np.array_split(np.argsort(confidence, kind="stable"), bins) if len(part)]
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Which text each of N positions is of, and how often each text is in each of some bootstrap draws."""
+    """The text of each of N positions, and how often each bootstrap draw contains each text."""
 
     sequence: NDArray[np.int64]
     weights: NDArray[np.float64]
 
     @classmethod
     def of(cls, sequence: NDArray[np.int64]) -> "Texts":
-        """With the same bootstrap draws for every figure."""
+        """Draw the bootstrap samples; the seed is fixed, so every figure uses the same ones."""
         number = int(sequence[-1]) + 1
         weights = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=DRAWS)
         return cls(sequence, weights.astype(np.float64))
@@ -59,14 +58,15 @@ class Texts:
         return np.bincount(self.sequence, weights=values, minlength=self.weights.shape[1]).astype(np.float64)
 
     def interval(self, top: NDArray[Any], bottom: NDArray[Any]) -> list[float] | None:
-        """Interval of the ratio of two sums over positions; None where the second may be 0."""
+        """Bootstrap interval of the ratio of two sums over positions; None if the second is 0 in any draw."""
         tops, bottoms = self.weights @ self.sums(top), self.weights @ self.sums(bottom)
         return _quantiles(tops / bottoms) if bool((bottoms > 0).all()) else None
 
     def ece_interval(self, confidence: Floats, correct: Flags) -> list[float]:
-        """Interval of the calibration error, with the bins' edges kept.
+        """Bootstrap interval of the calibration error; the bins' edges stay fixed.
 
-        Drawing texts adds noise to every bin, and noise only raises an error: the draws are moved to the estimate.
+        Resampling adds noise to every bin, and noise can only raise the error. So the draws are shifted until their
+        mean is the estimate.
         """
         total, length = np.zeros(len(self.weights)), self.weights @ self.sums(np.ones(len(confidence)))
         for part in _equal_mass(confidence, BINS):
@@ -83,7 +83,7 @@ def _quantiles(values: NDArray[np.float64]) -> list[float]:
 
 
 def report(confidences: Confidences, schedule: TemperatureSchedule) -> dict[str, Any]:
-    """For `calibration.json`: how honest each exit is before and after, with intervals over texts."""
+    """Figures for `calibration.json`: reliability of each exit before and after calibration, with intervals."""
     before = confidences.at(TemperatureSchedule.none(sorted(confidences.grid)))
     after = confidences.at(schedule)
     texts = Texts.of(confidences.sequence)
@@ -110,7 +110,7 @@ def report(confidences: Confidences, schedule: TemperatureSchedule) -> dict[str,
 
 
 def compare_schedules(confidences: Confidences, num_hidden_layers: int) -> dict[str, Any]:
-    """Each kind of schedule side by side: its temperatures, and the calibration error of each exit under it."""
+    """Compare the kinds of schedule: temperature, calibration error and Brier score of each exit under each kind."""
     compared = {}
     for kind in SCHEDULE_KINDS:
         schedule, _ = fit_schedule(confidences, kind, num_hidden_layers)
@@ -161,11 +161,11 @@ def _at_threshold(confidence: Floats, correct: Flags, threshold: float, texts: T
 def bounded_waste(
     confidence: Floats, correct: Flags, texts: Texts, *, epsilon: float = EPSILON, delta: float = DELTA
 ) -> dict[str, Any]:
-    """The lowest threshold at which, with chance `1 - delta` over the texts seen, at most `epsilon` is wasted.
+    """Find the lowest threshold at which, with probability `1 - delta`, the waste is at most `epsilon`.
 
-    Wasted: the share of a new text's drafts from this exit that would be rejected, expected over texts exchangeable
-    with these. Thresholds are tested from the highest down, each by the Hoeffding-Bentkus p-value, until one fails
-    (Learn then Test, arXiv 2110.01052, fixed sequence). It bounds work, never correctness.
+    The waste is the expected share of this exit's drafts that are rejected on a new text exchangeable with these.
+    Thresholds are tested from the highest down by the Hoeffding-Bentkus p-value, until one fails (Learn then Test,
+    arXiv 2110.01052, fixed-sequence testing). The bound concerns work, never correctness.
     """
     lowest = None
     for threshold in RISK_THRESHOLDS:

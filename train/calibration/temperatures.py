@@ -1,9 +1,9 @@
-"""Exit temperatures from text the heads have not seen. Knows no base model.
+"""Fits exit temperatures on text that the heads have not seen. Needs no base model.
 
-A temperature is fitted by the likelihood of "the draft is the base's choice" under the confidence it gives,
-which is what the exit rule reads; the paper's linear schedule by its one slope, the fitted schedule by one
-number per exit, the monotone one by numbers that never rise with depth. Of these and T = 1 the likeliest on
-sequences not used to fit them is kept.
+A temperature is fitted by the likelihood of "the draft is the base's choice" under the confidence it gives, which is
+the value that the exit rule reads. The paper's linear schedule has one slope, the fitted schedule one temperature per
+exit, and the monotone schedule temperatures that never rise with depth. The kind `auto` takes the one of these and
+T = 1 that is likeliest on sequences not used to fit it.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from runtime.drafting.temperature import SCHEDULE_KINDS, TemperatureSchedule, li
 from runtime.errors import DataError
 from train.features.extractor import Features
 
-# 5 % apart: finer than the data can tell.
+# 5 % apart: finer than the data can distinguish.
 TEMPERATURES = np.geomspace(0.2, 10.0, 81)
 SLOPES = np.linspace(-0.95, 9.0, 399)
 MIN_POSITIONS = 200
@@ -53,7 +53,7 @@ def collect(batches: Iterable[Features], heads: DraftHeads) -> Confidences:
     """Run the heads over features.
 
     Raises:
-        DataError: logits that are not numbers (naming the exit layer).
+        DataError: logits are not finite; the message names the exit layer.
     """
     grids: dict[int, list[Floats]] = {}
     correct: dict[int, list[NDArray[np.bool_]]] = {}
@@ -77,8 +77,10 @@ def collect(batches: Iterable[Features], heads: DraftHeads) -> Confidences:
 
 
 def _confidence_grid(logits: torch.Tensor) -> Floats:
-    """`confidence` of logits [N, V] at each of `TEMPERATURES`, shape [N, temperatures]; a few rows at a time, so
-    that they stay in the processor's cache."""
+    """`confidence` of logits [N, V] at each of `TEMPERATURES`, shape [N, temperatures].
+
+    It takes a few rows at a time, so that they stay in the processor's cache.
+    """
     confidence = torch.empty(len(logits), len(TEMPERATURES))
     for rows, into in zip(logits.split(CACHED_ROWS), confidence.split(CACHED_ROWS), strict=True):
         below = rows.float() - rows.float().amax(dim=-1, keepdim=True)
@@ -101,10 +103,10 @@ def require_positions(number: int) -> None:
 def fit_schedule(
     confidences: Confidences, kind: str, num_hidden_layers: int
 ) -> tuple[TemperatureSchedule, dict[str, float]]:
-    """Exit temperatures, and the mean negative log-likelihood of each kind on sequences not used to fit it.
+    """Fit exit temperatures; also return the mean negative log-likelihood of each kind on sequences not fitted on.
 
     Args:
-        kind: one of `SCHEDULE_KINDS`, or `auto` for the likeliest of them, the simpler one of equals.
+        kind: one of `SCHEDULE_KINDS`, or `auto` for the likeliest of them (the simplest in a tie).
     """
     odd = confidences.sequence % 2 == 1
     scores = {
@@ -139,11 +141,11 @@ def _fit(confidences: Confidences, kind: str, num_hidden_layers: int, part: NDAr
 
 
 def _non_increasing(losses: list[NDArray[np.float64]]) -> list[int]:
-    """Index of a temperature for each exit, shallowest first, never rising with depth, of least total loss."""
+    """Temperature index of each exit, shallowest first: the least total loss with none rising with depth."""
     total = np.zeros(len(TEMPERATURES))
     steps = []
     for loss in losses:
-        # The shallower exit's best index for each index of this one: at it or above.
+        # For each index of this exit, the best index of the shallower exit, which must not be lower.
         steps.append(np.array([i + int(total[i:].argmin()) for i in range(len(total))]))
         total = loss + total[steps[-1]]
     index = int(total.argmin())
@@ -159,7 +161,7 @@ def _score(confidences: Confidences, schedule: TemperatureSchedule, part: NDArra
 
 
 def _losses(confidences: Confidences, layer: int, part: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Mean negative log-likelihood of right and wrong at each of `TEMPERATURES`."""
+    """Mean negative log-likelihood of the outcomes (correct or not) at each of `TEMPERATURES`."""
     confidence = np.clip(confidences.grid[layer][part].astype(np.float64), 1e-6, 1 - 1e-6)
     correct = confidences.correct[layer][part][:, None]
     losses: NDArray[np.float64] = -np.where(correct, np.log(confidence), np.log1p(-confidence)).mean(axis=0)

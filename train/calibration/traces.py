@@ -1,7 +1,7 @@
-"""What every source would have drafted on held-out text, logged once: its confidence, and whether it was correct.
+"""`Traces`: confidence and correctness of what every source would have drafted on held-out text.
 
-The cache of a right prefix is exact, so confidences logged on plain text are those the runtime sees there. Any
-policy can be replayed over them, on any machine, without the model. Knows no policy and no costs.
+The cache of an accepted prefix is exact, so confidences logged on plain text equal those that the runtime sees there.
+Any policy can be replayed over them on any machine, without the model. Needs no policy and no costs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,23 +20,25 @@ from train.calibration.exit_log import ExitLog
 from train.calibration.lookup_traces import LookupTraces
 
 TRACES_FILE = "traces.safetensors"
-LOOKUP_LAYER = 0  # its draft needs no layer
+LOOKUP_LAYER = 0  # the lookup needs no decoder layer
 
 
 @dataclass(frozen=True, slots=True)
 class Traces:
-    """N positions of some texts, text after text; at each the base has chosen the next token.
+    """Drafts of every source at N positions of some texts, text after text.
 
     Attributes:
         layers: sources of drafts, ascending; 0 is the lookup, others are exit layers.
-        confidence: of each source, calibrated, shape [sources, A, N], float32: as the first, second, ... draft of a
-            round, the last of these for all further drafts. (Heads may read a verified state, which gets older.)
-        correct: whether its draft is the base's choice, shape [sources, A, N], bool.
+        confidence: calibrated confidence of each source, shape [sources, A, N], float32. The middle index counts the
+            drafts of a round; the last one covers all later drafts. (Heads may read a verified state, which gets older
+            with each draft.)
+        correct: whether the source's draft is the base's choice, shape [sources, A, N], bool.
         sequence: index of each position's text, shape [N], int64, from 0, not decreasing.
-        context: tokens before each position, the prompt's included, shape [N], int64.
+        context: number of tokens before each position, the prompt included, shape [N], int64.
         uncalibrated: `confidence` with every exit temperature 1; None if not logged.
-        after_wrong: confidence of the lookup's further drafts behind a wrong one of its own, the first of which stands
-            at the next position, shape [F, N], float32; None if not logged. It goes on to copy what it copied from.
+        after_wrong: confidence of the lookup's next F drafts if its draft at the position is wrong, shape [F, N],
+            float32; the first is for the next position. None if not logged. The lookup keeps copying from where the
+            wrong draft came from.
     """
 
     layers: tuple[int, ...]
@@ -69,7 +71,7 @@ class Traces:
 
     @property
     def num_sequences(self) -> int:
-        """Texts."""
+        """Number of texts."""
         return int(self.sequence[-1]) + 1
 
     @property
@@ -79,7 +81,7 @@ class Traces:
 
     @property
     def remaining(self) -> NDArray[np.int64]:
-        """Tokens that the text still emits from each position on, itself included, shape [N]."""
+        """Tokens that the text still emits from each position on, that position included, shape [N]."""
         ends = np.append(self.starts[1:], len(self))
         return ends[self.sequence] - np.arange(len(self))
 
@@ -90,11 +92,11 @@ class Traces:
         exits: ExitLog,
         lookup: tuple[LookupTraces, LookupTable] | None,
     ) -> "Traces":
-        """From the logs of the exits and of the lookup over the same texts.
+        """Build traces from the logs of the exits and of the lookup over the same texts.
 
         Args:
             rows: prompt ids and response ids of each text.
-            lookup: with the table of its confidences; None where it is off.
+            lookup: its log and its confidence table; None if the lookup is off.
         """
         confidence, uncalibrated, correct = exits.confidence, exits.uncalibrated, exits.correct
         after_wrong = None
@@ -117,7 +119,7 @@ class Traces:
         uncalibrated: Mapping[int, NDArray[np.float32]] | None = None,
         after_wrong: NDArray[np.float32] | None = None,
     ) -> "Traces":
-        """From arrays by source over all positions, each of shape [N] or [A, N].
+        """Build traces from arrays by source over all positions, each of shape [N] or [A, N].
 
         Args:
             prompt_lengths: tokens of each text's prompt, shape [texts].
@@ -136,7 +138,7 @@ class Traces:
         )
 
     def of_sequences(self, chosen: NDArray[np.bool_]) -> "Traces":
-        """Only the texts marked in `chosen`, shape [texts], numbered anew."""
+        """Select the texts marked in `chosen`, shape [texts], and renumber them from 0."""
         keep = chosen[self.sequence]
         numbers = np.cumsum(chosen) - 1
         return Traces(
@@ -150,20 +152,20 @@ class Traces:
         )
 
     def without_temperatures(self) -> "Traces":
-        """The same with confidences at T = 1.
+        """The same traces with confidences at T = 1.
 
         Raises:
-            DataError: they were not logged.
+            DataError: these confidences were not logged.
         """
         if self.uncalibrated is None:
-            raise DataError("the traces have no confidences at T = 1: fit the adapter again, which logs them")
+            raise DataError("the traces have no confidences at T = 1: fit the adapter again to log them")
         return replace(self, confidence=self.uncalibrated)
 
     def write(self, path: Path, *, weights_sha256: str) -> None:
-        """Keep them in a safetensors file, confidences in half precision: finer than the data can tell.
+        """Write a safetensors file; half precision is enough for confidences.
 
         Args:
-            weights_sha256: of the heads that they were logged with.
+            weights_sha256: hash of the heads that the traces were logged with.
         """
         tensors: dict[str, NDArray[Any]] = {
             "layers": np.array(self.layers, dtype=np.int64),
@@ -185,10 +187,10 @@ class Traces:
         """Read what `write` wrote.
 
         Args:
-            weights_sha256: of the heads that they must be of.
+            weights_sha256: hash of the heads that the traces must belong to.
 
         Raises:
-            DataError: there is no such file, it is not one of traces, or it is of other heads.
+            DataError: the file does not exist, is not a file of traces, or belongs to other heads.
         """
         try:
             with safe_open(path, framework="np") as file:
@@ -204,23 +206,23 @@ class Traces:
                 after_wrong=_spread(tensors) if "after_wrong" in tensors else None,
             )
         except FileNotFoundError:
-            raise DataError(f"{path} is not there: fit the adapter again, which logs traces") from None
+            raise DataError(f"{path} is not there: fit the adapter again to log traces") from None
         except (OSError, SafetensorError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not a file of traces ({error}): fit the adapter again") from None
         if heads != weights_sha256:
-            raise DataError(f"{path} is of the heads of another fit: fit the adapter again, which logs its own")
+            raise DataError(f"{path} belongs to the heads of another fit: fit the adapter again to log its own traces")
         return traces
 
 
 def _spread(tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-    """`after_wrong` of a file, at all positions."""
+    """Expand the `after_wrong` of a file to all positions."""
     spread = np.zeros((len(tensors["after_wrong"]), len(tensors["sequence"])), dtype=np.float32)
     spread[:, tensors["wrong"]] = tensors["after_wrong"]
     return spread
 
 
 def _stack(by_layer: Mapping[int, NDArray[Any]], layers: Sequence[int]) -> NDArray[Any]:
-    """Shape [sources, A, N]; what is alike for all drafts of a round is repeated."""
+    """Stack to shape [sources, A, N]; an array that holds for all drafts of a round is repeated."""
     parts = [np.atleast_2d(by_layer[layer]) for layer in layers]
     shape = (max(len(part) for part in parts), parts[0].shape[1])
     return np.stack([np.broadcast_to(part, shape) for part in parts])
