@@ -1,7 +1,6 @@
-"""Checks that the runtime does what replay says, on the same held-out text; where they differ nothing is published.
+"""Checks that the runtime agrees with replay on the same held-out text; if they differ, nothing is published.
 
-Source: SpecBound's bounds are chosen by replay, so a difference would make every predicted figure wrong. Knows no
-files.
+The bounds are chosen by replay, so a difference would make every predicted figure wrong. Reads no files.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -26,17 +25,17 @@ from train.replay.replay import Replayer
 
 # Enough text to see a fault, and few enough tokens to decode in seconds.
 TOKENS = 600
-# Features are logged in batches and drafts made one by one, so single confidences cross a threshold.
+# Features are logged in batches but drafts are made one by one, so a few confidences may cross a threshold.
 TOLERANCE, FREE_ROUNDS = 0.02, 3
 
 
 def check_agreement(
     layers: DecoderLayers, drafter: Drafter, bounds: SpeculationBounds, rows: Sequence[Any], traces: Traces
 ) -> dict[str, Any]:
-    """Mean accepted length by replay and by run on the first of the texts, as JSON values.
+    """Compare mean accepted length by replay and by a run on the first texts; returns both as JSON values.
 
     Args:
-        rows: (prompt ids, response ids) of every text that was traced, in their order.
+        rows: (prompt ids, response ids) of every traced text, in order.
 
     Raises:
         SpecBoundError: the two differ by more than 2 %.
@@ -52,14 +51,14 @@ def check_agreement(
     if not agrees(compared):
         raise SpecBoundError(
             f"on the same {compared['tokens']} tokens replay accepts {replayed:.3f} tokens a round and the"
-            f" runtime {ran:.3f}, more than {TOLERANCE:.0%} apart: the adapter is not published, since no"
-            " figure of it would hold; please report this"
+            f" runtime {ran:.3f}, more than {TOLERANCE:.0%} apart: the adapter is not published, because"
+            " its predicted figures would be wrong; please report this"
         )
     return compared
 
 
 def agrees(compared: Mapping[str, Any]) -> bool:
-    """Whether replay and run, as `check_agreement` returns them, need the same number of rounds for the tokens."""
+    """Whether replay and run need nearly the same number of rounds; `compared` is what `check_agreement` returns."""
     tokens, by_replay, by_run = compared["tokens"], compared["by_replay"], compared["by_run"]
     if not (by_replay > 0 and by_run > 0):
         return False
@@ -71,7 +70,7 @@ def agrees(compared: Mapping[str, Any]) -> bool:
 def run_on(
     layers: DecoderLayers, drafter: Drafter, bounds: SpeculationBounds, rows: Sequence[Any]
 ) -> SpeculationStats:
-    """The runtime's own rounds on texts that are known, as if the base chose each token of them."""
+    """Run the runtime's own rounds on known texts, as if the base chose each of their tokens."""
     stats = SpeculationStats()
     model = layers.model
     for prompt, response in rows:
@@ -88,7 +87,7 @@ def run_on(
 
 
 class Told:
-    """Emits a text that is known, whatever the logits say."""
+    """Emits a known text, whatever the logits are."""
 
     stop_tokens: Collection[int] = ()
 
@@ -97,7 +96,7 @@ class Told:
         self._emitted = 0
 
     def emit(self, logits: torch.Tensor) -> tuple[int, bool]:
-        """The next token of the text; whether it is the last."""
+        """Return the next token of the text, and whether it is the last."""
         token = self._tokens[self._emitted]
         self._emitted += 1
         return token, self._emitted == len(self._tokens)

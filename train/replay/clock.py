@@ -1,4 +1,4 @@
-"""`Clock`: when each token of a `generate` call came. Knows no model and no figures."""
+"""`Clock`: when each token of a `generate` call arrived."""
 
 import time
 
@@ -7,7 +7,7 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class Clock(BaseStreamer):
-    """A streamer that notes times.
+    """A streamer that records times.
 
     Attributes:
         times: `time.perf_counter` at the prompt, then at each token.
@@ -17,8 +17,8 @@ class Clock(BaseStreamer):
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """The prompt, then token after token."""
+        """Record the time; called for the prompt and then for each token."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""`CostTable`: what the parts of a round cost on one machine, in milliseconds. Knows no policy and no traces.
+"""`CostTable`: what the parts of a round cost on one machine, in milliseconds. Needs no policy and no traces.
 
 Measured by `train.replay.profile`, or counted from the weights where nothing was measured.
 """
@@ -15,7 +15,7 @@ from runtime.files import write_atomic
 from train.features.spread import shaped
 
 FORMAT = 1
-# A further row of a block, as a share of the first: weights are read once for all of them.
+# Cost of each further row of a block, as a share of the first: weights are read once for all rows.
 COUNTED_EXTRA_ROW = 0.15
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
 
@@ -27,12 +27,12 @@ class CostTable:
     Attributes:
         num_hidden_layers: L.
         layer: tokens in a block -> ms of one decoder layer with an empty context.
-        layer_context: tokens in a block -> ms that every token of context adds to that.
+        layer_context: tokens in a block -> ms that each token of context adds to `layer`.
         unembedding: tokens in a block -> ms of the final norm and the unembedding.
         head: ms of asking one exit head.
         lookup: ms of asking the lookup.
         token: ms of choosing one token: processors, criteria, streamer.
-        plain, plain_context: ms a token of stock `generate`, and what every token of context adds.
+        plain, plain_context: ms per token of stock `generate`, and what each token of context adds to it.
         round: ms of everything else in a round.
         conditions: hardware, dtype, threads, exactness, versions; empty where the table was counted.
     """
@@ -51,10 +51,10 @@ class CostTable:
 
     @classmethod
     def counted(cls, num_hidden_layers: int, *, head: float, unembedding: float) -> "CostTable":
-        """In units of one decoder layer run on one token, from numbers of weights.
+        """Count costs from numbers of weights; the unit is one decoder layer on one token.
 
         Args:
-            head, unembedding: of one token, in those units.
+            head, unembedding: cost for one token, in this unit.
         """
         rows = {width: 1.0 + COUNTED_EXTRA_ROW * (width - 1) for width in WIDTHS}
         return cls(
@@ -71,7 +71,7 @@ class CostTable:
 
     @classmethod
     def layer_passes(cls, num_hidden_layers: int) -> "CostTable":
-        """Counts passes of a decoder layer, whatever the width, and nothing else; plain decoding makes L a token."""
+        """Count only passes of a decoder layer, whatever the width; plain decoding makes L per token."""
         free = dict.fromkeys((1, 2), 0.0)
         return cls(
             num_hidden_layers=num_hidden_layers,
@@ -86,7 +86,7 @@ class CostTable:
         )
 
     def block(self, table: Mapping[int, float], width: int) -> float:
-        """An entry; between and beyond the widths measured along the line through the nearest two."""
+        """Look up a width; others than those measured lie on the line through the nearest two."""
         if width in table:
             return table[width]
         widths = sorted(table)
@@ -96,21 +96,21 @@ class CostTable:
         return max(0.0, table[low] + slope * (width - low))
 
     def of_round(self, exits: Sequence[int], drafts: Sequence[int], hard: bool) -> tuple[float, float]:
-        """A round of which no draft is accepted: its ms with an empty context, and what every token of context adds.
+        """Cost of a round without accepted drafts: ms with an empty context, and what each token of context adds.
 
         Example:
             With exits at 2 and 4 of 6 layers, the round with `drafts` (2, 4) and `hard` has three tokens. The first
             runs 2 layers, and the head at 2 drafts. The second runs 2 layers, the head at 2 is not confident enough,
             both tokens run the next 2 layers together, and the head at 4 drafts. The third runs 4 layers alone, and
-            both heads are asked in vain. All three run the last 2 layers and the unembedding together.
+            neither head is confident enough. All three run the last 2 layers and the unembedding together.
 
         Args:
             exits: the sources that are asked, shallowest first; 0 is the lookup.
             drafts: the source of each draft.
-            hard: whether the token after them asked every source in vain.
+            hard: whether every source was asked for the token after them, and none was confident enough.
         """
-        depths: list[int] = []  # that each token has reached
-        widths: list[int] = []  # of each layer that runs: it takes all tokens that stand right below it
+        depths: list[int] = []  # the depth that each token has reached
+        widths: list[int] = []  # tokens in each layer that runs: all that have not passed it yet
         asking = 0.0
         for draft in (*drafts, None):
             depths.append(0)
@@ -134,18 +134,18 @@ class CostTable:
 
         lines = [
             where,
-            f"stock generate: {self.plain:.3g} ms a token, and {1000 * self.plain_context:.3g} for 1,000 of context",
+            f"stock generate: {self.plain:.3g} ms a token, plus {1000 * self.plain_context:.3g} per 1,000 of context",
             f"head {self.head:.3g} ms, lookup {self.lookup:.2g} ms, choosing a token {self.token:.2g} ms",
             f"the rest of a round {self.round:.3g} ms",
             f"{'tokens in a block':<24}" + "".join(f"{width:>9}" for width in widths),
             row("one layer, ms", self.layer),
-            row("  for 1,000 of context", self.layer_context, 1000.0),
+            row("  per 1,000 of context", self.layer_context, 1000.0),
             row("unembedding, ms", self.unembedding),
         ]
         return "\n".join(lines)
 
     def write(self, path: Path) -> None:
-        """Keep it as JSON."""
+        """Write the table as JSON."""
         write_atomic(path, (json.dumps(asdict(self) | {"format": FORMAT}, indent=1) + "\n").encode())
 
     @classmethod
@@ -153,7 +153,7 @@ class CostTable:
         """Read what `write` wrote.
 
         Raises:
-            DataError: no such file, or not one of costs.
+            DataError: the file does not exist, or is not a cost table.
         """
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -169,7 +169,7 @@ class CostTable:
 
 
 def counted_costs(model: Any, heads: DraftHeads) -> CostTable:
-    """Costs by counting weights: a head or an unembedding against one decoder layer."""
+    """Count costs from weights: those of a head and of the unembedding, relative to one decoder layer."""
     model = shaped(model)
     total = sum(parameter.numel() for parameter in model.parameters())
     matrix = model.get_output_embeddings().weight.numel()

@@ -1,8 +1,8 @@
-"""Measures a cost table: what the parts of a round take on this machine, in this dtype, in this exactness mode.
+"""Measures a cost table: what the parts of a round cost on this machine, in this dtype and exactness mode.
 
-Everything is measured in turn, many times, and averaged over the middle half, so that a busy moment affects all alike.
-Each time the context is some tokens shorter, because the cost of attention depends on where in a vector a block of
-rows begins. Knows no policy.
+All parts are measured in turn, many times, so that a busy moment affects them equally; each mean is over the middle
+half of the times. The context gets a few tokens shorter each time, because the cost of attention depends on where in a
+vector a block of rows begins. Needs no policy.
 """
 
 import statistics
@@ -35,15 +35,15 @@ CONTEXTS = (64, 384, 1024)
 REPEATS = 9
 WARM_UP = 2
 TRIMMED = 0.25  # this share of the times at either end is left out of a mean
-SHORTER = 5  # tokens of context from one time to the next: every alignment comes up
+SHORTER = 5  # tokens by which the context shrinks each time, so that every alignment occurs
 GENERATED = 8
-# A token more than the widest draft that is tried.
+# One token more than the widest draft that is tried.
 MAX_WIDTH = max(WIDTHS) + 1
 
 
 @torch.no_grad()
 def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, progress: bool = True) -> CostTable:
-    """The cost table of a model that an adapter is attached to.
+    """Measure the cost table of a model with an adapter.
 
     Args:
         max_width: widest block measured, in tokens.
@@ -53,9 +53,9 @@ def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, p
     """
     specbound: SpecBound = model.specbound
     if (reason := specbound.why_stock(model)) is not None:
-        raise SpecBoundError(f"no round can be timed, for this model decodes plainly here: {reason}")
+        raise SpecBoundError(f"no round can be timed, because this model decodes plainly here: {reason}")
     rounds = WARM_UP + repeats
-    longer = SHORTER * (rounds // 2)  # than the context that they are on average
+    longer = SHORTER * (rounds // 2)  # tokens more at the start, so that the average context is as asked
     longest = getattr(model.config, "max_position_embeddings", None) or CONTEXTS[-1] * 2
     contexts = [min(context, longest - GENERATED - max_width - 1 - longer) for context in CONTEXTS]
     benches = [_Bench(model, context, longer, max_width) for context in contexts]
@@ -65,7 +65,7 @@ def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, p
             timed = bench.gaps()
             with specbound.prepared.running(model):
                 timed |= bench.sources() | bench.blocks()
-            # Within a round, since the machine drifts from one to the next.
+            # Subtracted within a round, because the machine's speed drifts from one round to the next.
             timed["rest", None, bench.context] = timed.pop(("alone", None, bench.context)) - sum(
                 timed[name, 1, bench.context] for name in ("layers", "unembedding")
             )
@@ -78,7 +78,7 @@ def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, p
 
 
 def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound: SpecBound, model: Any) -> CostTable:
-    """Straight lines through the contexts, rising steps over the widths; per layer, per token."""
+    """Build the table: lines over the contexts, non-decreasing over the widths, per layer and per token."""
     num_layers = specbound.prepared.layers.num_layers
     widths = range(1, max_width + 1)
     for name, context in product(("layers", "unembedding"), contexts):  # noise: cost does not fall with more tokens
@@ -131,10 +131,10 @@ def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound:
 
 
 class _Bench:
-    """Everything measured after a context of one length; a call of each method gives seconds by what was timed.
+    """All measurements after a context of one length; each method returns seconds by what was timed.
 
     Args:
-        longer: tokens more than that at the start; each `shorten` takes some away.
+        longer: tokens above that length at the start; each `shorten` removes some.
     """
 
     def __init__(self, model: Any, context: int, longer: int, max_width: int) -> None:
@@ -153,13 +153,13 @@ class _Bench:
         self.cache = kind.from_dynamic(stock, length + max_width + 1)
 
     def shorten(self) -> None:
-        """Go on with `SHORTER` tokens less."""
+        """Shorten the context by `SHORTER` tokens."""
         self.length = max(1, self.length - SHORTER)
         self.cache.crop(self.length)
 
     @torch.inference_mode()
     def blocks(self) -> dict[Any, float]:
-        """All layers, and the unembedding, by width."""
+        """Time all layers, and the unembedding, at each width."""
         seconds = {}
         for width in range(1, self.max_width + 1):
             given = self.layers.embed(self.token_ids[:, self.length : self.length + width], self.length)
@@ -170,7 +170,7 @@ class _Bench:
         return seconds
 
     def sources(self) -> dict[Any, float]:
-        """Making a token pending, and then asking each exit for a draft, on the way through the layers below it."""
+        """Time making a token pending, and asking each source for a draft, with the layers below it."""
         state = DecodeState(self.layers, self.cache, self.token_ids[0, : self.length].tolist())
         drafter, newest = self.specbound.drafter, int(self.token_ids[0, self.length])
         seconds: dict[Any, float] = {}
@@ -187,9 +187,9 @@ class _Bench:
         return seconds
 
     def gaps(self) -> dict[Any, float]:
-        """Seconds between tokens of stock `generate` and of rounds that draft nothing, and to choose one token."""
+        """Time the gap between tokens of stock `generate` and of rounds without drafts, and choosing one token."""
         specbound = self.specbound
-        # As wide as before, so that the same certificate is valid.
+        # The width stays the same, so that the certificate stays valid.
         idle = SpeculationBounds(2.0, specbound.bounds.max_exit_layer, specbound.bounds.max_draft_tokens)
         with specbound.using(bounds=idle, controller=None):
             alone = self._gap()
@@ -201,14 +201,14 @@ class _Bench:
 
     def _gap(self) -> float:
         clock = Clock()
-        never = self.model.config.vocab_size  # `min_new_tokens` would cost a processor in every token
+        never = self.model.config.vocab_size  # `min_new_tokens` would add a logits processor to every token
         options = {"max_new_tokens": GENERATED, "eos_token_id": never, "do_sample": False, "pad_token_id": 0}
         prompt = self.token_ids[:, : self.length]
         self.model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock, **options)
         return statistics.median(late - early for early, late in zip(clock.times[1:-1], clock.times[2:], strict=True))
 
     def _timed(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        """Seconds that a call takes, its work on the device included, and what it returned."""
+        """Return the seconds that a call takes, including its work on the device, and its result."""
         cuda = self.model.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize()

@@ -1,8 +1,8 @@
 """Replay: what a policy would do on logged text, and how fast, without a model.
 
-On a right prefix the log holds what the runtime sees, and the runtime's own policy code decides, so accepted
-lengths are those of a run. What follows a wrong draft is not in the log: it only costs time, and is guessed from
-the text's own confidences. Knows no model and does not search.
+On an accepted prefix the log holds what the runtime sees, and the runtime's own policy code decides, so accepted
+lengths equal those of a run. What follows a wrong draft is not in the log. It only costs time, which is estimated with
+the confidences logged on the text itself. Needs no model and does not search.
 """
 
 from collections import Counter
@@ -25,11 +25,11 @@ class Totals:
     """Totals of a replay.
 
     Attributes:
-        rounds: verification passes.
+        rounds: verify passes.
         drafted, accepted: drafts by source.
-        hard_tokens: rounds that ended at a token no exit was sure of.
-        emitted_by_text, ms_by_text, plain_by_text: tokens after the first, their predicted cost, and that of stock
-            `generate`, of each text, shape [texts].
+        hard_tokens: rounds that ended at a token for which no source was confident enough.
+        emitted_by_text, ms_by_text, plain_by_text: tokens of each text after its first, their predicted cost, and that
+            of stock `generate`, shape [texts].
     """
 
     rounds: int
@@ -42,12 +42,12 @@ class Totals:
 
     @property
     def emitted(self) -> int:
-        """Tokens."""
+        """Tokens emitted, without the first of each text."""
         return int(self.emitted_by_text.sum())
 
     @property
     def mean_accepted_length(self) -> float:
-        """Tokens emitted per verification pass, the bonus counted."""
+        """Tokens emitted per verify pass, the bonus token included."""
         return self.emitted / max(1, self.rounds)
 
     @property
@@ -57,21 +57,21 @@ class Totals:
 
     @property
     def ms_per_token(self) -> float:
-        """Predicted milliseconds a token."""
+        """Predicted milliseconds per token."""
         return float(self.ms_by_text.sum()) / max(1, self.emitted)
 
     @property
     def tokens_per_second(self) -> float:
-        """Predicted."""
+        """Predicted tokens per second."""
         return 1000.0 / max(1e-9, self.ms_per_token)
 
     @property
     def speedup(self) -> float:
-        """Predicted, over stock `generate`."""
+        """Predicted speed-up over stock `generate`."""
         return float(self.plain_by_text.sum() / self.ms_by_text.sum())
 
     def speedup_interval(self, *, level: float = 0.95, draws: int = 1000) -> tuple[float, float]:
-        """Bootstrap interval of the speed-up, over texts; nearly the same text twice is one piece of evidence."""
+        """Bootstrap interval of the speed-up; whole texts are resampled, since tokens of one text are dependent."""
         texts = len(self.ms_by_text)
         chosen = np.random.default_rng(0).integers(texts, size=(draws, texts))
         ratios = self.plain_by_text[chosen].sum(axis=1) / self.ms_by_text[chosen].sum(axis=1)
@@ -79,7 +79,7 @@ class Totals:
         return float(low), float(high)
 
     def describe(self, costs: CostTable) -> dict[str, Any]:
-        """As JSON values, for `calibration.json`; `costs` are those it was predicted with."""
+        """Figures as JSON values for `calibration.json`; `costs` is the table they were predicted with."""
         low, high = self.speedup_interval()
         return {
             "mean_accepted_length": self.mean_accepted_length,
@@ -110,13 +110,13 @@ class Replayer:
         self._ends = [*starts[1:].tolist(), len(traces)]
         self._starts = starts.tolist()
         self._longest = int(traces.remaining.max())
-        self._emitted = traces.remaining[starts] - 1  # the prompt's own forward emits the first, in both ways
+        self._emitted = traces.remaining[starts] - 1  # prefill emits the first, with or without drafts
         plain = costs.plain + costs.plain_context * traces.context
         plain[starts] = 0.0
         self._plain = np.bincount(traces.sequence, weights=plain).astype(np.float64)
 
     def run(self, bounds: SpeculationBounds) -> Totals:
-        """Totals of decoding every text."""
+        """Decode every text and return the totals."""
         logged = LoggedRounds(self._lists, bounds)
         limits = [bounds.draft_limit(remaining) for remaining in range(self._longest + 1)]
         rounds: list[Round] = []
@@ -143,7 +143,7 @@ class Replayer:
 
 
 def _by_source(rounds: Iterable[tuple[tuple[int, ...], int]]) -> Counter[int]:
-    """Drafts by source, from the drafts of each kind of round and how many rounds were of it."""
+    """Count drafts by source, from the drafts of each kind of round and the number of such rounds."""
     total: Counter[int] = Counter()
     for drafts, number in rounds:
         for layer in drafts:

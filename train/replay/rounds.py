@@ -1,4 +1,4 @@
-"""What a round does on logged text: what it drafts, token by token, and how much of that is accepted."""
+"""`LoggedRounds`: what a round drafts on logged text, token by token, and how many drafts are accepted."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,8 @@ class TraceLists:
         traces: the arrays.
         confidence: source -> age -> position -> confidence.
         correct: age -> source -> position -> 1 where the draft is the base's choice.
-        wrong_copies: drafts since a wrong one by the lookup -> position of that one -> confidence of the lookup, shape
-            [F + 1, N]; the last row is 0 and stands for all later drafts.
+        wrong_copies: number of drafts since a wrong one of the lookup -> position of the wrong one -> confidence of
+            the lookup, shape [F + 1, N]; the last row is 0 and covers all later drafts.
         wrong_copy: the same as lists.
     """
 
@@ -37,12 +37,12 @@ class TraceLists:
 class LoggedRounds:
     """Rounds on logged text, as `runtime.decoding.draft.draft_tokens` and acceptance make them with a model.
 
-    The policy code of the runtime says which confidences are enough, for all positions at once, and which sources are
-    asked. The survival stop alone is written out as a comparison, since it is looked at before every draft.
+    The runtime's policy code decides which sources are asked and, for all positions at once, which confidences are
+    enough. Only the survival stop is written out here as a comparison, because it is checked before every draft.
 
     Args:
-        lists: the text.
-        bounds: on drafting.
+        lists: the logged text.
+        bounds: bounds on drafting.
 
     Attributes:
         exits: the sources that are asked, shallowest first.
@@ -62,7 +62,7 @@ class LoggedRounds:
             enough = _rows(bounds.accepts(layer, traces.confidence[traces.layers.index(layer)]))
             for age, sources in enumerate(by_age):
                 sources.append((layer, lists.confidence[layer][age], enough[age]))
-        # Of each draft of a round: all sources, those that need no layer, and correctness. The last age stands for all
+        # For each draft of a round: all sources, those that need no layer, and correctness. The last age covers all
         # later drafts.
         ages = [
             (sources, sources[: self.exits.count(LOOKUP)], correct)
@@ -74,7 +74,7 @@ class LoggedRounds:
         """The round that starts at a position.
 
         Args:
-            limit: most drafts to make.
+            limit: maximum number of drafts.
         """
         drafts: list[int] = []
         num_accepted, survival = 0, 1.0

@@ -1,7 +1,8 @@
-"""The bounds that replay says are fastest on one machine. Knows no model: traces and a cost table are enough.
+"""Finds the bounds that are fastest by replay on one machine. Needs no model: traces and a cost table are enough.
 
-Every setting together is too many to try, so: all uniform thresholds, depths and widths first, then one setting at
-a time, each exit's own threshold and the survival stop included, as long as that helps.
+There are too many combinations of all settings to try. So the search first tries every combination of one threshold
+for all exits, a depth and a width. Then it varies one setting at a time, including each exit's own threshold and the
+survival stop, as long as that helps.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,9 +44,9 @@ class Held:
 def tune(
     traces: Traces, costs: CostTable, held: Held | None = None, *, progress: bool = True
 ) -> tuple[SpeculationBounds, Totals]:
-    """The fastest bounds and their replay; of equally fast ones the first, which are the smallest.
+    """Find the fastest bounds and their replay; among equally fast ones the first, which are the smallest.
 
-    Where nothing beats decoding without drafts, nothing is drafted, unless a threshold is held.
+    If nothing beats decoding without drafts, the bounds draft nothing, unless the user has fixed the threshold.
     """
     replayer, quick, held = Replayer(traces, costs), Replayer(_some(traces), costs), held or Held()
     with tqdm(desc="tune", unit="replay", disable=not progress) as bar:
@@ -77,13 +78,13 @@ def tune(
 
 
 def _speed(replayed: Totals, costs: CostTable) -> float:
-    """Tokens a second with `CAUTION`, so rounded that sums in another order are equal."""
+    """Tokens per second with `CAUTION`, rounded so that sums in another order compare equal."""
     caution = CAUTION * costs.plain * replayed.drafted.total()
     return round(1000.0 * replayed.emitted / max(1e-9, float(replayed.ms_by_text.sum()) + caution), 6)
 
 
 def _some(traces: Traces) -> Traces:
-    """About `QUICK_POSITIONS` of the positions, in texts at even distances; all where there are few."""
+    """Select evenly spaced texts with about `QUICK_POSITIONS` positions in total; all texts if there are fewer."""
     texts = traces.num_sequences
     number = max(1, round(texts * min(1.0, QUICK_POSITIONS / len(traces))))
     chosen = np.zeros(texts, dtype=bool)
@@ -92,14 +93,14 @@ def _some(traces: Traces) -> Traces:
 
 
 def best_uniform(traces: Traces, costs: CostTable) -> Totals:
-    """The fastest replay with one threshold for all exits: a quick look."""
+    """Return the fastest replay with one threshold for all exits: a quick estimate."""
     replayer = Replayer(traces, costs)
     bounds = (SpeculationBounds(tau, max(traces.layers), 4) for tau in THRESHOLDS)
     return max((replayer.run(one) for one in bounds), key=lambda totals: totals.speedup)
 
 
 def cross_fitted(traces: Traces, costs: CostTable, held: Held | None = None) -> float:
-    """Speed-up over stock on texts that did not choose the bounds: half of them tuned, the other half replayed."""
+    """Predicted speed-up over stock, cross-fitted: bounds tuned on each half of the texts, replayed on the other."""
     odd = np.arange(traces.num_sequences) % 2 == 1
     plain = ms = 0.0
     for part in (odd, ~odd):
@@ -138,7 +139,7 @@ def _settings(traces: Traces, held: Held) -> list[Callable[[SpeculationBounds], 
 
 
 def _tidy(traces: Traces, bounds: SpeculationBounds, held: Held) -> SpeculationBounds:
-    """The same decisions in a shorter form: no deeper than the deepest exit in use, no threshold twice."""
+    """The same decisions in a shorter form: no unused depth, and no exit threshold equal to the common one."""
     used = bounds.exits(traces.layers)
     deepest = used[-1] if used and held.max_exit_layer is None else bounds.max_exit_layer
     own = {

@@ -1,6 +1,6 @@
-"""What the heads would be worth if the fit ended now: replay of held-out text with the runtime's policy.
+"""`Simulation`: accepted length and speed if the fit ended now, by replay of held-out text with the runtime's policy.
 
-Good agreement can go with poor acceptance; accepted length and speed are what users see. Knows no loop and no files.
+High agreement does not ensure high acceptance; accepted length and speed are what users see. Reads no files.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from train.replay.search import best_uniform
 
 
 class Simulation:
-    """Figures of heads on the held-out texts; the lookup is asked once, for it does not learn.
+    """Figures of heads on the held-out texts; the lookup runs only once, because it does not learn.
 
     Args:
         rows: prompt ids and response ids of each text.
@@ -36,7 +36,7 @@ class Simulation:
             log = LookupTraces.collect(self.rows, exits.targets.tolist())
             self._lookup = log, log.fit()
         traces = Traces.of(self.rows, exits, self._lookup)
-        if len(traces) == traces.num_sequences:  # one token each: the prompts' own forwards give them all
+        if len(traces) == traces.num_sequences:  # one token each: prefill emits them all
             return {}
         best = best_uniform(traces, self.costs)
         return {

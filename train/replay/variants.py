@@ -1,6 +1,6 @@
-"""What each part of a policy is worth: the same bounds without it. Replay and a run take the variants from here.
+"""Ablations: what each part of a policy contributes. Replay and measured runs take the variants from here.
 
-Source: the ablations of SpecBound (arXiv 2604.12247), and those of what goes beyond it.
+Source: the ablations of the SpecBound paper (arXiv 2604.12247), and more for the parts that go beyond it.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ FULL, UNCALIBRATED = "as chosen", "T = 1 at every exit"
 
 
 def variants(bounds: SpeculationBounds, layers: Sequence[int]) -> dict[str, SpeculationBounds]:
-    """The bounds, and the same without each part; `UNCALIBRATED` has the same bounds and other temperatures.
+    """The bounds, and the bounds without each part; `UNCALIBRATED` has the same bounds and other temperatures.
 
     Args:
         layers: all sources, 0 being the lookup.
@@ -37,7 +37,7 @@ def variants(bounds: SpeculationBounds, layers: Sequence[int]) -> dict[str, Spec
 
 
 def ablate(traces: Traces, bounds: SpeculationBounds, costs: CostTable) -> dict[str, Any]:
-    """Replay of every variant: mean accepted length, acceptance rate, layers run and predicted speed-up over stock."""
+    """Replay every variant: mean accepted length, acceptance rate, layers run and predicted speed-up over stock."""
     passes = CostTable.layer_passes(costs.num_hidden_layers)
     calibrated, uncalibrated = (
         (Replayer(logged, costs), Replayer(logged, passes)) for logged in (traces, traces.without_temperatures())

@@ -1,6 +1,6 @@
 """Traces of the user's own workload: the base answers the prompts, and every source is asked at every position.
 
-The adapter's bounds only make the answers come faster.
+The adapter's bounds affect only how fast the answers are generated.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from train.features.extractor import FeatureExtractor
 
 
 def log_workload(model: Any, prompts: Sequence[Tensor], *, max_new_tokens: int) -> Traces:
-    """Traces of the base's own greedy answers.
+    """Generate the base's own greedy answers and trace them.
 
     Args:
         model: as `load_specbound` returns it.
@@ -40,7 +40,7 @@ def log_workload(model: Any, prompts: Sequence[Tensor], *, max_new_tokens: int) 
 
 @torch.no_grad()
 def log_texts(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Traces:
-    """Traces of texts that are the base's own.
+    """Trace texts that the base itself generated.
 
     Args:
         model: as `load_specbound` returns it.
@@ -51,7 +51,7 @@ def log_texts(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Traces
     """
     drafter, layers = model.specbound.drafter, model.specbound.prepared.layers
     if not isinstance(drafter, HeadDrafter):
-        raise ConfigError("traces are logged of an adapter's heads: load the model with load_specbound")
+        raise ConfigError("traces need an adapter's heads: load the model with load_specbound")
     exits = drafter.heads.exit_layers
     extract = FeatureExtractor(layers, exits, top_k=1)
     features = (extract([row]) for row in tqdm(rows, "trace", unit="text"))
