@@ -1,4 +1,4 @@
-"""Features on disk: every sequence is computed once and read back. (Online, a batch is computed when it is needed.)"""
+"""`FeatureCache`: features on disk, computed once per sequence. (With `features: online` nothing is stored.)"""
 
 import hashlib
 import json
@@ -20,8 +20,8 @@ class FeatureCache:
     """Features of every sequence on disk, in safetensors files of 256 sequences each.
 
     Args:
-        folder: made if absent; files of other settings in it are not read.
-        settings: what the features depend on; part of the file names.
+        folder: created if absent; features of other settings in it are not read.
+        settings: what the features depend on; their hash names a subfolder.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -38,7 +38,7 @@ class FeatureCache:
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[int]:
-        """Compute what is missing, files shared by rank; yields the number of sequences done after each."""
+        """Compute the missing files, divided over the ranks; yield the number of sequences done after each file."""
         starts = range(0, len(sequences), SHARD)
         for number, start in enumerate(starts):
             rows = sequences.rows[start : start + SHARD]

@@ -1,6 +1,6 @@
-"""The disk space that cached features take: counted before any are written; too little is refused.
+"""Checks that the disk has room for cached features, before any are written.
 
-Knows nothing of how features are computed or laid out; it adds up the tensors of one text.
+It does not depend on how features are computed or laid out: it adds up the tensors of some texts.
 """
 
 import shutil
@@ -40,11 +40,11 @@ def require_disk(folder: Path, needed: float) -> str:
     """Check that a folder's disk has room; returns a line with what is needed and what is free.
 
     Args:
-        folder: need not exist yet. What lies in it already counts towards the need: it is not written again.
+        folder: may not exist yet. Files already in it are not written again, so they are subtracted from the need.
         needed: bytes in all.
 
     Raises:
-        ConfigError: there is less free than what is still to be written.
+        ConfigError: less is free than is still to be written.
     """
     there = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.exists() else 0
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -57,7 +57,7 @@ def require_disk(folder: Path, needed: float) -> str:
 
 
 def readable(size: float) -> str:
-    """Bytes as `3.2 GB`; 1 GB is a thousand million."""
+    """Format bytes as `3.2 GB`; 1 GB is 10**9 bytes."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

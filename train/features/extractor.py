@@ -1,6 +1,6 @@
 """What a head learns from: hidden states at the exits and the base's own choice, at response positions.
 
-One frozen forward of the base gives them all. Knows no heads and no losses.
+One forward of the frozen base gives all of them. Needs no heads and no losses.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from runtime.drafting.heads import HeadContext
 from runtime.errors import DataError
 
 CHUNK = 512
-# Ages of the verified state that heads are fitted and calibrated on, in turn: about those that occur in drafting.
+# Ages of the verified state in fitting and calibration, used in turn: about as frequent as they are in drafting.
 AGE_PATTERN = (1, 1, 2, 1, 1, 3, 1, 2, 4, 0)
 
 
@@ -27,7 +27,7 @@ class Features:
     Attributes:
         hidden: exit layer -> hidden states, shape [N, D], the base's dtype.
         embedding: hidden states at depth 0, shape [N, D].
-        deep: the base's top states, normed, shape [N, D].
+        deep: the base's last hidden states, after the final norm, shape [N, D].
         target: the base's most likely next token, shape [N], int64.
         top_ids: its most likely next tokens, shape [N, K], int64.
         top_log_probs: their log-probabilities under the whole vocabulary, shape [N, K], float32.
@@ -43,29 +43,29 @@ class Features:
     lengths: list[int]
 
     def context(self, age: int | None = None, *, turn: int = 0) -> HeadContext:
-        """What heads read besides hidden states, the verified state being `age` positions old.
+        """What heads read besides hidden states, with a verified state that is `age` positions old.
 
         Args:
-            age: for all positions, 0 for none; by default ages change from position to position and with `turn`.
+            age: one age for all positions, 0 for no verified state; by default it varies with position and `turn`.
         """
         offset = torch.cat([torch.arange(length) for length in self.lengths]).to(self.deep.device)
         pattern = torch.tensor(AGE_PATTERN if age is None else [age], device=self.deep.device)
         ages = pattern[(offset + turn) % len(pattern)]
-        ages = torch.where(ages <= offset, ages, 0)  # before a response nothing is drafted
+        ages = torch.where(ages <= offset, ages, 0)  # nothing is drafted before the response
         positions = torch.arange(len(offset), device=self.deep.device) - ages
         deep = torch.where((ages > 0)[:, None], self.deep[positions], 0)
         return HeadContext(self.embedding, deep, ages)
 
     @classmethod
     def join(cls, parts: Sequence["Features"]) -> "Features":
-        """Sequences of several one after another."""
+        """Concatenate the sequences of several features."""
         hidden = {layer: torch.cat([part.hidden[layer] for part in parts]) for layer in parts[0].hidden}
         names = [field.name for field in fields(cls) if field.name not in ("hidden", "lengths")]
         tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
         return cls(hidden=hidden, lengths=[length for part in parts for length in part.lengths], **tensors)
 
     def to(self, device: torch.device | str) -> "Features":
-        """The same on another device."""
+        """The same features on another device."""
         hidden = {layer: tensor.to(device) for layer, tensor in self.hidden.items()}
         names = [field.name for field in fields(self) if field.name not in ("hidden", "lengths")]
         return Features(
@@ -73,7 +73,7 @@ class Features:
         )
 
     def split(self) -> list["Features"]:
-        """One for each sequence."""
+        """Split into the features of each sequence."""
         names = [field.name for field in fields(self) if field.name not in ("hidden", "lengths")]
         pieces = {name: getattr(self, name).split(self.lengths) for name in names}
         hidden = {layer: tensor.split(self.lengths) for layer, tensor in self.hidden.items()}
@@ -101,12 +101,12 @@ class Sequences:
 
     @classmethod
     def from_corpus(cls, dataset: Any, *, max_length: int, name: str) -> "Sequences":
-        """Rows of a corpus split.
+        """Cut the rows of a corpus split to a length.
 
         Args:
             dataset: rows with `prompt_ids` and `response_ids`.
-            max_length: tokens of prompt and response together; the right end is cut.
-            name: of the split, for messages.
+            max_length: maximum tokens of prompt and response together; the right end is cut.
+            name: name of the split, for messages.
 
         Raises:
             DataError: nothing is left.
@@ -128,12 +128,12 @@ class Sequences:
 
 
 class FeatureExtractor:
-    """The base's frozen forward, with hooks at the exits and nothing else kept.
+    """Runs the frozen base and keeps what heads learn from, with hooks at the exits.
 
     Args:
         layers: the base.
         exit_layers: where hidden states are taken.
-        top_k: K, tokens of the base's distribution kept.
+        top_k: K, the number of the base's most likely tokens to keep.
     """
 
     def __init__(self, layers: DecoderLayers, exit_layers: Sequence[int], *, top_k: int) -> None:
@@ -183,7 +183,7 @@ class FeatureExtractor:
         )
 
     def _teacher(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Choice and top-k distribution from normed top states [N, D]; one chunk of logits at a time."""
+        """Choice and top-k distribution from the last normed states [N, D]; one chunk of logits at a time."""
         ids, log_probs = [], []
         for chunk in normed.split(CHUNK):
             logits = self.layers.unembedding(chunk).float() / self.layers.logits_scaling

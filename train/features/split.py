@@ -1,4 +1,4 @@
-"""`Split`: the sequences of one corpus split and the way to their features. Knows no heads."""
+"""`Split`: the sequences of one corpus split, and access to their features. Needs no heads."""
 
 import logging
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Split:
-    """One split of the corpus; `cache` is None where features are computed when they are needed."""
+    """One split of the corpus; `cache` is None if features are computed when they are needed."""
 
     sequences: Sequences
     extract: FeatureExtractor
@@ -28,7 +28,7 @@ class Split:
 
     @classmethod
     def load(cls, config: FitConfig, layers: DecoderLayers, name: str) -> "Split":
-        """The split of a complete corpus.
+        """Load a split of a complete corpus.
 
         Raises:
             DataError: the split is missing, or nothing is left of it after truncation.
@@ -37,11 +37,11 @@ class Split:
             load_split(config.corpus_path, name), max_length=config.max_length, name=name
         )
         if sequences.num_dropped:
-            logger.info("%s: %d rows dropped, cut to nothing", name, sequences.num_dropped)
+            logger.info("%s: %d rows dropped, no response is left after truncation", name, sequences.num_dropped)
         return cls(sequences, FeatureExtractor(layers, config.exit_layers, top_k=config.teacher_top_k))
 
     def fill_cache(self, config: FitConfig, accelerator: Accelerator, name: str) -> None:
-        """Compute features not on disk yet, shared over the processes; then read from disk."""
+        """Compute the features that are not on disk yet, divided over the processes; then read them from disk."""
         settings = {
             "format": 2,
             "base": base_fingerprint(self.extract.layers.model),
@@ -71,7 +71,7 @@ class Split:
         return Features.join([self.cache[index] for index in indices]).to(self.extract.layers.device)
 
     def batches(self, batch_size: int, *, limit: int | None = None) -> Iterator[Features]:
-        """All sequences in order, up to `limit`."""
+        """Features of all sequences in order, batch by batch, up to `limit` sequences."""
         number = len(self.sequences) if limit is None else min(limit, len(self.sequences))
         for start in range(0, number, batch_size):
             yield self.features(list(range(start, min(start + batch_size, number))))

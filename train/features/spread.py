@@ -1,8 +1,8 @@
-"""A frozen base spread over the processes: FSDP2 as transformers loads it, or DeepSpeed's ZeRO-3. Knows no heads.
+"""Loads a frozen base sharded over the processes: FSDP2 through transformers, or DeepSpeed ZeRO-3. Needs no heads.
 
-Each process holds a part of every parameter from the first byte read, and layers are gathered while they run. So
-all processes must run the base equally often, and who reads a parameter asks for the whole of it. The heads are
-small and stay whole on every process: accelerate is not told about the spreading.
+Each process holds a part of every parameter from loading on, and layers are gathered while they run. So all processes
+must run the base equally often, and code that reads a parameter must gather it first. The heads are small and stay
+whole on every process; accelerate is not told about the sharding.
 """
 
 import copy
@@ -27,7 +27,7 @@ FSDP, ZERO_3 = "FSDP", "DeepSpeed ZeRO-3"
 
 
 def take_from_launcher() -> str | None:
-    """How `accelerate launch` was asked to spread: `FSDP`, `ZERO_3` or None; accelerate itself no longer sees it."""
+    """Read how `accelerate launch` was asked to shard: `FSDP`, `ZERO_3` or None. Then hide it from accelerate."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         del os.environ["ACCELERATE_USE_FSDP"]
         return FSDP
@@ -39,22 +39,22 @@ def take_from_launcher() -> str | None:
 
 
 def load_spread(kind: str, name: str, *, dtype: torch.dtype, **options: Any) -> Any:
-    """A base for evaluation, of which each process holds a part; options are `from_pretrained`'s.
+    """Load a base in evaluation mode, sharded over the processes; options are those of `from_pretrained`.
 
-    Every process calls it, with the group of processes there. One process alone holds all of it under FSDP.
+    Every process must call it, after the process group exists. Under FSDP a single process holds the whole base.
     """
     if kind == FSDP:
         spread = DistributedConfig(fsdp_size=PartialState().num_processes)
         model = from_pretrained(AutoModelForCausalLM, name, options | {"dtype": dtype, "distributed_config": spread})
         model.eval().requires_grad_(False)
-        # FSDP2 makes a root of whatever runs first, and parts of the base are run by themselves.
+        # FSDP2 takes the first module that runs as the root. So the base runs once here, before its parts run alone.
         model(torch.zeros(1, 1, dtype=torch.int64, device=model.device))
         return model
     import deepspeed
 
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     settings |= {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
-    request = HfDeepSpeedConfig(settings)  # from_pretrained looks for one that is alive
+    request = HfDeepSpeedConfig(settings)  # from_pretrained looks for a live one
     model = from_pretrained(AutoModelForCausalLM, name, options | {"dtype": dtype})
     del request
     engine = deepspeed.initialize(model=model.eval().requires_grad_(False), config=settings)[0]
@@ -65,15 +65,15 @@ def load_spread(kind: str, name: str, *, dtype: torch.dtype, **options: Any) -> 
 
 
 def is_spread(model: Any) -> bool:
-    """Whether each process holds a part of the model only."""
+    """Whether each process holds only a part of the model."""
     return any(isinstance(each, DTensor) or hasattr(each, "ds_id") for each in model.parameters())
 
 
 def whole_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and all of every parameter, one at a time; where the module is spread, every process must read them."""
+    """Name and whole value of every parameter, one at a time; if the module is sharded, all processes must iterate."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
-            part.reshard()  # FSDP2 leaves the top gathered, and weights that were tied are then two
+            part.reshard()  # FSDP2 leaves the root gathered, and tied weights are then separate
     for name, parameter in module.named_parameters():
         with _whole(parameter) as whole:
             yield name, whole
@@ -91,7 +91,7 @@ def _whole(parameter: Tensor) -> Iterator[Tensor]:
 
 
 def shaped(model: Any) -> Any:
-    """The model itself; where it is spread, one of the same shapes on the `meta` device."""
+    """The model itself; if it is sharded, a model of the same shapes on the `meta` device."""
     if not is_spread(model):
         return model
     with torch.device("meta"):
@@ -99,7 +99,7 @@ def shaped(model: Any) -> Any:
 
 
 def decoder_layers(model: Any) -> DecoderLayers:
-    """The parts of a base that is spread; final norm and unembedding are whole copies, to be run at any time."""
+    """The parts of a sharded base; final norm and unembedding are whole copies, which can run at any time."""
     layers, empty = DecoderLayers(model), DecoderLayers(shaped(model))
     layers.norm = _copy(layers.norm, empty.norm, layers.device)
     layers.unembedding = _copy(layers.unembedding, empty.unembedding, layers.device)

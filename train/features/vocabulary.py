@@ -1,4 +1,4 @@
-"""The draft vocabulary: the tokens a head can draft, those the base chose most often. Knows no model."""
+"""The draft vocabulary: the tokens that a head can draft, which are those the base chose most often."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,13 +12,12 @@ def draft_vocabulary(responses: Iterable[Sequence[int]], *, size: int, vocab_siz
 
     Args:
         responses: response token ids of the fit split.
-        size: tokens wanted; 0 or at least `vocab_size` for all of them.
-        vocab_size: of the base.
-        keep: ids that must be in it (ends of text).
+        size: number of tokens; 0 or at least `vocab_size` for all of them.
+        vocab_size: size of the base's vocabulary.
+        keep: ids that must be in it (end-of-sequence tokens).
 
     Returns:
-        `draft_to_target`, shape [size], int64. Where fewer tokens were ever chosen, the lowest ids fill it
-        up.
+        `draft_to_target`, shape [size], int64. If the responses hold fewer tokens, the lowest other ids fill it.
     """
     if size == 0 or size >= vocab_size:
         return torch.arange(vocab_size)
