@@ -1,6 +1,6 @@
-"""Answers: conversations rendered to token ids, and the base model's own continuations of them.
+"""`Answerer`: renders conversations to token ids and generates the base model's own answers.
 
-Knows nothing of files, splits or processes.
+It does not depend on files or splits.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from runtime.text.prompts import Message, Prompt
 from train.corpus.options import CorpusOptions
 from train.corpus.prompts import hash_fraction
 
-Conversation = tuple[Prompt, tuple[Message, ...]]  # a prompt, and the messages of it up to a user's
+Conversation = tuple[Prompt, tuple[Message, ...]]  # a prompt, and its messages up to a user turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,10 @@ class Turn:
 
 
 class Answerer:
-    """The model with its tokenizer: conversations to batches of token ids, batches to answers.
+    """Turns conversations into batches of token ids, and batches into answers, with a model and its tokenizer.
 
     Args:
-        together: the model is spread over the processes, which all answer at the same time.
+        together: the model is sharded over the processes, so all of them answer at the same time.
     """
 
     def __init__(self, model: Any, tokenizer: Any, options: CorpusOptions, *, together: bool = False) -> None:
@@ -58,7 +58,7 @@ class Answerer:
         self.pad_id = pad if pad is not None else (self.eos_ids or [0])[0]
 
     def batches(self, pending: Sequence[Conversation]) -> list[list[Turn]]:
-        """The turns short enough, sorted by length, in batches that are all greedy or all sampled."""
+        """Batch the turns that are short enough, sorted by length; each batch is all greedy or all sampled."""
         turns = []
         for prompt, messages in pending:
             prompt_ids = self._encode(messages, prompt=prompt)
@@ -73,19 +73,19 @@ class Answerer:
         return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
     def answer(self, batch: Sequence[Turn], *, name: str) -> list[list[int]]:
-        """The response ids of each turn, the first end-of-sequence token the last. `name` seeds sampling."""
+        """Generate the response ids of each turn, up to its first end-of-sequence token. `name` seeds sampling."""
         rows, width = [turn.prompt_ids for turn in batch], max(len(turn.prompt_ids) for turn in batch)
         device = self.model.device
         input_ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         options = self.options
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if batch[0].sampled:  # top_k 0 is off, where the library's default keeps the best 50
+        if batch[0].sampled:  # top_k 0 means off; the library's default is 50
             how = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
         how |= {"num_beams": 1, "max_new_tokens": options.max_new_tokens, "use_cache": True}
         how["synced_gpus"] = self.together
         how |= {"pad_token_id": self.pad_id, "eos_token_id": self.eos_ids or None}
-        # Seeded by what the batch is, not by what ran before, so that a resumed run draws the same.
+        # The seed depends on the batch's name alone, not on what ran before, so a resumed run draws the same.
         seed = hashlib.sha256(f"{options.seed} {name}".encode()).digest()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(int.from_bytes(seed[:7], "big"))
@@ -107,7 +107,7 @@ class Answerer:
 
 @contextmanager
 def _dense_unembedding(model: Any) -> Iterator[None]:
-    """While open, the unembedding reads dense rows: of strided ones torch copies a frozen bfloat16 weight each."""
+    """Make the unembedding's input contiguous: for strided rows torch copies a frozen bfloat16 weight each time."""
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     try:
         yield
@@ -118,7 +118,7 @@ def _dense_unembedding(model: Any) -> Iterator[None]:
 def next_turns(
     batch: Sequence[Turn], responses: Sequence[Sequence[int]], *, wave: int, tokenizer: Any
 ) -> Iterator[Conversation]:
-    """The conversations that go on after their turn of this wave, with the answer and the next question."""
+    """The conversations that have a turn after this wave, with the answer and the next question added."""
     for turn, response_ids in zip(batch, responses, strict=True):
         if len(turn.prompt.later_turns) > wave:
             answer = Message("assistant", tokenizer.decode(response_ids, skip_special_tokens=True))

@@ -1,9 +1,8 @@
 """The corpus: prompts answered by the base model itself, as token ids, in three splits.
 
-Each finished batch is a shard on disk, so that a run that is killed repeats no finished batch. Multi-turn
-prompts go wave by wave: wave 1 asks the second turns, after the model's own first answers. On one machine and
-one set of versions a resumed run gives the same corpus.
-Knows nothing of exits, losses or where the model came from.
+Each finished batch is a shard on disk, so a run that was killed repeats no finished batch when it is resumed.
+Multi-turn prompts are answered wave by wave: wave 1 asks the second turns, after the model's own first answers. On one
+machine and one set of versions a resumed run gives the same corpus.
 """
 
 import hashlib
@@ -43,7 +42,7 @@ def distil(
     generator: str | None = None,
     together: bool = False,
 ) -> Path:
-    """Answer the prompts with the model and write the corpus; returns its folder, at once where complete.
+    """Answer the prompts with the model and write the corpus; returns its folder, at once if it is complete.
 
     Args:
         model: a causal language model with `generate`, on its device; it is put into evaluation mode.
@@ -53,7 +52,7 @@ def distil(
         rank, world_size: this process answers the batches whose index modulo `world_size` is `rank`.
         barrier: waits for all processes.
         generator: URL of an engine that serves the same model and answers in its place, see `RemoteAnswerer`.
-        together: the model is spread over the processes, so that all must run it equally often.
+        together: the model is sharded over the processes, so all must run it equally often.
 
     Raises:
         ConfigError: the folder holds a corpus of other settings, or no room for a prompt is left.
@@ -114,7 +113,7 @@ def load_split(corpus_dir: str | Path, split: str) -> datasets.Dataset:
 def _settings(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, options: CorpusOptions, fingerprint: str
 ) -> dict[str, Any]:
-    """What the rows depend on, as JSON; evaluation files count through the prompts they leave."""
+    """What the rows depend on, as JSON; evaluation files matter only through the prompts that they leave."""
 
     def digest(value: object) -> str:
         return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

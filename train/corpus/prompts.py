@@ -1,7 +1,7 @@
 """Prompts: read from files or data sets, hashed, split, and kept apart from the evaluation texts.
 
 A prompt is the messages to send first and the user turns that follow, each asked after the model's own answer
-to the one before. Knows nothing of models, tokenizers or where the answers go.
+to the one before. Needs no model and no tokenizer.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _HEX_DIGITS = 13
 
 
 def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
-    """The prompts of a file, as `runtime.text.prompts.read_prompts`, or of a data set, with the same rows.
+    """Read the prompts of a file, like `runtime.text.prompts.read_prompts`, or of a data set with the same rows.
 
     Args:
         source: a `.jsonl` or `.json` file, or a data set as `name` or `name:split` (split `train` unless given).
         limit: read at most this many rows.
 
     Raises:
-        DataError: the source cannot be read, holds no prompt, or a row is not one; names the file and line.
+        DataError: the source cannot be read, holds no prompt, or a row is not a prompt; it names the file and line.
     """
     path = Path(source)
     if path.suffix in FILES or path.is_file():
@@ -41,7 +41,7 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
 
 
 def hash_fraction(digest: str, *, offset: int = 0) -> float:
-    """A hash read as a uniform number in [0, 1), from its hexadecimal digits at `offset` on.
+    """Read a hash as a uniform number in [0, 1), from its hexadecimal digits starting at `offset`.
 
     Offsets 13 or more digits apart give independent numbers; a sha256 has room up to offset 51.
     """
@@ -67,10 +67,10 @@ def deduplicate(prompts: Sequence[Prompt]) -> tuple[list[Prompt], int]:
 def ngram_filter(
     prompts: Iterable[Prompt], *, evaluation_files: Sequence[str], n: int = 13
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Part the prompts into those to keep and those that share a run of `n` words with an evaluation text.
+    """Divide the prompts into those to keep and those that share a run of `n` words with an evaluation text.
 
-    Words are lower-cased runs of letters and digits. A text of fewer than `n` words is one run: it is caught
-    only where it equals a whole evaluation text. `evaluation_files` are sources for `read_prompts`, such as a
+    Words are lower-cased runs of letters and digits. A text of fewer than `n` words is one run: it is dropped
+    only if it equals a whole evaluation text. `evaluation_files` are sources for `read_prompts`, such as a
     benchmark's `question.jsonl`. Returns the kept and the dropped prompts, each in order.
 
     Raises:

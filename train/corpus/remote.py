@@ -1,7 +1,7 @@
 """`RemoteAnswerer`: answers of an engine that serves the base over HTTP, checked against the base's own tokens.
 
-The engine speaks OpenAI's completions (`POST URL/completions`), as vLLM and others do. Prompts go as token ids;
-answers come as text. Knows nothing of files and splits.
+The engine implements OpenAI's completions (`POST URL/completions`), as vLLM and others do. Prompts are sent as token
+ids; answers come back as text.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ LIKELY = 50  # a sampled token is accepted as the base's own if it is among this
 
 
 class RemoteAnswerer(Answerer):
-    """An `Answerer` whose answers another engine gives; the model only checks a sample of them.
+    """An `Answerer` that gets its answers from another engine; the model only checks a sample of them.
 
     Args:
-        url: up to and with `/v1`. A key is read from OPENAI_API_KEY, where there is one.
+        url: up to and including `/v1`. The API key is read from OPENAI_API_KEY if it is set.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class RemoteAnswerer(Answerer):
         self.checked: set[bool] = set()
 
     def answer(self, batch: Sequence[Turn], *, name: str) -> list[list[int]]:
-        """The response ids of each turn, with the end-of-sequence token where the engine says it stopped there.
+        """Request the response ids of each turn; an end-of-sequence token is added if the engine reports a stop.
 
         Raises:
             ConfigError: the engine cannot be reached, or refuses.
@@ -85,7 +85,7 @@ class RemoteAnswerer(Answerer):
 
     @torch.no_grad()
     def _check(self, batch: Sequence[Turn], responses: Sequence[list[int]], *, sampled: bool) -> None:
-        """Compare with what the base would say at each place: its choice, or for a sample its likely tokens."""
+        """Compare each token with the base's choice at its position or, if sampled, with the base's likely tokens."""
         correct = total = 0
         for turn, response in zip(batch, responses, strict=True):
             if response:
@@ -101,7 +101,7 @@ class RemoteAnswerer(Answerer):
             )
 
     def _ask(self, what: str, body: dict[str, Any] | None) -> Any:
-        """One request, tried again where the engine is busy or not there."""
+        """Send one request; retry if the engine is busy or cannot be reached."""
         headers = {"Content-Type": "application/json"}
         if os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
@@ -118,7 +118,7 @@ class RemoteAnswerer(Answerer):
                     break
                 stated = error.headers.get("Retry-After", "")
                 wait = min(float(stated), 60.0) if stated.isdecimal() else wait
-            except (OSError, ValueError) as error:  # not there, cut off, or no JSON
+            except (OSError, ValueError) as error:  # not reachable, cut off, or not JSON
                 reason = str(getattr(error, "reason", error))
             if attempt < ATTEMPTS:
                 time.sleep(wait)

@@ -1,6 +1,6 @@
-"""Shards: one parquet file per finished batch of answers, written whole or not at all.
+"""`Shards`: one parquet file per finished batch of answers, written whole or not at all.
 
-Knows nothing of models, waves or what becomes of the rows.
+It does not depend on the model or on how the rows are used.
 """
 
 import logging
@@ -23,13 +23,13 @@ _COLUMNS += [("wave", pa.int32()), ("sampled", pa.bool_())]
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """The finished batches on disk; `key` stands for the settings, so that no other run's shard is taken."""
+    """The finished batches on disk; `key` identifies the settings, so that no shard of another run is used."""
 
     folder: Path
     key: str
 
     def read(self, batch: Sequence[Turn], *, name: str) -> pa.Table | None:
-        """The rows of a batch, or None where its shard is absent, torn, or not of this batch."""
+        """Read the rows of a batch; None if its shard is absent, damaged, or of another run or batch."""
         path = self.folder / f"{name}.parquet"
         if not path.exists():
             return None
@@ -41,7 +41,7 @@ class Shards:
         same_run = (table.schema.metadata or {}).get(b"settings") == self.key.encode()
         if same_run and table["prompt_hash"].to_pylist() == [turn.prompt.hash for turn in batch]:
             return table
-        logger.warning("%s is of another run: the batch is generated again", path)
+        logger.warning("%s belongs to another run: the batch is generated again", path)
         return None
 
     def write(self, batch: Sequence[Turn], responses: list[list[int]], *, name: str, wave: int) -> None:

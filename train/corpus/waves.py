@@ -1,7 +1,6 @@
-"""Waves: every prompt's first turn is answered, then every second turn, shared over the processes.
+"""`Waves`: answers every prompt's first turn, then every second turn and so on, divided over the processes.
 
-Each finished batch is a shard on disk before its wave ends, and whoever needs an answer reads it there. Knows
-nothing of splits, settings and records.
+Each finished batch is a shard on disk before its wave ends, and every process reads the answers it needs from there.
 """
 
 import time
@@ -19,7 +18,7 @@ from train.corpus.shards import Shards
 
 @dataclass(frozen=True, slots=True)
 class Waves:
-    """Turns of all prompts, wave by wave, shared over the processes."""
+    """Turns of all prompts, wave by wave, divided over the processes."""
 
     answerer: Answerer
     shards: Shards
@@ -29,7 +28,7 @@ class Waves:
     progress: bool
 
     def run(self, prompts: Sequence[Prompt]) -> tuple[list[pa.Table], int]:
-        """Answer every turn. Returns the rows (all of them on rank 0) and the number of turns too long."""
+        """Answer every turn. Returns the rows (all of them on rank 0) and the number of turns that are too long."""
         pending: list[Conversation] = [(prompt, prompt.messages) for prompt in prompts]
         tables: list[pa.Table] = []
         num_too_long = wave = 0
@@ -42,12 +41,12 @@ class Waves:
             pending = []
             for name, batch in batches.items():
                 if self.rank != 0 and all(len(turn.prompt.later_turns) <= wave for turn in batch):
-                    continue  # only rank 0 needs the answers that nothing follows
+                    continue  # only rank 0 needs the answers without a next turn
                 table = self.shards.read(batch, name=name)
                 if table is None:
                     raise DataError(
                         f"{self.shards.folder}: {name}.parquet is not there or damaged after its wave;"
-                        " every process must see the same folder; run again to go on"
+                        " every process must see the same folder; run again to continue"
                     )
                 tables.append(table)
                 responses = table["response_ids"].to_pylist()
