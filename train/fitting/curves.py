@@ -1,4 +1,4 @@
-"""A picture of a fit from its log: loss, agreement by exit, accepted length. Knows nothing but `metrics.jsonl`."""
+"""Draws a fit from its `metrics.jsonl`: loss, agreement by exit, accepted length."""
 
 import io
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # a picture in a file, with or without a screen
+matplotlib.use("Agg")  # draws to a file, with or without a display
 from matplotlib import pyplot
 
 from runtime.files import write_atomic

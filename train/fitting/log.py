@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: the figures of every step of a fit, kept in step with its checkpoints. Knows no heads."""
+"""`metrics.jsonl`: the figures of every step of a fit, consistent with its checkpoints."""
 
 import json
 from pathlib import Path
