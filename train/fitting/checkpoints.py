@@ -1,10 +1,10 @@
-"""Checkpoints of a fit: `checkpoint-<step>` folders; incomplete ones are skipped.
+"""Checkpoints of a fit: `checkpoint-<step>` folders; incomplete ones are skipped. Knows no heads and no data.
 
 Accelerate writes model, optimizer and random states; this file names, finds, verifies and prunes the folders. A
-checkpoint gets its name last, and records size and hash of each of its files.
+checkpoint takes its name last, and holds size and hash of each of its files.
 
 A checkpoint is a local file of the user's own run and never published: its optimizer and random states are
-pickles. Accelerate loads them with `weights_only`, so they cannot run code; DeepSpeed loads its own without it.
+pickles. Accelerate reads them with `weights_only`, so they run no code; DeepSpeed's own are read in full.
 """
 
 import json
@@ -50,14 +50,14 @@ class FitState:
 def save_checkpoint(
     accelerator: Accelerator, output_dir: Path, state: FitState, settings: dict[str, Any], *, keep: int
 ) -> None:
-    """Write `checkpoint-<step>`, then remove old checkpoints; every process must call it.
+    """Write `checkpoint-<step>`, then remove all but the best and the newest; every process calls it.
 
-    The newest and the best by score always stay; further new ones stay up to `keep` in all. Checkpoints of later steps
-    are removed: they are left from before the run went back to an older one.
+    Of the `keep` that stay, one is the newest and one the best by score; both always stay.
+    Checkpoints of later steps are removed: they are left from before the run went back to an older one.
     """
     unfinished = output_dir / f".{PREFIX}{state.step}"
     if accelerator.is_main_process:
-        for left in output_dir.glob(f".{PREFIX}*"):  # by a killed run
+        for left in output_dir.glob(f".{PREFIX}*"):  # by a kill
             shutil.rmtree(left)
     accelerator.wait_for_everyone()
     try:
@@ -67,13 +67,13 @@ def save_checkpoint(
             _finish(unfinished, output_dir / f"{PREFIX}{state.step}", asdict(state) | {"settings": settings})
             _prune(output_dir, state.step, keep=keep)
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStream" not in str(error):  # torch's error for a failed write
+        if isinstance(error, RuntimeError) and "PytorchStream" not in str(error):  # torch's own for a failed write
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         free = shutil.disk_usage(output_dir).free
         raise ConfigError(
-            f"{PREFIX}{state.step} cannot be written in {output_dir} ({reason}; {free} bytes free): make room, and"
-            " continue with --resume_from_checkpoint latest; older checkpoints are unchanged"
+            f"{PREFIX}{state.step} cannot be written in {output_dir} ({reason}; {free} bytes free): make room, and go"
+            " on with --resume_from_checkpoint latest; older checkpoints are as they were"
         ) from None
     accelerator.wait_for_everyone()
 
@@ -92,14 +92,14 @@ def _finish(unfinished: Path, final: Path, record: dict[str, Any]) -> None:
 
 
 def _seal(path: Path) -> dict[str, Any]:
-    """Flush a file to disk; returns its size in bytes and its sha256."""
+    """Flush a file to disk; its size in bytes and its sha256."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint. It is renamed first, so that an interrupted removal leaves no part of it under its name."""
+    """Remove a checkpoint: its name first, so that an interrupted removal leaves no part of it under that name."""
     if folder.exists():
         nameless = folder.with_name(f".{folder.name}-removed")
         shutil.rmtree(nameless, ignore_errors=True)
@@ -119,7 +119,7 @@ def _prune(output_dir: Path, step: int, *, keep: int) -> None:
 
 
 def best_checkpoint(folders: list[Path]) -> Path | None:
-    """The checkpoint with the highest score, the newest in a tie; None if none has a score. All must be complete."""
+    """Of these whole checkpoints the one with the highest score, the newest of equals; None where none has one."""
     scores = {folder: _read(folder)[0].score for folder in reversed(folders)}
     return max((folder for folder in scores if scores[folder] is not None), key=lambda f: scores[f] or 0, default=None)
 
@@ -134,15 +134,15 @@ def _read(folder: Path) -> tuple[FitState, dict[str, Any], dict[str, Any]]:
 def load_checkpoint(
     accelerator: Accelerator, wanted: str | None, output_dir: Path, settings: dict[str, Any]
 ) -> FitState:
-    """Restore the wanted checkpoint and return its state; the state of step 0 if none is wanted or none exists yet.
+    """Restore the wanted checkpoint; its state, that of step 0 where none is wanted or none is there yet.
 
     Args:
-        wanted: None, `latest`, or a checkpoint folder. `latest` skips damaged ones, with a warning for each.
-        settings: what must be the same as when the checkpoint was made; JSON values.
+        wanted: None, `latest`, or a checkpoint folder. `latest` passes over damaged ones, and names them.
+        settings: what must be as it was when the checkpoint was made; JSON values.
 
     Raises:
-        ConfigError: the folder is not a complete checkpoint, none of them is complete, or it was made with other
-            settings (which are listed).
+        ConfigError: the folder is no whole checkpoint, none of them is whole, or it was made with other settings
+            (which are listed).
     """
     # Only the main process reads and hashes; it tells the others the result.
     chosen: list[Any] = [_choose(wanted, output_dir, settings) if accelerator.is_main_process else None]
@@ -157,7 +157,7 @@ def load_checkpoint(
 
 
 def load_best(accelerator: Accelerator, output_dir: Path) -> FitState | None:
-    """Restore the complete checkpoint with the highest score and return its state; None if none has a score."""
+    """Restore the whole checkpoint with the highest score; its state, or None where none has one."""
     chosen: list[Any] = [None]
     if accelerator.is_main_process:
         best = best_checkpoint([path for path in find_checkpoints(output_dir) if _damage(path) is None])
@@ -190,7 +190,7 @@ def _restore(accelerator: Accelerator, folder: Path) -> None:
 def _choose(
     wanted: str | None, output_dir: Path, settings: dict[str, Any]
 ) -> tuple[Path | None, FitState | None, str | None]:
-    """The checkpoint to continue from, its state, and what is wrong with it or with all of them."""
+    """The checkpoint to go on from with its state, and what is wrong with it or with all of them."""
     if wanted is None:
         return None, None, None
     folders = find_checkpoints(output_dir)[::-1] if wanted == "latest" else [Path(wanted)]
@@ -208,7 +208,7 @@ def _choose(
 
 
 def _damage(folder: Path, *, hashes: bool = True) -> str | None:
-    """What is wrong with a checkpoint; None if every file is as it was written (by size and, on request, by hash)."""
+    """What is wrong with a checkpoint, or None where every file is as it was written (by size, and by hash)."""
     try:
         _, _, files = _read(folder)
         for name, written in files.items():
@@ -237,7 +237,7 @@ def _difference(folder: Path, before: dict[str, Any], settings: dict[str, Any]) 
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
-    """Folders with the name of a checkpoint, complete or not, by ascending step."""
+    """Folders named as checkpoints, by rising step; whole or not."""
     folders = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
     return sorted(folders, key=_step)
 

@@ -1,4 +1,4 @@
-"""Draws a fit from its `metrics.jsonl`: loss, agreement by exit, accepted length."""
+"""A picture of a fit from its log: loss, agreement by exit, accepted length. Knows nothing but `metrics.jsonl`."""
 
 import io
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # draws to a file, with or without a display
+matplotlib.use("Agg")  # a picture in a file, with or without a screen
 from matplotlib import pyplot
 
 from runtime.files import write_atomic

@@ -1,6 +1,6 @@
 """Floating-point operations of a fit, counted from shapes: real models, or models without memory (`meta`).
 
-A multiplication and an addition count as two.
+A multiplication and an addition are two. Knows no steps and no clock.
 """
 
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ class FitFlops:
     """Operations of a base and its heads.
 
     Attributes:
-        base_per_token: the base's body on one token of text, without attention scores and sums.
-        attention_per_pair: attention score and sum for one token and one that it attends to, over all layers.
+        base_per_token: the base's body on one token of text, attention's scores left out.
+        attention_per_pair: scores and sums of one token with one it attends to, over all layers.
         choice_per_position: the base's logits at one response position.
         heads_per_position: all heads at one response position, forward and backward.
     """
@@ -42,7 +42,7 @@ class FitFlops:
 
     @classmethod
     def of(cls, model: Any, heads: ExitHeads) -> "FitFlops":
-        """Count the operations of a base and its heads."""
+        """Of a base with its heads."""
         hidden, vocab_size = model.config.hidden_size, model.config.vocab_size
         matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
         matrices -= sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding))
@@ -58,7 +58,7 @@ class FitFlops:
         )
 
     def base(self, tokens: int, positions: int, pairs: int) -> int:
-        """Forward of the base on `tokens`, `positions` of which are responses, with `pairs` of attending tokens."""
+        """The base's forward: `tokens` of text, `positions` of them answers, `pairs` of a token and one before it."""
         return tokens * self.base_per_token + pairs * self.attention_per_pair + positions * self.choice_per_position
 
     def heads(self, positions: int) -> int:
@@ -67,6 +67,6 @@ class FitFlops:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Operations per second of a device by its name; None if it is not known."""
+    """Operations a second of a device by its name, or None where it is not known."""
     names = sorted((name for name in PEAK_FLOPS if name in device_name), key=len)
     return PEAK_FLOPS[names[-1]] if names else None

@@ -1,4 +1,4 @@
-"""`StopSignals`: on SIGINT or SIGTERM, a fit finishes and saves its current step before it ends."""
+"""SIGINT and SIGTERM during a fit: the current step is finished and saved. Knows nothing of steps or files."""
 
 import logging
 import signal
@@ -11,11 +11,11 @@ logger = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """A context that keeps the first signal asking the process to stop in `received`.
+    """Within `with`: the first signal that asks the process to stop is kept in `received`.
 
-    Outside `waiting()` a signal also ends the process at once, by SystemExit with the shell's exit code: 130 after
-    Ctrl-C, 143 after SIGTERM. Within `waiting()` later signals change nothing, because a launcher sends its own after
-    the terminal's. Only the main thread can set handlers; in other threads nothing changes.
+    Outside `waiting()` it also ends the process at once, by SystemExit with the shell's code for it: 130 after
+    Ctrl-C, 143 after SIGTERM. Later ones change nothing while the process waits: a launcher sends its own after the
+    terminal's. Only the main thread can have handlers; elsewhere signals do what they did.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -36,18 +36,18 @@ class StopSignals:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """A context for a fit that checks `received` after every step."""
+        """While a fit runs that looks at `received` after every step."""
         self._waits = True
         try:
             yield
         finally:
             self._waits = False
-        if self.received:  # after the last check
+        if self.received:  # after the last look at it
             raise SystemExit(exit_code(self.received))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
-            when = "after this step" if self._waits else "here; run again to continue"
+            when = "after this step" if self._waits else "here; run again to go on"
             logger.warning("%s: the fit ends %s", signal.Signals(number).name, when)
         self.received = self.received or number
         if not self._waits:

@@ -1,6 +1,6 @@
-"""Prepares a fit: a writable output folder, processes, trackers and quiet logs.
+"""What a fit needs before it starts: a folder that can be written, processes, trackers, a quiet log.
 
-Needs no model and no text.
+Knows no model and no text.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ from train.settings.recipe import nearest
 
 
 def quiet_logs() -> None:
-    """Show our own lines at INFO, and only warnings of the libraries, so that lines and bars stay readable."""
+    """Our own lines at INFO; of the libraries only warnings, so that the lines and bars can be read."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("accelerate", "datasets", "DeepSpeed", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -42,7 +42,7 @@ def check_output_dir(config: FitConfig) -> None:
     Nothing is created: a fit that fails at its base or its prompts leaves no folder behind.
 
     Raises:
-        ConfigError: it cannot be written, or holds checkpoints that this run does not continue.
+        ConfigError: it cannot be written, or holds checkpoints that this run is not to continue.
     """
     path = Path(config.output_dir)
     try:
@@ -63,12 +63,12 @@ def check_output_dir(config: FitConfig) -> None:
 
 @contextmanager
 def sole_writer(config: FitConfig) -> Iterator[None]:
-    """Lock the output folder against other fits; the lock ends with the process.
+    """Hold the output folder against other fits while this one lives; the lock goes with the process.
 
     An empty folder is removed at the end: a fit that fails at its base or its prompts leaves none behind.
 
     Raises:
-        ConfigError: another running fit holds the lock.
+        ConfigError: another fit that is alive holds it.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -92,13 +92,13 @@ def sole_writer(config: FitConfig) -> Iterator[None]:
 
 
 def make_accelerator(config: FitConfig, spread: str | None = None) -> Accelerator:
-    """Set up device, processes, precision and trackers, as `accelerate launch` or `torchrun` ask.
+    """Device, processes, precision and trackers, as `accelerate launch` or `torchrun` set them.
 
     Args:
-        spread: how the base will be sharded, see `train.features.spread`; the heads always stay whole.
+        spread: how the base will be, see `train.features.spread`; the heads are whole in any case.
 
     Raises:
-        ConfigError: a tracker is unknown or not installed, or this way of sharding is not supported.
+        ConfigError: a tracker that is unknown or not installed, or a way to spread that is not supported.
     """
     _check_trackers(config.report_to)
     if spread is not None and config.features == "cache":
@@ -117,7 +117,7 @@ def make_accelerator(config: FitConfig, spread: str | None = None) -> Accelerato
     )
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
-        raise ConfigError("ZeRO-3 in a DeepSpeed file is detected too late: use configs/accelerate/zero3.yaml")
+        raise ConfigError("ZeRO-3 in a file of DeepSpeed's own is not seen in time: use configs/accelerate/zero3.yaml")
     # The launcher's environment would override the recipe.
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     if plugin is not None:  # DeepSpeed accumulates and clips by its own settings
@@ -130,9 +130,9 @@ def make_accelerator(config: FitConfig, spread: str | None = None) -> Accelerato
 
 @contextmanager
 def memory_for(task: str, setting: str, value: int, *, then: str) -> Iterator[None]:
-    """Turn an out-of-memory error into a ConfigError that says which setting to lower.
+    """Raise a ConfigError that says what to lower where a device has no memory left.
 
-    The batch is not halved automatically, because that would change what a resumed fit sees.
+    Halving the batch by itself would change what a continued fit sees.
     """
     try:
         yield
@@ -145,7 +145,7 @@ def memory_for(task: str, setting: str, value: int, *, then: str) -> Iterator[No
 
 
 def _check_trackers(names: list[str]) -> None:
-    """Check that trackers are known and installed; accelerate silently skips one that is not installed."""
+    """Accelerate leaves out a known tracker that is not installed without a word."""
     known, installed = (
         sorted(map(str, LOGGER_TYPE_TO_CLASS)),
         [str(name) for name in get_available_trackers()],
@@ -170,7 +170,7 @@ def show_settings(accelerator: Accelerator, config: FitConfig) -> None:
 
 
 def start_trackers(accelerator: Accelerator, config: FitConfig) -> None:
-    """Start the trackers and give them the settings that they can store."""
+    """Open the trackers and tell them the settings they can hold."""
     if config.report_to:
         plain = {name: value for name, value in asdict(config).items() if isinstance(value, int | float | str)}
         accelerator.init_trackers("specbound", config=plain)

@@ -1,4 +1,4 @@
-"""`Learner`: one optimizer step of the heads at a time. Writes no files."""
+"""`Learner`: one optimizer step of the heads at a time. Knows no steps before or after, no files and no figures."""
 
 import logging
 from dataclasses import fields, replace
@@ -24,7 +24,7 @@ class Learner:
     """One optimizer step at a time; a batch whose loss is not finite is left out and counted.
 
     Args:
-        heads: draft heads with the exit heads as accelerate prepared them.
+        heads: with what accelerate made of the exit heads.
 
     Attributes:
         skipped: batches left out so far, by all processes, because their loss or gradient was not finite.
@@ -47,7 +47,7 @@ class Learner:
         self.norms: dict[int, float] = {}
 
     def learn(self, text: StepText, *, step: int, learning_rate: float) -> dict[str, float]:
-        """Do one step; returns the mean loss over the positions of all processes, skipped batches and gradient norms.
+        """Do one step; returns the mean loss over its positions, those of all processes, and what went with it.
 
         Raises:
             DataError: more batches than `max_skipped_batches` were left out.
@@ -77,7 +77,7 @@ class Learner:
             last = gather_object(self.faults)[-1]
             raise DataError(
                 f"{self.skipped} batches were left out, more than max_skipped_batches"
-                f" {self.config.max_skipped_batches}; the last: {last}; check that text, or fit in float32"
+                f" {self.config.max_skipped_batches}; the last: {last}; look at that text, or fit in float32"
             )
 
     def _micro_step(self, batch: list[int], text: StepText, turn: int, *, where: str) -> torch.Tensor:
@@ -86,7 +86,7 @@ class Learner:
         part = self._part(features, text, turn)
         if not torch.isfinite(part):
             self.faults.append(f"{where}: {_fault(features)}")
-            # Every process must run backward once, so a batch that is left out gives a gradient of zero.
+            # Every process must go backward once, so a batch that is left out gives a gradient of zero.
             part = self._part(_blank(features), text, turn) * 0.0
         # The optimizer averages over processes and micro-batches, but these parts must be summed.
         self.accelerator.backward(part * (self.accelerator.num_processes * len(text.batches)))
@@ -97,7 +97,7 @@ class Learner:
             finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
             if not finite and self.accelerator.is_main_process:
                 self.faults.append(f"{where}: the gradient is not finite")
-        if finite or self.accelerator.scaler is not None:  # the float16 scaler skips the step itself
+        if finite or self.accelerator.scaler is not None:  # the scaler of float16 leaves the step out itself
             self.optimizer.step()
         self.optimizer.zero_grad()
         return part.detach()
@@ -110,7 +110,7 @@ class Learner:
 
 
 def _norms(heads: Any) -> dict[int, float]:
-    """Exit layer -> norm of its head's gradient; empty if DeepSpeed or FSDP do not expose gradients."""
+    """Exit layer -> norm of its head's gradient; nothing where DeepSpeed or FSDP keep gradients to themselves."""
     learned = {int(layer): [p for p in head.parameters() if p.requires_grad] for layer, head in heads.heads.items()}
     gradients = {layer: [p.grad for p in parameters if p.grad is not None] for layer, parameters in learned.items()}
     if not all(type(gradient) is torch.Tensor for each in gradients.values() for gradient in each):
@@ -122,7 +122,7 @@ def _norms(heads: Any) -> dict[int, float]:
 
 
 def _fault(features: Features) -> str:
-    """Describe which values are not finite."""
+    """The first place with values that are not finite."""
     bad = [f"hidden states of layer {layer}" for layer, hidden in features.hidden.items() if not _is_finite(hidden)]
     bad += [name for name in ("embedding", "deep", "top_log_probs") if not _is_finite(getattr(features, name))]
     return f"values that are not finite in {', '.join(bad)}" if bad else "the loss is not finite"
@@ -133,7 +133,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _blank(features: Features) -> Features:
-    """Features of the same shapes with all floating-point values zero; ids stay."""
+    """Features of the same shapes with zeros for numbers; ids stay."""
 
     def zeros(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: the figures of every step of a fit, consistent with its checkpoints."""
+"""`metrics.jsonl`: the figures of every step of a fit, kept in step with its checkpoints. Knows no heads."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The loop of a fit: steps, held-out figures, checkpoints, log. Writes no adapter files."""
+"""The loop of a fit: steps, held-out figures, checkpoints, log. Knows no base model and no adapter files."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -26,7 +26,7 @@ from train.replay.costs import CostTable, counted_costs
 from train.replay.simulation import Simulation
 from train.settings.fit_config import FitConfig
 
-# Settings that may differ between a run and its continuation: they do not change what is learned.
+# Settings that may differ between a run and its continuation: they do not change what is learnt.
 FREE_TO_CHANGE = {
     "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to", "max_skipped_batches",
     "load_best_model_at_end", "generator",
@@ -43,17 +43,17 @@ def fit(
     splits: dict[str, Split],
     stop: StopSignals,
 ) -> DraftHeads:
-    """Fit the heads, from the start or from a checkpoint; returns them unwrapped, in evaluation mode.
+    """Fit the heads, from the start or from a checkpoint; returns the best, unwrapped, in evaluation mode.
 
     Args:
         heads: on any device; those parameters that require a gradient are fitted.
         splits: `fit` and `held_out`.
-        stop: checked after every step.
+        stop: looked at after every step.
 
     Raises:
         ConfigError: the checkpoint to continue from is not whole, or was made with other settings.
         DataError: too many batches gave no finite loss.
-        SystemExit: a signal arrived; the steps done are in a checkpoint.
+        SystemExit: a signal came; the steps done are in a checkpoint.
     """
     lengths = [(len(prompt), len(response)) for prompt, response in splits["fit"].sequences.rows]
     responses = [response for _, response in lengths]
@@ -61,7 +61,7 @@ def fit(
     base = splits["fit"].extract.layers.model
     flops = FitFlops.of(shaped(base), heads.exits)
     speed = Speed(flops, lengths, accelerator.device)
-    accelerator.print(f"{plan.total} steps; base and heads together cost {speed.cost():.2f} times the base's forward")
+    accelerator.print(f"{plan.total} steps; with its heads the fit costs {speed.cost():.2f} times the base's forward")
     costs = counted_costs(base, heads)
     learned = [parameter for parameter in heads.exits.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -69,7 +69,7 @@ def fit(
     wrapped, optimizer = accelerator.prepare(heads.exits, optimizer)
     settings = {key: value for key, value in asdict(config).items() if key not in FREE_TO_CHANGE}
     settings["num_processes"] = accelerator.num_processes
-    settings["corpus"] = file_sha256(config.corpus_path / "corpus.json")  # covers prompts, base, generation
+    settings["corpus"] = file_sha256(config.corpus_path / "corpus.json")  # of prompts, base and how it answered
     state = load_checkpoint(accelerator, config.resume_from_checkpoint, Path(config.output_dir), settings)
     if state.step >= plan.total:
         accelerator.print(f"the fit is already complete: {state.step} of {plan.total} steps are done")
@@ -97,7 +97,7 @@ def _steps(
     settings: dict[str, Any],
     stop: StopSignals,
 ) -> None:
-    """Do the remaining steps, with their log lines and checkpoints."""
+    """The steps still to do, with their lines in the log and their checkpoints."""
     accelerator, output_dir = learner.accelerator, Path(config.output_dir)
     log = MetricsLog(output_dir / "metrics.jsonl", step=state.step) if accelerator.is_main_process else None
     with tqdm(total=plan.total, initial=state.step, desc="fit", unit="step") as bar:
@@ -127,13 +127,13 @@ def _steps(
 
 
 def _agreed(accelerator: Accelerator, signal: int) -> int:
-    """The signal that any process received, the same on all of them; 0 if none did."""
+    """The signal that any process got, on all of them; 0 where none did."""
     received = torch.tensor([signal], device=accelerator.device)
     return int(accelerator.gather(received).max())
 
 
 class _Judge:
-    """Evaluates the heads on held-out text, and records the best score so far."""
+    """Figures of the heads on held-out text, and which of them were the best so far."""
 
     def __init__(
         self, config: FitConfig, learner: Learner, split: Split, costs: CostTable, ages: Sequence[int]
@@ -142,7 +142,7 @@ class _Judge:
         self.simulation = Simulation(split.sequences.rows[:EVALUATION_SEQUENCES], costs)
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Figures of agreement, acceptance and replay, with an alarm for each head that is no better than chance."""
+        """Agreement, acceptance and what replay says, with an alarm for each head that is no better than chance."""
         batches = self.split.batches(self.config.per_device_train_batch_size, limit=EVALUATION_SEQUENCES)
         learner = self.learner
         learner.wrapped.eval()  # on its own line: DeepSpeed's engine returns None
@@ -159,7 +159,7 @@ class _Judge:
         return values
 
     def scored(self, state: FitState, values: dict[str, float]) -> FitState:
-        """The state with the main process's score, because the scores of others may differ in the last bit."""
+        """The state with its score; the main process's, since those of others may differ in the last bit."""
         score = broadcast_object_list([values.get("held_out/accepted_length")])[0]
         if score is None:
             return state

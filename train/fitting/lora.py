@@ -1,6 +1,6 @@
-"""LoRA heads during a fit: PEFT's own layers on frozen rows of the unembedding; the result is a `runtime` head.
+"""LoRA heads while they are fitted: PEFT's own layers on frozen rows; the result is a `runtime` head.
 
-`runtime.drafting.heads.LoraHead` computes the same numbers without PEFT.
+Knows no fitting loop and no files. `runtime.drafting.heads.LoraHead` computes the same numbers without PEFT.
 """
 
 from typing import Any
@@ -14,24 +14,24 @@ from runtime.drafting.unembedding import DraftUnembedding
 
 
 class FrozenRows(nn.Linear):
-    """A Linear on the base's own rows, which are not in its state dict and so not in checkpoints."""
+    """A Linear on the base's own rows, which stay out of its state and so of checkpoints."""
 
     def __init__(self, unembedding: DraftUnembedding) -> None:
-        nn.Module.__init__(self)  # Linear's own __init__ would allocate rows
+        nn.Module.__init__(self)  # the Linear's own would allocate rows
         self.out_features, self.in_features = unembedding.weight.shape
         self.weight = nn.Parameter(unembedding.weight, requires_grad=False)
         bias = unembedding.bias
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Save nothing."""
+        """Nothing of it is saved."""
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load nothing, so that a state dict without the rows is accepted."""
+        """A state without it loads without complaint."""
 
 
 class PeftLoraHead(LoraHead):
-    """The twin of a `LoraHead` that is fitted; PEFT does the arithmetic."""
+    """`LoraHead` with its arithmetic done by PEFT, as the twin that is fitted."""
 
     def __init__(self, unembedding: DraftUnembedding, rank: int) -> None:
         draft_vocab_size, hidden_size = unembedding.weight.shape
@@ -50,7 +50,7 @@ class PeftLoraHead(LoraHead):
 
 
 def use_peft(heads: DraftHeads) -> DraftHeads:
-    """Replace every LoRA head by a PEFT twin, in place; other heads stay. Returns the same heads."""
+    """Put a PEFT twin in the place of every LoRA head; other heads stay. Returns the same heads."""
     for layer, head in heads.exits.heads.items():
         if isinstance(head, LoraHead) and head.rank is not None:
             heads.exits.heads[layer] = PeftLoraHead(heads.unembedding, head.rank)
@@ -58,7 +58,7 @@ def use_peft(heads: DraftHeads) -> DraftHeads:
 
 
 def without_peft(heads: DraftHeads) -> DraftHeads:
-    """Replace every PEFT twin by a `LoraHead` with the fitted weights, in place; returns the same heads."""
+    """Put a `LoraHead` with the fitted weights in the place of every twin; returns the same heads."""
     for layer, head in heads.exits.heads.items():
         if isinstance(head, PeftLoraHead):
             heads.exits.heads[layer] = _export(head)

@@ -25,7 +25,7 @@ class Targets:
 
     @classmethod
     def of(cls, target: Tensor, top_ids: Tensor, top_log_probs: Tensor, target_to_draft: Tensor) -> "Targets":
-        """Convert target ids [N] and [N, K]; `target_to_draft` [vocabulary] is -1 where there is no draft id."""
+        """From target ids [N] and [N, K]; `target_to_draft` [vocabulary] is -1 where there is no draft id."""
         choice = target_to_draft[target]
         ids = target_to_draft[top_ids]
         return cls(
@@ -38,8 +38,9 @@ class Targets:
 def distillation_loss(logits: Tensor, targets: Targets, *, kl_weight: float) -> Tensor:
     """Cross-entropy against the base's choice plus `kl_weight` times the divergence from its top-k tokens.
 
-    It is the mean over all N positions, so batches of different sizes combine weighted by size. A position adds no
-    cross-entropy if the draft vocabulary lacks its choice, and no divergence if it lacks all its teacher tokens.
+    The mean over all N positions, so that batches of different sizes combine by their sizes alone. A position
+    whose choice the draft vocabulary lacks adds no cross-entropy, and one of whose teacher tokens it has none
+    no divergence.
 
     Args:
         logits: draft logits, shape [N, V], any float dtype.

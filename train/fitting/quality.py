@@ -1,4 +1,4 @@
-"""Figures of exit heads on text: agreement, expected acceptance, precision and coverage."""
+"""Figures of exit heads on text: agreement, expected acceptance, precision and coverage. Knows no files."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,14 +24,14 @@ def evaluate(
     ages: Sequence[int],
     simulation: Simulation | None = None,
 ) -> dict[str, float]:
-    """Evaluate each exit as a round's first draft; returns means under the keys `held_out/<figure>/layer_<NN>`.
+    """Means over all positions, by exit, under the keys `held_out/<figure>/layer_<NN>`: as a round's first draft.
 
     Figures: `loss`; `agreement` with the base's choice; `acceptance`, the chance that a sampled draft is
     accepted; `precision` and `coverage` of drafts whose confidence (at T = 1) is at least 0.8. Also `held_out/chance`,
-    the agreement of always drafting the same token, and with a simulation the figures of replay.
+    the agreement of always the same token; and with a simulation what replay says of these heads.
 
     Args:
-        ages: ages of the verified state that the heads use.
+        ages: those of the heads.
     """
     sums: dict[str, float] = {}
     log: ExitLog | None = None
@@ -66,7 +66,7 @@ def evaluate(
 
 
 def show(step: int, values: dict[str, float]) -> str:
-    """The figures of one evaluation as text, one line per exit."""
+    """The figures of one evaluation as text, a line an exit."""
     lines = []
     for key in sorted(key for key in values if "/agreement/" in key):
         of = {name: values[key.replace("agreement", name)] for name in ("acceptance", "precision", "coverage")}

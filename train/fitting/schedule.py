@@ -1,7 +1,7 @@
 """`Plan`: how many steps a fit has, which text each sees, and its learning rate.
 
-All of it follows from the settings, so checkpoints need not store it, and a resumed run sees the same text as an
-uninterrupted one.
+All of it follows from the settings, so checkpoints need not store it, and a continued run sees what an
+uninterrupted one would. Knows no tensors of a model and no heads.
 """
 
 import math
@@ -46,7 +46,7 @@ class Plan:
         self.total = config.max_steps if config.max_steps > 0 else epochs
 
     def text(self, step: int) -> Iterator[StepText]:
-        """What this process sees in each step from `step` (0 is the first) to the last."""
+        """What this process sees in each step from `step` (0 the first) to the last."""
         size = self.config.per_device_train_batch_size
         order: list[int] = []
         for index in range(step, self.total):
@@ -59,14 +59,14 @@ class Plan:
             yield StepText(batches, sum(self.lengths[sequence] for sequence in whole))
 
     def _order(self, epoch: int) -> list[int]:
-        """Shuffle all sequences, by seed and epoch alone; the first ones are repeated to fill the last step."""
+        """Every sequence once, by seed and epoch alone; the first ones again to fill the last step."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         needed = self.steps_per_epoch * self.per_step
         return (order * math.ceil(needed / len(order)))[:needed]
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of step `step` (0 is the first): a linear warm-up, then half a cosine to zero."""
+        """Of step `step`, 0 the first: a linear warm-up, then half a cosine to zero."""
         warmup = math.ceil(self.config.warmup_ratio * self.total)
         if step < warmup:
             return self.config.learning_rate * (step + 1) / warmup
@@ -74,5 +74,5 @@ class Plan:
         return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
     def ends_epoch(self, step: int) -> bool:
-        """Whether an epoch or the whole fit is over once `step` steps are done."""
+        """Whether an epoch, or all, is over once `step` steps are done."""
         return step % self.steps_per_epoch == 0 or step == self.total

@@ -1,4 +1,4 @@
-"""`Speed`: how fast a fit runs, how much memory it takes, and how much time is left."""
+"""`Speed`: how fast a fit goes, how much memory it takes, and how long it still needs. Knows no losses."""
 
 import resource
 import sys
@@ -11,12 +11,12 @@ from train.fitting.schedule import StepText
 
 
 class Speed:
-    """Times the steps of one process and computes figures from the times.
+    """A clock over the steps of one process and the figures that follow from it.
 
     Args:
-        flops: operations of the base and the heads.
+        flops: of the base and the heads.
         lengths: prompt and response tokens of each sequence of the fit split.
-        device: device of this process.
+        device: of this process.
     """
 
     def __init__(self, flops: FitFlops, lengths: list[tuple[int, int]], device: torch.device) -> None:
@@ -26,7 +26,7 @@ class Speed:
         self.steps = 0
 
     def cost(self) -> float:
-        """Operations of the fit divided by those of the base's forward alone, on the whole split."""
+        """Operations of the fit over those of the base's forward alone, on the whole split."""
         base, heads = self._count(range(len(self.lengths)))
         return (base + heads) / base
 
@@ -36,7 +36,7 @@ class Speed:
         Args:
             text: what this process saw in it.
             left: steps still to do.
-            cached: features were read from disk, so the base did not run.
+            cached: features were read, so that the base did not run.
         """
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
@@ -52,7 +52,7 @@ class Speed:
         return values
 
     def line(self, values: dict[str, float]) -> str:
-        """The figures of a step for the progress bar."""
+        """The figures of a step for the bar."""
         mfu = f", MFU {values['speed/mfu']:.0%}" if "speed/mfu" in values else ""
         return (
             f"{values['speed/tokens_per_second']:.0f} tokens/s, {values['speed/peak_memory_gib']:.1f} GiB{mfu}, "
@@ -60,7 +60,7 @@ class Speed:
         )
 
     def pause(self) -> None:
-        """Leave out the time since the last step, which went to an evaluation or a checkpoint."""
+        """Leave out the time since the last step: it went to figures or to a checkpoint."""
         now = time.perf_counter()
         self.started += now - self.last
         self.last = now
@@ -73,7 +73,7 @@ class Speed:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: of tensors on a GPU, or of the process on a CPU."""
+    """Bytes: the most that tensors took on a GPU, or that the process took on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -81,7 +81,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _shown(seconds: float) -> str:
-    """Format the time left: `2 h 05 min`, `7 min` or `40 s`."""
+    """A time to go: `2 h 05 min`, `7 min` or `40 s`."""
     minutes = round(seconds / 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"

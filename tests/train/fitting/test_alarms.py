@@ -100,7 +100,7 @@ def test_a_head_no_better_than_chance_is_named(caplog):
     values = {"held_out/agreement/layer_02": 0.2, "held_out/agreement/layer_04": 0.3}
     assert Alarms().agreement(values, 0.2) == {"alarm/dead/layer_02": 1.0}
     assert caplog.messages == [
-        "the head of exit layer 02 is right at 0.200 of positions; always drafting one token would be right at 0.200"
+        "the head of exit layer 02 is right at 0.200 of the positions; always the same token would be at 0.200"
     ]
 
 
