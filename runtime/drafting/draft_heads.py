@@ -52,7 +52,7 @@ class DraftHeads:
 
     def with_exits(self, exits: Any) -> "DraftHeads":
         """Other heads, or wrapped ones, in the place of these."""
-        return replace(self, exits=exits)
+        return replace(self, exits=exits, native={})
 
     @property
     def exit_layers(self) -> list[int]:

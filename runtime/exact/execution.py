@@ -20,8 +20,8 @@ from runtime.decoding.families import FAMILIES
 from runtime.decoding.layers import NATIVE
 from runtime.exact.attention import BlockAttention, block_attention
 from runtime.exact.fused import fused_layers
-from runtime.exact.native.layers import NativeLayers, norms
 from runtime.exact.native.layout import NATIVE as NATIVE_LAYOUT
+from runtime.exact.native.stack import NativeLayers, norms
 from runtime.exact.packed import PackedLinears
 
 Shape = tuple[int, ...]

@@ -28,8 +28,8 @@ from runtime.exact.execution import ExecutionPolicy, Shape, execution, native_la
 from runtime.exact.fingerprint import digest as running_digest
 from runtime.exact.linear_rows import linear_rows, packed_rows
 from runtime.exact.native.attend import can_attend
-from runtime.exact.native.layers import norms as native_norms
 from runtime.exact.native.layout import NATIVE
+from runtime.exact.native.stack import norms as native_norms
 from runtime.exact.order import same_attention, same_norm, same_sums
 from runtime.exact.packed import PackedLinears
 from runtime.exact.reference import Reference

@@ -2,8 +2,8 @@
 #include <cstdint>
 
 #include "attention.h"
-#include "heads.h"
-#include "layers.h"
+#include "deep_head.h"
+#include "stack.h"
 #include "products.h"
 
 // See `products.py` for the arguments.
@@ -27,14 +27,14 @@ extern "C" int64_t specbound_attention(const void* query, const void* keys, cons
   return numbers;
 }
 
-// Norms of rows as in `layers.h`, for a look at their order of additions.
+// Norms of rows as in `stack.h`, for a look at their order of additions.
 extern "C" void specbound_norms(const void* hidden, const void* weight, void* output, int64_t rows, int64_t size,
                                 float epsilon) {
   for (int64_t row = 0; row < rows; row++)
     norm((const uint16_t*)hidden + row * size, (const uint16_t*)weight, size, epsilon, (uint16_t*)output + row * size);
 }
 
-// See `layers.py` for the arguments. Returns 0 where some score is no finite number: nothing is promised then.
+// See `stack.py` for the arguments. Returns 0 where some score is no finite number: nothing is promised then.
 extern "C" int64_t specbound_layers(const void* layers, const int64_t* sizes, const float* floats, const void* cosines,
                                     const void* sines, const void* silu, void* hidden, int64_t threads) {
   const Run run{(const Layer*)layers, (const uint16_t*)cosines, (const uint16_t*)sines, (const uint16_t*)silu,
@@ -48,7 +48,7 @@ extern "C" int64_t specbound_layers(const void* layers, const int64_t* sizes, co
   return numbers;
 }
 
-// See `heads.py` for the arguments. Returns the draft id, -1 where no logit is a number.
+// See `deep_head.py` for the arguments. Returns the draft id, -1 where no logit is a number.
 extern "C" int64_t specbound_draft(const void* head, const int64_t* sizes, const float* floats, const void* hidden,
                                    const void* embedding, const void* deep, const void* silu, float* chance,
                                    int64_t threads) {

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "kernels.cpp"
-HEADERS = [FOLDER / name for name in ("attention.h", "heads.h", "layers.h", "numbers.h", "products.h")]
+HEADERS = [FOLDER / name for name in ("attention.h", "deep_head.h", "stack.h", "numbers.h", "products.h")]
 CPU_FLAGS = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512_bf16"))
 # No contraction: a product and a sum are rounded apart, as in the operations that these repeat.
 COMPILE = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off"]

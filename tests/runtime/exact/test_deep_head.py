@@ -1,5 +1,7 @@
 """Heads in our own kernel: the drafts and confidences of the modules, up to rounding."""
 
+import copy
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.heads import MAX_AGE, ExitHeads, HeadContext
-from runtime.exact.native.heads import native_heads
+from runtime.exact.native.deep_head import native_heads
 from runtime.exact.native.library import why_not_native
 from tests.helpers.families import tiny
 
@@ -54,6 +56,22 @@ def test_logits_that_are_no_numbers_draft_nothing() -> None:
     state = torch.full((1, SIZE), torch.nan).bfloat16()
     _, chance = made().best(1, state, HeadContext(state, state, torch.tensor([1])), 1.0)
     assert not chance >= 0.0
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda heads: pickle.loads(pickle.dumps(heads))], ids=["copy", "pickle"]
+)
+@torch.inference_mode()
+def test_copies_draft_from_weights_of_their_own(copied: Any) -> None:
+    """What is written in the original does not move a copy; other heads in their place do not run in the kernel."""
+    heads = made()
+    state, embedding, deep = torch.randn(3, 1, SIZE).bfloat16()
+    context = HeadContext(embedding, deep, torch.tensor([1]))
+    expected, other = heads.best(1, state, context, 1.0), copied(heads)
+    for packed in heads.native[1].held:
+        packed.zero_()
+    assert other.best(1, state, context, 1.0) == expected != heads.best(1, state, context, 1.0)
+    assert other.with_exits(heads.exits).native == {}
 
 
 WRONG: list[dict[str, Any]] = [{"kind": "lora"}, {"dtype": torch.float32}, {"rank": 20}, {"family": "gemma"}]

@@ -13,9 +13,9 @@ from torch import Tensor
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.heads import DeepHead, HeadContext
 from runtime.drafting.unembedding import DraftUnembedding
-from runtime.exact.native.layers import silu_of_all
 from runtime.exact.native.library import native_library
 from runtime.exact.native.products import BLOCK, LANES, pack_for_products
+from runtime.exact.native.stack import silu_of_all
 
 
 class NativeHead:
@@ -28,6 +28,7 @@ class NativeHead:
     """
 
     def __init__(self, head: DeepHead, unembedding: DraftUnembedding, rows: Tensor, silu: Tensor) -> None:
+        self.made_of = head, unembedding, rows, silu
         final: Any = unembedding.norm
         norms: tuple[Any, ...] = (head.hidden_norm, head.embedding_norm, head.deep_norm, final)
         packed = (*map(pack_for_products, (head.gate_up.weight, head.down.weight)), rows)
@@ -37,6 +38,10 @@ class NativeHead:
         self.sizes = (head.hidden_size, head.down.in_features, head.draft_vocab_size)
         self.epsilons: tuple[float, float] = (norms[0].eps, final.variance_epsilon)
         self.scaling = unembedding.scaling
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or pickle is made anew from its modules: addresses cannot be copied."""
+        return NativeHead, self.made_of
 
     def __call__(self, hidden: Tensor, context: HeadContext, temperature: float) -> tuple[int, float]:
         """Draft id and confidence from a hidden state [1, D]; id 0 and NaN where no logit is a number."""

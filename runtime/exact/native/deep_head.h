@@ -7,12 +7,12 @@
 #include <vector>
 
 #include "attention.h"
-#include "layers.h"
+#include "stack.h"
 #include "products.h"
 
 namespace {
 
-struct Head {  // as `heads.py` lays it out
+struct Head {  // as `deep_head.py` lays it out
   const uint32_t *gate_up, *down, *rows;  // packed weights
   const uint16_t *hidden_norm, *embedding_norm, *deep_norm, *final_norm, *keep, *carry, *ages;
 };

@@ -19,7 +19,7 @@ from runtime.exact.native.products import BLOCK
 
 # Of a head, and of the gated part: halves of whole vectors, and what torch's SiLU takes in whole vectors.
 HEAD_MULTIPLE, INNER_MULTIPLE = 32, 64
-# Columns of the table of layers, as `layers.h` declares them: weights, biases, norms (four each), the cache, a switch.
+# Columns of the table of layers, as `stack.h` declares them: weights, biases, norms (four each), the cache, a switch.
 KEYS = 12
 COLUMNS = 16
 

@@ -13,7 +13,7 @@
 
 namespace {
 
-struct Layer {  // as `layers.py` lays it out
+struct Layer {  // as `stack.py` lays it out
   const uint32_t *query_key_value, *output, *gate_up, *down;            // packed weights
   const uint16_t *query_key_value_bias, *output_bias, *gate_up_bias, *down_bias;  // or null
   const uint16_t *norm, *second_norm, *query_norm, *key_norm;           // the last two, of a head, or null

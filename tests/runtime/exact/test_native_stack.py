@@ -12,7 +12,7 @@ from runtime.decoding.cache import KVCache
 from runtime.decoding.layers import NATIVE, DecoderLayers
 from runtime.exact.certificate import Certificate
 from runtime.exact.execution import execution
-from runtime.exact.native import layers as native
+from runtime.exact.native import stack as native
 from runtime.exact.native.library import why_not_native
 from runtime.exact.order import same_norm
 from runtime.exact.packed import PackedLinears
