@@ -158,7 +158,7 @@ def convert(folder: Path, gguf_file: str | None, staging: Path) -> None:
     end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     if tokenizer.chat_template is None or end_of_turn is None:
         raise FetchError(f"the source's tokenizer has no chat template or no token {END_OF_TURN}")
-    # transformers before 5.23 reads another end out of a GGUF file, and no padding.
+    # transformers 5.17 reads another end out of a GGUF file, and no padding.
     tokenizer.eos_token = tokenizer.pad_token = END_OF_TURN
     # A model that came from GGUF counts as quantised and refuses to be saved: a plain one takes its weights.
     config = loaded.config

@@ -13,8 +13,13 @@ import pytest
 import torch
 
 from runtime import load_specbound
+from runtime.decoding.layers import DecoderLayers
+from runtime.drafting.draft_heads import DraftHeads
+from runtime.drafting.heads import ExitHeads
+from runtime.exact.native.library import why_not_native
 from runtime.generate import attach
 from runtime.loading import make_specbound
+from tests.helpers.families import tiny
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import script
 from train.calibration.traces import TRACES_FILE, Traces
@@ -157,6 +162,18 @@ def test_gpu(demo_outputs: Path) -> None:
     assert any(name.startswith("speed/") for name in found["steps"]["fit"]["report"])
     assert found["steps"]["audit"]["report"]["differing_tokens"] == 0
     assert set(found["steps"]["rows"]["report"]["kept"]) == {"float32", "bfloat16", "float16"}
+
+
+@torch.inference_mode()
+def test_native() -> None:
+    """Each way of a prompt's products and of a draft is timed."""
+    if why_not_native() is not None:
+        pytest.skip(f"no native kernels here: {why_not_native()}")
+    native, base = script("measure/native"), tiny("llama", dtype=torch.bfloat16)
+    assert set(native.prompt(base, 5, 2)) == {"forward", "products by torch", "products by our kernel"}
+    exits = ExitHeads("deep", [1], hidden_size=48, draft_vocab_size=32, rank=16).to(torch.bfloat16)
+    heads = DraftHeads.of(exits, DecoderLayers(base), torch.arange(32))
+    assert min(native.draft(heads, 2).values()) > 0
 
 
 def test_checks(make_model: Any, make_adapter: Any) -> None:
