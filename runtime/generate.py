@@ -169,7 +169,7 @@ def _speculate(
     emitter.largest_shift = prepared.certificate.largest_shift
     started = time.perf_counter()
     specbound.stats = SpeculationStats()
-    with specbound.stats.timing("prompt"), prepared.layers.watching_top() as top:
+    with specbound.stats.timing("prompt"), prepared.layers.watching(specbound.drafter.watched) as seen:
         outputs = model._prefill(emitter.input_ids, generation_config, model_kwargs)
     stock_cache: DynamicCache = outputs.past_key_values
     capacity = stock_cache.get_seq_length() + min(emitter.remaining, 1024) + bounds.max_draft_tokens
@@ -178,8 +178,7 @@ def _speculate(
     positions = model_kwargs.get("position_ids")
     offset = 0 if positions is None else int(positions[0, -1]) + 1 - prompt_length
     known = emitter.input_ids[0].tolist()
-    deep = top[-1] if top else None
-    state = DecodeState(prepared.layers, kv, known, deep=deep, position_offset=offset)
+    state = DecodeState(prepared.layers, kv, known, prompt=seen, position_offset=offset)
     try:
         with prepared.running(model):
             drafter, stats, controller = specbound.drafter, specbound.stats, specbound.controller

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,13 +43,15 @@ class SpeculationStats:
         yield
         self.parts[part] += time.perf_counter() - started  # type: ignore[assignment]
 
-    def record_round(self, exit_layers: list[int], num_accepted: int, num_emitted: int, *, hard: bool) -> None:
-        """Add one round: the exit layer of each draft, how many were accepted, how many tokens came out."""
+    def record_round(
+        self, exit_layers: Sequence[int], accepted: Sequence[int], num_emitted: int, *, hard: bool
+    ) -> None:
+        """Add one round: the exit layer of each draft, indices of those accepted, how many tokens came out."""
         self.rounds += 1
         self.emitted += num_emitted
         self.drafted.update(exit_layers)
-        self.accepted.update(exit_layers[:num_accepted])
-        self.accept_counts[num_accepted] += 1
+        self.accepted.update(exit_layers[index] for index in accepted)
+        self.accept_counts[len(accepted)] += 1
         self.hard_tokens += hard
 
     def __iadd__(self, other: "SpeculationStats") -> "SpeculationStats":

@@ -22,7 +22,7 @@ ROOMS = [
     ["runtime.custom_generate", "runtime"],
     ["runtime.audit", "runtime.server"],
     ["runtime.cli"],
-    ["train.settings"],
+    ["train.optimizer", "train.settings"],
     ["train.corpus"],
     ["train.features"],
     ["train.calibration"],

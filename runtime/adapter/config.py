@@ -103,6 +103,7 @@ class SpecBoundConfig:
             raise ConfigError(f"exit temperatures are for layers {shown(given)}: expected {shown(layers)}")
         for name, value in [
             ("exit_threshold", self.bounds.exit_threshold),
+            ("sure_threshold", self.bounds.sure_threshold),
             *(("exit_thresholds", value) for value in self.bounds.exit_thresholds.values()),
             ("alpha", self.temperatures.alpha),
         ]:
@@ -180,8 +181,8 @@ def _layers(value: Any, name: str) -> tuple[int, ...]:
 
 
 def _bounds(value: Any, name: str) -> SpeculationBounds:
-    if isinstance(value, dict):  # adapters from before these keys
-        value = {"exit_thresholds": {}, "min_survival": 0.0, "min_draft_survival": 0.0} | value
+    if isinstance(value, dict):  # adapters from before these keys, whose drafts are chains
+        value = _CHAIN | value
     check_keys(value, name, _BOUNDS)
     return SpeculationBounds(**{key: read(value[key], f"{name}.{key}") for key, read in _BOUNDS.items()})
 
@@ -215,7 +216,12 @@ _BOUNDS: dict[str, Reader] = {
     "exit_thresholds": _by_layer,
     "min_survival": number,
     "min_draft_survival": number,
+    "max_branches": kind(int),
+    "max_depth": optional(kind(int)),
+    "sure_threshold": number,
 }
+_CHAIN: dict[str, Any] = {"exit_thresholds": {}, "min_survival": 0.0, "min_draft_survival": 0.0}
+_CHAIN |= {"max_branches": 1, "max_depth": None, "sure_threshold": 0.0}
 _FIELDS: dict[str, Reader] = {
     "base_model_name_or_path": text_of,
     "base_model_revision": optional(text_of),

@@ -58,6 +58,9 @@ def describe(adapter: str, *, revision: str | None = None) -> dict[str, Any]:
             "exit_thresholds": {str(layer): tau for layer, tau in config.bounds.exit_thresholds.items()},
             "min_survival": config.bounds.min_survival,
             "min_draft_survival": config.bounds.min_draft_survival,
+            "max_branches": config.bounds.max_branches,
+            "max_depth": config.bounds.max_depth,
+            "sure_threshold": config.bounds.sure_threshold,
         },
         "weights_bytes": (folder / WEIGHTS_FILE).stat().st_size,
         "weights_sha256": config.weights_sha256,
@@ -110,6 +113,9 @@ def show(summary: dict[str, Any], console: Console) -> None:
         "max_draft_tokens": str(bounds["max_draft_tokens"]),
         "min_survival": f"{bounds['min_survival']:g}",
         "min_draft_survival": f"{bounds['min_draft_survival']:g}",
+        "max_branches": str(bounds["max_branches"]),
+        "max_depth": "that of max_draft_tokens" if bounds["max_depth"] is None else str(bounds["max_depth"]),
+        "sure_threshold": f"{bounds['sure_threshold']:g}",
         "size": f"{summary['weights_bytes'] / 1e6:.1f} MB",
     }
     grid = Table(box=None, show_header=False, pad_edge=False)

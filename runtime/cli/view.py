@@ -39,7 +39,8 @@ class TextView:
 class RoundsView:
     """Accepted drafts in the colour of their exit, rejected ones dimmed between words, the speed below.
 
-    Of rejected drafts only the first of a round is shown: those after it were made for a text that did not come.
+    Of rejected drafts those are shown that stood where the target chose another token: all others were made for a text
+    that did not come.
 
     Args:
         exit_layers: that may draft, shallowest first; 0 is the lookup.
@@ -92,11 +93,13 @@ class RoundsView:
             return
         split = len(self._pending) - event.num_tokens
         before, ours = self._pending[:split], self._pending[split:]
-        styles = [self.styles.get(layer, "") for layer in event.exit_layers[: event.num_accepted]]
+        styles = [self.styles.get(event.exit_layers[index], "") for index in event.accepted]
         pieces = [(text, "") for text in before] + list(zip(ours, styles, strict=False))
-        if event.num_tokens > event.num_accepted:
+        if event.num_tokens > len(event.accepted):
             self._flush(pieces)
-            self._rejected += [self.tokenizer.decode([token]) for token in event.drafts[event.num_accepted :][:1]]
+            end = event.accepted[-1] + 1 if event.accepted else 0
+            branches = [token for token, parent in zip(event.drafts, event.parents, strict=True) if parent == end]
+            self._rejected += [self.tokenizer.decode([token]) for token in branches]
             pieces = [(ours[-1], "")]
         self._flush(pieces)
 

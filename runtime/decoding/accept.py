@@ -15,31 +15,43 @@ class Accepted:
 
     Attributes:
         tokens: emitted tokens, at least one: the accepted drafts, then one recovered token (the target chose
-            otherwise) or bonus token (all drafts were right), unless generation stopped before it.
-        num_accepted: how many of them were drafts.
+            otherwise) or bonus token (all drafts of the path were right), unless generation stopped before it.
+        path: verified rows of the emitted tokens' prefixes: 0, then n + 1 for each accepted draft with index n.
         stopped: whether generation ends here.
     """
 
     tokens: list[int]
-    num_accepted: int
+    path: list[int]
     stopped: bool
 
+    @property
+    def num_accepted(self) -> int:
+        """How many of the tokens were drafts."""
+        return len(self.path) - 1
 
-def accept(draft_tokens: Sequence[int], choose: Callable[[int], tuple[int, bool]]) -> Accepted:
-    """Emit the target's choices while they agree with the draft, and one more.
+    @property
+    def drafts(self) -> list[int]:
+        """Indices of the accepted drafts."""
+        return [row - 1 for row in self.path[1:]]
+
+
+def accept(draft_tokens: Sequence[int], parents: Sequence[int], choose: Callable[[int], tuple[int, bool]]) -> Accepted:
+    """Emit the target's choices while a draft agrees with them, and one more.
 
     Args:
-        draft_tokens: drafted token ids, in order.
+        draft_tokens: drafted token ids; no parent has two drafts of one token.
+        parents: verified row that each of them follows: 0, or n + 1 for the draft with index n.
         choose: `choose(row)` returns the target's token after the prefix that ends at verified row `row`, and
-            whether generation stops with it. Called for rows 0, 1, ... with no row skipped or repeated.
+            whether generation stops with it. Called for the rows of one path in order, with none repeated.
     """
+    rows = {both: index + 1 for index, both in enumerate(zip(parents, draft_tokens, strict=True))}
     tokens: list[int] = []
-    num_accepted = 0
-    for row in range(len(draft_tokens) + 1):
-        token, stop = choose(row)
+    path = [0]
+    while True:
+        token, stop = choose(path[-1])
         tokens.append(token)
-        correct = row < len(draft_tokens) and token == draft_tokens[row]
-        num_accepted += correct
-        if stop or not correct:
-            return Accepted(tokens, num_accepted, stop)
-    raise AssertionError("unreachable: the row after the last draft is never right")
+        row = rows.get((path[-1], token))
+        if row is not None:
+            path.append(row)
+        if stop or row is None:
+            return Accepted(tokens, path, stop)

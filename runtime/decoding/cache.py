@@ -4,19 +4,23 @@ Preallocated buffers that grow by doubling, so that a step writes its rows and c
 transformers' decoder layers expect a `Cache`: they only call `update`. Knows no drafting and no model family.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from runtime.decoding.rows import TreeRows
+
 MIN_CAPACITY = 64
-# Layers from one depth to another, on hidden states [1, T, D] at given positions [1, T], behind a mask.
-Through = Callable[[Tensor, int, int, Tensor, "KVCache", Tensor | None], Tensor]
+# Layers from one depth to another, on hidden states [1, T, D] at given positions [1, T]; what its rows see.
+Through = Callable[[Tensor, int, int, Tensor, "KVCache", Tensor | TreeRows | None], Tensor]
 
 
-def position_ids(position: int, length: int, device: torch.device) -> Tensor:
+def position_ids(position: int, length: int, device: torch.device, tree: TreeRows | None = None) -> Tensor:
     """Positions of a block, shape [1, T], from that of its first token."""
+    if tree is not None:
+        return tree.positions(position, device)
     return torch.arange(position, position + length, device=device).unsqueeze(0)
 
 
@@ -75,18 +79,22 @@ class KVCache:
             self._keys[layer_idx], self._values[layer_idx] = keys, values
         return keys, values
 
-    def run(self, through: Through, hidden: Tensor, start: int, stop: int, position: int) -> Tensor:
+    def run(
+        self, through: Through, hidden: Tensor, start: int, stop: int, position: int, tree: TreeRows | None = None
+    ) -> Tensor:
         """Layers `start` to `stop - 1` on a block, their new rows appended here.
 
         Args:
             through: the base's layers.
             hidden: shape [1, T, D], at depth `start`.
             position: of the block's first token; the caller may number positions another way than the cache's rows.
+            tree: as `DecoderLayers.run` takes it.
 
         Returns:
             Shape [1, T, D], at depth `stop`.
         """
-        return through(hidden, start, stop, position_ids(position, hidden.shape[1], hidden.device), self, None)
+        positions = position_ids(position, hidden.shape[1], hidden.device, tree)
+        return through(hidden, start, stop, positions, self, tree)
 
     def rows(self, layer_idx: int, start: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer from row `start` on."""
@@ -101,6 +109,21 @@ class KVCache:
     def crop(self, length: int) -> None:
         """Forget every row from `length` on, in every layer; a layer that holds fewer keeps what it has."""
         self.lengths = [min(length, held) for held in self.lengths]
+
+    def keep(self, settled: int, places: Sequence[int]) -> None:
+        """Keep the first `settled` rows of every layer and, of those behind them, the ones at `places`, in order.
+
+        Args:
+            places: ascending, counted from `settled` on; every layer holds them.
+        """
+        moved = [(place, index) for index, place in enumerate(places) if place != index]
+        if moved:
+            old = torch.tensor([settled + place for place, _ in moved])
+            start, stop = settled + moved[0][1], settled + len(places)
+            for buffer in (*self._keys, *self._values):
+                assert buffer is not None
+                buffer[:, :, start:stop] = buffer.index_select(2, old.to(buffer.device))
+        self.crop(settled + len(places))
 
 
 def _reserve(buffer: Tensor | None, rows: Tensor, used: int, needed: int, capacity: int) -> Tensor:

@@ -4,7 +4,7 @@ Masks are not needed, because block attention gives each query row its own keys.
 files, and of families only what `families.py` says.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from runtime.decoding.cache import KVCache, position_ids
 from runtime.decoding.families import check_supported
+from runtime.decoding.rows import TreeRows
+from runtime.drafting.exit_head import PROMPT_TOKENS, SettledStates
 
 # Of the model's body, while it runs under a policy of native layers: what runs several at once.
 NATIVE = "specbound_native"
@@ -59,12 +61,13 @@ class DecoderLayers:
         weight: Tensor = self.embedding.weight  # type: ignore[assignment]
         return weight.dtype
 
-    def embed(self, token_ids: Tensor, position: int) -> Tensor:
+    def embed(self, token_ids: Tensor, position: int, tree: TreeRows | None = None) -> Tensor:
         """Hidden states at depth 0.
 
         Args:
             token_ids: shape [1, T], int64, on the embedding's device.
             position: position of the first of them.
+            tree: as `run` takes it.
 
         Returns:
             Shape [1, T, D], the base's dtype.
@@ -73,28 +76,37 @@ class DecoderLayers:
         if self.embedding_multiplier != 1.0:
             hidden = hidden * self.embedding_multiplier
         if self.positions is not None:
-            hidden = hidden + self.positions(position_ids(position, token_ids.shape[1], hidden.device))
+            hidden = hidden + self.positions(position_ids(position, token_ids.shape[1], hidden.device, tree))
         return hidden
 
-    def run(self, hidden: Tensor, start: int, stop: int, position: int, cache: KVCache) -> Tensor:
-        """Apply decoder layers `start` to `stop - 1` to a block of consecutive tokens, appending to the cache.
+    def run(
+        self, hidden: Tensor, start: int, stop: int, position: int, cache: KVCache, tree: TreeRows | None = None
+    ) -> Tensor:
+        """Apply decoder layers `start` to `stop - 1` to a block of tokens, appending to the cache.
 
         Args:
             hidden: shape [1, T, D], the block at depth `start`.
-            position: position of the block's first token; each of these layers holds exactly the rows below it.
+            position: position of the block's first token.
+            tree: what the rows see; None where each sees all that is before it, in the cache and in the block.
 
         Returns:
             Shape [1, T, D], the block at depth `stop`.
         """
-        return cache.run(self._through, hidden, start, stop, position)
+        return cache.run(self._through, hidden, start, stop, position, tree)
 
     def _through(
-        self, hidden: Tensor, start: int, stop: int, position_ids: Tensor, cache: KVCache, mask: Tensor | None
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        position_ids: Tensor,
+        cache: KVCache,
+        mask: Tensor | TreeRows | None,
     ) -> Tensor:
-        """As `run`; positions [1, T] and, where rows do not see just what is before them, the mask are tensors."""
+        """As `run`, with positions [1, T]; `BlockAttention` gets the mask, or what the rows see, from the layers."""
         native = self.body.__dict__.get(NATIVE)
-        if native is not None and mask is None:
-            output: Tensor | None = native(hidden, start, stop, position_ids, cache)
+        if native is not None and not isinstance(mask, Tensor):
+            output: Tensor | None = native(hidden, start, stop, position_ids, cache, mask)
             if output is not None:
                 return output
         arguments: dict[str, Any] = {
@@ -109,6 +121,14 @@ class DecoderLayers:
             hidden = above[0] if isinstance(above, tuple) else above
         return hidden
 
+    def keep(self, cache: KVCache, settled: int, places: Sequence[int]) -> None:
+        """As `KVCache.keep`, in one call where the layers run natively."""
+        native = self.body.__dict__.get(NATIVE)
+        if native is None:
+            cache.keep(settled, places)
+        else:
+            native.keep(cache, settled, places)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Target logits, shape [1, T, V], of a block at the top: final norm, unembedding, the family's scaling."""
         return self.unembed(self.norm(hidden))
@@ -119,14 +139,57 @@ class DecoderLayers:
         return logits / self.logits_scaling if self.logits_scaling != 1.0 else logits
 
     @contextmanager
-    def watching_top(self) -> Iterator[list[Tensor]]:
-        """While open, forwards of the model leave their last position's normed top state here, shape [D]."""
-        seen: list[Tensor] = []
-        hook = self.unembedding.register_forward_pre_hook(lambda module, args: seen.append(args[0][0, -1]))
+    def watching(self, exit_layers: Sequence[int] = ()) -> Iterator["PromptStates"]:
+        """While open, a forward of the model leaves there what heads read of a prompt.
+
+        Args:
+            exit_layers: where hidden states are taken; without any only the last position's top state is.
+        """
+        seen = PromptStates()
+        hooks = [self.unembedding.register_forward_pre_hook(lambda module, args: seen.see_top(args[0][0, -1]))]
+        for depth in exit_layers:
+            hook = self.layers[depth - 1].register_forward_hook
+            hooks.append(hook(lambda module, args, output, depth=depth: seen.see(depth, output)))
+        if exit_layers:
+            start = self.layers[0].register_forward_pre_hook
+            hooks.append(start(lambda _, args, kwargs: seen.see(0, args or kwargs["hidden_states"]), with_kwargs=True))
+            hooks.append(
+                self.norm.register_forward_hook(lambda module, args, output: seen.see(self.num_layers, output))
+            )
         try:
             yield seen
         finally:
-            hook.remove()
+            for each in hooks:
+                each.remove()
+
+
+class PromptStates:
+    """Hidden states that a forward left, by depth, those of its last positions; see `DecoderLayers.watching`."""
+
+    def __init__(self) -> None:
+        self.top: Tensor | None = None
+        self._by_depth: dict[int, Tensor] = {}
+
+    def see_top(self, state: Tensor) -> None:
+        """Keep the last position's normed top state, shape [D]."""
+        self.top = state
+
+    def see(self, depth: int, output: Any) -> None:
+        """Keep hidden states [1, T, D] at a depth, or a tuple that begins with them."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        self._by_depth[depth] = hidden[0, -PROMPT_TOKENS - 1 :]
+
+    @property
+    def settled(self) -> dict[int, SettledStates]:
+        """By exit layer: what its head reads of the prompt's last positions; empty where nothing was taken."""
+        if not self._by_depth:
+            return {}
+        embedding, *exits, top = (self._by_depth[depth] for depth in sorted(self._by_depth))
+        deep = torch.cat([torch.zeros_like(top[:1]), top[:-1]])
+        layers = sorted(self._by_depth)[1:-1]
+        return {
+            layer: SettledStates(hidden, embedding, deep, False) for layer, hidden in zip(layers, exits, strict=True)
+        }
 
 
 def settle_kernels() -> None:

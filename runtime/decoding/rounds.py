@@ -1,4 +1,4 @@
-"""The round: draft with the shallow layers, verify in one pass of the deep ones, accept, crop.
+"""The round: draft with the shallow layers, verify in one pass of the deep ones, accept, settle.
 
 Source: SpecBound (arXiv 2604.12247). Knows nothing of transformers' `generate`, of files or of text.
 """
@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from runtime.decoding.accept import Accepted, accept
-from runtime.decoding.draft import Draft, Drafter, draft_tokens
+from runtime.decoding.draft import Draft, Drafter, draft_tree, judged
 from runtime.decoding.state import DecodeState
 from runtime.drafting.controller import Controller
 from runtime.drafting.policy import SpeculationBounds
@@ -49,21 +49,27 @@ def speculate_round(
         controller: may allow less than `bounds`.
         on_round: told what was drafted and what became of it, after the round's tokens were emitted.
     """
-    settled = state.length
     if controller is not None:
         bounds = controller.begin(bounds)
     with stats.timing("draft"):
         state.push(newest)
-        limit = bounds.draft_limit(emitter.remaining)
-        draft = draft_tokens(state, drafter, bounds, limit=limit, stop_tokens=emitter.stop_tokens)
+        draft = draft_tree(state, drafter, bounds, remaining=emitter.remaining, stop_tokens=emitter.stop_tokens)
     with stats.timing("verify"):
         logits_TV = state.verify()[0]
     with stats.timing("emit"):
-        result = accept(draft.tokens, lambda row: emitter.emit(logits_TV[row : row + 1]))
-        state.crop(settled + len(result.tokens))
-    stats.record_round(draft.exit_layers, result.num_accepted, len(result.tokens), hard=draft.hard)
+        seen: list[int] = []
+
+        def choose(row: int) -> tuple[int, bool]:
+            seen.append(row)
+            return emitter.emit(logits_TV[row : row + 1])
+
+        try:
+            result = accept(draft.tokens, draft.parents, choose)
+        finally:  # also where a streamer, a criterion or the user interrupts: the cache holds the path so far
+            state.settle(seen)
+    stats.record_round(draft.exit_layers, result.drafts, len(result.tokens), hard=draft.hard)
     if controller is not None:
-        controller.end(draft.exit_layers, draft.confidences, result.num_accepted)
+        controller.end(judged(draft, result), len(result.tokens))
         stats.resting_rounds += controller.resting > 0
     if on_round is not None:
         on_round(draft, result)

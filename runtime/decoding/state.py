@@ -1,7 +1,8 @@
 """`DecodeState`: one request's cache and the tokens whose successor is not settled.
 
-Those pending tokens stand at different depths. Along them depth never rises, so the ones that lack a layer are
-always the last ones: a stack of segments, deepest first, each a block of consecutive tokens at one depth.
+Those pending tokens are a tree: the newest emitted token, and drafts, each behind its parent. They stand at different
+depths. In the order in which they came depth never rises, so the ones that lack a layer are always the last ones: a
+stack of segments, deepest first, each a block of tokens at one depth.
 Layers run in inference mode, which every call of a small operation feels; what was emitted leaves it as a copy.
 Knows nothing of heads, confidence or policy.
 """
@@ -13,17 +14,20 @@ import torch
 from torch import Tensor
 
 from runtime.decoding.cache import KVCache
-from runtime.decoding.layers import DecoderLayers
+from runtime.decoding.layers import DecoderLayers, PromptStates
+from runtime.decoding.rows import TreeRows, is_chain
+from runtime.drafting.exit_head import SettledStates
+from runtime.drafting.head_memory import HeadMemory
 from runtime.drafting.lookup import ContextLookup
 
 
 @dataclass(slots=True)
 class Segment:
-    """Consecutive pending tokens at one depth: hidden states [1, T, D], `position` of the first."""
+    """Pending tokens at one depth, in the order in which they came: hidden states [1, T, D], `first` of them."""
 
     hidden: Tensor
     depth: int
-    position: int
+    first: int
 
 
 class DecodeState:
@@ -33,8 +37,13 @@ class DecodeState:
         layers: the base.
         token_ids: the settled tokens as far as they are known, for the lookup.
         cache: holds the same number of rows in every layer, those of the settled tokens.
-        deep: the base's normed top state at the last settled token, shape [D]; None where it is not known.
+        prompt: what the prompt's forward left for heads; None where that is not known.
         position_offset: position of the first token; not 0 where the caller numbers positions another way.
+
+    Attributes:
+        length: settled tokens.
+        pending: token ids; the first is the last one emitted.
+        paths: of each of them, the places of the pending tokens from the first to it.
     """
 
     def __init__(
@@ -43,7 +52,7 @@ class DecodeState:
         cache: KVCache,
         token_ids: Sequence[int],
         *,
-        deep: Tensor | None = None,
+        prompt: PromptStates | None = None,
         position_offset: int = 0,
     ) -> None:
         self.layers = layers
@@ -52,22 +61,46 @@ class DecodeState:
         self.position_offset = position_offset
         self.segments: list[Segment] = []
         self.pending: list[int] = []
+        self.paths: list[tuple[int, ...]] = []
         self._fresh = 0  # the last of them, whose hidden states no layer has asked for
         self.lookup = ContextLookup(token_ids)
-        self.embedding: Tensor | None = None
-        self.deep = deep
+        self._embedded: Tensor | None = None  # hidden states at depth 0 of the last segment that was made
+        self.deep: Tensor | None = None if prompt is None else prompt.top
         self._top: Tensor | None = None
+        self.memories: dict[int, HeadMemory] = {}  # exit layer -> what its head keeps of this request
+        # Exit layer -> settled positions that its head has not read; heads that read none are not in it.
+        self.unread = {} if prompt is None else prompt.settled
+        self._watched = {layer: list[Tensor]() for layer in sorted(self.unread)}
+        self._all_embedded: list[Tensor] = []
 
-    def push(self, token: int) -> None:
-        """Make a token the newest pending one, at depth 0."""
+    def push(self, token: int, parent: int | None = None) -> int:
+        """Add a pending token at depth 0; returns its place among the pending ones.
+
+        Args:
+            parent: place of the pending token that it follows; by default the last one.
+        """
+        place = len(self.pending)
+        parent = place - 1 if parent is None else parent
+        before = self.paths[parent] if place else ()
         self.pending.append(token)
-        self.length += 1
+        self.paths.append((*before, place))
         self._fresh += 1
+        return place
 
-    @property
-    def newest(self) -> Tensor:
-        """Hidden state of the newest pending token, shape [1, 1, D], at the depth reached so far."""
-        return self.segments[-1].hidden[:, -1:]
+    def tokens(self, node: int) -> list[int]:
+        """The pending tokens on the path to a node, its own last."""
+        return [self.pending[place] for place in self.paths[node]]
+
+    def hidden(self, nodes: Sequence[int]) -> Tensor:
+        """Hidden states [N, D] of pending tokens of the last segment, at the depth reached so far."""
+        last = self.segments[-1]
+        return _rows(last.hidden, [node - last.first for node in nodes])
+
+    def embeddings(self, nodes: Sequence[int]) -> Tensor:
+        """Hidden states [N, D] at depth 0 of pending tokens that came since layers ran before last."""
+        assert self._embedded is not None
+        first = len(self.pending) - self._fresh - self._embedded.shape[1]
+        return _rows(self._embedded, [node - first for node in nodes])
 
     @torch.inference_mode()
     def advance(self, depth: int) -> None:
@@ -77,19 +110,32 @@ class DecodeState:
         while self.segments and self.segments[-1].depth < depth:
             last = self.segments[-1]
             above = self.segments[-2].depth if len(self.segments) > 1 else depth
-            stop = min(depth, above)
-            last.hidden = self.layers.run(last.hidden, last.depth, stop, last.position, self.cache)
+            stop = min([depth, above, *(layer for layer in self._watched if layer > last.depth)])
+            paths = self.paths[last.first : last.first + last.hidden.shape[1]]
+            tree = None if is_chain(paths, last.first) else TreeRows(self.length, tuple(paths))
+            position = self._position(last.first)
+            last.hidden = self.layers.run(last.hidden, last.depth, stop, position, self.cache, tree)
             last.depth = stop
+            if stop in self._watched:
+                self._watched[stop].append(last.hidden[0])
             self._merge()
+
+    def _position(self, node: int) -> int:
+        """Position of a pending token in the text."""
+        return self.length + len(self.paths[node]) - 1 + self.position_offset
 
     def _embed(self) -> None:
         """Hidden states at depth 0 of the tokens that have none, in one block."""
-        position = self.length - self._fresh + self.position_offset
+        first = len(self.pending) - self._fresh
         device = self.layers.device  # a tensor made of a list would be copied there, and wait for what runs there
-        fresh = [torch.full((1, 1), token, device=device) for token in self.pending[-self._fresh :]]
-        hidden = self.layers.embed(torch.cat(fresh, dim=1), position)
-        self.embedding = hidden[:, -1:]
-        self.segments.append(Segment(hidden, 0, position))
+        fresh = [torch.full((1, 1), token, device=device) for token in self.pending[first:]]
+        paths = self.paths[first:]
+        tree = None if is_chain(paths, first) else TreeRows(self.length, tuple(paths))
+        hidden = self.layers.embed(torch.cat(fresh, dim=1), self._position(first), tree)
+        self._embedded = hidden
+        if self._watched:
+            self._all_embedded.append(hidden[0])
+        self.segments.append(Segment(hidden, 0, first))
         self._fresh = 0
 
     def _merge(self) -> None:
@@ -106,15 +152,48 @@ class DecodeState:
         self._top = self.layers.norm(self.segments[0].hidden)
         return self.layers.unembed(self._top)
 
-    def crop(self, length: int) -> None:
-        """Settle the first `length` tokens, keep their cache rows in every layer; nothing is pending."""
-        self.cache.crop(length)
-        settled = length - (self.length - len(self.pending))
-        if self._top is not None and settled > 0:
-            self.deep = self._top[0, settled - 1]
-        self._top = None
-        self.lookup.extend(self.pending[:settled])
+    def settle(self, nodes: Sequence[int]) -> None:
+        """Settle pending tokens, keep their cache rows in every layer and drop all others; nothing is pending.
+
+        Args:
+            nodes: the first places of a path, in its order.
+        """
+        self.layers.keep(self.cache, self.length, nodes)
+        if self._watched:
+            self._keep_states(nodes)
+        if self._top is not None and nodes:
+            self.deep = self._top[0, nodes[-1]]
+        self._top = self._embedded = None
+        self.lookup.extend([self.pending[node] for node in nodes])
+        self.length += len(nodes)
         self.pending.clear()
+        self.paths.clear()
         self._fresh = 0
         self.segments.clear()
-        self.length = length
+
+    def _keep_states(self, nodes: Sequence[int]) -> None:
+        """Keep for heads what the base knew at positions that are settled now."""
+        if nodes and self._top is not None and self.deep is not None:
+            kept = torch.tensor(nodes, device=self._top.device)
+            deep = torch.cat([self.deep[None], self._top[0, kept[:-1]]])
+            hidden = {layer: torch.cat(parts)[kept] for layer, parts in self._watched.items()}
+            embedding = torch.cat(self._all_embedded)[kept]
+            for layer, states in hidden.items():
+                later = SettledStates(states, embedding, deep)
+                self.unread[layer] = self.unread[layer].then(later) if layer in self.unread else later
+        for parts in (*self._watched.values(), self._all_embedded):
+            parts.clear()
+        for memory in self.memories.values():
+            memory.forget()
+
+    def at_exit(self, layer: int, nodes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, D] of pending tokens at a watched exit that they have reached, and at depth 0."""
+        chosen = torch.tensor(nodes, device=self.layers.device)
+        return torch.cat(self._watched[layer])[chosen], torch.cat(self._all_embedded)[chosen]
+
+
+def _rows(hidden: Tensor, rows: list[int]) -> Tensor:
+    """Rows of hidden states [1, T, D], shape [N, D]; a view where they lie side by side."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return hidden[0, rows[0] : rows[0] + len(rows)]
+    return hidden[0, torch.tensor(rows, device=hidden.device)]

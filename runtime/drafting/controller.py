@@ -57,12 +57,12 @@ class Controller:
         self._started = self.clock()
         return allowed
 
-    def end(self, exit_layers: Sequence[int], confidences: Sequence[float], num_accepted: int) -> None:
+    def end(self, judged: Sequence[tuple[int, float, bool]], num_tokens: int) -> None:
         """End the round.
 
         Args:
-            exit_layers, confidences: of its drafts.
-            num_accepted: how many of them were accepted; one token more was emitted.
+            judged: source and confidence of each draft that followed an accepted token, and whether it was right.
+            num_tokens: tokens emitted.
         """
         seconds = self.clock() - self._started
         if self._is_plain:
@@ -71,8 +71,8 @@ class Controller:
             self.resting = max(0, self.resting - 1)
             return
         self._since_plain += 1
-        self._observe(exit_layers, confidences, num_accepted)
-        self._judge(seconds / max(median(self._plain), 1e-9), num_accepted + 1)
+        self._observe(judged)
+        self._judge(seconds / max(median(self._plain), 1e-9), num_tokens)
 
     def _judge(self, price: float, tokens: int) -> None:
         """Add a round's gain over plain decoding to the sum (a CUSUM test), and go on, or rest.
@@ -87,17 +87,14 @@ class Controller:
         elif self._won == KEPT_GAIN:
             self._rest = FIRST_REST
 
-    def _observe(self, exit_layers: Sequence[int], confidences: Sequence[float], num_accepted: int) -> None:
-        """Hold the confidences of drafts that were judged, up to the first rejected one, against what came of them."""
+    def _observe(self, judged: Sequence[tuple[int, float, bool]]) -> None:
+        """Hold the confidences of drafts that were judged against what came of them."""
         self._records = {
             layer: (KEEP * expected, KEEP * correct) for layer, (expected, correct) in self._records.items()
         }
-        judged = zip(exit_layers, confidences, strict=True)
-        for index, (layer, confidence) in enumerate(judged):
-            if index > num_accepted:
-                break
+        for layer, confidence, right in judged:
             expected, correct = self._records.get(layer, (0.0, 0.0))
-            self._records[layer] = (expected + confidence, correct + (index < num_accepted))
+            self._records[layer] = (expected + confidence, correct + right)
 
     def _corrected(self, bounds: SpeculationBounds) -> SpeculationBounds:
         """The bounds with a higher threshold for each source that has been correct less often than it said, and

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from runtime.drafting.head_memory import HeadMemory
 from runtime.drafting.heads import ExitHeads, HeadContext
-from runtime.drafting.temperature import confidence
+from runtime.drafting.temperature import likeliest
 from runtime.drafting.unembedding import Base, DraftUnembedding
 
 
@@ -61,6 +63,18 @@ class DraftHeads:
         return layers
 
     @property
+    def attends(self) -> bool:
+        """Whether they have keys of positions before, and so a memory of each request."""
+        own: bool = self.exits.one.attends
+        return own
+
+    def memory(self, layer: int, memories: dict[int, HeadMemory]) -> HeadMemory:
+        """What one exit's head keeps of a request, made where it is not there yet."""
+        if layer not in memories:
+            memories[layer] = HeadMemory(self.exits.heads[str(layer)], self.unembedding)
+        return memories[layer]
+
+    @property
     def modules(self) -> Iterable[nn.Module]:
         """All modules that are not the base's own."""
         yield from self.exits.modules()
@@ -72,15 +86,32 @@ class DraftHeads:
         logits: dict[int, Tensor] = self.exits(hidden, context, self.unembedding)
         return logits
 
-    def best(self, layer: int, hidden: Tensor, context: HeadContext, temperature: float) -> tuple[int, float]:
-        """Target id and confidence of one exit's draft, from a hidden state [1, D]; waits for the device once."""
+    def best(
+        self, layer: int, hidden: Tensor, context: HeadContext, temperature: float, count: int
+    ) -> list[list[tuple[int, float]]]:
+        """Target ids and confidences of one exit's likeliest drafts, most confident first; waits for the device once.
+
+        Args:
+            hidden: shape [N, D].
+            count: drafts for each of the N rows.
+        """
         native = self.native.get(layer)
+        count = min(count, len(self.draft_to_target))
         if native is not None:
-            index, chance = native(hidden, context, temperature)
+            drafts, chances = (tensor.tolist() for tensor in native(hidden, context, temperature, count))
         else:
-            logits = self.logits(layer, hidden, context)[0].float()
-            chance, index = torch.stack([confidence(logits, temperature), logits.argmax().float()]).tolist()
-        return int(self.draft_to_target[int(index)]), chance
+            return self.likeliest(self.logits(layer, hidden, context), temperature, count)
+        return self._named(drafts, chances)
+
+    def likeliest(self, logits: Tensor, temperature: float, count: int) -> list[list[tuple[int, float]]]:
+        """Target ids and confidences by draft logits [N, V], most confident first; waits for the device once."""
+        values, indices = likeliest(logits, temperature, min(count, len(self.draft_to_target)))
+        return self._named(*torch.stack([indices.float(), values]).tolist())
+
+    def _named(self, drafts: list[list[float]], chances: list[list[float]]) -> list[list[tuple[int, float]]]:
+        """Draft ids as target ids, with their confidences."""
+        targets = self.draft_to_target.numpy()[np.array(drafts, dtype=np.int64)].tolist()
+        return [list(zip(*row, strict=True)) for row in zip(targets, chances, strict=True)]
 
     def logits(self, layer: int, hidden: Tensor, context: HeadContext) -> Tensor:
         """Draft logits [N, V] of one exit from hidden states [N, D]."""

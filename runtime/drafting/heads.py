@@ -7,80 +7,20 @@ Shape suffixes: N tokens (any leading shape), D hidden size, R rank, V draft voc
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from runtime.drafting.attention_head import AttentionHead
+from runtime.drafting.exit_head import AGES, MAX_AGE, ExitHead, HeadContext
 from runtime.drafting.unembedding import DraftUnembedding
 from runtime.errors import ConfigError
 
+__all__ = ["AGES", "HEAD_KINDS", "LORA_ALPHA_PER_RANK", "MAX_AGE", "ExitHead", "ExitHeads", "HeadContext", "attends"]
+
 LORA_ALPHA_PER_RANK = 2.0
-# Verified states older than this are of no use for the next token.
-MAX_AGE = 4
-# Age of the verified state at the first, second, ... draft of a round; 0: too old, and so for all further drafts.
-AGES = (*range(1, MAX_AGE + 1), 0)
-
-
-@dataclass(frozen=True, slots=True)
-class HeadContext:
-    """What heads may read of N tokens besides their hidden states at the exit.
-
-    Attributes:
-        embedding: hidden states at depth 0, shape [N, D].
-        deep: the base's top state, normed, at the newest position it has verified, shape [N, D]; 0 where too old.
-        age: positions from there to the token, shape [N], int64, 1 to `MAX_AGE`; 0 where too old.
-    """
-
-    embedding: Tensor
-    deep: Tensor
-    age: Tensor
-
-
-class ExitHead(nn.Module):
-    """What heads of every kind have: sizes, and what they read and cost.
-
-    Attributes:
-        ages: those of `AGES` that make a difference to the head.
-        borrows_rows: whether its logits come from the base's rows.
-        rank: its inner width; None where it has none.
-    """
-
-    ages: ClassVar[tuple[int, ...]] = AGES[-1:]
-    borrows_rows: ClassVar[bool] = True
-
-    def __init__(self, hidden_size: int, draft_vocab_size: int, rank: int | None) -> None:
-        super().__init__()
-        self.hidden_size, self.draft_vocab_size, self.rank = hidden_size, draft_vocab_size, rank
-
-    def start(self, unembedding: DraftUnembedding) -> None:
-        """Set the weights that fitting starts from; those it was made with, unless a kind says otherwise."""
-
-    @property
-    def num_weights(self) -> int:
-        """Trained numbers."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    @property
-    def weights_read(self) -> int:
-        """Numbers read for one draft: its own, and the rows that it borrows."""
-        return self.num_weights + (self.draft_vocab_size * self.hidden_size if self.borrows_rows else 0)
-
-    @property
-    def fit_flops(self) -> int:
-        """Floating-point operations at one position, forward and backward; a product and a sum are two.
-
-        A matrix takes two a weight forward, two for its gradient where it is trained, and two for the gradient of its
-        input where something trained lies below.
-        """
-        raise NotImplementedError
-
-    @property
-    def kept_numbers(self) -> int:
-        """Numbers kept of one position until the head goes backward, its logits left out."""
-        raise NotImplementedError
 
 
 class DeepHead(ExitHead):
@@ -193,8 +133,18 @@ class LoraHead(ExitHead):
         return self.hidden_size + cast(int, self.rank)
 
 
-_KINDS = {"deep": DeepHead, "linear": LinearHead, "lora": LoraHead}
+_KINDS: dict[str, type[ExitHead]] = {
+    "attention": AttentionHead,
+    "deep": DeepHead,
+    "linear": LinearHead,
+    "lora": LoraHead,
+}
 HEAD_KINDS = tuple(_KINDS)
+
+
+def attends(kind: str) -> bool:
+    """Whether heads of this kind read positions before their own."""
+    return _KINDS[kind].attends
 
 
 class ExitHeads(nn.Module):
@@ -228,7 +178,9 @@ class ExitHeads(nn.Module):
         return next(iter(self))
 
     def logits(self, layer: int, hidden: Tensor, context: HeadContext, unembedding: DraftUnembedding) -> Tensor:
-        """Draft logits [N, V] of one exit from hidden states [N, D]."""
+        """Draft logits [N, V] of one exit from hidden states [N, D]; [A, N, V] where the context has A ages."""
+        if self.one.attends and context.texts is not None:
+            hidden = context.texts.hidden[layer]
         head: Tensor = self.heads[str(layer)](hidden, context, unembedding)
         return head
 

@@ -1,4 +1,4 @@
-"""When to draft and when to stop: the bounds of SpecBound (arXiv 2604.12247, bounded speculation).
+"""When to draft and when to stop: the bounds of SpecBound (arXiv 2604.12247, bounded speculation), for draft trees.
 
 Nothing but comparisons. The runtime, the controller and the replay of logged traces run this same code, so that what
 is predicted is what happens. Knows no tensors and no model.
@@ -16,16 +16,23 @@ from runtime.fields import shown
 class SpeculationBounds:
     """Bounds on drafting.
 
+    A round drafts a tree, level by level: the newest token is its root, each draft follows its parent. The path chance
+    of a draft is the product of the confidences on the way to it: the chance that it is accepted. (The tree and its
+    bounds are not in the paper, whose drafts are a chain: `max_branches` 1.)
+
     Attributes:
         exit_threshold: tau, the confidence in [0, 1] from which a token exits as a draft. Above 1 nothing exits.
-        max_exit_layer: the paper's d_max; a token that reaches it without an exit is hard and ends the draft.
-        max_draft_tokens: the paper's w_max, drafts in a row before verification.
+        max_exit_layer: the paper's d_max; a token that reaches it without an exit is hard: nothing follows it.
+        max_draft_tokens: the paper's w_max: drafts of a round, those of all paths together.
         exit_thresholds: exit layer -> its own tau, where it is not `exit_threshold`; above 1 the exit is not asked.
-        min_survival: no layer runs for a further draft where the product of the drafts' confidences, the chance that
-            all of them are accepted, is below this: it would likely be wasted. Depth 0 runs none, and drafts on. At 0
-            this never stops anything. (Not in the paper.)
-        min_draft_survival: the same for drafts of depth 0, which cost little but a row of verification: below this
-            product nothing more is drafted.
+        min_survival: no head is asked at a draft whose path chance is below this: its work would likely be wasted.
+            Depth 0 runs no layers, and drafts on. At 0 this never stops anything.
+        min_draft_survival: the price of a row: a draft whose path chance is below this is not made.
+        max_branches: drafts that may follow one token. With 1 the tree is a chain.
+        max_depth: drafts on one path; None for as many as `max_draft_tokens`.
+        sure_threshold: where a source is as confident as this, no further source is asked at the token; where it is
+            less, the next one is asked as well, and the drafts of both follow the token. At 0 the first source that
+            reaches its tau is the only one.
     """
 
     exit_threshold: float
@@ -34,18 +41,27 @@ class SpeculationBounds:
     exit_thresholds: Mapping[int, float] = field(default_factory=dict)
     min_survival: float = 0.0
     min_draft_survival: float = 0.0
+    max_branches: int = 1
+    max_depth: int | None = None
+    sure_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         for name, threshold in [
             ("exit_threshold", self.exit_threshold),
+            ("sure_threshold", self.sure_threshold),
             *((f"exit_thresholds of layer {layer}", value) for layer, value in self.exit_thresholds.items()),
         ]:
             if not threshold >= 0.0:
                 raise ConfigError(f"{name} is {threshold}: expected a number of at least 0")
-        if self.max_exit_layer < 0:
-            raise ConfigError(f"max_exit_layer is {shown(self.max_exit_layer)}: expected at least 0")
-        if self.max_draft_tokens < 0:
-            raise ConfigError(f"max_draft_tokens is {shown(self.max_draft_tokens)}: expected at least 0")
+        depth = 0 if self.max_depth is None else self.max_depth
+        for name, number, least in (
+            ("max_exit_layer", self.max_exit_layer, 0),
+            ("max_draft_tokens", self.max_draft_tokens, 0),
+            ("max_branches", self.max_branches, 1),
+            ("max_depth", depth, 0),
+        ):
+            if number < least:
+                raise ConfigError(f"{name} is {shown(number)}: expected at least {least}")
         for name, share in (("min_survival", self.min_survival), ("min_draft_survival", self.min_draft_survival)):
             if not 0.0 <= share <= 1.0:
                 raise ConfigError(f"{name} is {share}: expected a number from 0 to 1")
@@ -54,29 +70,31 @@ class SpeculationBounds:
         """Tau of an exit."""
         return self.exit_thresholds.get(layer, self.exit_threshold)
 
-    def exits(self, layers: Iterable[int], survival: float = 1.0) -> list[int]:
-        """The exit layers that may draft, shallowest first: not beyond `max_exit_layer`, and with a tau to reach.
-
-        Args:
-            survival: product of the confidences of the drafts so far.
-        """
-        if not self.drafts_on(survival):
-            return []
-        deepest = self.max_exit_layer if self.runs_layers(survival) else 0
-        return sorted(layer for layer in layers if layer <= deepest and self.threshold(layer) <= 1.0)
+    def exits(self, layers: Iterable[int]) -> list[int]:
+        """The exit layers that may draft, shallowest first: not beyond `max_exit_layer`, and with a tau to reach."""
+        return sorted(layer for layer in layers if layer <= self.max_exit_layer and self.threshold(layer) <= 1.0)
 
     def accepts(self, layer: int, confidence: Any) -> Any:
         """Whether a token of this calibrated confidence leaves as a draft. NaN never does. A number or an array."""
         return confidence >= self.threshold(layer)
 
-    def drafts_on(self, survival: float) -> bool:
-        """Whether any source is asked for one more draft, given the product of the confidences so far."""
-        return survival >= self.min_draft_survival
+    def is_sure(self, confidence: float) -> bool:
+        """Whether no further source is asked, given the confidence of one that drafts."""
+        return confidence >= self.sure_threshold
 
-    def runs_layers(self, survival: float) -> bool:
-        """Whether layers run for one more draft; none do where no source is asked."""
-        return survival >= max(self.min_survival, self.min_draft_survival)
+    def asks(self, layer: int, chance: float) -> bool:
+        """Whether an exit is asked at a token with this path chance."""
+        return layer == 0 or chance >= self.min_survival
+
+    def drafts(self, chance: float) -> bool:
+        """Whether a draft with this path chance is made."""
+        return chance >= self.min_draft_survival
 
     def draft_limit(self, remaining_tokens: int) -> int:
-        """Drafts that a round may make when so many tokens may still be emitted; verification adds one."""
-        return max(0, min(self.max_draft_tokens, remaining_tokens - 1))
+        """Drafts that a round may make when so many tokens may still be emitted; none where verification is enough."""
+        return self.max_draft_tokens if self.depth_limit(remaining_tokens) else 0
+
+    def depth_limit(self, remaining_tokens: int) -> int:
+        """Drafts that one path may have when so many tokens may still be emitted; verification adds one."""
+        deepest = self.max_draft_tokens if self.max_depth is None else min(self.max_depth, self.max_draft_tokens)
+        return max(0, min(deepest, remaining_tokens - 1))

@@ -44,6 +44,19 @@ def confidence(logits: Tensor, temperature: float) -> Tensor:
     return torch.softmax(logits.float() / temperature, dim=-1).amax(dim=-1)
 
 
+def likeliest(logits: Tensor, temperature: float, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest probabilities of `softmax(logits / temperature)`, float32, and where they are, int64.
+
+    Args:
+        logits: as `confidence` takes them.
+
+    Returns:
+        Two tensors of shape [..., count], most likely first.
+    """
+    values, indices = torch.softmax(logits.float() / temperature, dim=-1).topk(count, dim=-1)
+    return values, indices
+
+
 @dataclass(frozen=True, slots=True)
 class TemperatureSchedule:
     """Exit temperatures by exit layer.

@@ -56,7 +56,11 @@ class DraftUnembedding:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Draft logits [N, V] of hidden states [N, D]."""
-        logits: Tensor = self.rows(self.normalize(hidden))
+        return self.of_normed(self.normalize(hidden))
+
+    def of_normed(self, normed: Tensor) -> Tensor:
+        """Draft logits [N, V] of normed states [N, D]: the base's top states, and what `normalize` gives."""
+        logits: Tensor = self.rows(normed)
         return logits / self.scaling if self.scaling != 1.0 else logits
 
     def normalize(self, hidden: Tensor) -> Tensor:

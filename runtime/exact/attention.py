@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from runtime.decoding.rows import TreeRows
 from runtime.errors import UnsupportedModel
 from runtime.exact.native.attend import ORDERS, attend, can_attend
 
@@ -54,35 +55,37 @@ class BlockAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | TreeRows | None,
         scaling: float | None = None,
         **kwargs: Any,
     ) -> AttentionOutput:
-        """Row t of T on the first S - T + t + 1 keys, or on those that a mask to be added leaves.
+        """Row t of T on the first S - T + t + 1 keys, or on those that a mask to be added or its path leaves.
 
         Args:
             query: shape [1, H, T, E].
             key, value: shape [1, G, S, E].
+            mask: to be added, or what rows see that do not follow one another.
 
         Returns:
             Shape [1, T, H, E], and None, as transformers' own functions.
         """
-        if self.order is not None and mask is None and can_attend(query, key, value):
-            output = attend(query, key, value, scaling, self.order)
+        tree = mask if isinstance(mask, TreeRows) else None
+        if self.order is not None and not isinstance(mask, Tensor) and can_attend(query, key, value):
+            output = attend(query, key, value, scaling, self.order, tree)
             if output is not None:
                 return output, None
         stock = _stock_attention(self.stock, module)
-        if query.shape[2] == 1 or self.kind == "batched":
-            if mask is None and query.shape[2] > 1:
-                mask = _causal(query, key, added=self.stock == "eager")
+        if self.kind == "batched" or (query.shape[2] == 1 and tree is None):
+            if not isinstance(mask, Tensor) and (query.shape[2] > 1 or tree is not None):
+                mask = _mask(query, key, tree, added=self.stock == "eager")
             return stock(module, query, key, value, mask, scaling=scaling, **kwargs)
-        if self.kind == "grouped":
+        if self.kind == "grouped" and tree is None:
             return self.in_groups(query, key, value, scaling).transpose(1, 2), None
         if self.stock == "sdpa" and query.device.type == "cpu":
-            return in_rows(query, key, value, scaling).transpose(1, 2), None
+            return in_rows(query, key, value, scaling, tree).transpose(1, 2), None
         rows = [
             stock(module, row, keys, values, None, scaling=scaling, **kwargs)[0]
-            for row, keys, values in _rows(query, key, value)
+            for row, keys, values in _rows(query, key, value, tree)
         ]
         return torch.cat(rows, dim=1), None
 
@@ -118,13 +121,15 @@ class BlockAttention:
         return mask
 
 
-def in_rows(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
+def in_rows(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, tree: TreeRows | None = None
+) -> Tensor:
     """Torch's kernel on one row at a time, [1, H, T, E]; heads that share keys get them once for all rows."""
     shared = query.shape[1] // keys.shape[1]
     if shared > 1:
         keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
     attend = functional.scaled_dot_product_attention
-    return torch.cat([attend(*row, scale=scaling) for row in _rows(query, keys, values)], 2)
+    return torch.cat([attend(*row, scale=scaling) for row in _rows(query, keys, values, tree)], 2)
 
 
 @contextmanager
@@ -153,21 +158,31 @@ def block_attention(model: PreTrainedModel, kind: str) -> Iterator[BlockAttentio
         ALL_ATTENTION_FUNCTIONS.pop(name)
 
 
-def _rows(query: Tensor, keys: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _rows(
+    query: Tensor, keys: Tensor, values: Tensor, tree: TreeRows | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Each row of the block with the keys and values that it sees."""
     num_rows, num_keys = query.shape[2], keys.shape[2]
     for row in range(num_rows):
-        seen = num_keys - num_rows + row + 1
-        yield query[:, :, row : row + 1], keys[:, :, :seen], values[:, :, :seen]
+        own = query[:, :, row : row + 1]
+        if tree is None:
+            seen = num_keys - num_rows + row + 1
+            yield own, keys[:, :, :seen], values[:, :, :seen]
+        else:
+            places = tree.keys(row, keys.device)
+            yield own, keys.index_select(2, places), values.index_select(2, places)
 
 
-def _causal(query: Tensor, key: Tensor, *, added: bool) -> Tensor:
+def _mask(query: Tensor, key: Tensor, tree: TreeRows | None, *, added: bool) -> Tensor:
     """The mask of a block in one call, shape [1, 1, T, S]; to be added, or True for what is seen."""
     num_rows, num_keys = query.shape[2], key.shape[2]
-    seen = torch.ones(num_rows, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_rows)[None, None]
+    if tree is None:
+        seen = torch.ones(num_rows, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_rows)
+    else:
+        seen = ~tree.hidden(num_keys, query.device)
     if not added:
-        return seen
-    return torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
+        return seen[None, None]
+    return torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)[None, None]
 
 
 def _stock_attention(stock: str, module: nn.Module) -> Callable[..., AttentionOutput]:

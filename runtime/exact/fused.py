@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from runtime.decoding.families import FAMILIES, LlamaParts
+from runtime.decoding.rows import TreeRows
 from runtime.exact.attention import BlockAttention
 from runtime.exact.packed import Forward
 
@@ -79,7 +80,13 @@ class FusedLayer:
         self.shared = shared
 
     def __call__(
-        self, hidden: Tensor, *, position_embeddings: tuple[Tensor, Tensor], past_key_values: Any, **ignored: Any
+        self,
+        hidden: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Any,
+        attention_mask: TreeRows | None = None,
+        **ignored: Any,
     ) -> Tensor:
         """Hidden states [1, T, D] one layer further; appends to the cache."""
         length = hidden.shape[1]
@@ -88,7 +95,7 @@ class FusedLayer:
         turned = _rotate(turning, *self.shared.tables(*position_embeddings))
         query, key = turned.split_with_sizes([self.num_queries, self.num_keys], 1)
         keys, values = past_key_values.update(key, value, self.module.layer_idx)
-        attended, _ = self.attention(self.module, query, keys, values, None, scaling=self.module.scaling)
+        attended, _ = self.attention(self.module, query, keys, values, attention_mask, scaling=self.module.scaling)
         hidden = self.output(attended.reshape(1, length, -1)).add_(hidden)
         gate, up = self.gate_up(self._norm(1, hidden)).chunk(2, -1)
         return self.down(functional.silu(gate).mul_(up)).add_(hidden)

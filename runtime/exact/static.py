@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from runtime.adapter.identity import plain_tensors
 from runtime.decoding.cache import KVCache, Through
+from runtime.decoding.rows import TreeRows
 from runtime.exact.graphs import Graphs
 
 # Positions of the smallest buffer, and those kept free for the padding of a text's last block.
@@ -34,6 +35,7 @@ class StaticCache(KVCache):
         self.graphs = Graphs()
         self._store: Tensor | None = None  # [layers, 2, 1, KV heads, C, head size]
         self._inputs: dict[int, Tensor] = {}  # W -> hidden states [1, W, D] of the block that runs
+        self._trees: dict[int, tuple[Tensor, Tensor]] = {}  # W -> positions [1, W] and mask [1, 1, W, C] of a tree
         self._start = torch.empty(0)  # the block's first row in the cache and first position
         self._columns = torch.empty(0)  # 0 to C - 1
         self._places = torch.empty(0)  # rows of the cache that the block writes, [W]
@@ -75,7 +77,9 @@ class StaticCache(KVCache):
             self._store[..., length : self._written, :].zero_()
             self._written = length
 
-    def run(self, through: Through, hidden: Tensor, start: int, stop: int, position: int) -> Tensor:
+    def run(
+        self, through: Through, hidden: Tensor, start: int, stop: int, position: int, tree: TreeRows | None = None
+    ) -> Tensor:
         """As `KVCache.run`; the block's rows go after those that each of these layers holds."""
         count, row = hidden.shape[1], self.lengths[start]
         width = 1 << (count - 1).bit_length()
@@ -88,16 +92,38 @@ class StaticCache(KVCache):
         given[:, count:].zero_()
         self._start[0].fill_(row)  # numbers go along with the call: nothing waits for the device
         self._start[1].fill_(position)
-        segment = partial(self._segment, through, given, start, stop)
-        output = self.graphs.call((start, stop, width), segment, hidden.device)
+        shape = None if tree is None else self._place(tree, width, position)
+        segment = partial(self._segment, through, given, start, stop, shape)
+        output = self.graphs.call((start, stop, width, tree is None), segment, hidden.device)
         self.lengths[start:stop] = [row + count] * (stop - start)
         self._written = max(self._written, row + width)
         return output[:, :count].clone()
 
-    def _segment(self, through: Through, hidden: Tensor, start: int, stop: int) -> Tensor:
+    def _place(self, tree: TreeRows, width: int, position: int) -> tuple[Tensor, Tensor]:
+        """Positions and mask of a tree's block, where they stay; rows of padding see what is settled."""
+        store = self._store
+        assert store is not None
+        if width not in self._trees:
+            with torch.inference_mode(False):
+                steps = torch.zeros(1, width, dtype=torch.int64, device=store.device)
+                self._trees[width] = steps, store.new_zeros(1, 1, width, store.shape[4])
+        steps, mask = self._trees[width]
+        count = len(tree.paths)
+        steps[:, :count].copy_(tree.positions(position, torch.device("cpu")))
+        mask.fill_(-torch.inf)
+        mask[..., : tree.settled] = 0
+        hidden = tree.hidden(store.shape[4], torch.device("cpu"))
+        mask[0, 0, :count].copy_(torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf))
+        return steps, mask
+
+    def _segment(
+        self, through: Through, hidden: Tensor, start: int, stop: int, shape: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         """The call that is recorded: all that it reads and writes is in tensors that stay, none of it in numbers."""
         steps = torch.arange(hidden.shape[1], device=hidden.device)
         self._places = self._start[0] + steps
+        if shape is not None:
+            return through(hidden, start, stop, shape[0], self, shape[1])
         unseen = self._columns > self._places[:, None]
         mask = torch.zeros(unseen.shape, dtype=hidden.dtype, device=hidden.device).masked_fill_(unseen, -torch.inf)
         return through(hidden, start, stop, (self._start[1] + steps)[None], self, mask[None, None])
@@ -124,6 +150,7 @@ class StaticCache(KVCache):
         self._store = store
         self._keys = [store[index, 0] for index in range(num_layers)]
         self._values = [store[index, 1] for index in range(num_layers)]
+        self._trees.clear()
         self.graphs = Graphs()
 
 

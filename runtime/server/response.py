@@ -172,8 +172,11 @@ class Answer:
         drafts = [tokenizer.decode([token]) for token in one.drafts]
         return {
             "tokens": one.num_tokens,
-            "accepted": one.num_accepted,
-            "drafts": [{"text": text, "exit": exit} for text, exit in zip(drafts, one.exit_layers, strict=True)],
+            "accepted": one.accepted,
+            "drafts": [
+                {"text": text, "exit": exit, "parent": parent}
+                for text, exit, parent in zip(drafts, one.exit_layers, one.parents, strict=True)
+            ],
         }
 
     def _usage(self, written: Written) -> dict[str, Any]:

@@ -50,15 +50,17 @@ class Round:
     """A round of speculation ended.
 
     Attributes:
-        drafts: the drafted token ids, in order.
+        drafts: the drafted token ids, a tree's in the order in which they were made.
+        parents: of each, 0 where it follows the last token before the round, n + 1 where the draft with index n.
         exit_layers: of each; 0 is the lookup.
-        num_accepted: so many of them, from the first on, are in the text.
+        accepted: indices of those in the text, in its order.
         num_tokens: so many tokens came of the round, these included.
     """
 
     drafts: list[int]
+    parents: list[int]
     exit_layers: list[int]
-    num_accepted: int
+    accepted: list[int]
     num_tokens: int
 
 
@@ -120,7 +122,7 @@ class Transcript(StoppingCriteria):
 
     def end_round(self, draft: Draft, result: Accepted) -> None:
         """What became of a round's drafts."""
-        self.listener(Round(draft.tokens, draft.exit_layers, result.num_accepted, len(result.tokens)))
+        self.listener(Round(draft.tokens, draft.parents, draft.exit_layers, result.drafts, len(result.tokens)))
 
     def _decoded(self, *, last: bool = False) -> str:
         """Text that the tokens not shown yet add; empty while their last character is unfinished."""

@@ -123,7 +123,8 @@ def bounds(model: Any, adapter: Path) -> dict[str, float]:
     specbound = model.specbound
     costs = CostTable.read(adapter / "costs.json")
     traces = Traces.read(adapter / TRACES_FILE, weights_sha256=specbound.config.weights_sha256)
-    never_wrong = replace(traces, confidence=np.ones_like(traces.confidence), correct=np.ones_like(traces.correct))
+    right = np.zeros_like(traces.rank)
+    never_wrong = replace(traces, confidence=np.ones_like(traces.confidence), rank=right, shared=right)
     rates = [Replayer(never_wrong, costs).run(SpeculationBounds(0.5, 0, width)).tokens_per_second for width in WIDTHS]
     tuned = Replayer(traces, costs).run(specbound.bounds)
     alone = Replayer(traces, costs).run(SpeculationBounds(OFF, 0, 0))

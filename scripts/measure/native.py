@@ -75,7 +75,7 @@ def draft(heads: Any, repeats: int) -> dict[str, float]:
     context, layer = HeadContext(states[1], states[2], torch.tensor([1])), heads.exit_layers[0]
     ways = {"as modules": replace(heads, native={}), "in our kernel": heads}
     return timed(
-        {name: lambda way=way: way.best(layer, states[0], context, 1.0) for name, way in ways.items()}, repeats
+        {name: lambda way=way: way.best(layer, states[0], context, 1.0, 1) for name, way in ways.items()}, repeats
     )
 
 

@@ -1,5 +1,7 @@
 """Drafters without trained heads, for tests of the loop."""
 
+from collections.abc import Sequence
+
 import torch
 
 from runtime.decoding.layers import DecoderLayers
@@ -13,20 +15,27 @@ class FakeHeads:
         self, kind: str, exit_layers: list[int], truth: list[int] | None = None, vocabulary: int = 96
     ) -> None:
         self.kind = kind
-        self.modules = ()
+        self.modules, self.watched = (), []
         self.exit_layers = exit_layers
         self.truth = truth or []
         self.vocabulary = vocabulary
         self.numbers = torch.Generator().manual_seed(0)
 
-    def propose(self, layer: int, state: DecodeState) -> tuple[int, float]:
-        """What the kind says."""
+    def propose(
+        self, layer: int, state: DecodeState, nodes: Sequence[int], count: int
+    ) -> list[list[tuple[int, float]]]:
+        """What the kind says, for each node; further tokens are other ones, each less sure."""
+        return [self._of(state.length + len(state.paths[node]), count) for node in nodes]
+
+    def _of(self, position: int, count: int) -> list[tuple[int, float]]:
         draw = int(torch.randint(self.vocabulary, (1,), generator=self.numbers))
         confidence = float(torch.rand(1, generator=self.numbers)) if self.kind == "mixed" else 1.0
-        correct = self.truth[state.length] if state.length < len(self.truth) else 0
+        correct = self.truth[position] if position < len(self.truth) else 0
         wrong = (correct + 1) % self.vocabulary
         mixed = correct if draw % 3 else wrong
-        return {"random": draw, "right": correct, "wrong": wrong, "constant": 5, "mixed": mixed}[self.kind], confidence
+        first = {"random": draw, "right": correct, "wrong": wrong, "constant": 5, "mixed": mixed}[self.kind]
+        step = 1 if self.kind != "wrong" else 2
+        return [((first + step * index) % self.vocabulary, confidence / (1 + index)) for index in range(count)]
 
     def on(self, layers: DecoderLayers) -> "FakeHeads":
         """Nothing to move."""

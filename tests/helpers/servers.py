@@ -71,7 +71,7 @@ class Valve(FakeHeads):
         self.reached = threading.Event()
         self.failing = False
 
-    def propose(self, *args: Any) -> tuple[int, float]:
+    def propose(self, *args: Any) -> Any:
         """Wait, then draft."""
         self.reached.set()
         assert self.open.wait(120)

@@ -1,11 +1,11 @@
 """Equality with stock `generate`: the oracle is the same model without SpecBound, run in the test, ids compared."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig, PreTrainedModel
 
 import runtime.decoding.rounds
 from runtime import SpeculationBounds, UnsupportedModel, detach
@@ -74,11 +74,15 @@ def test_every_family_greedy_and_sampled(family: str, dtype: torch.dtype) -> Non
 class WatchingHeads(FakeHeads):
     """Keeps what the newest token's age and the verified state's own choice were, at every proposal."""
 
-    def propose(self, layer: int, state: DecodeState) -> tuple[int, float]:
-        context = head_context(state)
-        choice = state.layers.unembed(context.deep).argmax() if context.age else None
-        self.seen.append((int(context.age), choice is None or int(choice) == state.pending[0], len(state.pending)))
-        return super().propose(layer, state)
+    def propose(self, layer: int, state: DecodeState, nodes: Sequence[int], count: int) -> Any:
+        context = head_context(state, nodes)
+        for row, node in enumerate(nodes):
+            age, distance = int(context.age[row]), len(state.paths[node])
+            choice = int(state.layers.unembed(context.deep[row : row + 1]).argmax()) if age else None
+            ids = torch.tensor([[state.pending[node]]])
+            fits = torch.equal(context.embedding[row], state.layers.embed(ids, 0)[0, 0])
+            self.seen.append((age, choice is None or choice == state.pending[0], distance, fits))
+        return super().propose(layer, state, nodes, count)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -88,11 +92,12 @@ def test_heads_read_the_state_that_the_last_emitted_token_came_from(family: str)
     stock = model.generate(prompt(), max_new_tokens=40, do_sample=False)
     heads = WatchingHeads("mixed", [1, 2], stock[0].tolist())
     heads.seen = []
-    found, _ = run(model, heads, SpeculationBounds(0.4, 2, 8), inputs=prompt(), max_new_tokens=40, do_sample=False)
-    assert torch.equal(found, stock)
-    assert all(correct for _, correct, _ in heads.seen)
-    assert all(age == (pending if pending <= MAX_AGE else 0) for age, _, pending in heads.seen)
-    assert {age for age, _, _ in heads.seen} >= {0, 1, 2, 3}
+    for bounds in (SpeculationBounds(0.4, 2, 8), SpeculationBounds(0.4, 2, 12, max_branches=2)):
+        assert torch.equal(run(model, heads, bounds, inputs=prompt(), max_new_tokens=40, do_sample=False)[0], stock)
+    assert all(correct for _, correct, _, _ in heads.seen)
+    assert all(age == (distance if distance <= MAX_AGE else 0) for age, _, distance, _ in heads.seen)
+    assert {age for age, _, _, _ in heads.seen} >= {0, 1, 2, 3}
+    assert family == "gpt2" or all(fits for _, _, _, fits in heads.seen)  # positions are added there
 
 
 @pytest.mark.parametrize("max_draft_tokens", [1, 2, 4, 8, 16])
@@ -125,11 +130,11 @@ def test_right_heads_reach_the_bound() -> None:
 
 
 def test_wrong_heads_accept_nothing() -> None:
-    """No draft right: one token a round, and the statistics say so."""
-    model = tiny("llama")
-    stock = model.generate(prompt(), max_new_tokens=20, do_sample=False)
+    """No draft right: one token a round."""
+    model, options = tiny("llama"), {"max_new_tokens": 20, "do_sample": False}
+    stock = model.generate(prompt(), **options)
     heads = FakeHeads("wrong", [2], stock[0].tolist())
-    _, specbound = run(model, heads, SpeculationBounds(0.5, 2, 4), inputs=prompt(), max_new_tokens=20, do_sample=False)
+    _, specbound = run(model, heads, SpeculationBounds(0.5, 2, 4), inputs=prompt(), **options)
     assert specbound.stats.acceptance_rate == 0.0
     assert specbound.stats.mean_accepted_length == 1.0
 
@@ -137,9 +142,9 @@ def test_wrong_heads_accept_nothing() -> None:
 def test_negative_control_accepting_a_wrong_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison can fail: with every draft taken as right, ids differ."""
 
-    def gullible(draft: list[int], choose: Callable[[int], tuple[int, bool]]) -> Accepted:
+    def gullible(draft: list[int], parents: list[int], choose: Callable[[int], tuple[int, bool]]) -> Accepted:
         token, stop = choose(0)
-        return Accepted([draft[0] if draft else token], 1 if draft else 0, stop)
+        return Accepted([draft[0] if draft else token], [0, 1] if draft else [0], stop)
 
     model = tiny("llama")
     stock = model.generate(prompt(), max_new_tokens=20, do_sample=False)
@@ -201,8 +206,6 @@ def test_other_models_are_refused_by_name(config: Any, reason: str) -> None:
 
 def test_unknown_family_is_refused() -> None:
     """OPT is not in the table."""
-    from transformers import OPTConfig
-
     config = OPTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, vocab_size=50)
     with pytest.raises(UnsupportedModel, match=r"OPTForCausalLM.*model_type 'opt'"):
         DecoderLayers(AutoModelForCausalLM.from_config(config))

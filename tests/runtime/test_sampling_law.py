@@ -75,9 +75,9 @@ def test_negative_control_a_biased_acceptance_is_seen(
 ) -> None:
     """Taking any draft that the target finds likely enough, as lossy methods do."""
 
-    def biased(draft: Any, choose: Any) -> Accepted:
+    def biased(draft: Any, parents: Any, choose: Any) -> Accepted:
         drafted.append(draft[0] if draft else -1)
-        return accept(draft, choose)
+        return accept(draft, parents, choose)
 
     drafted = [-1]
     draw = torch.multinomial

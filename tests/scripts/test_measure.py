@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from runtime import load_specbound
 from runtime.decoding.layers import DecoderLayers
@@ -24,6 +25,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.scripts import script
 from train.calibration.traces import TRACES_FILE, Traces
 from train.corpus.prompts import read_prompts
+from train.features.extractor import Sequences
 from train.replay.costs import CostTable
 from train.replay.variants import FULL, UNCALIBRATED
 
@@ -79,10 +81,9 @@ def test_adversarial(adapted: Any) -> None:
 def random_traces(layers: tuple[int, ...]) -> Traces:
     """Sources that are right as often as they are sure."""
     numbers = np.random.default_rng(0)
-    confidence = numbers.random((len(layers), 1, 80)).astype(np.float32)
-    return Traces(
-        layers, confidence, numbers.random(confidence.shape) < confidence, np.repeat([0, 1], 40), np.arange(80)
-    )
+    confidence = numbers.random((len(layers), 1, 1, 80)).astype(np.float32)
+    rank = np.where(numbers.random(confidence.shape) < confidence, 0, -1).astype(np.int8)[:, :, 0]
+    return Traces(layers, confidence, rank, np.full_like(rank, -1), np.repeat([0, 1], 40), np.arange(80))
 
 
 def test_ceiling(adapted: Any, demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,3 +199,21 @@ def test_lora(demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(Path("lora.json").read_text())
     assert list(found["stages"]) == ["unmerged", "merged", "unmerged again"] and len(found["losses"]) == 2
     assert all(stage["tokens"] >= 20 and stage["differing"] == 0 for stage in found["stages"].values())
+
+
+@pytest.mark.parametrize("head", ["attention", "deep"])
+def test_recall_of_heads_rises_with_k(make_model, make_adapter, tmp_path, head):
+    heads, model = script("recall"), make_model()
+    adapter = make_adapter(model, head=head)
+    save_file(
+        adapter.heads.state_dict() | {"draft_to_target": adapter.draft_to_target}, tmp_path / "heads.safetensors"
+    )
+    layers = DecoderLayers(model)
+    read = heads.read_heads(tmp_path / "heads.safetensors", head, layers)
+    rows = Sequences([([3, 4, 5, 6], list(range(7, 27))), ([5, 8], list(range(30, 60)))], 0)
+    found = heads.measure(read, layers, rows, prompt_tokens=8 if head == "attention" else 0)
+    assert list(found) == [2, 4] and list(found[2]) == [1, 2, 3, 4]
+    for drafts in found.values():
+        for shares in drafts.values():
+            assert list(shares.values()) == sorted(shares.values())
+    assert len(heads.lines(found)) == 4

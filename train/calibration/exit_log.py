@@ -12,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.drafting.draft_heads import DraftHeads
-from runtime.drafting.temperature import confidence
+from runtime.drafting.temperature import likeliest
 from train.features.extractor import Features
+
+BRANCHES = 4  # drafts logged at each position
 
 
 @dataclass(slots=True)
@@ -29,7 +31,7 @@ class ExitLog:
     ages: Sequence[int]
     _sure: dict[int, list[NDArray[np.float32]]] = field(default_factory=dict)
     _uncalibrated: dict[int, list[NDArray[np.float32]]] = field(default_factory=dict)
-    _right: dict[int, list[NDArray[np.bool_]]] = field(default_factory=dict)
+    _tokens: dict[int, list[NDArray[np.int64]]] = field(default_factory=dict)
     _targets: list[NDArray[np.int64]] = field(default_factory=list)
     _lengths: list[int] = field(default_factory=list)
 
@@ -47,40 +49,44 @@ class ExitLog:
         logged = cls(temperatures, ages)
         for batch in batches:
             logits = [heads(batch.hidden, batch.context(age)) for age in ages]
-            logged.add(batch, logits, heads.target_to_draft[batch.target])
+            logged.add(batch, logits, heads.draft_to_target)
         return logged
 
-    def add(self, batch: Features, logits: Sequence[Mapping[int, torch.Tensor]], choice: torch.Tensor) -> None:
+    def add(
+        self, batch: Features, logits: Sequence[Mapping[int, torch.Tensor]], draft_to_target: torch.Tensor
+    ) -> None:
         """Log one batch.
 
         Args:
             logits: for each age, exit layer -> draft logits [N, V].
-            choice: draft id of the base's choice, shape [N]; negative where the draft vocabulary lacks it.
+            draft_to_target: target id of each draft id, shape [V], int64, on the CPU.
         """
+        count = min(BRANCHES, len(draft_to_target))
         for layer in logits[0]:
             given = [by_layer[layer] for by_layer in logits]
-            correct = [one.argmax(-1) == choice for one in given]
-            self._right.setdefault(layer, []).append(torch.stack(correct).cpu().numpy())
-            for into, temperature in ((self._sure, self.temperatures[layer]), (self._uncalibrated, 1.0)):
-                confidences = [confidence(one, temperature) for one in given]
-                into.setdefault(layer, []).append(torch.stack(confidences).cpu().numpy())
+            calibrated = [likeliest(one, self.temperatures[layer], count) for one in given]
+            plain = [likeliest(one, 1.0, count)[0] for one in given]
+            ids = torch.stack([indices.T for _, indices in calibrated]).cpu()
+            self._tokens.setdefault(layer, []).append(draft_to_target[ids].numpy())
+            self._sure.setdefault(layer, []).append(torch.stack([values.T for values, _ in calibrated]).cpu().numpy())
+            self._uncalibrated.setdefault(layer, []).append(torch.stack([values.T for values in plain]).cpu().numpy())
         self._targets.append(batch.target.cpu().numpy())
         self._lengths += batch.lengths
 
     @property
     def confidence(self) -> dict[int, NDArray[np.float32]]:
-        """Exit layer -> calibrated confidence, shape [ages, N]."""
+        """Exit layer -> calibrated confidence of its likeliest drafts, shape [ages, K, N]."""
         return _joined(self._sure)
 
     @property
     def uncalibrated(self) -> dict[int, NDArray[np.float32]]:
-        """Exit layer -> confidence at T = 1, shape [ages, N]."""
+        """Exit layer -> confidence at T = 1, shape [ages, K, N]."""
         return _joined(self._uncalibrated)
 
     @property
-    def correct(self) -> dict[int, NDArray[np.bool_]]:
-        """Exit layer -> whether the draft is the base's choice, shape [ages, N]."""
-        return _joined(self._right)
+    def tokens(self) -> dict[int, NDArray[np.int64]]:
+        """Exit layer -> its likeliest drafts, target ids, shape [ages, K, N]."""
+        return _joined(self._tokens)
 
     @property
     def targets(self) -> NDArray[np.int64]:
@@ -94,4 +100,4 @@ class ExitLog:
 
 
 def _joined(parts: Mapping[int, list[NDArray[Any]]]) -> dict[int, NDArray[Any]]:
-    return {layer: np.concatenate(arrays, axis=1) for layer, arrays in parts.items()}
+    return {layer: np.concatenate(arrays, axis=-1) for layer, arrays in parts.items()}

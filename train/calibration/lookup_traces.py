@@ -27,6 +27,7 @@ class LookupTraces:
         match: length of the match, shape [N]; 0 where nothing was proposed.
         support: see `runtime.drafting.lookup`, shape [N].
         correct: whether the proposal is the base's choice, shape [N].
+        token: the proposal, shape [N]; -1 where nothing was proposed.
         after_wrong: match and support of the lookup's next proposals after a wrong one of its own, shape
             [2, FOLLOWED, N]; match is 0 after a correct proposal and where the lookup would propose nothing.
     """
@@ -34,6 +35,7 @@ class LookupTraces:
     match: NDArray[np.int64]
     support: NDArray[np.int64]
     correct: NDArray[np.bool_]
+    token: NDArray[np.int64]
     after_wrong: NDArray[np.int64]
 
     @classmethod
@@ -52,13 +54,15 @@ class LookupTraces:
                 proposal = lookup.propose([newest])
                 choice = next(choices)
                 proposals.append(
-                    (0, 0, False) if proposal is None else (proposal.match, proposal.support, proposal.token == choice)
+                    (0, 0, False, -1)
+                    if proposal is None
+                    else (proposal.match, proposal.support, proposal.token == choice, proposal.token)
                 )
                 lost = proposal is not None and proposal.token != choice
                 behind.append(_followed(lookup, newest) if lost else NOTHING)
                 lookup.extend([newest])
-        match, support, correct = zip(*proposals, strict=True)
-        return cls(np.array(match), np.array(support), np.array(correct), np.moveaxis(np.array(behind), 0, -1))
+        match, support, correct, token = map(np.array, zip(*proposals, strict=True))
+        return cls(match, support, correct, token, np.moveaxis(np.array(behind), 0, -1))
 
     def fit(self) -> LookupTable:
         """Fit the table: share of correct proposals by match length and support, shrunk towards that of the length."""

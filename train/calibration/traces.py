@@ -21,6 +21,7 @@ from train.calibration.lookup_traces import LookupTraces
 
 TRACES_FILE = "traces.safetensors"
 LOOKUP_LAYER = 0  # the lookup needs no decoder layer
+NOTHING = -2  # as a token: no draft is it
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +30,11 @@ class Traces:
 
     Attributes:
         layers: sources of drafts, ascending; 0 is the lookup, others are exit layers.
-        confidence: calibrated confidence of each source, shape [sources, A, N], float32. The middle index counts the
-            drafts of a round; the last one covers all later drafts. (Heads may read a verified state, which gets older
-            with each draft.)
-        correct: whether the source's draft is the base's choice, shape [sources, A, N], bool.
+        confidence: calibrated confidence of each source's K likeliest drafts, shape [sources, A, K, N], float32, 0
+            where there is none. The second index is the distance from the root of a round's tree; its last covers all
+            greater ones. (Heads may read a verified state, which gets older with each draft.)
+        rank: which of them is the base's choice, shape [sources, A, N], int8; -1 where none is.
+        shared: which of them the lookup proposes as well, the same shape; -1 where none is.
         sequence: index of each position's text, shape [N], int64, from 0, not decreasing.
         context: number of tokens before each position, the prompt included, shape [N], int64.
         uncalibrated: `confidence` with every exit temperature 1; None if not logged.
@@ -43,7 +45,8 @@ class Traces:
 
     layers: tuple[int, ...]
     confidence: NDArray[np.float32]
-    correct: NDArray[np.bool_]
+    rank: NDArray[np.int8]
+    shared: NDArray[np.int8]
     sequence: NDArray[np.int64]
     context: NDArray[np.int64]
     uncalibrated: NDArray[np.float32] | None = None
@@ -51,12 +54,14 @@ class Traces:
 
     def __post_init__(self) -> None:
         length = len(self.sequence)
-        shape = (len(self.layers), *self.confidence.shape[1:2], length)
+        shape = (len(self.layers), *self.confidence.shape[1:3], length)
+        placed = shape[:2] + shape[3:]
         steps = np.diff(self.sequence)
         if (
             length == 0
             or self.confidence.shape != shape
-            or self.correct.shape != shape
+            or self.rank.shape != placed
+            or self.shared.shape != placed
             or (self.uncalibrated is not None and self.uncalibrated.shape != shape)
             or (self.after_wrong is not None and self.after_wrong.shape != (len(self.after_wrong), length))
             or self.context.shape != (length,)
@@ -68,6 +73,11 @@ class Traces:
 
     def __len__(self) -> int:
         return len(self.sequence)
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether each source's likeliest draft is the base's choice, shape [sources, A, N]."""
+        return self.rank == 0
 
     @property
     def num_sequences(self) -> int:
@@ -98,42 +108,30 @@ class Traces:
             rows: prompt ids and response ids of each text.
             lookup: its log and its confidence table; None if the lookup is off.
         """
-        confidence, uncalibrated, correct = exits.confidence, exits.uncalibrated, exits.correct
-        after_wrong = None
+        confidence, uncalibrated = exits.confidence, exits.uncalibrated
+        tokens, targets = exits.tokens, exits.targets
+        after_wrong = looked_up = None
         if lookup is not None:
             log, table = lookup
-            drafted = {LOOKUP_LAYER: log.confidences(table)}
+            looked_up = log.token
+            drafted = {LOOKUP_LAYER: log.confidences(table)[None, None]}
             confidence, uncalibrated = confidence | drafted, uncalibrated | drafted
-            correct = correct | {LOOKUP_LAYER: log.correct}
+            tokens = tokens | {LOOKUP_LAYER: log.token[None, None]}
             after_wrong = log.confidences_after_wrong(table)
         lengths = np.array([len(prompt) for prompt, _ in rows])
-        return cls.join(confidence, correct, exits.sequence, lengths, uncalibrated, after_wrong)
-
-    @classmethod
-    def join(
-        cls,
-        confidence: Mapping[int, NDArray[np.float32]],
-        correct: Mapping[int, NDArray[np.bool_]],
-        sequence: NDArray[np.int64],
-        prompt_lengths: NDArray[np.int64],
-        uncalibrated: Mapping[int, NDArray[np.float32]] | None = None,
-        after_wrong: NDArray[np.float32] | None = None,
-    ) -> "Traces":
-        """Build traces from arrays by source over all positions, each of shape [N] or [A, N].
-
-        Args:
-            prompt_lengths: tokens of each text's prompt, shape [texts].
-        """
         layers = tuple(sorted(confidence))
+        rank = {layer: _place(drafts, targets) for layer, drafts in tokens.items()}
+        shared = {layer: _place(drafts, looked_up) for layer, drafts in tokens.items()}
+        sequence = exits.sequence
         first = np.searchsorted(sequence, np.arange(int(sequence[-1]) + 1))
-        offset = np.arange(len(sequence)) - first[sequence]
         return cls(
             layers=layers,
             confidence=_stack(confidence, layers).astype(np.float32),
-            correct=_stack(correct, layers),
+            rank=_stack(rank, layers),
+            shared=_stack(shared, layers),
             sequence=sequence,
-            context=prompt_lengths[sequence] + offset,
-            uncalibrated=None if uncalibrated is None else _stack(uncalibrated, layers).astype(np.float32),
+            context=lengths[sequence] + np.arange(len(sequence)) - first[sequence],
+            uncalibrated=_stack(uncalibrated, layers).astype(np.float32),
             after_wrong=after_wrong,
         )
 
@@ -144,7 +142,8 @@ class Traces:
         return Traces(
             self.layers,
             self.confidence.compress(keep, axis=-1),
-            self.correct.compress(keep, axis=-1),
+            self.rank.compress(keep, axis=-1),
+            self.shared.compress(keep, axis=-1),
             numbers[self.sequence[keep]],
             self.context[keep],
             None if self.uncalibrated is None else self.uncalibrated.compress(keep, axis=-1),
@@ -170,7 +169,8 @@ class Traces:
         tensors: dict[str, NDArray[Any]] = {
             "layers": np.array(self.layers, dtype=np.int64),
             "sure": np.ascontiguousarray(self.confidence, dtype=np.float16),
-            "right": np.ascontiguousarray(self.correct),
+            "rank": np.ascontiguousarray(self.rank),
+            "shared": np.ascontiguousarray(self.shared),
             "sequence": self.sequence.astype(np.int32),
             "context": self.context.astype(np.int32),
         }
@@ -196,10 +196,13 @@ class Traces:
             with safe_open(path, framework="np") as file:
                 heads = (file.metadata() or {}).get("weights_sha256")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if "right" in tensors:
+                raise ValueError("of an older specbound, without what a draft tree needs")
             traces = cls(
                 layers=tuple(tensors["layers"].tolist()),
                 confidence=tensors["sure"].astype(np.float32),
-                correct=tensors["right"],
+                rank=tensors["rank"],
+                shared=tensors["shared"],
                 sequence=tensors["sequence"].astype(np.int64),
                 context=tensors["context"].astype(np.int64),
                 uncalibrated=tensors["uncalibrated"].astype(np.float32) if "uncalibrated" in tensors else None,
@@ -221,8 +224,20 @@ def _spread(tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
     return spread
 
 
+def _place(drafts: NDArray[np.int64], wanted: NDArray[np.int64] | None) -> NDArray[np.int8]:
+    """Which of the drafts [A, K, N] is the wanted token [N]; -1 where none is."""
+    if wanted is None:
+        return np.full((drafts.shape[0], drafts.shape[2]), -1, dtype=np.int8)
+    same = drafts == np.where(wanted < 0, NOTHING, wanted)
+    return np.where(same.any(axis=1), same.argmax(axis=1), -1).astype(np.int8)
+
+
 def _stack(by_layer: Mapping[int, NDArray[Any]], layers: Sequence[int]) -> NDArray[Any]:
-    """Stack to shape [sources, A, N]; an array that holds for all drafts of a round is repeated."""
-    parts = [np.atleast_2d(by_layer[layer]) for layer in layers]
-    shape = (max(len(part) for part in parts), parts[0].shape[1])
-    return np.stack([np.broadcast_to(part, shape) for part in parts])
+    """Stack to shape [sources, A, ..., N]; what holds at every distance is repeated, drafts that are missing are 0."""
+    parts = [by_layer[layer] for layer in layers]
+    size = max(len(part) for part in parts)
+    parts = [np.broadcast_to(part, (size, *part.shape[1:])) for part in parts]
+    if parts[0].ndim == 3:
+        most = max(part.shape[1] for part in parts)
+        parts = [np.pad(part, ((0, 0), (0, most - part.shape[1]), (0, 0))) for part in parts]
+    return np.stack(parts)

@@ -61,4 +61,5 @@ def tune_command(
             f"{name}: {one['predicted_speedup']:.2f}x stock predicted, mean accepted length"
             f" {one['mean_accepted_length']:.2f}, {one['bounds']}"
         )
+    print("; ".join(f"{name} {said}" for name, said in summary["sources"].items()))
     print(f"predicted on texts that were not used to choose bounds: {summary['cross_fitted_speedup']:.2f}x")

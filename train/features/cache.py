@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from train.features.extractor import FeatureExtractor, Features, Sequences
+from train.features.prompts import Prompts
 
 SHARD = 256
+HIDDEN, PROMPTS = "hidden.", "prompts."  # how names of tensors begin
 
 
 class FeatureCache:
@@ -54,23 +57,43 @@ class FeatureCache:
 
     def __getitem__(self, index: int) -> Features:
         """Features of one sequence."""
-        with safe_open(self._path(index // SHARD), framework="pt") as file:
-            lengths = file.get_tensor("lengths").tolist()
-            start = sum(lengths[: index % SHARD])
-            stop = start + lengths[index % SHARD]
-            read = {name: file.get_slice(name)[start:stop] for name in file.keys() if name != "lengths"}  # noqa: SIM118
-        hidden = {int(name[7:]): tensor for name, tensor in read.items() if name.startswith("hidden.")}
-        rest = {name: tensor for name, tensor in read.items() if not name.startswith("hidden.")}
-        return Features(hidden=hidden, lengths=[stop - start], **rest)
+        number, within = divmod(index, SHARD)
+        with safe_open(self._path(number), framework="pt") as file:
+            names = list(file.keys())
+            spans = {}
+            for prefix in {name.rpartition("lengths")[0] for name in names if name.endswith("lengths")}:
+                lengths = file.get_tensor(f"{prefix}lengths").tolist()
+                spans[prefix] = (sum(lengths[:within]), sum(lengths[: within + 1]))
+            read: dict[str, Any] = {}
+            for name in names:
+                prefix = PROMPTS if name.startswith(PROMPTS) else ""
+                start, stop = spans[prefix]
+                is_lengths = name == f"{prefix}lengths"
+                read[name] = [stop - start] if is_lengths else file.get_slice(name)[start:stop]
+        prompts = {name.removeprefix(PROMPTS): read.pop(name) for name in names if name.startswith(PROMPTS)}
+        return Features(**_nested(read), prompts=Prompts(**_nested(prompts)) if prompts else None)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"features-{number:05d}.safetensors"
 
     def _write(self, path: Path, features: Features) -> None:
-        tensors = {f"hidden.{layer}": tensor for layer, tensor in features.hidden.items()}
-        names = [field.name for field in fields(features) if field.name not in ("hidden", "lengths")]
-        tensors |= {name: getattr(features, name) for name in names}
-        tensors["lengths"] = torch.tensor(features.lengths)
+        tensors = _flat(features)
+        if features.prompts is not None:
+            tensors |= {f"{PROMPTS}{name}": tensor for name, tensor in _flat(features.prompts).items()}
         unfinished = path.with_suffix(".tmp")
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
         unfinished.replace(path)
+
+
+def _flat(states: Features | Prompts) -> dict[str, Tensor]:
+    """Tensors by name; hidden states as `hidden.<layer>`."""
+    tensors = {f"{HIDDEN}{layer}": tensor for layer, tensor in states.hidden.items()}
+    values = {field.name: getattr(states, field.name) for field in fields(states)}
+    tensors |= {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    return tensors | {"lengths": torch.tensor(states.lengths)}
+
+
+def _nested(read: dict[str, Any]) -> dict[str, Any]:
+    """What `_flat` was made from."""
+    hidden = {int(name.removeprefix(HIDDEN)): read[name] for name in read if name.startswith(HIDDEN)}
+    return {name: value for name, value in read.items() if not name.startswith(HIDDEN)} | {"hidden": hidden}

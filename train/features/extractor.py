@@ -4,7 +4,7 @@ One forward of the frozen base gives all of them. Needs no heads and no losses.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +12,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from runtime.decoding.layers import DecoderLayers
-from runtime.drafting.heads import HeadContext
+from runtime.drafting.exit_head import HeadContext, WholeTexts
 from runtime.errors import DataError
+from train.features import states
+from train.features.prompts import Prompts, whole_texts
 
 CHUNK = 512
+TOP = -1  # in the place of a depth: above all layers
 # Ages of the verified state in fitting and calibration, used in turn: about as frequent as they are in drafting.
 AGE_PATTERN = (1, 1, 2, 1, 1, 3, 1, 2, 4, 0)
 
@@ -32,6 +35,7 @@ class Features:
         top_ids: its most likely next tokens, shape [N, K], int64.
         top_log_probs: their log-probabilities under the whole vocabulary, shape [N, K], float32.
         lengths: positions of each sequence, summing to N.
+        prompts: the positions before, for heads that attend; None for others.
     """
 
     hidden: dict[int, Tensor]
@@ -41,50 +45,52 @@ class Features:
     top_ids: Tensor
     top_log_probs: Tensor
     lengths: list[int]
+    prompts: Prompts | None = None
 
-    def context(self, age: int | None = None, *, turn: int = 0) -> HeadContext:
+    def context(self, age: int | Sequence[int] | None = None, *, turn: int = 0) -> HeadContext:
         """What heads read besides hidden states, with a verified state that is `age` positions old.
 
         Args:
-            age: one age for all positions, 0 for no verified state; by default it varies with position and `turn`.
+            age: one age for all positions, 0 for no verified state; several for as many drafts of each position; by
+                default it varies with position and `turn`.
         """
+        each = [self._verified(one, turn) for one in age] if isinstance(age, Sequence) else [self._verified(age, turn)]
+        deep, ages = (torch.stack(parts) for parts in zip(*each, strict=True))
+        if not isinstance(age, Sequence):
+            deep, ages = deep[0], ages[0]
+        return HeadContext(self.embedding, deep, ages, self.texts)
+
+    def _verified(self, age: int | None, turn: int) -> tuple[Tensor, Tensor]:
+        """Newest verified state [N, D] and its age [N] at every position, see `context`."""
         offset = torch.cat([torch.arange(length) for length in self.lengths]).to(self.deep.device)
         pattern = torch.tensor(AGE_PATTERN if age is None else [age], device=self.deep.device)
         ages = pattern[(offset + turn) % len(pattern)]
-        ages = torch.where(ages <= offset, ages, 0)  # nothing is drafted before the response
-        positions = torch.arange(len(offset), device=self.deep.device) - ages
-        deep = torch.where((ages > 0)[:, None], self.deep[positions], 0)
-        return HeadContext(self.embedding, deep, ages)
+        known = torch.where(ages <= offset, ages, 0)  # nothing is drafted before the response
+        positions = torch.arange(len(offset), device=self.deep.device) - known
+        deep = torch.where((known > 0)[:, None], self.deep[positions], 0)
+        return deep, known if self.prompts is None else ages  # whole texts say where a response begins
+
+    @property
+    def texts(self) -> WholeTexts | None:
+        """The whole texts; None where no prompts were kept."""
+        if self.prompts is None:
+            return None
+        return whole_texts(self.prompts, self.hidden, self.embedding, self.deep, self.lengths)
 
     @classmethod
     def join(cls, parts: Sequence["Features"]) -> "Features":
         """Concatenate the sequences of several features."""
-        hidden = {layer: torch.cat([part.hidden[layer] for part in parts]) for layer in parts[0].hidden}
-        names = [field.name for field in fields(cls) if field.name not in ("hidden", "lengths")]
-        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-        return cls(hidden=hidden, lengths=[length for part in parts for length in part.lengths], **tensors)
+        joined: Features = states.join(parts)
+        return joined
 
     def to(self, device: torch.device | str) -> "Features":
         """The same features on another device."""
-        hidden = {layer: tensor.to(device) for layer, tensor in self.hidden.items()}
-        names = [field.name for field in fields(self) if field.name not in ("hidden", "lengths")]
-        return Features(
-            hidden=hidden, lengths=self.lengths, **{name: getattr(self, name).to(device) for name in names}
-        )
+        moved: Features = states.change(self, lambda tensor: tensor.to(device))
+        return moved
 
     def split(self) -> list["Features"]:
         """Split into the features of each sequence."""
-        names = [field.name for field in fields(self) if field.name not in ("hidden", "lengths")]
-        pieces = {name: getattr(self, name).split(self.lengths) for name in names}
-        hidden = {layer: tensor.split(self.lengths) for layer, tensor in self.hidden.items()}
-        return [
-            Features(
-                hidden={layer: tensors[index] for layer, tensors in hidden.items()},
-                lengths=[length],
-                **{name: pieces[name][index] for name in names},
-            )
-            for index, length in enumerate(self.lengths)
-        ]
+        return states.split(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +140,15 @@ class FeatureExtractor:
         layers: the base.
         exit_layers: where hidden states are taken.
         top_k: K, the number of the base's most likely tokens to keep.
+        prompt_tokens: the prompt positions just before a response to keep too; 0 for none, and no `prompts`.
     """
 
-    def __init__(self, layers: DecoderLayers, exit_layers: Sequence[int], *, top_k: int) -> None:
+    def __init__(
+        self, layers: DecoderLayers, exit_layers: Sequence[int], *, top_k: int, prompt_tokens: int = 0
+    ) -> None:
         self.layers = layers
         self.exit_layers = list(exit_layers)
-        self.top_k = top_k
+        self.top_k, self.prompt_tokens = top_k, prompt_tokens
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[tuple[list[int], list[int]]]) -> Features:
@@ -150,8 +159,28 @@ class FeatureExtractor:
         lengths = torch.tensor([len(text) for text in texts])
         mask = (torch.arange(input_ids.shape[1])[None] < lengths[:, None]).to(device)
         chosen = torch.zeros_like(mask)
+        before = [min(self.prompt_tokens, len(prompt) - 1) for prompt, _ in rows]
         for index, (prompt, response) in enumerate(rows):
-            chosen[index, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
+            chosen[index, len(prompt) - 1 - before[index] : len(prompt) + len(response) - 1] = True
+        taken = self._run(input_ids, mask, chosen)
+        kept = {depth: _parted(tensor, before, rows) for depth, tensor in taken.items()}
+        exits, (embeddings, deep) = self.exit_layers, (kept[0], kept[TOP])
+        target, ids, log_probs = self._teacher(deep[1])
+        return Features(
+            hidden={depth: kept[depth][1] for depth in exits},
+            embedding=embeddings[1],
+            deep=deep[1],
+            target=target,
+            top_ids=ids,
+            top_log_probs=log_probs,
+            lengths=[len(response) for _, response in rows],
+            prompts=Prompts({depth: kept[depth][0] for depth in exits}, embeddings[0], deep[0], before)
+            if self.prompt_tokens
+            else None,
+        )
+
+    def _run(self, input_ids: Tensor, mask: Tensor, chosen: Tensor) -> dict[int, Tensor]:
+        """Hidden states at the chosen positions by depth: 0, the exits, and `TOP` for the last ones."""
         taken: dict[int, Tensor] = {}
         hooks = [
             self.layers.layers[depth - 1].register_forward_hook(
@@ -170,17 +199,7 @@ class FeatureExtractor:
         finally:
             for hook in hooks:
                 hook.remove()
-        deep = top.last_hidden_state[chosen]
-        target, ids, log_probs = self._teacher(deep)
-        return Features(
-            hidden={depth: taken[depth] for depth in self.exit_layers},
-            embedding=taken[0],
-            deep=deep,
-            target=target,
-            top_ids=ids,
-            top_log_probs=log_probs,
-            lengths=[len(response) for _, response in rows],
-        )
+        return taken | {TOP: top.last_hidden_state[chosen]}
 
     def _teacher(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Choice and top-k distribution from the last normed states [N, D]; one chunk of logits at a time."""
@@ -200,3 +219,12 @@ def _tensor(output: Any) -> Tensor:
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
+
+
+def _parted(
+    states: Tensor, before: Sequence[int], rows: Sequence[tuple[list[int], list[int]]]
+) -> tuple[Tensor, Tensor]:
+    """Prompt positions and response positions of states that hold both, text by text."""
+    sizes = [size for number, (_, response) in zip(before, rows, strict=True) for size in (number, len(response))]
+    pieces = states.split(sizes)
+    return torch.cat(pieces[::2]), torch.cat(pieces[1::2])

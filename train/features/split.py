@@ -10,9 +10,11 @@ from accelerate.utils import tqdm
 
 from runtime.adapter.identity import base_fingerprint
 from runtime.decoding.layers import DecoderLayers
+from runtime.drafting.heads import attends
 from train.corpus.corpus import load_split
 from train.features.cache import FeatureCache
 from train.features.extractor import FeatureExtractor, Features, Sequences
+from train.features.prompts import PROMPT_TOKENS
 from train.settings.fit_config import FitConfig
 
 logger = logging.getLogger(__name__)
@@ -38,17 +40,20 @@ class Split:
         )
         if sequences.num_dropped:
             logger.info("%s: %d rows dropped, no response is left after truncation", name, sequences.num_dropped)
-        return cls(sequences, FeatureExtractor(layers, config.exit_layers, top_k=config.teacher_top_k))
+        kept = PROMPT_TOKENS if attends(config.head) else 0
+        extract = FeatureExtractor(layers, config.exit_layers, top_k=config.teacher_top_k, prompt_tokens=kept)
+        return cls(sequences, extract)
 
     def fill_cache(self, config: FitConfig, accelerator: Accelerator, name: str) -> None:
         """Compute the features that are not on disk yet, divided over the processes; then read them from disk."""
         settings = {
-            "format": 2,
+            "format": 3,
             "base": base_fingerprint(self.extract.layers.model),
             "dtype": config.dtype,
             "exits": config.exit_layers,
             "top_k": config.teacher_top_k,
             "max_length": config.max_length,
+            "prompt_tokens": self.extract.prompt_tokens,
             "corpus": (config.corpus_path / "corpus.json").read_text(encoding="utf-8"),
         }
         self.cache = FeatureCache(Path(config.output_dir) / "features" / name, settings)

@@ -8,7 +8,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from runtime.drafting.attention_head import FIT_DRAFTS
 from runtime.drafting.draft_heads import DraftHeads
+from runtime.drafting.heads import attends
 from runtime.errors import DataError
 from train.features.extractor import Features
 from train.features.split import Split
@@ -18,6 +20,8 @@ from train.fitting.schedule import StepText
 from train.settings.fit_config import FitConfig
 
 logger = logging.getLogger(__name__)
+
+STEP_DECAY = 0.7  # weight of a draft of a round against the one before, for heads that learn several at each position
 
 
 class Learner:
@@ -41,6 +45,7 @@ class Learner:
     ) -> None:
         self.config, self.accelerator, self.split = config, accelerator, split
         self.heads, self.wrapped, self.optimizer = heads, heads.exits, optimizer
+        self.steps = range(1, FIT_DRAFTS + 1) if attends(config.head) else None
         self.loss, self.skipped = float("nan"), skipped
         self.alarms = Alarms()
         self.faults: list[str] = []
@@ -104,9 +109,17 @@ class Learner:
 
     def _part(self, features: Features, text: StepText, turn: int) -> torch.Tensor:
         targets = Targets.of(features.target, features.top_ids, features.top_log_probs, self.heads.target_to_draft)
-        logits = self.heads(features.hidden, features.context(turn=turn))
-        losses = [distillation_loss(z, targets, kl_weight=self.config.kl_weight) for z in logits.values()]
+        context = features.context(self.steps, turn=turn)
+        losses = [self._loss(logits, targets) for logits in self.heads(features.hidden, context).values()]
         return torch.stack(losses).mean() * (len(features.target) / text.num_positions)
+
+    def _loss(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """Of logits [N, V], or [A, N, V] of as many drafts of each position, the later ones weighing less."""
+        if logits.dim() == 2:
+            return distillation_loss(logits, targets, kl_weight=self.config.kl_weight)
+        weights = [STEP_DECAY**step for step in range(len(logits))]
+        each = [distillation_loss(one, targets, kl_weight=self.config.kl_weight) for one in logits]
+        return torch.stack([weight * loss for weight, loss in zip(weights, each, strict=True)]).sum() / sum(weights)
 
 
 def _norms(heads: Any) -> dict[int, float]:

@@ -22,6 +22,7 @@ from train.fitting.log import MetricsLog
 from train.fitting.quality import evaluate, show
 from train.fitting.schedule import Plan
 from train.fitting.throughput import Speed
+from train.optimizer.muon import Muon
 from train.replay.costs import CostTable, counted_costs
 from train.replay.simulation import Simulation
 from train.settings.fit_config import FitConfig
@@ -64,7 +65,8 @@ def fit(
     accelerator.print(f"{plan.total} steps; with its heads the fit costs {speed.cost():.2f} times the base's forward")
     costs = counted_costs(base, heads)
     learned = [parameter for parameter in heads.exits.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=config.learning_rate, weight_decay=config.weight_decay)
+    kind = {"adamw": torch.optim.AdamW, "muon": Muon}[config.optimizer]
+    optimizer = kind(learned, lr=config.learning_rate, weight_decay=config.weight_decay)
     ages = heads.exits.one.ages
     wrapped, optimizer = accelerator.prepare(heads.exits, optimizer)
     settings = {key: value for key, value in asdict(config).items() if key not in FREE_TO_CHANGE}

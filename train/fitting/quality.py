@@ -13,6 +13,7 @@ from train.fitting.losses import Targets, distillation_loss, expected_acceptance
 from train.replay.simulation import Simulation
 
 THRESHOLD = 0.8
+BEST = 4  # tokens among which `recall` looks for the base's choice
 
 
 @torch.no_grad()
@@ -26,9 +27,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over all positions, by exit, under the keys `held_out/<figure>/layer_<NN>`: as a round's first draft.
 
-    Figures: `loss`; `agreement` with the base's choice; `acceptance`, the chance that a sampled draft is
-    accepted; `precision` and `coverage` of drafts whose confidence (at T = 1) is at least 0.8. Also `held_out/chance`,
-    the agreement of always the same token; and with a simulation what replay says of these heads.
+    Figures: `loss`; `agreement` with the base's choice; `recall`, that it is among the 4 likeliest; `acceptance`, the
+    chance that a sampled draft is accepted; `precision` and `coverage` of drafts whose confidence (at T = 1) is at
+    least 0.8; `agreement_<j>` and `recall_<j>` as the round's j-th draft. Also `held_out/chance`, the agreement of
+    always the same token; and with a simulation what replay says of these heads.
 
     Args:
         ages: those of the heads.
@@ -44,17 +46,9 @@ def evaluate(
         by_age = [heads(batch.hidden, batch.context(age)) for age in ages]
         if simulation is not None:
             log = log or ExitLog(dict.fromkeys(by_age[0], 1.0), ages)
-            log.add(batch, by_age, targets.choice)
+            log.add(batch, by_age, heads.draft_to_target)
         for layer, logits in by_age[0].items():
-            correct = logits.argmax(-1) == targets.choice
-            confident = confidence(logits, 1.0) >= THRESHOLD
-            values = {
-                "loss": float(distillation_loss(logits, targets, kl_weight=kl_weight)) * number,
-                "agreement": float(correct.sum()),
-                "acceptance": float(expected_acceptance(logits, targets).sum()),
-                "confident": float(confident.sum()),
-                "confident_and_correct": float((confident & correct).sum()),
-            }
+            values = _figures(logits, [by_layer[layer] for by_layer in by_age[1:]], targets, kl_weight)
             for name, value in values.items():
                 key = f"held_out/{name}/layer_{layer:02d}"
                 sums[key] = sums.get(key, 0.0) + value
@@ -65,13 +59,42 @@ def evaluate(
     return means | simulation.figures(log)
 
 
+def _figures(
+    logits: torch.Tensor, later: Sequence[torch.Tensor], targets: Targets, kl_weight: float
+) -> dict[str, float]:
+    """Sums over the positions of a batch, of one exit's logits [N, V] as first and as later drafts."""
+    correct = logits.argmax(-1) == targets.choice
+    confident = confidence(logits, 1.0) >= THRESHOLD
+    values = {
+        "loss": float(distillation_loss(logits, targets, kl_weight=kl_weight)) * len(logits),
+        "agreement": float(correct.sum()),
+        "recall": _recalled(logits, targets.choice),
+        "acceptance": float(expected_acceptance(logits, targets).sum()),
+        "confident": float(confident.sum()),
+        "confident_and_correct": float((confident & correct).sum()),
+    }
+    for draft, one in enumerate(later, start=2):
+        values[f"agreement_{draft}"] = float((one.argmax(-1) == targets.choice).sum())
+        values[f"recall_{draft}"] = _recalled(one, targets.choice)
+    return values
+
+
+def _recalled(logits: torch.Tensor, choice: torch.Tensor) -> float:
+    """Number of positions whose choice [N] is among the likeliest tokens by logits [N, V]."""
+    best = logits.topk(min(BEST, logits.shape[-1])).indices
+    return float((best == choice[:, None]).any(-1).sum())
+
+
 def show(step: int, values: dict[str, float]) -> str:
     """The figures of one evaluation as text, a line an exit."""
     lines = []
     for key in sorted(key for key in values if "/agreement/" in key):
-        of = {name: values[key.replace("agreement", name)] for name in ("acceptance", "precision", "coverage")}
+        of = {
+            name: values[key.replace("agreement", name)] for name in ("acceptance", "precision", "coverage", "recall")
+        }
         lines.append(
-            f"step {step} {key.rpartition('/')[2]}: agreement {values[key]:.3f}, expected acceptance "
+            f"step {step} {key.rpartition('/')[2]}: agreement {values[key]:.3f}, "
+            f"among its {BEST} best {of['recall']:.3f}, expected acceptance "
             f"{of['acceptance']:.3f}, at confidence {THRESHOLD} precision {of['precision']:.3f} "
             f"coverage {of['coverage']:.3f}"
         )

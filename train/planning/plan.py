@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from runtime.drafting.attention_head import FIT_DRAFTS
 from runtime.drafting.heads import ExitHeads
 from runtime.errors import ConfigError
 from train.features.extractor import CHUNK
+from train.features.prompts import PROMPT_TOKENS
 from train.fitting.flops import FitFlops
 from train.settings.fit_config import FitConfig, parse_config, validate, validate_against_model
 
@@ -155,12 +157,14 @@ def step_memory(config: FitConfig, model: Any, heads: ExitHeads, *, length: int,
     itemsize = getattr(torch, config.dtype).itemsize
     draft = config.draft_vocab_size or shape.vocab_size
     exits, tokens, positions = len(heads.exit_layers), batch * length, batch * responses
-    kept = (exits + 2) * positions * shape.hidden_size * itemsize
+    prompts = batch * min(PROMPT_TOKENS, length - responses) if heads.one.attends else 0
+    kept = (exits + 2) * (positions + prompts) * shape.hidden_size * itemsize
     # In a decoder layer: residual, normed and attended states, and three tensors of a gated MLP.
     layer = tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size) * itemsize
     choice = min(CHUNK, positions) * shape.vocab_size * 8
     # Forward: logits and log-probabilities of all exits. Backward: only the latter, and three tensors of one exit.
-    logits = max(8 * exits, 4 * exits + 12) * positions * draft
+    drafts = exits * (FIT_DRAFTS if heads.one.attends else 1)
+    logits = max(8 * drafts, 4 * drafts + 12) * positions * draft
     inner = 4 * positions * sum(head.kept_numbers for head in heads)
     return {
         "draft rows": draft * shape.hidden_size * itemsize if heads.one.borrows_rows else 0.0,

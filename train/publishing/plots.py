@@ -55,7 +55,7 @@ def precision_plot(traces: Traces, bounds: SpeculationBounds, path: Path) -> Non
     """Plot precision against coverage of the drafts, one line per source; a dot marks the source's threshold."""
     figure, panel = plt.subplots(figsize=(5.2, 4.0))
     for row, layer in enumerate(traces.layers):
-        confidence, hits = traces.confidence[row, 0], traces.correct[row, 0]  # those of the first draft in a round
+        confidence, hits = traces.confidence[row, 0, 0], traces.correct[row, 0]  # those of the first draft in a round
         order = np.argsort(-confidence, kind="stable")
         correct = np.cumsum(hits[order])
         count = np.arange(1, len(order) + 1)

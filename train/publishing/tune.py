@@ -18,7 +18,7 @@ from train.publishing.assembly import write_replayed
 from train.publishing.contents import BENCH_FILE, CALIBRATION_FILE, SPEED_FILE, write_custom_generate
 from train.replay.costs import CostTable
 from train.replay.replay import Replayer
-from train.replay.search import Held, cross_fitted, tune
+from train.replay.search import OFF, Held, cross_fitted, tune
 from train.replay.variants import ablate
 
 COSTS_FILE = "costs.json"
@@ -53,9 +53,25 @@ def tune_adapter(folder: Path, costs: CostTable, held: Held, *, traces: Traces |
         "before": _described(before, Replayer(traces, costs).run(before).describe(costs)),
         "after": _described(after, replayed.describe(costs)),
         "cross_fitted_speedup": cross_fitted(traces, costs, held),
+        "sources": _sources(traces, costs, after),
     }
     _rewrite(folder, replace(adapter, config=replace(adapter.config, bounds=after)), traces, costs, summary)
     return summary
+
+
+def _sources(traces: Traces, costs: CostTable, bounds: SpeculationBounds) -> dict[str, str]:
+    """What each source is worth: the predicted speed-up over stock with it and without it, in words."""
+    replayer, used = Replayer(traces, costs), bounds.exits(traces.layers)
+    chosen = replayer.run(bounds).speedup
+    worth = {}
+    for layer in traces.layers:
+        tau = OFF if layer in used else max(0.3, bounds.sure_threshold)
+        deepest = max(layer, bounds.max_exit_layer)
+        own = {**{each: OFF for each in traces.layers if each not in used}, **bounds.exit_thresholds, layer: tau}
+        other = replayer.run(replace(bounds, max_exit_layer=deepest, exit_thresholds=own)).speedup
+        name = f"layer {layer}" if layer else "lookup"
+        worth[name] = f"in use, {other:.2f}x without it" if layer in used else f"left out, {other:.2f}x with it"
+    return {name: f"{said} instead of {chosen:.2f}x" for name, said in worth.items()}
 
 
 def _described(bounds: SpeculationBounds, predicted: dict[str, Any]) -> dict[str, Any]:

@@ -75,12 +75,12 @@ def run_on(
     model = layers.model
     for prompt, response in rows:
         prefix = DynamicCache()
-        with layers.watching_top() as top:
+        with layers.watching(drafter.watched) as seen:
             logits = model(
                 input_ids=torch.tensor([list(prompt)], device=layers.device), past_key_values=prefix, use_cache=True
             ).logits[:, -1]
         cache = KVCache.from_dynamic(prefix, len(prompt) + len(response) + bounds.max_draft_tokens)
-        state = DecodeState(layers, cache, list(prompt), deep=top[-1])
+        state = DecodeState(layers, cache, list(prompt), prompt=seen)
         with execution(model, ExecutionPolicy.batched()):
             decode(state, logits, drafter, bounds, Told(response), stats)
     return stats

@@ -13,11 +13,12 @@ from runtime.drafting.draft_heads import DraftHeads
 from runtime.errors import DataError
 from runtime.files import write_atomic
 from train.features.spread import shaped
+from train.replay.rounds import Level
 
-FORMAT = 1
+FORMAT = 2
 # Cost of each further row of a block, as a share of the first: weights are read once for all rows.
 COUNTED_EXTRA_ROW = 0.15
-WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
+WIDTHS = tuple(range(1, 17))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,8 @@ class CostTable:
         layer_context: tokens in a block -> ms that each token of context adds to `layer`.
         unembedding: tokens in a block -> ms of the final norm and the unembedding.
         head: ms of asking one exit head.
-        lookup: ms of asking the lookup.
+        head_row: ms that each further token adds, where a head is asked for several.
+        lookup: ms of asking the lookup for one token.
         token: ms of choosing one token: processors, criteria, streamer.
         plain, plain_context: ms per token of stock `generate`, and what each token of context adds to it.
         round: ms of everything else in a round.
@@ -47,6 +49,7 @@ class CostTable:
     plain: float
     plain_context: float
     round: float = 0.0
+    head_row: float = 0.0
     conditions: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -63,6 +66,7 @@ class CostTable:
             layer_context=dict.fromkeys(WIDTHS, 0.0),
             unembedding={width: unembedding * share for width, share in rows.items()},
             head=head,
+            head_row=COUNTED_EXTRA_ROW * head,
             lookup=0.0,
             token=0.0,
             plain=num_hidden_layers + unembedding,
@@ -95,35 +99,41 @@ class CostTable:
         slope = (table[high] - table[low]) / (high - low)
         return max(0.0, table[low] + slope * (width - low))
 
-    def of_round(self, exits: Sequence[int], drafts: Sequence[int], hard: bool) -> tuple[float, float]:
+    def of_round(self, levels: Sequence[Level], last: int) -> tuple[float, float]:
         """Cost of a round without accepted drafts: ms with an empty context, and what each token of context adds.
 
         Example:
-            With exits at 2 and 4 of 6 layers, the round with `drafts` (2, 4) and `hard` has three tokens. The first
-            runs 2 layers, and the head at 2 drafts. The second runs 2 layers, the head at 2 is not confident enough,
-            both tokens run the next 2 layers together, and the head at 4 drafts. The third runs 4 layers alone, and
-            neither head is confident enough. All three run the last 2 layers and the unembedding together.
+            With exits at 2 and 4 of 6 layers, a level before which 3 tokens came, and whose exits are asked for 3 and
+            1 of them, runs 2 layers on the 3, the head at 2 on 3 rows, 2 layers on all tokens that have not passed
+            them, and the head at 4 on 1 row. In the end all tokens run what they lack, and the unembedding.
 
         Args:
-            exits: the sources that are asked, shallowest first; 0 is the lookup.
-            drafts: the source of each draft.
-            hard: whether every source was asked for the token after them, and none was confident enough.
+            levels: of its tree; each says how many tokens came before it, and which exits were asked for how many.
+            last: tokens that came with the last level.
         """
-        depths: list[int] = []  # the depth that each token has reached
-        widths: list[int] = []  # tokens in each layer that runs: all that have not passed it yet
-        asking = 0.0
-        for draft in (*drafts, None):
-            depths.append(0)
-            in_vain = exits if hard else ()
-            asked = in_vain if draft is None else exits[: exits.index(draft) + 1]
-            for layer in asked:
-                widths += _climb(depths, layer)
-                asking += self.lookup if layer == 0 else self.head
-        widths += _climb(depths, self.num_hidden_layers)
-        layers = sum(self.block(self.layer, width) for width in widths)
-        unembedding = self.block(self.unembedding, len(depths))
-        of_context = sum(self.block(self.layer_context, width) for width in widths)
-        return self.round + self.token + asking + layers + unembedding, of_context
+        segments: list[tuple[int, int]] = []  # depth and number of tokens, deepest first
+        ms = of_context = 0.0
+        for level in levels:
+            _push(segments, 0, level.tokens)
+            ms += self.lookup * level.lookups
+            for layer, rows in level.asked:
+                fixed, slope = self._climb(segments, layer)
+                ms, of_context = ms + fixed + self.head + self.head_row * (rows - 1), of_context + slope
+        _push(segments, 0, last)
+        total = sum(tokens for _, tokens in segments)
+        fixed, slope = self._climb(segments, self.num_hidden_layers)
+        return self.round + self.token + ms + fixed + self.block(self.unembedding, total), of_context + slope
+
+    def _climb(self, segments: list[tuple[int, int]], to: int) -> tuple[float, float]:
+        """Bring every token to a depth; tokens at one depth run together. Cost as `of_round` gives it."""
+        ms = of_context = 0.0
+        while segments[-1][0] < to:
+            depth, tokens = segments.pop()
+            stop = min(to, segments[-1][0]) if segments else to
+            ms += (stop - depth) * self.block(self.layer, tokens)
+            of_context += (stop - depth) * self.block(self.layer_context, tokens)
+            _push(segments, stop, tokens)
+        return ms, of_context
 
     def __str__(self) -> str:
         where = ", ".join(f"{name} {value}" for name, value in self.conditions.items()) or "counted, not measured"
@@ -135,7 +145,8 @@ class CostTable:
         lines = [
             where,
             f"stock generate: {self.plain:.3g} ms a token, plus {1000 * self.plain_context:.3g} per 1,000 of context",
-            f"head {self.head:.3g} ms, lookup {self.lookup:.2g} ms, choosing a token {self.token:.2g} ms",
+            f"head {self.head:.3g} ms, each further token {self.head_row:.2g} ms, lookup {self.lookup:.2g} ms, "
+            f"choosing a token {self.token:.2g} ms",
             f"the rest of a round {self.round:.3g} ms",
             f"{'tokens in a block':<24}" + "".join(f"{width:>9}" for width in widths),
             row("one layer, ms", self.layer),
@@ -158,7 +169,7 @@ class CostTable:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             if fields.pop("format") != FORMAT:
-                raise ValueError("another format")
+                raise ValueError("of another specbound, without what a draft tree costs")
             for name in ("layer", "layer_context", "unembedding"):
                 fields[name] = {int(width): float(value) for width, value in fields[name].items()}
                 if len(fields[name]) < 2:
@@ -179,8 +190,9 @@ def counted_costs(model: Any, heads: DraftHeads) -> CostTable:
     return CostTable.counted(model.config.num_hidden_layers, head=head, unembedding=matrix / layer)
 
 
-def _climb(depths: list[int], to: int) -> list[int]:
-    """Widths of the layer runs that bring every token to a depth; tokens at the same depth run together."""
-    widths = [sum(depth <= layer for depth in depths) for layer in range(min(depths), to)]
-    depths[:] = [max(depth, to) for depth in depths]
-    return widths
+def _push(segments: list[tuple[int, int]], depth: int, tokens: int) -> None:
+    """Add tokens at a depth; those at the depth of the last ones join them."""
+    if segments and segments[-1][0] == depth:
+        segments[-1] = depth, segments[-1][1] + tokens
+    elif tokens:
+        segments.append((depth, tokens))

@@ -37,16 +37,27 @@ WARM_UP = 2
 TRIMMED = 0.25  # this share of the times at either end is left out of a mean
 SHORTER = 5  # tokens by which the context shrinks each time, so that every alignment occurs
 GENERATED = 8
-# One token more than the widest draft that is tried.
+# One token more than the widest draft that is tried; the costs of other widths lie on the lines between these.
 MAX_WIDTH = max(WIDTHS) + 1
+MEASURED = (1, 2, 3, 4, 6, 8, 12, 16)
+SIBLINGS = 8  # tokens that a head is asked for together
+SECONDS, FEWEST = 120.0, 3  # a large base takes long: measuring ends then, after so many rounds at least
 
 
 @torch.no_grad()
-def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, progress: bool = True) -> CostTable:
+def measure(
+    model: Any,
+    *,
+    max_width: int = MAX_WIDTH,
+    repeats: int = REPEATS,
+    seconds: float = SECONDS,
+    progress: bool = True,
+) -> CostTable:
     """Measure the cost table of a model with an adapter.
 
     Args:
         max_width: widest block measured, in tokens.
+        repeats: rounds of measurements, fewer where they take longer than `seconds`.
 
     Raises:
         SpecBoundError: the model does not speculate on this machine.
@@ -59,8 +70,11 @@ def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, p
     longest = getattr(model.config, "max_position_embeddings", None) or CONTEXTS[-1] * 2
     contexts = [min(context, longest - GENERATED - max_width - 1 - longer) for context in CONTEXTS]
     benches = [_Bench(model, context, longer, max_width) for context in contexts]
-    seconds: dict[Any, list[float]] = defaultdict(list)
+    all_taken: dict[Any, list[float]] = defaultdict(list)
+    started = time.perf_counter()
     for number in trange(rounds, desc="profile", unit="round", disable=not progress):
+        if number >= WARM_UP + FEWEST and time.perf_counter() - started > seconds:
+            break
         for bench in benches:
             timed = bench.gaps()
             with specbound.prepared.running(model):
@@ -71,16 +85,16 @@ def measure(model: Any, *, max_width: int = MAX_WIDTH, repeats: int = REPEATS, p
             )
             if number >= WARM_UP:
                 for key, taken in timed.items():
-                    seconds[key].append(taken)
+                    all_taken[key].append(taken)
             bench.shorten()
-    ms = {key: 1000 * float(trim_mean(taken, TRIMMED)) for key, taken in seconds.items()}
+    ms = {key: 1000 * float(trim_mean(taken, TRIMMED)) for key, taken in all_taken.items()}
     return _table(ms, contexts, max_width, specbound, model)
 
 
 def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound: SpecBound, model: Any) -> CostTable:
     """Build the table: lines over the contexts, non-decreasing over the widths, per layer and per token."""
     num_layers = specbound.prepared.layers.num_layers
-    widths = range(1, max_width + 1)
+    widths = _widths(max_width)
     for name, context in product(("layers", "unembedding"), contexts):  # noise: cost does not fall with more tokens
         rising = isotonic_regression([ms[name, width, context] for width in widths]).x
         ms |= {(name, width, context): float(value) for width, value in zip(widths, rising, strict=True)}
@@ -97,14 +111,7 @@ def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound:
         width: statistics.mean(ms["unembedding", width, context] for context in contexts) for width in widths
     }
     plain, plain_context = line("stock")
-    # The cost of a head for one draft: everything between two drafts except the layers.
     token = ms["choose", None, contexts[0]]
-    heads = [
-        step - ms["push", None, context] - layer * (layers[1][0] + layers[1][1] * context) / num_layers
-        for (name, layer, context), step in ms.items()
-        if name == "step"
-    ]
-    lookups = [value for (name, *_), value in ms.items() if name == "lookup"]
     certificate = specbound.certificate
     assert certificate is not None
     return CostTable(
@@ -112,8 +119,7 @@ def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound:
         layer={width: base / num_layers for width, (base, _) in layers.items()},
         layer_context={width: slope / num_layers for width, (_, slope) in layers.items()},
         unembedding=unembedding,
-        head=max(0.0, statistics.mean(heads)) if heads else 0.0,
-        lookup=statistics.mean(lookups) if lookups else 0.0,
+        **{name: _mean(ms, name) for name in ("head", "head_row", "lookup")},
         token=token,
         round=max(0.0, statistics.median(ms["rest", None, context] for context in contexts) - token),
         plain=plain,
@@ -128,6 +134,12 @@ def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound:
             **({"graphs": True} if certificate.policy.static else {}),
         },
     )
+
+
+def _mean(ms: dict[Any, float], part: str) -> float:
+    """Mean over exits and contexts; 0 where there is no such part."""
+    values = [value for (name, *_), value in ms.items() if name == part]
+    return max(0.0, statistics.mean(values)) if values else 0.0
 
 
 class _Bench:
@@ -161,7 +173,7 @@ class _Bench:
     def blocks(self) -> dict[Any, float]:
         """Time all layers, and the unembedding, at each width."""
         seconds = {}
-        for width in range(1, self.max_width + 1):
+        for width in _widths(self.max_width):
             given = self.layers.embed(self.token_ids[:, self.length : self.length + width], self.length)
             run = partial(self.layers.run, given, 0, self.layers.num_layers, self.length, self.cache)
             seconds["layers", width, self.context], hidden = self._timed(run)
@@ -170,20 +182,24 @@ class _Bench:
         return seconds
 
     def sources(self) -> dict[Any, float]:
-        """Time making a token pending, and asking each source for a draft, with the layers below it."""
+        """Time asking each source for drafts, of one token and of several."""
         state = DecodeState(self.layers, self.cache, self.token_ids[0, : self.length].tolist())
         drafter, newest = self.specbound.drafter, int(self.token_ids[0, self.length])
         seconds: dict[Any, float] = {}
+        count = self.specbound.bounds.max_branches
         for layer in drafter.exit_layers:
-            push, _ = self._timed(partial(state.push, newest))
-            climb, _ = self._timed(partial(state.advance, layer))
-            ask, _ = self._timed(partial(drafter.propose, layer, state))
-            state.crop(self.length)
-            seconds["push", None, self.context] = push
+            state.push(newest)
+            state.advance(layer)
+            ask, _ = self._timed(partial(drafter.propose, layer, state, [0], count))
             if layer == 0:
                 seconds["lookup", layer, self.context] = ask
             else:
-                seconds["step", layer, self.context] = push + climb + ask
+                seconds["head", layer, self.context] = ask
+                nodes = [state.push(newest, 0) for _ in range(min(SIBLINGS, self.max_width - 1))]
+                state.advance(layer)
+                together, _ = self._timed(partial(drafter.propose, layer, state, nodes, count))
+                seconds["head_row", layer, self.context] = (together - ask) / max(1, len(nodes) - 1)
+            state.settle([])
         return seconds
 
     def gaps(self) -> dict[Any, float]:
@@ -217,3 +233,8 @@ class _Bench:
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - started, result
+
+
+def _widths(most: int) -> list[int]:
+    """Numbers of tokens in a block that are measured."""
+    return sorted({*(width for width in MEASURED if width < most), most})

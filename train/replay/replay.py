@@ -1,12 +1,11 @@
 """Replay: what a policy would do on logged text, and how fast, without a model.
 
 On an accepted prefix the log holds what the runtime sees, and the runtime's own policy code decides, so accepted
-lengths equal those of a run. What follows a wrong draft is not in the log. It only costs time, which is estimated with
-the confidences logged on the text itself. Needs no model and does not search.
+lengths equal those of a run, but where a round comes to its limit of drafts. What follows a wrong draft is not in the
+log. It only costs time, which is estimated with what is logged on the text itself. Needs no model and does not search.
 """
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -109,7 +108,6 @@ class Replayer:
         starts = traces.starts
         self._ends = [*starts[1:].tolist(), len(traces)]
         self._starts = starts.tolist()
-        self._longest = int(traces.remaining.max())
         self._emitted = traces.remaining[starts] - 1  # prefill emits the first, with or without drafts
         plain = costs.plain + costs.plain_context * traces.context
         plain[starts] = 0.0
@@ -118,34 +116,23 @@ class Replayer:
     def run(self, bounds: SpeculationBounds) -> Totals:
         """Decode every text and return the totals."""
         logged = LoggedRounds(self._lists, bounds)
-        limits = [bounds.draft_limit(remaining) for remaining in range(self._longest + 1)]
         rounds: list[Round] = []
         ms_by_text = []
         for start, end in zip(self._starts, self._ends, strict=True):
             position, ms = start + 1, 0.0
             while position < end:
-                drafts, num_accepted, hard = logged.at(position, limits[end - position])
-                fixed, of_context = self._cost(logged.exits, drafts, hard)
-                ms += fixed + of_context * self._context[position] + self.costs.token * num_accepted
-                rounds.append((drafts, num_accepted, hard))
-                position += num_accepted + 1
+                one = logged.at(position, end - position)
+                fixed, of_context = self._cost(one.levels, one.last)
+                ms += fixed + of_context * self._context[position] + self.costs.token * len(one.accepted)
+                rounds.append(one)
+                position += len(one.accepted) + 1
             ms_by_text.append(ms)
-        kinds = Counter(rounds)
         return Totals(
             rounds=len(rounds),
-            drafted=_by_source((drafts, number) for (drafts, _, _), number in kinds.items()),
-            accepted=_by_source((drafts[:accepted], number) for (drafts, accepted, _), number in kinds.items()),
-            hard_tokens=sum(number for (_, _, hard), number in kinds.items() if hard),
+            drafted=Counter(layer for one in rounds for layer in one.drafted),
+            accepted=Counter(layer for one in rounds for layer in one.accepted),
+            hard_tokens=sum(one.hard for one in rounds),
             emitted_by_text=self._emitted,
             ms_by_text=np.array(ms_by_text),
             plain_by_text=self._plain,
         )
-
-
-def _by_source(rounds: Iterable[tuple[tuple[int, ...], int]]) -> Counter[int]:
-    """Count drafts by source, from the drafts of each kind of round and the number of such rounds."""
-    total: Counter[int] = Counter()
-    for drafts, number in rounds:
-        for layer in drafts:
-            total[layer] += number
-    return total

@@ -1,11 +1,11 @@
 """Finds the bounds that are fastest by replay on one machine. Needs no model: traces and a cost table are enough.
 
-There are too many combinations of all settings to try. So the search first tries every combination of one threshold
-for all exits, a depth and a width. Then it varies one setting at a time, including each exit's own threshold and the
-survival stop, as long as that helps.
+There are too many combinations of all settings to try. So the search starts twice, from the best chain with one
+threshold for all exits and from a tree. From there it varies one setting at a time, including each exit's own
+threshold and the survival stop, as long as that helps.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -18,18 +18,24 @@ from train.calibration.traces import Traces
 from train.replay.costs import CostTable
 from train.replay.replay import Replayer, Totals
 
-THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
-SURVIVALS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-DRAFT_SURVIVALS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5)
+THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+WIDTHS = (1, 2, 3, 4, 6, 8, 10, 12, 15)
+SURVIVALS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
+DRAFT_SURVIVALS = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5)
+SURE = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.1)
+# Where the search begins: the paper's chains, and a tree.
+QUICK_THRESHOLDS, QUICK_WIDTHS = (0.2, 0.4, 0.6, 0.8), (1, 2, 4, 8)
+TREE = SpeculationBounds(0.1, 0, 0, min_survival=0.4, min_draft_survival=0.1, sure_threshold=0.6)
 OFF = 2.0  # a threshold no confidence reaches
 MIN_GAIN = 1e-4
-PASSES = 4
+PASSES = 3
+# Costs measured twice on one machine differ by about so much. A trained head is not switched off for less.
+NOISE = 0.02
 # Added to the measured cost of each draft, in tokens of stock `generate`. Costs are noisy and many bounds are nearly
 # as fast as the fastest; those that draft less lose less on other texts and machines.
 CAUTION = 0.01
 # Candidates are compared on whole texts of about this many positions, and the best of them then on all texts.
-QUICK_POSITIONS, FINALISTS = 2000, 5
+QUICK_POSITIONS, FINALISTS = 1200, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,7 @@ def tune(
     replayer, quick, held = Replayer(traces, costs), Replayer(_some(traces), costs), held or Held()
     with tqdm(desc="tune", unit="replay", disable=not progress) as bar:
 
-        def best(candidates: Iterator[SpeculationBounds]) -> tuple[float, SpeculationBounds]:
+        def best(candidates: Iterable[SpeculationBounds]) -> tuple[float, SpeculationBounds]:
             scored = []
             for bounds in candidates:
                 scored.append((_speed(quick.run(bounds), costs), bounds))
@@ -60,21 +66,41 @@ def tune(
             finalists = [(_speed(replayer.run(bounds), costs), bounds) for _, bounds in scored[:FINALISTS]]
             return max(finalists, key=lambda pair: pair[0])
 
-        speed, bounds = best(_uniform(traces, held))
-        for _ in range(PASSES):
-            before = speed
-            for vary in _settings(traces, held):
-                fastest, candidate = best(vary(bounds))
-                if fastest > speed * (1 + MIN_GAIN):
-                    speed, bounds = fastest, candidate
-            if speed <= before * (1 + MIN_GAIN):
-                break
+        ends: list[tuple[float, SpeculationBounds]] = []
+        for start in (_chains(traces, held), _trees(traces, held)):
+            if start:
+                ends.append(_climb(best, *best(start), _settings(traces, held)))
+        speed, bounds = max(ends, key=lambda pair: pair[0])
+        if not any(bounds.exits(traces.layers)) and held.exit_threshold is None:
+            with_heads = _with_a_head(traces, bounds, held)
+            slower, with_head = best(with_heads) if with_heads else (speed, bounds)
+            drafted = replayer.run(with_head).drafted
+            if slower > speed * (1 - NOISE) and any(drafted[layer] for layer in drafted if layer > 0):
+                speed, bounds = slower, with_head
     bounds = _tidy(traces, bounds, held)
     if held.exit_threshold is None:
         idle = SpeculationBounds(OFF, bounds.max_exit_layer, held.max_draft_tokens or 0)
         if replayer.run(idle).tokens_per_second >= speed:
             bounds = idle
     return bounds, replayer.run(bounds)
+
+
+def _climb(
+    best: Callable[[Iterable[SpeculationBounds]], tuple[float, SpeculationBounds]],
+    speed: float,
+    bounds: SpeculationBounds,
+    settings: Sequence[Callable[[SpeculationBounds], Iterator[SpeculationBounds]]],
+) -> tuple[float, SpeculationBounds]:
+    """Vary one setting at a time, as long as that helps."""
+    for _ in range(PASSES):
+        before = speed
+        for vary in settings:
+            fastest, candidate = best(vary(bounds))
+            if fastest > speed * (1 + MIN_GAIN):
+                speed, bounds = fastest, candidate
+        if speed <= before * (1 + MIN_GAIN):
+            break
+    return speed, bounds
 
 
 def _speed(replayed: Totals, costs: CostTable) -> float:
@@ -95,7 +121,7 @@ def _some(traces: Traces) -> Traces:
 def best_uniform(traces: Traces, costs: CostTable) -> Totals:
     """Return the fastest replay with one threshold for all exits: a quick estimate."""
     replayer = Replayer(traces, costs)
-    bounds = (SpeculationBounds(tau, max(traces.layers), 4) for tau in THRESHOLDS)
+    bounds = (SpeculationBounds(tau, max(traces.layers), 4) for tau in QUICK_THRESHOLDS)
     return max((replayer.run(one) for one in bounds), key=lambda totals: totals.speedup)
 
 
@@ -111,12 +137,36 @@ def cross_fitted(traces: Traces, costs: CostTable, held: Held | None = None) -> 
     return plain / ms if ms else 1.0
 
 
-def _uniform(traces: Traces, held: Held) -> Iterator[SpeculationBounds]:
-    """One threshold for all exits: the paper's policy."""
-    widths = WIDTHS if held.max_draft_tokens is None else (held.max_draft_tokens,)
+def _chains(traces: Traces, held: Held) -> list[SpeculationBounds]:
+    """Chains with one threshold for all exits: the paper's policy."""
+    widths = QUICK_WIDTHS if held.max_draft_tokens is None else (held.max_draft_tokens,)
     deepest = traces.layers if held.max_exit_layer is None else (held.max_exit_layer,)
-    thresholds = THRESHOLDS if held.exit_threshold is None else (held.exit_threshold,)
-    return (SpeculationBounds(*point) for point in product(thresholds, deepest, widths))
+    thresholds = QUICK_THRESHOLDS if held.exit_threshold is None else (held.exit_threshold,)
+    return [SpeculationBounds(*point) for point in product(thresholds, deepest, widths)]
+
+
+def _trees(traces: Traces, held: Held) -> list[SpeculationBounds]:
+    """A tree of each depth; none where one draft a position was logged."""
+    if traces.confidence.shape[2] == 1:
+        return []
+    tree = replace(TREE, max_draft_tokens=max(WIDTHS), max_branches=traces.confidence.shape[2])
+    if held.exit_threshold is not None:
+        tree = replace(tree, exit_threshold=held.exit_threshold)
+    if held.max_draft_tokens is not None:
+        tree = replace(tree, max_draft_tokens=held.max_draft_tokens)
+    deepest = traces.layers if held.max_exit_layer is None else (held.max_exit_layer,)
+    return [replace(tree, max_exit_layer=deep) for deep in deepest]
+
+
+def _with_a_head(traces: Traces, bounds: SpeculationBounds, held: Held) -> list[SpeculationBounds]:
+    """The bounds, with each head that may be asked, at each threshold."""
+    deepest = max(traces.layers) if held.max_exit_layer is None else held.max_exit_layer
+    return [
+        replace(bounds, max_exit_layer=layer, exit_thresholds={**bounds.exit_thresholds, layer: tau})
+        for layer in traces.layers
+        if 0 < layer <= deepest
+        for tau in THRESHOLDS
+    ]
 
 
 def _settings(traces: Traces, held: Held) -> list[Callable[[SpeculationBounds], Iterator[SpeculationBounds]]]:
@@ -135,6 +185,9 @@ def _settings(traces: Traces, held: Held) -> list[Callable[[SpeculationBounds], 
         settings.append(lambda bounds: (replace(bounds, max_draft_tokens=width) for width in WIDTHS))
     settings.append(lambda bounds: (replace(bounds, min_survival=survival) for survival in SURVIVALS))
     settings.append(lambda bounds: (replace(bounds, min_draft_survival=survival) for survival in DRAFT_SURVIVALS))
+    settings.append(lambda bounds: (replace(bounds, sure_threshold=sure) for sure in SURE))
+    branches = range(1, traces.confidence.shape[2] + 1)
+    settings.append(lambda bounds: (replace(bounds, max_branches=number) for number in branches))
     return settings
 
 

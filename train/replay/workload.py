@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from runtime.decoding.draft import HeadDrafter
+from runtime.drafting.exit_head import PROMPT_TOKENS
 from runtime.errors import ConfigError
 from train.calibration.exit_log import ExitLog
 from train.calibration.lookup_traces import LookupTraces
@@ -53,7 +54,8 @@ def log_texts(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Traces
     if not isinstance(drafter, HeadDrafter):
         raise ConfigError("traces need an adapter's heads: load the model with load_specbound")
     exits = drafter.heads.exit_layers
-    extract = FeatureExtractor(layers, exits, top_k=1)
+    kept = PROMPT_TOKENS if drafter.heads.attends else 0
+    extract = FeatureExtractor(layers, exits, top_k=1, prompt_tokens=kept)
     features = (extract([row]) for row in tqdm(rows, "trace", unit="text"))
     log = ExitLog.collect(
         features,

@@ -23,6 +23,7 @@ CHOICES = {
     "chat_template": ("auto", "none"),
     "head": HEAD_KINDS,
     "features": ("online", "cache"),
+    "optimizer": ("adamw", "muon"),
     "schedule": ("auto", *SCHEDULE_KINDS),
 }
 
@@ -69,7 +70,7 @@ class FitConfig:
     chat_template: str = field(default="auto", metadata=_help("auto (the tokenizer's) or none (plain text)"))
 
     exit_layers: list[int] = field(metadata=_help("numbers of decoder layers after which there is an exit"))
-    head: str = field(default="deep", metadata=_help("deep, linear or lora"))
+    head: str = field(default="deep", metadata=_help("attention, deep, linear or lora"))
     head_rank: int = field(default=256, metadata=_help("inner width of a head"))
     draft_vocab_size: int = field(default=8192, metadata=_help("tokens a head can draft; 0: all"))
 
@@ -82,7 +83,8 @@ class FitConfig:
     num_train_epochs: float = field(default=3.0, metadata=_help("passes over the fit split"))
     max_steps: int = field(default=-1, metadata=_help("if above 0, overrides num_train_epochs"))
     learning_rate: float = field(default=1e-3, metadata=_help("the highest rate, reached after warm-up"))
-    weight_decay: float = field(default=0.01, metadata=_help("weight decay of AdamW"))
+    optimizer: str = field(default="adamw", metadata=_help("adamw, or muon: muon for matrices, adamw for the rest"))
+    weight_decay: float = field(default=0.01, metadata=_help("weight decay of the optimizer"))
     warmup_ratio: float = field(default=0.05, metadata=_help("share of the steps that warm up"))
     max_grad_norm: float = field(default=1.0, metadata=_help("gradients are clipped to this norm"))
     max_skipped_batches: int = field(default=10, metadata=_help("stop after more batches without a finite loss"))

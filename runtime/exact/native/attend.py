@@ -8,6 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from runtime.decoding.rows import TreeRows
 from runtime.exact.native.library import native_library
 
 MAX_SIZE = 256  # of a head
@@ -32,14 +33,17 @@ def can_attend(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     )
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, order: str) -> Tensor | None:
-    """Row t of T on the first S - T + t + 1 keys; None where some score is not finite.
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, order: str, tree: TreeRows | None = None
+) -> Tensor | None:
+    """Row t of T on the first S - T + t + 1 keys, or on those of its path; None where some score is not finite.
 
     Args:
         query: shape [1, H, T, E], bfloat16.
         keys, values: shape [1, G, S, E].
         scaling: of the scores; by default 1 / sqrt(E).
         order: one of `ORDERS`.
+        tree: what the rows see where they do not follow one another.
 
     Returns:
         Shape [1, T, H, E].
@@ -48,10 +52,14 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, o
     assert library is not None
     _, heads, rows, size = query.shape
     output = query.new_empty(1, rows, heads, size)
-    sizes = (rows, heads, heads // keys.shape[1], size, keys.shape[2])
+    length = keys.shape[2]
+    table = None if tree is None else tree.table(length)
+    sizes = (rows, heads, heads // keys.shape[1], size, length)
     strides = [part.stride(dim) for part in (query, keys, values) for dim in (1, 2)]
-    numbers = (ctypes.c_int64 * 11)(*sizes, *strides)
+    numbers = (ctypes.c_int64 * 12)(*sizes, *strides, 0 if tree is None else tree.settled)
     scale = size**-0.5 if scaling is None else scaling
     pointers = [part.data_ptr() for part in (query, keys, values, output)]
-    fine = library.specbound_attention(*pointers, numbers, scale, ORDERS.index(order), torch.get_num_threads())
+    paths = None if table is None else table.data_ptr()
+    threads = torch.get_num_threads()
+    fine = library.specbound_attention(*pointers, numbers, paths, scale, ORDERS.index(order), threads)
     return output if fine else None

@@ -1,6 +1,7 @@
 // Attention of one query row in bfloat16, with the order of additions of torch's kernel for one row (flash attention on
 // a CPU with AVX512-BF16): keys in blocks of 512, a running maximum, weights rounded to bfloat16, pairs along what is
-// summed. Query heads that share keys, and rows, go through the keys together. Each row sees its own number of keys.
+// summed. Query heads that share keys, and rows, go through the keys together. Each row sees its own keys, and reads no
+// others.
 #pragma once
 #include <immintrin.h>
 
@@ -10,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "keys.h"
 #include "numbers.h"
 
 namespace {
@@ -22,25 +24,17 @@ constexpr int AHEAD = 32;         // keys to come that are fetched from memory m
 
 inline void fetch(const uint16_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
 
-enum Order { PAIRS, FOURS };  // how products are added, of scores and of values
-
-struct Attention {
-  const uint16_t *query, *keys, *values;  // numbers of a head lie side by side
-  uint16_t* output;                       // [rows][query heads][size]
-  int64_t rows, queries, shared, size, length;
-  int64_t query_head, query_row, key_head, key_row, value_head, value_row;  // strides
-  float scale;
-};
-
-// Up to 16 keys side by side: words of two numbers, or in the other order the numbers themselves.
+// Up to 16 keys side by side: words of two numbers, or in the other order the numbers themselves. They follow one
+// another from `keys` on, or stand at `places`.
 template <Order O>
-void turn(const Attention& a, const uint16_t* keys, int64_t count, float (*into)[LANES]) {
+void turn(const Attention& a, const uint16_t* keys, const int32_t* places, int64_t count, float (*into)[LANES]) {
   for (int64_t e = 0; e < a.size; e += 2 * LANES) {
     const __mmask16 mask = first_of((a.size - e) / 2);
     __m512i words[LANES];
     for (int i = 0; i < LANES; i++) {
-      fetch(keys + (i + AHEAD) * a.key_row + e);
-      words[i] = i < count ? _mm512_maskz_loadu_epi32(mask, keys + i * a.key_row + e) : _mm512_setzero_si512();
+      const uint16_t* at = keys + (places && i < count ? places[i] : i) * a.key_row + e;
+      if (!places) fetch(at + AHEAD * a.key_row);
+      words[i] = i < count ? _mm512_maskz_loadu_epi32(mask, at) : _mm512_setzero_si512();
     }
     transpose(words);
     const int64_t pairs = std::min<int64_t>(LANES, (a.size - e) / 2);
@@ -114,16 +108,16 @@ float weigh(float* scores, int64_t count, float* highest) {
 }
 
 // Values of `count` keys by their weights, added to `result`: pairs of keys in order, or fours and the rest backwards.
-// E vectors of the head at a time, so that sums do not wait for one another.
+// E vectors of the head at a time, so that sums do not wait for one another. Places as in `turn`.
 template <int H, int E, Order O>
-void add_values(const Attention& a, const uint16_t* values, int64_t count, const float (*weights)[BLOCK], const float* fade,
-                bool first, int64_t from, float (*result)[MAX_SIZE]) {
+void add_values(const Attention& a, const uint16_t* values, const int32_t* places, int64_t count,
+                const float (*weights)[BLOCK], const float* fade, bool first, int64_t from, float (*result)[MAX_SIZE]) {
   __mmask16 mask[E];
   __m512 sum[H][E];
   for (int v = 0; v < E; v++) mask[v] = first_of(a.size - from - v * LANES);
   auto words = [&](int64_t i, int v) {
-    const uint16_t* at = values + i * a.value_row + from + v * LANES;
-    if (v % 2 == 0) fetch(at + AHEAD * a.value_row);
+    const uint16_t* at = values + (places ? places[i] : i) * a.value_row + from + v * LANES;
+    if (v % 2 == 0 && !places) fetch(at + AHEAD * a.value_row);
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask[v], at));
   };
   for (int h = 0; h < H; h++)
@@ -165,11 +159,14 @@ template <int H, Order O>
 bool heads(const Attention& a, int64_t row, int64_t rows, int64_t head) {
   const uint16_t* keys = a.keys + head / a.shared * a.key_head;
   const uint16_t* values = a.values + head / a.shared * a.value_head;
-  const int64_t before = a.length - a.rows + row + 1;  // keys that the first of the rows sees
   alignas(64) float query[ROWS_TOGETHER][H][MAX_SIZE], part[ROWS_TOGETHER][H][BLOCK], turned[MAX_SIZE][LANES];
   alignas(64) float result[ROWS_TOGETHER][H][MAX_SIZE];
   float highest[ROWS_TOGETHER][H], sum[ROWS_TOGETHER][H] = {};
-  for (int64_t r = 0; r < rows; r++)
+  int32_t places[ROWS_TOGETHER][BLOCK];
+  int64_t own[ROWS_TOGETHER], most = 0;  // keys that each of the rows sees
+  for (int64_t r = 0; r < rows; r++) {
+    own[r] = seen(a, row + r);
+    most = std::max(most, own[r]);
     for (int h = 0; h < H; h++) {
       const uint16_t* from = a.query + (head + h) * a.query_head + (row + r) * a.query_row;
       highest[r][h] = -INFINITY;
@@ -179,14 +176,21 @@ bool heads(const Attention& a, int64_t row, int64_t rows, int64_t head) {
         for (int64_t e = 0; e < a.size; e += LANES)
           _mm512_storeu_ps(query[r][h] + e, widen(_mm256_maskz_loadu_epi16(first_of(a.size - e), from + e)));
     }
-  for (int64_t first = 0; first < before + rows - 1; first += BLOCK) {
-    const int64_t all = std::min<int64_t>(BLOCK, before + rows - 1 - first);
+  }
+  for (int64_t first = 0; first < most; first += BLOCK) {
+    const int64_t all = std::min<int64_t>(BLOCK, most - first);
+    const bool apart = a.paths && first + all > a.settled;  // some keys of this block are not those of all rows
+    for (int64_t r = 0; apart && r < rows; r++) find(a, row + r, first, std::min(all, own[r] - first), places[r]);
     for (int64_t key = 0; key < all; key += LANES) {
-      turn<O>(a, keys + (first + key) * a.key_row, all - key, turned);
-      for (int64_t r = 0; r < rows; r++) scores<H, O>(a, query[r], turned, (float(*)[BLOCK])(part[r][0] + key));
+      const bool shared = !apart || first + key + LANES <= a.settled;
+      if (shared) turn<O>(a, keys + (first + key) * a.key_row, nullptr, all - key, turned);
+      for (int64_t r = 0; r < rows; r++) {
+        if (!shared) turn<O>(a, keys, places[r] + key, std::min(all, own[r] - first) - key, turned);
+        scores<H, O>(a, query[r], turned, (float(*)[BLOCK])(part[r][0] + key));
+      }
     }
     for (int64_t r = 0; r < rows; r++) {
-      const int64_t count = std::min<int64_t>(BLOCK, before + r - first);
+      const int64_t count = std::min<int64_t>(BLOCK, own[r] - first);
       if (count <= 0) continue;
       float fade[H];
       for (int h = 0; h < H; h++) {
@@ -196,11 +200,12 @@ bool heads(const Attention& a, int64_t row, int64_t rows, int64_t head) {
         sum[r][h] = std::fma(fade[h], sum[r][h], added);
         if (!std::isfinite(highest[r][h])) return false;
       }
+      const uint16_t* from = apart ? values : values + first * a.value_row;
+      const int32_t* at = apart ? places[r] : nullptr;
       int64_t e = 0;
       for (; e + 2 * LANES <= a.size; e += 2 * LANES)
-        add_values<H, 2, O>(a, values + first * a.value_row, count, part[r], fade, first == 0, e, result[r]);
-      for (; e < a.size; e += LANES)
-        add_values<H, 1, O>(a, values + first * a.value_row, count, part[r], fade, first == 0, e, result[r]);
+        add_values<H, 2, O>(a, from, at, count, part[r], fade, first == 0, e, result[r]);
+      for (; e < a.size; e += LANES) add_values<H, 1, O>(a, from, at, count, part[r], fade, first == 0, e, result[r]);
     }
   }
   for (int64_t r = 0; r < rows; r++)

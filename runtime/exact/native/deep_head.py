@@ -43,22 +43,24 @@ class NativeHead:
         """A copy or pickle is made anew from its modules: addresses cannot be copied."""
         return NativeHead, self.made_of
 
-    def __call__(self, hidden: Tensor, context: HeadContext, temperature: float) -> tuple[int, float]:
-        """Draft id and confidence from a hidden state [1, D]; id 0 and NaN where no logit is a number."""
+    def __call__(self, hidden: Tensor, context: HeadContext, temperature: float, count: int) -> tuple[Tensor, Tensor]:
+        """Draft ids and confidences [N, count] of hidden states [N, D]; id 0 and NaN where no logit is a number."""
         library = native_library()
         assert library is not None
-        chance = ctypes.c_float()
-        given = [part.contiguous() for part in (hidden, context.embedding, context.deep)]
-        index = library.specbound_draft(
+        rows = hidden.shape[0]
+        ids, chances = torch.empty(rows, count, dtype=torch.int64), torch.empty(rows, count)
+        given = [part.contiguous() for part in (hidden, context.embedding, context.deep, context.age)]
+        library.specbound_draft(
             self.places,
-            (ctypes.c_int64 * 5)(*self.sizes, int(context.age), BLOCK // 2),
+            (ctypes.c_int64 * 6)(rows, count, *self.sizes, BLOCK // 2),
             (ctypes.c_float * 3)(*self.epsilons, temperature * self.scaling),
             *(part.data_ptr() for part in given),
             self.held[-1].data_ptr(),
-            ctypes.byref(chance),
+            ids.data_ptr(),
+            chances.data_ptr(),
             torch.get_num_threads(),
         )
-        return max(0, index), chance.value
+        return ids.clamp_(min=0), chances
 
 
 def native_heads(heads: DraftHeads) -> DraftHeads:

@@ -17,10 +17,11 @@ extern "C" void specbound_products(const void* weight, const void* input, const 
 
 // See `attend.py` for the arguments. Returns 0 where some score is no finite number: nothing is promised then.
 extern "C" int64_t specbound_attention(const void* query, const void* keys, const void* values, void* output,
-                                       const int64_t* sizes, float scale, int64_t order, int64_t threads) {
+                                       const int64_t* sizes, const int64_t* paths, float scale, int64_t order,
+                                       int64_t threads) {
   const Attention a{(const uint16_t*)query, (const uint16_t*)keys, (const uint16_t*)values, (uint16_t*)output,
                     sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
-                    sizes[6], sizes[7], sizes[8], sizes[9], sizes[10], scale};
+                    sizes[6], sizes[7], sizes[8], sizes[9], sizes[10], scale, sizes[11], paths};
   std::atomic<bool> numbers{true};
 #pragma omp parallel num_threads(threads)
   attend(a, order, numbers);
@@ -35,11 +36,12 @@ extern "C" void specbound_norms(const void* hidden, const void* weight, void* ou
 }
 
 // See `stack.py` for the arguments. Returns 0 where some score is no finite number: nothing is promised then.
-extern "C" int64_t specbound_layers(const void* layers, const int64_t* sizes, const float* floats, const void* cosines,
-                                    const void* sines, const void* silu, void* hidden, int64_t threads) {
+extern "C" int64_t specbound_layers(const void* layers, const int64_t* sizes, const float* floats, const int64_t* paths,
+                                    const void* cosines, const void* sines, const void* silu, void* hidden,
+                                    int64_t threads) {
   const Run run{(const Layer*)layers, (const uint16_t*)cosines, (const uint16_t*)sines, (const uint16_t*)silu,
                 sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7],
-                sizes[8], sizes[9], floats[0], floats[1], floats[2]};
+                sizes[8], sizes[9], sizes[10], paths, floats[0], floats[1], floats[2]};
   std::vector<uint16_t> heads(run.rows * (run.queries + 2 * run.keys) * run.size);
   std::vector<uint16_t> attended(run.rows * run.queries * run.size), inner(run.rows * run.inner);
   std::atomic<bool> numbers{true};
@@ -48,14 +50,25 @@ extern "C" int64_t specbound_layers(const void* layers, const int64_t* sizes, co
   return numbers;
 }
 
-// See `deep_head.py` for the arguments. Returns the draft id, -1 where no logit is a number.
-extern "C" int64_t specbound_draft(const void* head, const int64_t* sizes, const float* floats, const void* hidden,
-                                   const void* embedding, const void* deep, const void* silu, float* chance,
-                                   int64_t threads) {
-  const Draft d{(const Head*)head, (const uint16_t*)hidden, (const uint16_t*)embedding, (const uint16_t*)deep,
-                (const uint16_t*)silu, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], floats[0], floats[1], floats[2]};
-  std::vector<uint16_t> inner(d.rank), added(d.size), logits(d.vocabulary);
+// See `deep_head.py` for the arguments. `count` draft ids and chances of each row; id -1 where no logit is a number.
+extern "C" void specbound_draft(const void* head, const int64_t* sizes, const float* floats, const void* hidden,
+                                const void* embedding, const void* deep, const int64_t* ages, const void* silu,
+                                int64_t* ids, float* chances, int64_t threads) {
+  const Draft d{(const Head*)head, (const uint16_t*)hidden, (const uint16_t*)embedding, (const uint16_t*)deep, ages,
+                (const uint16_t*)silu, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], floats[0], floats[1],
+                floats[2]};
+  std::vector<uint16_t> inner(d.rows * d.rank), added(d.rows * d.size), logits(d.rows * d.vocabulary);
 #pragma omp parallel num_threads(threads)
-  draft(d, inner.data(), added.data(), logits.data());
-  return choose(d, logits.data(), chance);
+  draft(d, inner.data(), added.data(), logits.data(), ids, chances);
+}
+
+// Rows of a cache moved up behind the settled ones: keys and values of each layer, [heads][capacity][bytes].
+extern "C" void specbound_keep(const int64_t* buffers, const int64_t* sizes, const int64_t* places) {
+  const int64_t count = sizes[0], heads = sizes[1], capacity = sizes[2], bytes = sizes[3], settled = sizes[4];
+  for (int64_t b = 0; b < count; b++)
+    for (int64_t head = 0; head < heads; head++) {
+      char* rows = (char*)buffers[b] + (head * capacity + settled) * bytes;
+      for (int64_t i = 0; i < sizes[5]; i++)
+        if (places[i] != i) std::memcpy(rows + i * bytes, rows + places[i] * bytes, bytes);
+    }
 }

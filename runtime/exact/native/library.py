@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "kernels.cpp"
-HEADERS = [FOLDER / name for name in ("attention.h", "deep_head.h", "stack.h", "numbers.h", "products.h")]
+HEADERS = [FOLDER / name for name in ("attention.h", "deep_head.h", "keys.h", "numbers.h", "products.h", "stack.h")]
 CPU_FLAGS = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512_bf16"))
 # No contraction: a product and a sum are rounded apart, as in the operations that these repeat.
 COMPILE = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off"]
@@ -86,12 +86,13 @@ def _declare(library: ctypes.CDLL) -> None:
     place, number, numbers = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)
     products, attention, layers = library.specbound_products, library.specbound_attention, library.specbound_layers
     products.argtypes, products.restype = [*[place] * 4, *[number] * 5], None
-    attention.argtypes, attention.restype = [*[place] * 4, numbers, ctypes.c_float, number, number], number
-    layers.restype, layers.argtypes = number, [place, numbers, floats, *[place] * 4, number]
+    attention.argtypes, attention.restype = [*[place] * 4, numbers, place, ctypes.c_float, number, number], number
+    layers.restype, layers.argtypes = number, [place, numbers, floats, *[place] * 5, number]
     norms = library.specbound_norms
     norms.argtypes, norms.restype = [*[place] * 3, number, number, ctypes.c_float], None
-    draft = library.specbound_draft
-    draft.argtypes, draft.restype = [place, numbers, floats, *[place] * 4, floats, number], number
+    draft, keep = library.specbound_draft, library.specbound_keep
+    draft.argtypes, draft.restype = [place, numbers, floats, *[place] * 7, number], None
+    keep.argtypes, keep.restype = [place, numbers, place], None
 
 
 def _missing() -> str | None:

@@ -27,6 +27,8 @@ struct Run {
   const uint16_t* silu;             // of every bfloat16
   int64_t count, rows, held, hidden, queries, keys, size, inner;  // held: rows of the cache before these
   int64_t block, order;             // of additions: of products, of attention
+  int64_t settled;                  // rows of the cache that every row sees
+  const int64_t* paths;             // as `Attention` has them
   float epsilon, scale, multiplier;  // of norms, of scores, of what is added to the residual
 };
 
@@ -144,7 +146,7 @@ inline void through(const Run& run, uint16_t* hidden, uint16_t* heads, uint16_t*
     place_heads(run, layer, heads);
     attend({heads, layer.keys, layer.values, attended, run.rows, run.queries, run.queries / run.keys, run.size,
             run.held + run.rows, run.size, wide, layer.capacity * run.size, run.size, layer.capacity * run.size, run.size,
-            run.scale},
+            run.scale, run.settled, run.paths},
            run.order, numbers);
     product(layer.output, attended, layer.output_bias, hidden, run.hidden, all, nullptr, hidden);
     normalise(layer.second_norm);

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from runtime.decoding.families import LlamaParts, is_listened_to
+from runtime.decoding.rows import TreeRows
 from runtime.exact.native.attend import MAX_SIZE, ORDERS
 from runtime.exact.native.library import native_library
 from runtime.exact.native.products import BLOCK
@@ -76,7 +77,9 @@ class NativeLayers:
             alike.add(parts.multiplier)
         return cls(whole, weights, order, body) if len(alike) == 2 else None
 
-    def __call__(self, hidden: Tensor, start: int, stop: int, position_ids: Tensor, cache: Any) -> Tensor | None:
+    def __call__(
+        self, hidden: Tensor, start: int, stop: int, position_ids: Tensor, cache: Any, tree: TreeRows | None = None
+    ) -> Tensor | None:
         """Hidden states [1, T, D] at depth `stop` of those at depth `start`, positions [1, T]; appends to the cache.
 
         None, and the cache as it was, where it cannot be said: some score is not finite.
@@ -88,13 +91,16 @@ class NativeLayers:
             keys, values = cache.reserve(index, held + rows)
             self.table[index, KEYS : KEYS + 3] = keys.data_ptr(), values.data_ptr(), keys.shape[2]
         output = hidden.clone(memory_format=torch.contiguous_format)
-        sizes = (ctypes.c_int64 * 10)(stop - start, rows, held, hidden.shape[2], *self.sizes)
+        paths = None if tree is None else tree.table(held + rows)
+        settled = 0 if tree is None else tree.settled
+        sizes = (ctypes.c_int64 * 11)(stop - start, rows, held, hidden.shape[2], *self.sizes, settled)
         library = native_library()
         assert library is not None
         fine = library.specbound_layers(
             self.table[start:].ctypes.data,
             sizes,
             self.floats,
+            None if paths is None else paths.data_ptr(),
             cosines.data_ptr(),
             sines.data_ptr(),
             self.silu.data_ptr(),
@@ -106,6 +112,21 @@ class NativeLayers:
         for index in range(start, stop):
             cache.lengths[index] = held + rows
         return output
+
+    def keep(self, cache: Any, settled: int, places: Sequence[int]) -> None:
+        """As `KVCache.keep`: rows of a cache moved up behind the settled ones, the others forgotten."""
+        if list(places) != list(range(len(places))):
+            held = settled + places[-1] + 1
+            buffers = [tensor for index in range(len(cache.lengths)) for tensor in cache.reserve(index, held)]
+            _, heads, capacity, size = buffers[0].shape
+            library = native_library()
+            assert library is not None
+            library.specbound_keep(
+                (ctypes.c_int64 * len(buffers))(*(tensor.data_ptr() for tensor in buffers)),
+                (ctypes.c_int64 * 6)(len(buffers), heads, capacity, 2 * size, settled, len(places)),
+                (ctypes.c_int64 * len(places))(*places),
+            )
+        cache.crop(settled + len(places))
 
     def _tables(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [1, T, E] in bfloat16, in the rotary module's own operations."""

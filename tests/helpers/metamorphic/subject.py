@@ -71,16 +71,24 @@ class Coached:
         """As the heads have them."""
         return self.heads.modules
 
+    @property
+    def watched(self) -> Any:
+        """As the heads have them."""
+        return self.heads.watched
+
     def on(self, layers: DecoderLayers) -> "Coached":
         """The heads on the base as it is now."""
         return Coached(self.heads.on(layers))
 
-    def propose(self, layer: int, state: Any) -> tuple[int, float]:
+    def propose(self, layer: int, state: Any, nodes: Any, count: int) -> Any:
         """The heads are asked, so that what they do is exercised too."""
-        guess, _ = self.heads.propose(layer, state)
-        position = state.length
-        correct = self.truth[position] if position < len(self.truth) else guess
-        return (correct if position % 3 else guess), 0.0 if (position + layer) % 4 == 0 else 0.9
+        proposed = []
+        for node, ((guess, _), *others) in zip(nodes, self.heads.propose(layer, state, nodes, count), strict=True):
+            position = state.length + len(state.paths[node])
+            correct = self.truth[position] if position < len(self.truth) else guess
+            first = (correct if position % 3 else guess), 0.0 if (position + layer) % 4 == 0 else 0.9
+            proposed.append([first, *(other for other in others if other[0] != first[0])])
+        return proposed
 
 
 def drafter(model: Any, seed: int = 0) -> Coached:
@@ -97,7 +105,7 @@ def drafter(model: Any, seed: int = 0) -> Coached:
 
 def speculative(model: Any) -> Any:
     """The model with coached heads attached."""
-    return attach(model, SpecBound(model, drafter(model), SpeculationBounds(0.2, max(EXITS), 3)))
+    return attach(model, SpecBound(model, drafter(model), SpeculationBounds(0.2, max(EXITS), 3, max_branches=2)))
 
 
 @dataclass

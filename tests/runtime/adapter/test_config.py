@@ -135,7 +135,7 @@ def test_a_missing_key_is_named(key):
         ("exit_layers", [3, True], "exit_layers is True"),
         ("exit_layers", {"3": 6}, "expected list"),
         ("exit_layers", [3, 7], "exit temperatures are for layers"),
-        ("head", "magic", "expected one of deep, linear, lora"),
+        ("head", "magic", "expected one of attention, deep, linear, lora"),
         ("head", [[[[[[[[]]]]]]]], "head is"),
         ("head", None, "expected str"),
         ("base_model_name_or_path", "", "printable"),

@@ -128,7 +128,12 @@ def test_colours_of_a_round(terminal: bool) -> None:
     console = Console(file=out, force_terminal=terminal, color_system="standard" if terminal else None, width=60)
     view = RoundsView(console, Words(), [0, 4])
     with view:
-        for event in (Token(1, "one"), Token(2, " two"), Token(3, " three\nfour"), Round([2, 9], [4, 0], 1, 2)):
+        for event in (
+            Token(1, "one"),
+            Token(2, " two"),
+            Token(3, " three\nfour"),
+            Round([2, 9], [0, 1], [4, 0], [0], 2),
+        ):
             view.show(event)
         for number in range(40):  # plain decoding has no rounds
             view.show(Token(number, f" t{number}"))
@@ -146,11 +151,11 @@ def test_colours_of_a_round(terminal: bool) -> None:
 
 
 def test_words_stay_whole() -> None:
-    """A draft rejected inside a word is shown after it, the first of its round alone; lines end between words."""
+    """A draft rejected inside a word is shown after it, not those behind it; lines end between words."""
     out = StringIO()
     with RoundsView(Console(file=out, force_terminal=True, color_system=None, width=24), Words(), [4]) as view:
         for number in range(12):
-            for event in (Token(1, " medi"), Token(2, "terranean"), Round([7, 9, 8], [4, 4, 4], 1, 2)):
+            for event in (Token(1, " medi"), Token(2, "terranean"), Round([7, 9, 8], [0, 1, 2], [4, 4, 4], [0], 2)):
                 view.show(event)
             if number % 2:
                 view.show(Token(3, "s"))

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.decoding.accept import Accepted
+from runtime.decoding.draft import Draft, judged
 from runtime.drafting.controller import ALLOWED_LOSS, MAX_REST, Controller
 from runtime.drafting.policy import SpeculationBounds
 from runtime.generate import attach
@@ -35,7 +37,8 @@ class World:
             self.drafting.append(allowed.max_draft_tokens > 0)
             accepted = min(drafts, self.accepted(self.rounds)) if drafts else 0
             self.now += self.cost(self.rounds) if self.drafting[-1] else 1.0
-            self.controller.end([self.layer] * drafts, [0.9] * drafts, accepted)
+            judged = [(self.layer, 0.9, index < accepted) for index in range(drafts)][: accepted + 1]
+            self.controller.end(judged, accepted + 1)
             self.tokens += accepted + 1
             self.rounds += 1
         return tokens / (self.now - began)
@@ -90,7 +93,7 @@ def test_a_source_that_overstates_itself_is_asked_for_more() -> None:
     controller = Controller(lambda: 0.0)
     for step in range(200):
         controller.begin(BOUNDS)
-        controller.end([4, 4], [0.9, 0.9], int(step % 10 == 0))
+        controller.end([(4, 0.9, step % 10 == 0)], 1 + (step % 10 == 0))
     controller.resting = 0
     allowed = controller._corrected(BOUNDS)
     assert allowed.threshold(4) > 0.8 and allowed.threshold(0) == BOUNDS.exit_threshold
@@ -98,16 +101,15 @@ def test_a_source_that_overstates_itself_is_asked_for_more() -> None:
     honest = Controller(lambda: 0.0)
     for _ in range(200):
         honest.begin(BOUNDS)
-        honest.end([4], [0.9], 1)
+        honest.end([(4, 0.9, True)], 2)
     assert honest._corrected(BOUNDS).threshold(4) == BOUNDS.exit_threshold
     assert honest._corrected(BOUNDS).max_draft_tokens == BOUNDS.max_draft_tokens
 
 
 def test_drafts_after_a_rejected_one_say_nothing() -> None:
-    """They continue a text that never was."""
-    controller = Controller(lambda: 0.0)
-    controller._observe([0, 4, 8], [0.9, 0.9, 0.9], 0)
-    assert set(controller._records) == {0}
+    """They continue a text that never was; all that followed an accepted token were judged."""
+    draft = Draft([5, 6, 7, 8], [0, 0, 1, 2], [0, 4, 8, 2], [0.9, 0.5, 0.9, 0.7])
+    assert judged(draft, Accepted([6, 9], [0, 2], False)) == [(0, 0.9, False), (4, 0.5, True), (2, 0.7, False)]
 
 
 def test_the_same_clock_gives_the_same_rounds() -> None:

@@ -73,7 +73,7 @@ def test_traces_and_table() -> None:
     traces = LookupTraces.collect(rows, targets=[2, 3, 9])
     # After `1`: seen once, followed by 2. After `1 2`: followed by 3. After `2 3`: followed by 1, wrong.
     assert traces.match.tolist() == [1, 2, 3]
-    assert traces.correct.tolist() == [True, True, False]
+    assert traces.correct.tolist() == [True, True, False] and traces.token.tolist() == [2, 3, 1]
     # Behind that wrong 1, with `2 3 1` for an end, it would go on with what followed then, and on.
     assert traces.after_wrong.shape == (2, FOLLOWED, 3) and not traces.after_wrong[:, :, :2].any()
     lookup, pending = ContextLookup([1, 2, 3, 1, 2]), [3, 1]
@@ -83,13 +83,15 @@ def test_traces_and_table() -> None:
         assert traces.after_wrong[:, behind, 2].tolist() == [proposal.match, proposal.support]
         pending.append(proposal.token)
     nothing = np.zeros((2, FOLLOWED, 1000), int)
-    table = LookupTraces(np.array([2] * 1000), np.array([AGREED] * 1000), np.arange(1000) % 4 > 0, nothing).fit()
+    right, token = np.arange(1000) % 4 > 0, np.zeros(1000, int)
+    table = LookupTraces(np.array([2] * 1000), np.array([AGREED] * 1000), right, token, nothing).fit()
     assert table.rows[1][AGREED] == pytest.approx(0.75, abs=0.01)
     confidence = traces.confidences(table)
     assert confidence.shape == (3,) and (confidence > 0).all()
     behind = traces.confidences_after_wrong(table)
     assert behind.shape == (FOLLOWED, 3) and (behind[:, 2] > 0).all() and not behind[:, :2].any()
-    assert LookupTraces(np.array([0]), np.array([0]), np.array([False]), nothing).confidences(table).tolist() == [0.0]
+    none = np.array([0])
+    assert LookupTraces(none, none, np.array([False]), none - 1, nothing).confidences(table).tolist() == [0.0]
 
 
 def test_drafts_of_both_kinds_mix_and_ids_are_stocks(make_model: Any, make_adapter: Any) -> None:

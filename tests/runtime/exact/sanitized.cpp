@@ -4,9 +4,9 @@
 #include <vector>
 
 extern "C" void specbound_products(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t);
-extern "C" int64_t specbound_attention(const void*, const void*, const void*, void*, const int64_t*, float, int64_t, int64_t);
+extern "C" int64_t specbound_attention(const void*, const void*, const void*, void*, const int64_t*, const int64_t*, float, int64_t, int64_t);
 
-extern "C" int64_t specbound_layers(const void*, const int64_t*, const float*, const void*, const void*, const void*, void*, int64_t);
+extern "C" int64_t specbound_layers(const void*, const int64_t*, const float*, const int64_t*, const void*, const void*, const void*, void*, int64_t);
 
 static std::vector<uint16_t> numbers(int64_t count) {
   std::vector<uint16_t> made(count);
@@ -34,8 +34,14 @@ int main() {
           const int64_t queries = 5, groups = 1;
           auto query = numbers(queries * rows * size), keys = numbers(groups * length * size), values = keys;
           std::vector<uint16_t> output(rows * queries * size);
-          const int64_t sizes[] = {rows, queries, queries / groups, size, length, rows * size, size, length * size, size, length * size, size};
-          if (!specbound_attention(query.data(), keys.data(), values.data(), output.data(), sizes, 0.1f, order, 2)) return 1;
+          const int64_t sizes[] = {rows, queries, queries / groups, size, length, rows * size, size, length * size, size, length * size, size, length - rows};
+          if (!specbound_attention(query.data(), keys.data(), values.data(), output.data(), sizes, nullptr, 0.1f, order, 2)) return 1;
+          std::vector<int64_t> paths(rows * (1 + rows));  // each row sees every other one before it, and itself
+          for (int64_t row = 0; row < rows; row++) {
+            int64_t* path = paths.data() + row * (1 + rows);
+            for (int64_t at = row % 2; at <= row; at += 2) path[1 + path[0]++] = at;
+          }
+          if (!specbound_attention(query.data(), keys.data(), values.data(), output.data(), sizes, paths.data(), 0.1f, order, 2)) return 3;
         }
   for (int64_t rows : {1, 3, 17})
     for (int64_t held : {0, 1, 600})
@@ -49,9 +55,9 @@ int main() {
         const void* layer[] = {wide.data(), output.data(), gate_up.data(), down.data(), nullptr, nullptr, nullptr, nullptr,
                                norm.data(), norm.data(), head.data(), head.data(), key.data(), value.data(),
                                (const void*)capacity, (const void*)1};
-        const int64_t sizes[] = {1, rows, held, hidden, queries, keys, size, inner, 256, 1};
+        const int64_t sizes[] = {1, rows, held, hidden, queries, keys, size, inner, 256, 1, held};
         const float floats[] = {1e-5f, 0.1f, 0.5f};
-        if (!specbound_layers(layer, sizes, floats, angles.data(), angles.data(), table.data(), state.data(), 2)) return 2;
+        if (!specbound_layers(layer, sizes, floats, nullptr, angles.data(), angles.data(), table.data(), state.data(), 2)) return 2;
       }
   std::puts("fine");
 }

@@ -42,19 +42,34 @@ def test_drafts_are_those_of_the_modules() -> None:
         state, embedding, deep = torch.randn(3, 1, SIZE).bfloat16()
         context = HeadContext(embedding, deep, torch.tensor([number % (MAX_AGE + 1)]))
         layer, temperature = 1 + number % 2, 1.0 + number / 100
-        token, chance = heads.best(layer, state, context, temperature)
-        expected, sure = modules.best(layer, state, context, temperature)
+        token, chance = heads.best(layer, state, context, temperature, 1)[0][0]
+        expected, sure = modules.best(layer, state, context, temperature, 1)[0][0]
         same += token == expected
         assert chance == pytest.approx(sure, rel=0.1) and 3 <= token < 3 + VOCABULARY
-        assert heads.best(layer, state, context, 9.0)[1] < chance
+        assert heads.best(layer, state, context, 9.0, 1)[0][0][1] < chance
     assert same > 90
+
+
+@torch.inference_mode()
+def test_several_rows_are_each_what_they_are_alone() -> None:
+    """And of each the likeliest drafts, in order, none twice."""
+    heads = made()
+    states, embeddings, deeps = torch.randn(3, 11, SIZE).bfloat16()
+    ages = torch.arange(11) % (MAX_AGE + 1)
+    together = heads.best(1, states, HeadContext(embeddings, deeps, ages), 1.2, 4)
+    for row, drafts in enumerate(together):
+        part = slice(row, row + 1)
+        alone = heads.best(1, states[part], HeadContext(embeddings[part], deeps[part], ages[part]), 1.2, 4)
+        assert drafts == alone[0] and len({token for token, _ in drafts}) == 4
+        assert [chance for _, chance in drafts] == sorted((chance for _, chance in drafts), reverse=True)
+        assert sum(chance for _, chance in drafts) <= 1.001
 
 
 @torch.inference_mode()
 def test_logits_that_are_no_numbers_draft_nothing() -> None:
     """Their confidence passes no threshold."""
     state = torch.full((1, SIZE), torch.nan).bfloat16()
-    _, chance = made().best(1, state, HeadContext(state, state, torch.tensor([1])), 1.0)
+    [[(_, chance), _]] = made().best(1, state, HeadContext(state, state, torch.tensor([1])), 1.0, 2)
     assert not chance >= 0.0
 
 
@@ -67,10 +82,10 @@ def test_copies_draft_from_weights_of_their_own(copied: Any) -> None:
     heads = made()
     state, embedding, deep = torch.randn(3, 1, SIZE).bfloat16()
     context = HeadContext(embedding, deep, torch.tensor([1]))
-    expected, other = heads.best(1, state, context, 1.0), copied(heads)
+    expected, other = heads.best(1, state, context, 1.0, 2), copied(heads)
     for packed in heads.native[1].held:
         packed.zero_()
-    assert other.best(1, state, context, 1.0) == expected != heads.best(1, state, context, 1.0)
+    assert other.best(1, state, context, 1.0, 2) == expected != heads.best(1, state, context, 1.0, 2)
     assert other.with_exits(heads.exits).native == {}
 
 

@@ -99,22 +99,23 @@ def test_one_wait_an_exit_decision(
     made.prepare(model)
     cache = made.prepared.cache_of(prefilled(model, PROMPT), 40)
     assert isinstance(cache, StaticCache) == static
-    state = DecodeState(made.prepared.layers, cache, PROMPT[0].tolist(), deep=torch.zeros(32))
+    state = DecodeState(made.prepared.layers, cache, PROMPT[0].tolist())
+    state.deep = torch.zeros(32)
     with torch.no_grad(), made.prepared.running(model):
         for _ in range(2):  # the second time nothing is made that stays
             with Waits(monkeypatch) as waits:
                 for token in (3, 4, 5, 6, 7, 8):
                     waits.seen.clear()
-                    state.push(token)
+                    node = state.push(token)
                     state.advance(2)
-                    made.drafter.propose(2, state)
+                    made.drafter.propose(2, state, [node], 2)
                     assert waits.seen == ["tolist"]
                     state.advance(4)
-                    made.drafter.propose(4, state)
+                    made.drafter.propose(4, state, [node], 2)
                     assert waits.seen == ["tolist"] * 2
                 waits.seen.clear()
                 state.verify()
-                state.crop(8)
+                state.settle([])
                 assert waits.seen == []
                 assert float(torch.tensor([3.0])) == 3.0  # negative control
                 assert waits.seen == ["lift_fresh", "_local_scalar_dense"]

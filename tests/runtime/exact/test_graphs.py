@@ -107,9 +107,9 @@ def test_negative_control_a_position_that_is_a_number(way: str, monkeypatch: pyt
     """What a recording would keep for good: the twin cannot tell, the recorded form does."""
     segment = StaticCache._segment
 
-    def frozen(self: StaticCache, through: Any, hidden: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def frozen(self: StaticCache, through: Any, hidden: torch.Tensor, start: int, stop: int, tree: Any) -> Any:
         self._start = torch.full((2,), self.lengths[start])
-        return segment(self, through, hidden, start, stop)
+        return segment(self, through, hidden, start, stop, tree)
 
     monkeypatch.setattr(StaticCache, "_segment", frozen)
     model = tiny("llama")

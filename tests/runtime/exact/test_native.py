@@ -133,8 +133,8 @@ def test_a_sum_of_weights_off_in_its_last_bits_is_refused(
     """Negative control: scores off in their last bit, which millions of ordinary outputs hardly show."""
     attention = BlockAttention(f"native_{attention_order}", "sdpa")
 
-    def shifted(query: Tensor, keys: Tensor, values: Tensor, _: float | None, name: str) -> Tensor | None:
-        return attend(query, keys, values, HEADS[2] ** -0.5 * (1 + 2**-23), name)
+    def shifted(query: Tensor, keys: Tensor, values: Tensor, _: float | None, name: str, tree: Any) -> Tensor | None:
+        return attend(query, keys, values, HEADS[2] ** -0.5 * (1 + 2**-23), name, tree)
 
     monkeypatch.setattr("runtime.exact.attention.attend", shifted)
     assert not order.same_sums(attention, HEADS[2])

@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from runtime.decoding.cache import KVCache
 from runtime.decoding.layers import NATIVE, DecoderLayers
+from runtime.decoding.state import DecodeState
 from runtime.exact.certificate import Certificate
 from runtime.exact.execution import execution
 from runtime.exact.native import stack as native
@@ -100,6 +101,49 @@ def test_a_spoilt_kernel_is_refused(part: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(native, *SPOILT[part])
     certificate, _ = probed(model)
     assert certificate.bitwise and not certificate.policy.native
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_tree_has_the_bits_of_its_paths(family: str) -> None:
+    """Logits, keys and values of every node are those of its path, token by token; what is kept is the path's."""
+    model = base(family)
+    certificate, packed = probed(model)
+    layers, ids = DecoderLayers(model), torch.arange(2, 50).tolist()  # the tree lies across a vector of keys
+    parents, tokens = [0, 0, 1, 1, 2, 5, 3, 7, 8, 0], [5, 9, 9, 7, 3, 11, 2, 8, 4, 1]
+
+    prefix = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]), past_key_values=prefix, use_cache=True)
+
+    def state() -> DecodeState:
+        made = DecodeState(layers, KVCache.from_dynamic(prefix, 64), ids)
+        made.push(ids[0])
+        return made
+
+    with torch.no_grad(), execution(model, certificate.policy, packed):
+        tree = state()
+        for token, parent in zip(tokens, parents, strict=True):
+            tree.push(token, parent)
+            tree.advance(len(tree.pending) % 3)
+        found = tree.verify()[0]
+        written = [[tensor.clone() for tensor in tree.cache.rows(index, tree.length)] for index in range(3)]
+        for node, path in enumerate(list(tree.paths)):
+            alone = state()
+            for token in tree.tokens(node)[1:]:
+                alone.verify()
+                alone.settle([0])
+                alone.push(token)
+            assert torch.equal(found[node], alone.verify()[0, -1])
+            for index in range(3):
+                rows = alone.cache.rows(index, tree.length)
+                assert all(
+                    torch.equal(mine[:, :, path], other) for mine, other in zip(written[index], rows, strict=True)
+                )
+        path = tree.paths[9]
+        tree.settle(path)
+        for index in range(3):
+            kept = tree.cache.rows(index, len(ids))
+            assert all(torch.equal(mine, old[:, :, path]) for mine, old in zip(kept, written[index], strict=True))
 
 
 @pytest.mark.parametrize("size", [64, 100, 256, 576, 2048, 4096])

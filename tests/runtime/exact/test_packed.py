@@ -215,14 +215,15 @@ def test_heads_run_packed_and_follow_the_base(model: Any, make_adapter: Any) -> 
     with torch.no_grad():
         state.push(3)
         state.advance(2)
-        unpacked = drafter.propose(2, state)
+        unpacked = drafter.propose(2, state, [0], 1)[0][0]
         drafter = drafter.on(layers)
         packed.pack_in_place(drafter.modules)
         linears = [module for module in drafter.heads.exits.modules() if isinstance(module, nn.Linear)]
         assert all("forward" in module.__dict__ for module in linears if module.weight.numel() >= packed.MIN_WEIGHTS)
         assert any("forward" in module.__dict__ for module in linears)
         for heads in (drafter.heads.exits, copy.deepcopy(drafter.heads.exits)):
-            token, confidence = replace(drafter, heads=drafter.heads.with_exits(heads)).propose(2, state)
+            again = replace(drafter, heads=drafter.heads.with_exits(heads))
+            token, confidence = again.propose(2, state, [0], 1)[0][0]
             assert token == unpacked[0] and abs(confidence - unpacked[1]) < 0.02
         assert heads.heads["2"].gate_up.weight is heads.heads["2"].gate_up.forward.args[0].weight
         drafter = drafter.on(DecoderLayers(model.float()))

@@ -171,3 +171,31 @@ def test_features_on_another_device_are_the_same(extract):
     assert_equal(found.to("cpu"), found)
     assert found.to("meta").deep.is_meta
     assert found.to("meta").hidden[EXITS[0]].is_meta
+
+
+def test_prompt_positions_are_kept_for_heads_that_attend(model, tmp_path):
+    """Those just before the response; whole texts have them in front, and each state from the position before."""
+    extract = FeatureExtractor(DecoderLayers(model), EXITS, top_k=TOP, prompt_tokens=3)
+    found = extract(ROWS)
+    assert found.prompts.lengths == [2, 0, 3]
+    texts = found.texts
+    cache = FeatureCache(tmp_path, {})
+    assert list(cache.fill(Sequences(ROWS, 0), extract, batch_size=3)) == [3]
+    for index, (part, (prompt, response)) in enumerate(zip(found.split(), ROWS, strict=True)):
+        output = model(torch.tensor([prompt + response]), output_hidden_states=True)
+        kept = slice(len(prompt) - 1 - part.prompts.lengths[0], len(prompt) + len(response) - 1)
+        states = [state[0, kept] for state in output.hidden_states]
+        number = len(states[0])
+        torch.testing.assert_close(texts.embedding[index, :number], states[0])
+        torch.testing.assert_close(texts.hidden[4][index, :number], states[4])
+        torch.testing.assert_close(texts.deep[index, 1:number], states[-1][:-1])
+        assert texts.start[index] == part.prompts.lengths[0] and not texts.deep[index, 0].any()
+        assert texts.chosen[index].tolist() == [True] * len(response) + [False] * (4 - len(response))
+        read = cache[index]
+        assert_equal(read, part)
+        assert read.prompts.lengths == part.prompts.lengths
+        for name in ("embedding", "deep"):
+            assert torch.equal(getattr(read.prompts, name), getattr(part.prompts, name))
+        assert torch.equal(read.prompts.hidden[2], part.prompts.hidden[2])
+    again = Features.join([cache[index] for index in range(3)])
+    assert torch.equal(again.texts.deep, texts.deep)

@@ -128,7 +128,11 @@ def test_an_adapter_that_replay_misjudges_is_not_published(fitted: Any) -> None:
     assert json.loads((folder / "calibration.json").read_text())["agreement"]["tokens"] > 0
     with pytest.raises(SpecBoundError, match="not published"):
         check_agreement(
-            specbound.prepared.layers, specbound.drafter, bounds, rows, replace(traces, correct=~traces.correct)
+            specbound.prepared.layers,
+            specbound.drafter,
+            bounds,
+            rows,
+            replace(traces, rank=np.where(traces.rank == 0, -1, 0).astype(np.int8)),
         )
 
 

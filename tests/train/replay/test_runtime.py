@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.decoding.draft import draft_tokens
+from runtime.decoding.draft import draft_tree
 from runtime.drafting.lookup import MAX_MATCH, ContextLookup, LookupTable
 from runtime.drafting.policy import SpeculationBounds
 from runtime.generate import attach
 from runtime.handle import SpecBound
-from tests.helpers.replay import COSTS, DRAFTS, random_traces
+from tests.helpers.replay import BRANCHES, COSTS, DRAFTS, random_traces
 from train.calibration.lookup_traces import LookupTraces
 from train.calibration.traces import Traces
 from train.replay.replay import Replayer
@@ -24,21 +24,32 @@ class LoggedHeads:
     """Drafts and confidences of a log: right ones are the truth's, wrong ones another token."""
 
     def __init__(self, traces: Traces, truth: list[int], prompt_length: int) -> None:
-        self.exit_layers, self.modules = list(traces.layers), ()
+        self.exit_layers, self.modules, self.watched = list(traces.layers), (), []
         self.traces, self.truth, self.prompt_length = traces, truth, prompt_length
 
     def on(self, layers: Any) -> "LoggedHeads":
         """Nothing to move."""
         return self
 
-    def propose(self, layer: int, state: Any) -> tuple[int, float]:
-        """What the log says at the newest token; after its end, and only then, nothing is sure."""
-        position = state.length - self.prompt_length
-        if position >= len(self.traces):
-            return 0, 0.0
-        at = self.traces.layers.index(layer), min(len(state.pending), DRAFTS) - 1, position
-        correct = self.truth[state.length]
-        return (correct if self.traces.correct[at] else (correct + 1) % 128), float(self.traces.confidence[at])
+    def propose(self, layer: int, state: Any, nodes: list[int], count: int) -> list[list[tuple[int, float]]]:
+        """What the log says at a node's distance from the root; after its end, and only then, nothing."""
+        return [self._of(layer, state.length + len(state.paths[node]), len(state.paths[node])) for node in nodes]
+
+    def _of(self, layer: int, place: int, distance: int) -> list[tuple[int, float]]:
+        position, traces = place - self.prompt_length, self.traces
+        if position >= len(traces):
+            return []
+        index, age = traces.layers.index(layer), min(distance, DRAFTS) - 1
+        rank, shared = traces.rank[index, age, position], traces.shared[index, age, position]
+        copied = traces.rank[0, age, position]  # the lookup's token is the truth's, or another one
+        proposals = []
+        for branch, confidence in enumerate(traces.confidence[index, age, :, position].tolist()):
+            token = self.truth[place] + 2 + index * BRANCHES + branch
+            token = self.truth[place] + 1 if branch == shared and copied != 0 else token
+            token = self.truth[place] if branch == rank else token
+            if confidence > 0:
+                proposals.append((token % 128, confidence))
+        return proposals
 
 
 @pytest.mark.parametrize(
@@ -48,6 +59,9 @@ class LoggedHeads:
         SpeculationBounds(0.5, 3, 8),
         SpeculationBounds(0.0, 0, 2),
         SpeculationBounds(0.3, 5, 8, exit_thresholds={0: 0.7, 2: 2.0}, min_survival=0.3),
+        SpeculationBounds(0.2, 5, 12, max_branches=2, sure_threshold=0.7),
+        SpeculationBounds(0.1, 2, 15, max_branches=3, sure_threshold=0.8, min_survival=0.2, min_draft_survival=0.05),
+        SpeculationBounds(0.1, 5, 15, max_branches=3, sure_threshold=1.1, min_draft_survival=0.1, max_depth=2),
     ],
 )
 def test_the_runtime_does_what_replay_says(make_model: Any, bounds: SpeculationBounds) -> None:
@@ -55,7 +69,7 @@ def test_the_runtime_does_what_replay_says(make_model: Any, bounds: SpeculationB
     model, prompt, new = make_model(), torch.arange(3, 12)[None], 120
     truth = model.generate(prompt, max_new_tokens=new, do_sample=False)[0].tolist()
     length = prompt.shape[1]
-    traces = random_traces((new,), seed=4, prompt=length)
+    traces = replace(random_traces((new,), seed=4, prompt=length), after_wrong=None)
     heads = LoggedHeads(traces, truth, length)
     attach(model, SpecBound(model, heads, bounds))
     assert model.generate(prompt, max_new_tokens=new, do_sample=False)[0].tolist() == truth
@@ -63,7 +77,7 @@ def test_the_runtime_does_what_replay_says(make_model: Any, bounds: SpeculationB
     assert found.emitted == stats.emitted - 1 == new - 1
     assert found.rounds == stats.rounds and found.accepted == stats.accepted
     assert found.mean_accepted_length == pytest.approx(stats.mean_accepted_length)
-    assert found.hard_tokens == stats.hard_tokens or not bool(traces.correct.all())
+    assert found.drafted == stats.drafted and found.hard_tokens == stats.hard_tokens
 
 
 class Copying:
@@ -78,14 +92,15 @@ class Copying:
     def advance(self, depth: int) -> None:
         """No layers."""
 
-    def push(self, token: int) -> None:
-        """As `DecodeState.push`."""
+    def push(self, token: int, parent: int) -> int:
+        """As `DecodeState.push`, for a chain."""
         self.pending.append(token)
+        return parent + 1
 
-    def propose(self, layer: int, state: Any) -> tuple[int, float]:
+    def propose(self, layer: int, state: Any, nodes: list[int], count: int) -> list[list[tuple[int, float]]]:
         """As `HeadDrafter` at depth 0."""
         proposal = state.lookup.propose(state.pending)
-        return (0, 0.0) if proposal is None else (proposal.token, self.table.confidence(proposal))
+        return [[] if proposal is None else [(proposal.token, self.table.confidence(proposal))]]
 
 
 @pytest.mark.parametrize("stop", [0.0, 0.05, 0.2])
@@ -100,18 +115,21 @@ def test_replay_copies_on_behind_a_wrong_draft(stop: float) -> None:
     at = 10  # of the newest token; the first is not speculation's
     while at < len(text) - 1:
         state.pending = [text[at]]
-        limit = bounds.draft_limit(len(text) - 1 - at)
-        draft = draft_tokens(state, state, bounds, limit=limit, stop_tokens=())
+        draft = draft_tree(state, state, bounds, remaining=len(text) - 1 - at, stop_tokens=())
         good = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(draft.tokens, text[at + 1 :])))  # noqa: B905
         drafted, accepted, rounds = drafted + len(draft.tokens), accepted + good, rounds + 1
         state.lookup.extend(text[at : at + good + 1])
         at += good + 1
     looked_up = LookupTraces.collect([(text[:10], text[10:])], text[10:])
-    traces = Traces.join(
-        {0: looked_up.confidences(Copying.table)},
-        {0: looked_up.correct},
-        np.zeros(len(text) - 10, int),
-        np.array([10]),
+    length = len(text) - 10
+    right = np.where(looked_up.correct, 0, -1).astype(np.int8)[None, None]
+    traces = Traces(
+        layers=(0,),
+        confidence=looked_up.confidences(Copying.table)[None, None, None],
+        rank=right,
+        shared=np.zeros_like(right),
+        sequence=np.zeros(length, int),
+        context=10 + np.arange(length),
         after_wrong=looked_up.confidences_after_wrong(Copying.table),
     )
     found = Replayer(traces, COSTS).run(bounds)

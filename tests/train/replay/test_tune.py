@@ -2,12 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from runtime.drafting.policy import SpeculationBounds
 from runtime.errors import DataError
+from train.calibration.exit_log import ExitLog
+from train.calibration.lookup_traces import LookupTraces
 from train.calibration.traces import Traces
 from train.replay import search as tuning
 from train.replay.costs import CostTable
@@ -18,7 +25,13 @@ from train.replay.variants import FULL, UNCALIBRATED, ablate
 COSTS = CostTable.counted(12, head=0.3, unembedding=2.0)
 
 
-def honest_traces(texts: int = 24, seed: int = 0) -> Traces:
+def made(layers: tuple[int, ...], confidence: Any, correct: Any, **where: Any) -> Traces:
+    """Traces of one draft a source and position, each source's a token of its own; arrays of shape [sources, N]."""
+    rank = np.where(correct, 0, -1).astype(np.int8)[:, None]
+    return Traces(layers, confidence[:, None, None], rank, np.full_like(rank, -1), **where)
+
+
+def honest_traces(texts: int = 12, seed: int = 0) -> Traces:
     """A precise but rare lookup, a poor exit at 2 and a good one at 6; confidences are the chances of being right."""
     numbers = np.random.default_rng(seed)
     length = 50 * texts
@@ -29,10 +42,10 @@ def honest_traces(texts: int = 24, seed: int = 0) -> Traces:
             numbers.beta(2, 1, length),
         ]
     ).astype(np.float32)
-    return Traces(
-        layers=(0, 2, 6),
-        confidence=confidence[:, None],
-        correct=(numbers.random(confidence.shape) < confidence)[:, None],
+    return made(
+        (0, 2, 6),
+        confidence,
+        numbers.random(confidence.shape) < confidence,
         sequence=np.repeat(np.arange(texts), 50),
         context=np.tile(np.arange(50), texts),
     )
@@ -40,10 +53,9 @@ def honest_traces(texts: int = 24, seed: int = 0) -> Traces:
 
 def constant(*, confidence: float, correct: bool) -> Traces:
     """Every source alike at every position."""
-    shape = (3, 1, 90)
-    return Traces(
-        (0, 2, 6), np.full(shape, confidence, np.float32), np.full(shape, correct), np.zeros(90, int), np.arange(90)
-    )
+    shape = (3, 90)
+    given = np.full(shape, confidence, np.float32), np.full(shape, correct)
+    return made((0, 2, 6), *given, sequence=np.zeros(90, int), context=np.arange(90))
 
 
 def test_tuned_bounds_are_the_fastest() -> None:
@@ -73,7 +85,7 @@ def test_drafts_that_barely_pay_are_left_out(monkeypatch: pytest.MonkeyPatch) ->
     """What a draft is charged beyond its cost decides; what is predicted stays without it."""
     traces = honest_traces()
     found = tune(traces, COSTS, progress=False)[1]
-    monkeypatch.setattr(tuning, "CAUTION", 0.1)
+    monkeypatch.setattr(tuning, "CAUTION", 0.4)
     fewer, slower = tune(traces, COSTS, progress=False)
     assert slower.drafted.total() < found.drafted.total() and slower.speedup <= found.speedup
     assert slower.speedup == Replayer(traces, COSTS).run(fewer).speedup
@@ -105,7 +117,7 @@ def test_traces_on_disk(tmp_path: Path) -> None:
     traces.write(tmp_path / "t.safetensors", weights_sha256="one")
     read = Traces.read(tmp_path / "t.safetensors", weights_sha256="one")
     assert read.layers == traces.layers
-    for name in ("confidence", "correct", "sequence", "context"):
+    for name in ("confidence", "rank", "shared", "sequence", "context"):
         assert np.allclose(getattr(read, name), getattr(traces, name), atol=1e-3)
     assert read.after_wrong is None
     behind = np.where(np.arange(len(traces)) % 3 == 1, np.array([[0.5], [0.25]]), 0).astype(np.float32)
@@ -127,18 +139,50 @@ def test_traces_on_disk(tmp_path: Path) -> None:
     part = traces.of_sequences(np.array([False, True, True]))
     assert part.num_sequences == 2 and len(part) == 100 and part.sequence[0] == 0
     with pytest.raises(DataError, match="do not fit"):
-        Traces(traces.layers, traces.confidence, traces.correct, traces.sequence + 1, traces.context)
+        replace(traces, sequence=traces.sequence + 1)
 
 
-def test_traces_are_joined_by_source() -> None:
-    """Context counts the prompt; sources come in order of depth."""
-    confidence = {4: np.full(5, 0.4, np.float32), 0: np.full(5, 0.1, np.float32)}
-    correct = {4: np.ones(5, bool), 0: np.zeros(5, bool)}
-    traces = Traces.join(confidence, correct, np.array([0, 0, 0, 1, 1]), np.array([10, 3]))
-    assert traces.layers == (0, 4)
-    assert traces.context.tolist() == [10, 11, 12, 3, 4]
-    assert traces.remaining.tolist() == [3, 2, 1, 2, 1]
-    assert traces.confidence[0, 0, 0] == np.float32(0.1)
+def test_traces_of_an_older_specbound_are_refused_by_name(tmp_path: Path) -> None:
+    """Those logged one draft a source, for chains."""
+    path = tmp_path / "old.safetensors"
+    honest_traces(3).write(path, weights_sha256="one")
+    with safe_open(path, framework="np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name not in ("rank", "shared")}  # noqa: SIM118
+    save_file(tensors | {"right": np.zeros((3, 1, 150), bool)}, path, metadata={"weights_sha256": "one"})
+    with pytest.raises(
+        DataError, match=r"of an older specbound, without what a draft tree needs.*fit the adapter again"
+    ):
+        Traces.read(path, weights_sha256="one")
+
+
+def test_logs_are_put_together() -> None:
+    """Sources in order of depth; which draft is the base's choice, which the lookup's; context counts the prompt."""
+    log = ExitLog({4: 1.0}, ages=(1, 0))
+    target = torch.tensor([0, 2, 1, 3, 9])  # the draft vocabulary is 0 to 3
+    features = SimpleNamespace(target=target, lengths=[3, 2])
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 5)
+    log.add(features, [{4: logits}, {4: logits.flip(1)}], torch.arange(4))
+    rows = [([7] * 9 + [5], [0, 2, 1]), ([7, 7, 5], [3, 9])]
+    looked_up = LookupTraces.collect(rows, target.tolist())
+    traces = Traces.of(rows, log, (looked_up, looked_up.fit()))
+    assert traces.layers == (0, 4) and traces.confidence.shape == (2, 2, 4, 5)
+    assert traces.context.tolist() == [10, 11, 12, 3, 4] and traces.remaining.tolist() == [3, 2, 1, 2, 1]
+    assert traces.rank[1].tolist() == [[0, 2, 1, 3, -1], [3, 1, 2, 0, -1]]
+    assert (traces.rank[0] == np.where(looked_up.correct, 0, -1)).all() and not traces.confidence[0, :, 1:].any()
+    assert traces.correct[1].tolist() == [[True, *[False] * 4], [False, False, False, True, False]]
+    assert Traces.of(rows, log, None).layers == (4,) and (Traces.of(rows, log, None).shared == -1).all()
+
+
+def test_a_head_is_not_switched_off_for_noise() -> None:
+    """Where it costs hardly more than it gains it stays; where it costs more than noise it goes."""
+    traces = honest_traces()
+    near = replace(COSTS, head=3.0, head_row=0.0)
+    bounds, found = tune(traces, near, progress=False)
+    alone, without = tune(traces, near, Held(max_exit_layer=0), progress=False)
+    assert any(bounds.exits(traces.layers)) or found.speedup > without.speedup * 0.98
+    dear = replace(COSTS, head=100.0)
+    assert not any(tune(traces, dear, progress=False)[0].exits(traces.layers))
+    assert not any(alone.exits(traces.layers))
 
 
 def test_cost_tables_on_disk(tmp_path: Path) -> None:
