@@ -34,8 +34,8 @@ NOISE = 0.02
 # Added to the measured cost of each draft, in tokens of stock `generate`. Costs are noisy and many bounds are nearly
 # as fast as the fastest; those that draft less lose less on other texts and machines.
 CAUTION = 0.01
-# Candidates are compared on whole texts of about this many positions, and the best of them then on all texts.
-QUICK_POSITIONS, FINALISTS = 1200, 2
+# Candidates are compared on whole texts of about so many positions, and the best of them then on several times more.
+QUICK_POSITIONS, FINALIST_POSITIONS, FINALISTS = 1200, 5000, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,8 @@ def tune(
 
     If nothing beats decoding without drafts, the bounds draft nothing, unless the user has fixed the threshold.
     """
-    replayer, quick, held = Replayer(traces, costs), Replayer(_some(traces), costs), held or Held()
+    quick, several = (Replayer(_some(traces, number), costs) for number in (QUICK_POSITIONS, FINALIST_POSITIONS))
+    replayer, held = Replayer(traces, costs), held or Held()
     with tqdm(desc="tune", unit="replay", disable=not progress) as bar:
 
         def best(candidates: Iterable[SpeculationBounds]) -> tuple[float, SpeculationBounds]:
@@ -63,7 +64,7 @@ def tune(
                 scored.append((_speed(quick.run(bounds), costs), bounds))
                 bar.update()
             scored.sort(key=lambda pair: -pair[0])
-            finalists = [(_speed(replayer.run(bounds), costs), bounds) for _, bounds in scored[:FINALISTS]]
+            finalists = [(_speed(several.run(bounds), costs), bounds) for _, bounds in scored[:FINALISTS]]
             return max(finalists, key=lambda pair: pair[0])
 
         ends: list[tuple[float, SpeculationBounds]] = []
@@ -74,13 +75,13 @@ def tune(
         if not any(bounds.exits(traces.layers)) and held.exit_threshold is None:
             with_heads = _with_a_head(traces, bounds, held)
             slower, with_head = best(with_heads) if with_heads else (speed, bounds)
-            drafted = replayer.run(with_head).drafted
+            drafted = several.run(with_head).drafted
             if slower > speed * (1 - NOISE) and any(drafted[layer] for layer in drafted if layer > 0):
                 speed, bounds = slower, with_head
     bounds = _tidy(traces, bounds, held)
     if held.exit_threshold is None:
         idle = SpeculationBounds(OFF, bounds.max_exit_layer, held.max_draft_tokens or 0)
-        if replayer.run(idle).tokens_per_second >= speed:
+        if _speed(several.run(idle), costs) >= speed:
             bounds = idle
     return bounds, replayer.run(bounds)
 
@@ -109,10 +110,10 @@ def _speed(replayed: Totals, costs: CostTable) -> float:
     return round(1000.0 * replayed.emitted / max(1e-9, float(replayed.ms_by_text.sum()) + caution), 6)
 
 
-def _some(traces: Traces) -> Traces:
-    """Select evenly spaced texts with about `QUICK_POSITIONS` positions in total; all texts if there are fewer."""
+def _some(traces: Traces, positions: int) -> Traces:
+    """Select evenly spaced texts with about so many positions in total; all texts if there are fewer."""
     texts = traces.num_sequences
-    number = max(1, round(texts * min(1.0, QUICK_POSITIONS / len(traces))))
+    number = max(1, round(texts * min(1.0, positions / len(traces))))
     chosen = np.zeros(texts, dtype=bool)
     chosen[np.arange(number) * texts // number] = True
     return traces.of_sequences(chosen)
