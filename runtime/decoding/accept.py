@@ -25,11 +25,6 @@ class Accepted:
     stopped: bool
 
     @property
-    def num_accepted(self) -> int:
-        """How many of the tokens were drafts."""
-        return len(self.path) - 1
-
-    @property
     def drafts(self) -> list[int]:
         """Indices of the accepted drafts."""
         return [row - 1 for row in self.path[1:]]

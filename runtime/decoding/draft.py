@@ -98,10 +98,11 @@ class HeadDrafter:
     def _attend(self, layer: int, state: DecodeState, nodes: Sequence[int], count: int) -> list[Proposals]:
         """The likeliest tokens of a head with keys of its own; it reads all pending tokens that it has not read."""
         memory = self.heads.memory(layer, state.memories)
-        memory.settle(state.unread.pop(layer, None))
+        memory.settle(state.unread.pop(layer, ()))
         for _, level in groupby(memory.unread(len(state.pending)), key=lambda node: len(state.paths[node])):
             unread = list(level)  # a child reads what its parent became
-            memory.read(unread, state.paths, state.at_exit(layer, unread), state.deep)
+            states = state.at_exit(layer, unread), state.embeddings(unread)
+            memory.read(unread, state.paths, states, state.deep)
         return self.heads.likeliest(memory.logits(nodes), self.temperatures[layer], count)
 
     def _look_up(self, state: DecodeState, node: int) -> Proposals:

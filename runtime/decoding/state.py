@@ -7,6 +7,7 @@ Layers run in inference mode, which every call of a small operation feels; what 
 Knows nothing of heads, confidence or policy.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from runtime.decoding.cache import KVCache
 from runtime.decoding.layers import DecoderLayers, PromptStates
 from runtime.decoding.rows import TreeRows, is_chain
 from runtime.drafting.exit_head import SettledStates
-from runtime.drafting.head_memory import HeadMemory
+from runtime.drafting.head_memory import WINDOW, HeadMemory
 from runtime.drafting.lookup import ContextLookup
 
 
@@ -64,14 +65,14 @@ class DecodeState:
         self.paths: list[tuple[int, ...]] = []
         self._fresh = 0  # the last of them, whose hidden states no layer has asked for
         self.lookup = ContextLookup(token_ids)
-        self._embedded: Tensor | None = None  # hidden states at depth 0 of the last segment that was made
+        self._embedded: list[Tensor] = []  # hidden states [N, D] at depth 0, of one block of tokens after the other
         self.deep: Tensor | None = None if prompt is None else prompt.top
         self._top: Tensor | None = None
         self.memories: dict[int, HeadMemory] = {}  # exit layer -> what its head keeps of this request
-        # Exit layer -> settled positions that its head has not read; heads that read none are not in it.
-        self.unread = {} if prompt is None else prompt.settled
-        self._watched = {layer: list[Tensor]() for layer in sorted(self.unread)}
-        self._all_embedded: list[Tensor] = []
+        # Exit layer -> settled positions that its head has not read; only of heads that attend, and bounded.
+        settled = {} if prompt is None else prompt.settled
+        self.unread = {layer: deque([states], maxlen=WINDOW) for layer, states in settled.items()}
+        self._watched = {layer: list[Tensor]() for layer in sorted(settled)}
 
     def push(self, token: int, parent: int | None = None) -> int:
         """Add a pending token at depth 0; returns its place among the pending ones.
@@ -94,13 +95,15 @@ class DecodeState:
     def hidden(self, nodes: Sequence[int]) -> Tensor:
         """Hidden states [N, D] of pending tokens of the last segment, at the depth reached so far."""
         last = self.segments[-1]
-        return _rows(last.hidden, [node - last.first for node in nodes])
+        return _rows([last.hidden[0]], [node - last.first for node in nodes])
 
     def embeddings(self, nodes: Sequence[int]) -> Tensor:
-        """Hidden states [N, D] at depth 0 of pending tokens that came since layers ran before last."""
-        assert self._embedded is not None
-        first = len(self.pending) - self._fresh - self._embedded.shape[1]
-        return _rows(self._embedded, [node - first for node in nodes])
+        """Hidden states [N, D] at depth 0 of pending tokens that layers were asked for."""
+        return _rows(self._embedded, nodes)
+
+    def at_exit(self, layer: int, nodes: Sequence[int]) -> Tensor:
+        """Hidden states [N, D] of pending tokens at an exit that they have reached, and whose head attends."""
+        return _rows(self._watched[layer], nodes)
 
     @torch.inference_mode()
     def advance(self, depth: int) -> None:
@@ -132,9 +135,7 @@ class DecodeState:
         paths = self.paths[first:]
         tree = None if is_chain(paths, first) else TreeRows(self.length, tuple(paths))
         hidden = self.layers.embed(torch.cat(fresh, dim=1), self._position(first), tree)
-        self._embedded = hidden
-        if self._watched:
-            self._all_embedded.append(hidden[0])
+        self._embedded.append(hidden[0])
         self.segments.append(Segment(hidden, 0, first))
         self._fresh = 0
 
@@ -163,7 +164,8 @@ class DecodeState:
             self._keep_states(nodes)
         if self._top is not None and nodes:
             self.deep = self._top[0, nodes[-1]]
-        self._top = self._embedded = None
+        self._top = None
+        self._embedded.clear()
         self.lookup.extend([self.pending[node] for node in nodes])
         self.length += len(nodes)
         self.pending.clear()
@@ -174,26 +176,20 @@ class DecodeState:
     def _keep_states(self, nodes: Sequence[int]) -> None:
         """Keep for heads what the base knew at positions that are settled now."""
         if nodes and self._top is not None and self.deep is not None:
-            kept = torch.tensor(nodes, device=self._top.device)
-            deep = torch.cat([self.deep[None], self._top[0, kept[:-1]]])
-            hidden = {layer: torch.cat(parts)[kept] for layer, parts in self._watched.items()}
-            embedding = torch.cat(self._all_embedded)[kept]
-            for layer, states in hidden.items():
-                later = SettledStates(states, embedding, deep)
-                self.unread[layer] = self.unread[layer].then(later) if layer in self.unread else later
-        for parts in (*self._watched.values(), self._all_embedded):
+            deep = torch.cat([self.deep[None], self._top[0, list(nodes[:-1])]])
+            for layer in self._watched:
+                states = SettledStates(self.at_exit(layer, nodes), self.embeddings(nodes), deep)
+                self.unread.setdefault(layer, deque(maxlen=WINDOW)).append(states)
+        for parts in self._watched.values():
             parts.clear()
         for memory in self.memories.values():
             memory.forget()
 
-    def at_exit(self, layer: int, nodes: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Hidden states [N, D] of pending tokens at a watched exit that they have reached, and at depth 0."""
-        chosen = torch.tensor(nodes, device=self.layers.device)
-        return torch.cat(self._watched[layer])[chosen], torch.cat(self._all_embedded)[chosen]
 
-
-def _rows(hidden: Tensor, rows: list[int]) -> Tensor:
-    """Rows of hidden states [1, T, D], shape [N, D]; a view where they lie side by side."""
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        return hidden[0, rows[0] : rows[0] + len(rows)]
-    return hidden[0, torch.tensor(rows, device=hidden.device)]
+def _rows(blocks: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """Rows [N, D] of blocks one after the other; a view where they lie side by side."""
+    hidden = blocks[0] if len(blocks) == 1 else torch.cat(tuple(blocks))
+    first, last = rows[0], rows[-1]
+    if list(rows) == list(range(first, last + 1)):
+        return hidden[first : last + 1]
+    return hidden[list(rows)]

@@ -1,9 +1,7 @@
 """Which drafts follow one token: what its sources propose, put together. The runtime and replay run this same code."""
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple, TypeVar
-
-Token = TypeVar("Token", bound=Hashable)
+from typing import NamedTuple
 
 
 class Branch(NamedTuple):

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from runtime.drafting.unembedding import DraftUnembedding
@@ -58,12 +57,6 @@ class SettledStates:
     embedding: Tensor
     deep: Tensor
     known: bool = True
-
-    def then(self, later: "SettledStates") -> "SettledStates":
-        """These positions and the ones after them."""
-        pairs = (self.hidden, later.hidden), (self.embedding, later.embedding), (self.deep, later.deep)
-        hidden, embedding, deep = (torch.cat(pair) for pair in pairs)
-        return SettledStates(hidden, embedding, deep, self.known)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Knows no base, no policy and no tree: what a row sees it is told.
 Shape suffixes: T rows, S settled rows, M pending rows before these, D hidden size, G key heads, E head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,17 +37,20 @@ class HeadMemory:
         """Nothing is pending any more."""
         self._pending, self._places, self._states = None, {}, []
 
-    def settle(self, states: SettledStates | None) -> None:
+    def settle(self, parts: Iterable[SettledStates]) -> None:
         """Take further settled positions, where there are any."""
-        if states is None:
+        parts = tuple(parts)
+        if not parts:
             return
-        number = len(states.embedding)
-        device = states.embedding.device
+        hidden, embedding, deep = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("hidden", "embedding", "deep")
+        )
+        number, device = len(embedding), embedding.device
         source = torch.full((number,), VERIFIED, device=device)
-        if not states.known:
+        if not parts[0].known:
             source[0] = NONE
         positions = torch.arange(self.length, self.length + number, device=device)
-        _, _, keys, values = self.head.read(states.hidden, states.embedding, states.deep, source, positions)
+        _, _, keys, values = self.head.read(hidden, embedding, deep, source, positions)
         before = self._settled
         if before is not None:
             keys, values = torch.cat([before[0], keys], -2), torch.cat([before[1], values], -2)

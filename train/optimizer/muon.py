@@ -2,16 +2,16 @@
 
 A head sees few steps, and few directions dominate its gradients: with the same steps it learns more than by AdamW.
 Updates are scaled to the size that AdamW's have (Liu et al., arXiv 2502.16982), so one learning rate serves for both.
-Knows no heads.
+(`torch.optim.Muon` takes matrices alone, and accelerate and DeepSpeed take one optimizer.) Knows no heads.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MOMENTUM, BETAS, EPS = 0.95, {"mean": 0.9, "square": 0.999}, 1e-8
+MOMENTUM = 0.95
 # Of the quintic a x + b x^3 + c x^5, which five times over brings singular values in (0, 1] near 1.
 QUINTIC, TIMES = (3.4445, -4.7750, 2.0315), 5
 ADAMW_RMS = 0.2
@@ -19,52 +19,30 @@ ADAMW_RMS = 0.2
 FEW = 8
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon for matrices, AdamW for all other parameters.
-
-    Args:
-        parameters: those to fit.
-        lr, weight_decay: as of `torch.optim.AdamW`.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], *, lr: float, weight_decay: float) -> None:
-        listed = list(parameters)
-        groups = [(True, [each for each in listed if _is_matrix(each)])]
-        groups.append((False, [each for each in listed if not _is_matrix(each)]))
-        named: list[dict[str, Any]] = [{"params": params, "is_matrix": kind} for kind, params in groups if params]
-        super().__init__(named, {"lr": lr, "weight_decay": weight_decay})
+class Muon(torch.optim.AdamW):
+    """AdamW, with the updates of matrices made by Muon; arguments are AdamW's."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One update of every parameter that has a gradient; those of matrices are gone afterwards."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = self._orthogonal(parameter) if group["is_matrix"] else self._adam(parameter)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+                if parameter.grad is not None and _is_matrix(parameter):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(self._update(parameter), alpha=-group["lr"])
+                    parameter.grad = None  # AdamW passes it by
+        super().step()
         return loss
 
-    def _orthogonal(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum: Tensor = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-        ahead = parameter.grad.lerp(momentum, MOMENTUM)  # type: ignore[union-attr]
-        return orthogonal(ahead) * (ADAMW_RMS * max(parameter.shape) ** 0.5)
-
-    def _adam(self, parameter: Tensor) -> Tensor:
+    def _update(self, parameter: Tensor) -> Tensor:
         state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        state["step"] += 1
-        state["mean"].lerp_(gradient, 1 - BETAS["mean"])
-        state["square"].lerp_(gradient.square(), 1 - BETAS["square"])  # type: ignore[union-attr]
-        mean, square = (state[key] / (1 - beta ** int(state["step"])) for key, beta in BETAS.items())
-        result: Tensor = mean / (square.sqrt() + EPS)
-        return result
+            state["step"] = torch.zeros(())  # what AdamW looks for in every state that it loads
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum: Tensor = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        return orthogonal(gradient.lerp(momentum, MOMENTUM)) * (ADAMW_RMS * max(parameter.shape) ** 0.5)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

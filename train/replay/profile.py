@@ -50,14 +50,13 @@ def measure(
     *,
     max_width: int = MAX_WIDTH,
     repeats: int = REPEATS,
-    seconds: float = SECONDS,
     progress: bool = True,
 ) -> CostTable:
     """Measure the cost table of a model with an adapter.
 
     Args:
         max_width: widest block measured, in tokens.
-        repeats: rounds of measurements, fewer where they take longer than `seconds`.
+        repeats: rounds of measurements, fewer where they take longer than `SECONDS`.
 
     Raises:
         SpecBoundError: the model does not speculate on this machine.
@@ -70,10 +69,10 @@ def measure(
     longest = getattr(model.config, "max_position_embeddings", None) or CONTEXTS[-1] * 2
     contexts = [min(context, longest - GENERATED - max_width - 1 - longer) for context in CONTEXTS]
     benches = [_Bench(model, context, longer, max_width) for context in contexts]
-    all_taken: dict[Any, list[float]] = defaultdict(list)
+    seconds: dict[Any, list[float]] = defaultdict(list)
     started = time.perf_counter()
     for number in trange(rounds, desc="profile", unit="round", disable=not progress):
-        if number >= WARM_UP + FEWEST and time.perf_counter() - started > seconds:
+        if number >= WARM_UP + FEWEST and time.perf_counter() - started > SECONDS:
             break
         for bench in benches:
             timed = bench.gaps()
@@ -85,9 +84,9 @@ def measure(
             )
             if number >= WARM_UP:
                 for key, taken in timed.items():
-                    all_taken[key].append(taken)
+                    seconds[key].append(taken)
             bench.shorten()
-    ms = {key: 1000 * float(trim_mean(taken, TRIMMED)) for key, taken in all_taken.items()}
+    ms = {key: 1000 * float(trim_mean(taken, TRIMMED)) for key, taken in seconds.items()}
     return _table(ms, contexts, max_width, specbound, model)
 
 

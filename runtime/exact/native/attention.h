@@ -20,34 +20,6 @@ constexpr int BLOCK = 512;        // keys that are weighed together
 constexpr int HEADS = 4;          // query heads that go through the keys together,
 constexpr int ROWS_TOGETHER = 4;  // and rows
 constexpr int MAX_SIZE = 256;     // of a head
-constexpr int AHEAD = 32;         // keys to come that are fetched from memory meanwhile
-
-inline void fetch(const uint16_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
-
-// Up to 16 keys side by side: words of two numbers, or in the other order the numbers themselves. They follow one
-// another from `keys` on, or stand at `places`.
-template <Order O>
-void turn(const Attention& a, const uint16_t* keys, const int32_t* places, int64_t count, float (*into)[LANES]) {
-  for (int64_t e = 0; e < a.size; e += 2 * LANES) {
-    const __mmask16 mask = first_of((a.size - e) / 2);
-    __m512i words[LANES];
-    for (int i = 0; i < LANES; i++) {
-      const uint16_t* at = keys + (places && i < count ? places[i] : i) * a.key_row + e;
-      if (!places) fetch(at + AHEAD * a.key_row);
-      words[i] = i < count ? _mm512_maskz_loadu_epi32(mask, at) : _mm512_setzero_si512();
-    }
-    transpose(words);
-    const int64_t pairs = std::min<int64_t>(LANES, (a.size - e) / 2);
-    for (int64_t i = 0; i < pairs; i++) {
-      if (O == PAIRS) {
-        _mm512_store_si512(into[e / 2 + i], words[i]);
-      } else {
-        _mm512_store_ps(into[e + 2 * i], low(words[i]));
-        _mm512_store_ps(into[e + 2 * i + 1], high(words[i]));
-      }
-    }
-  }
-}
 
 // Scores of H queries with 16 keys side by side: pairs along the head in order, or four sums of every fourth number.
 template <int H, Order O>
@@ -109,15 +81,15 @@ float weigh(float* scores, int64_t count, float* highest) {
 
 // Values of `count` keys by their weights, added to `result`: pairs of keys in order, or fours and the rest backwards.
 // E vectors of the head at a time, so that sums do not wait for one another. Places as in `turn`.
-template <int H, int E, Order O>
+template <int H, int E, Order O, bool APART>
 void add_values(const Attention& a, const uint16_t* values, const int32_t* places, int64_t count,
                 const float (*weights)[BLOCK], const float* fade, bool first, int64_t from, float (*result)[MAX_SIZE]) {
   __mmask16 mask[E];
   __m512 sum[H][E];
   for (int v = 0; v < E; v++) mask[v] = first_of(a.size - from - v * LANES);
   auto words = [&](int64_t i, int v) {
-    const uint16_t* at = values + (places ? places[i] : i) * a.value_row + from + v * LANES;
-    if (v % 2 == 0 && !places) fetch(at + AHEAD * a.value_row);
+    const uint16_t* at = values + (APART ? places[i] : i) * a.value_row + from + v * LANES;
+    if (v % 2 == 0 && !APART) fetch(at + AHEAD * a.value_row);
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask[v], at));
   };
   for (int h = 0; h < H; h++)
@@ -153,6 +125,16 @@ void add_values(const Attention& a, const uint16_t* values, const int32_t* place
     for (int v = 0; v < E; v++) _mm512_storeu_ps(result[h] + from + v * LANES, sum[h][v]);
 }
 
+// The whole head.
+template <int H, Order O, bool APART>
+void add_values_of(const Attention& a, const uint16_t* values, const int32_t* places, int64_t count,
+                   const float (*weights)[BLOCK], const float* fade, bool first, float (*result)[MAX_SIZE]) {
+  int64_t e = 0;
+  for (; e + 2 * LANES <= a.size; e += 2 * LANES)
+    add_values<H, 2, O, APART>(a, values, places, count, weights, fade, first, e, result);
+  for (; e < a.size; e += LANES) add_values<H, 1, O, APART>(a, values, places, count, weights, fade, first, e, result);
+}
+
 // H query heads that share keys, from `head` on, of `rows` rows; whether all of it are numbers. The rows go through the
 // keys together, each as far as it sees.
 template <int H, Order O>
@@ -183,9 +165,11 @@ bool heads(const Attention& a, int64_t row, int64_t rows, int64_t head) {
     for (int64_t r = 0; apart && r < rows; r++) find(a, row + r, first, std::min(all, own[r] - first), places[r]);
     for (int64_t key = 0; key < all; key += LANES) {
       const bool shared = !apart || first + key + LANES <= a.settled;
-      if (shared) turn<O>(a, keys + (first + key) * a.key_row, nullptr, all - key, turned);
+      if (shared) turn<O, false>(a, keys + (first + key) * a.key_row, nullptr, all - key, turned);
       for (int64_t r = 0; r < rows; r++) {
-        if (!shared) turn<O>(a, keys, places[r] + key, std::min(all, own[r] - first) - key, turned);
+        const int64_t left = std::min(all, own[r] - first) - key;
+        if (!shared && left <= 0) continue;
+        if (!shared) turn<O, true>(a, keys, places[r] + key, left, turned);
         scores<H, O>(a, query[r], turned, (float(*)[BLOCK])(part[r][0] + key));
       }
     }
@@ -200,12 +184,10 @@ bool heads(const Attention& a, int64_t row, int64_t rows, int64_t head) {
         sum[r][h] = std::fma(fade[h], sum[r][h], added);
         if (!std::isfinite(highest[r][h])) return false;
       }
-      const uint16_t* from = apart ? values : values + first * a.value_row;
-      const int32_t* at = apart ? places[r] : nullptr;
-      int64_t e = 0;
-      for (; e + 2 * LANES <= a.size; e += 2 * LANES)
-        add_values<H, 2, O>(a, from, at, count, part[r], fade, first == 0, e, result[r]);
-      for (; e < a.size; e += LANES) add_values<H, 1, O>(a, from, at, count, part[r], fade, first == 0, e, result[r]);
+      if (apart)
+        add_values_of<H, O, true>(a, values, places[r], count, part[r], fade, first == 0, result[r]);
+      else
+        add_values_of<H, O, false>(a, values + first * a.value_row, nullptr, count, part[r], fade, first == 0, result[r]);
     }
   }
   for (int64_t r = 0; r < rows; r++)

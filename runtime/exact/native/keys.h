@@ -1,8 +1,17 @@
-// Which keys each row of a block sees: the settled ones, then those on its own path.
+// Which keys each row of a block sees: the settled ones, then those on its own path; and keys turned side by side.
 #pragma once
+#include <immintrin.h>
+
+#include <algorithm>
 #include <cstdint>
 
+#include "numbers.h"
+
 namespace {
+
+constexpr int AHEAD = 32;  // keys to come that are fetched from memory meanwhile
+
+inline void fetch(const uint16_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
 
 enum Order { PAIRS, FOURS };  // how products are added, of scores and of values
 
@@ -25,6 +34,31 @@ inline int64_t seen(const Attention& a, int64_t row) {
 inline void find(const Attention& a, int64_t row, int64_t first, int64_t count, int32_t* places) {
   const int64_t* path = a.paths + row * (1 + a.length - a.settled) + 1 - a.settled;
   for (int64_t i = 0; i < count; i++) places[i] = first + i < a.settled ? first + i : a.settled + path[first + i];
+}
+
+// Up to 16 keys side by side: words of two numbers, or in the other order the numbers themselves. They follow one
+// another from `keys` on; or, apart, they stand at `places`.
+template <Order O, bool APART>
+void turn(const Attention& a, const uint16_t* keys, const int32_t* places, int64_t count, float (*into)[LANES]) {
+  for (int64_t e = 0; e < a.size; e += 2 * LANES) {
+    const __mmask16 mask = first_of((a.size - e) / 2);
+    __m512i words[LANES];
+    for (int i = 0; i < LANES; i++) {
+      const uint16_t* at = keys + (APART ? places[std::min<int64_t>(i, count - 1)] : i) * a.key_row + e;
+      if (!APART) fetch(at + AHEAD * a.key_row);
+      words[i] = i < count ? _mm512_maskz_loadu_epi32(mask, at) : _mm512_setzero_si512();
+    }
+    transpose(words);
+    const int64_t pairs = std::min<int64_t>(LANES, (a.size - e) / 2);
+    for (int64_t i = 0; i < pairs; i++) {
+      if (O == PAIRS) {
+        _mm512_store_si512(into[e / 2 + i], words[i]);
+      } else {
+        _mm512_store_ps(into[e + 2 * i], low(words[i]));
+        _mm512_store_ps(into[e + 2 * i + 1], high(words[i]));
+      }
+    }
+  }
 }
 
 }  // namespace
