@@ -137,8 +137,12 @@ class Traces:
 
     def of_sequences(self, chosen: NDArray[np.bool_]) -> "Traces":
         """Select the texts marked in `chosen`, shape [texts], and renumber them from 0."""
-        keep = chosen[self.sequence]
-        numbers = np.cumsum(chosen) - 1
+        return self.beginnings(np.where(chosen, len(self), 0))
+
+    def beginnings(self, lengths: NDArray[np.int64]) -> "Traces":
+        """Keep at most so many positions of each text, shape [texts]; a text of which none is left goes."""
+        keep = np.arange(len(self)) - self.starts[self.sequence] < lengths[self.sequence]
+        numbers = np.cumsum(lengths > 0) - 1
         return Traces(
             self.layers,
             self.confidence.compress(keep, axis=-1),

@@ -65,7 +65,8 @@ def write_adapter(
     traces, costs = calibrated.traces, counted_costs(model, heads)
     bounds, replayed = tune(traces, costs, Held(config.exit_threshold, config.max_exit_layer, config.max_draft_tokens))
     drafter = HeadDrafter(heads, calibrated.schedule, calibrated.lookup)
-    agreement = check_agreement(DecoderLayers(model), drafter, bounds, calibration.sequences.rows, traces)
+    rows, choices = calibration.sequences.rows, calibrated.confidences.targets
+    agreement = check_agreement(DecoderLayers(model), drafter, bounds, rows, traces, choices)
     figures = calibrated.figures | {"replay": replayed.describe(costs), "ablations": ablate(traces, bounds, costs)}
     figures |= {"agreement": agreement, "datasets": _datasets(config)} | evidence
     adapter_config = SpecBoundConfig(
