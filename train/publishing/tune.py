@@ -27,6 +27,8 @@ COSTS_FILE = "costs.json"
 def tune_adapter(folder: Path, costs: CostTable, held: Held, *, traces: Traces | None = None) -> dict[str, Any]:
     """Choose bounds for these costs and write them, the evidence and the card into an adapter's folder.
 
+    The bounds that the adapter has are kept where none are found that beat them.
+
     Args:
         traces: traces of a workload; by default those logged when the adapter was fitted.
 
@@ -48,9 +50,12 @@ def tune_adapter(folder: Path, costs: CostTable, held: Held, *, traces: Traces |
     ):
         raise DataError(f"{folder}: traces, costs and adapter have different exits or layers: profile or fit again")
     before = adapter.config.bounds
+    as_before = Replayer(traces, costs).run(before)
     after, replayed = tune(traces, costs, held)
+    if held == Held() and as_before.speedup > replayed.speedup:
+        after, replayed = before, as_before
     summary = {
-        "before": _described(before, Replayer(traces, costs).run(before).describe(costs)),
+        "before": _described(before, as_before.describe(costs)),
         "after": _described(after, replayed.describe(costs)),
         "cross_fitted_speedup": cross_fitted(traces, costs, held),
         "sources": _sources(traces, costs, after),

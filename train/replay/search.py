@@ -1,11 +1,11 @@
 """Finds the bounds that are fastest by replay on one machine. Needs no model: traces and a cost table are enough.
 
-There are too many combinations of all settings to try. So the search starts twice, from the best chain with one
-threshold for all exits and from a tree. From there it varies one setting at a time, including each exit's own
-threshold and the survival stop, as long as that helps.
+There are too many combinations of all settings to try. So the search starts from a coarse grid, twice: from the best
+bounds that ask a head, and from the best that ask none. From there it varies one setting at a time, including each
+exit's own threshold and the survival stop, as long as that helps.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -23,9 +23,9 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 10, 12, 15)
 SURVIVALS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 DRAFT_SURVIVALS = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5)
 SURE = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.1)
-# Where the search begins: the paper's chains, and a tree.
-QUICK_THRESHOLDS, QUICK_WIDTHS = (0.2, 0.4, 0.6, 0.8), (1, 2, 4, 8)
-TREE = SpeculationBounds(0.1, 0, 0, min_survival=0.4, min_draft_survival=0.1, sure_threshold=0.6)
+# The coarse grid: of chains, and of trees with these prices of a row and sureness.
+QUICK_THRESHOLDS, QUICK_WIDTHS, QUICK_SURVIVALS = (0.1, 0.2, 0.4, 0.6), (2, 4, 12), (0.0, 0.6)
+TREE_PRICE, TREE_SURE = 0.1, 0.6
 OFF = 2.0  # a threshold no confidence reaches
 MIN_GAIN = 1e-4
 PASSES = 3
@@ -67,41 +67,35 @@ def tune(
             finalists = [(_speed(several.run(bounds), costs), bounds) for _, bounds in scored[:FINALISTS]]
             return max(finalists, key=lambda pair: pair[0])
 
-        ends: list[tuple[float, SpeculationBounds]] = []
-        for start in (_chains(traces, held), _trees(traces, held)):
-            if start:
-                ends.append(_climb(best, *best(start), _settings(traces, held)))
-        speed, bounds = max(ends, key=lambda pair: pair[0])
-        if not any(bounds.exits(traces.layers)) and held.exit_threshold is None:
-            with_heads = _with_a_head(traces, bounds, held)
-            slower, with_head = best(with_heads) if with_heads else (speed, bounds)
-            drafted = several.run(with_head).drafted
-            if slower > speed * (1 - NOISE) and any(drafted[layer] for layer in drafted if layer > 0):
-                speed, bounds = slower, with_head
+        def climb(with_heads: bool) -> tuple[float, SpeculationBounds]:
+            """From the best of the grid, one setting at a time, as long as that helps."""
+
+            def fit(candidates: Iterable[SpeculationBounds]) -> list[SpeculationBounds]:
+                return [bounds for bounds in candidates if any(bounds.exits(traces.layers)) == with_heads]
+
+            start = fit(_grid(traces, held))
+            if not start:
+                return -1.0, SpeculationBounds(OFF, 0, 0)
+            speed, bounds = best(start)
+            for _ in range(PASSES):
+                before = speed
+                for vary in _settings(traces, held):
+                    fastest, candidate = best(fit(vary(bounds)))
+                    if fastest > speed * (1 + MIN_GAIN):
+                        speed, bounds = fastest, candidate
+                if speed <= before * (1 + MIN_GAIN):
+                    break
+            return speed, bounds
+
+        (with_heads, heads), (alone, lookup) = climb(True), climb(False)
+        draft = any(layer > 0 for layer in several.run(heads).drafted)
+        speed, bounds = (with_heads, heads) if draft and with_heads > alone * (1 - NOISE) else (alone, lookup)
     bounds = _tidy(traces, bounds, held)
     if held.exit_threshold is None:
         idle = SpeculationBounds(OFF, bounds.max_exit_layer, held.max_draft_tokens or 0)
         if _speed(several.run(idle), costs) >= speed:
             bounds = idle
     return bounds, replayer.run(bounds)
-
-
-def _climb(
-    best: Callable[[Iterable[SpeculationBounds]], tuple[float, SpeculationBounds]],
-    speed: float,
-    bounds: SpeculationBounds,
-    settings: Sequence[Callable[[SpeculationBounds], Iterator[SpeculationBounds]]],
-) -> tuple[float, SpeculationBounds]:
-    """Vary one setting at a time, as long as that helps."""
-    for _ in range(PASSES):
-        before = speed
-        for vary in settings:
-            fastest, candidate = best(vary(bounds))
-            if fastest > speed * (1 + MIN_GAIN):
-                speed, bounds = fastest, candidate
-        if speed <= before * (1 + MIN_GAIN):
-            break
-    return speed, bounds
 
 
 def _speed(replayed: Totals, costs: CostTable) -> float:
@@ -138,36 +132,15 @@ def cross_fitted(traces: Traces, costs: CostTable, held: Held | None = None) -> 
     return plain / ms if ms else 1.0
 
 
-def _chains(traces: Traces, held: Held) -> list[SpeculationBounds]:
-    """Chains with one threshold for all exits: the paper's policy."""
+def _grid(traces: Traces, held: Held) -> Iterator[SpeculationBounds]:
+    """The coarse grid: one threshold for all exits, the paper's policy; chains, and trees where they were logged."""
     widths = QUICK_WIDTHS if held.max_draft_tokens is None else (held.max_draft_tokens,)
     deepest = traces.layers if held.max_exit_layer is None else (held.max_exit_layer,)
     thresholds = QUICK_THRESHOLDS if held.exit_threshold is None else (held.exit_threshold,)
-    return [SpeculationBounds(*point) for point in product(thresholds, deepest, widths)]
-
-
-def _trees(traces: Traces, held: Held) -> list[SpeculationBounds]:
-    """A tree of each depth; none where one draft a position was logged."""
-    if traces.confidence.shape[2] == 1:
-        return []
-    tree = replace(TREE, max_draft_tokens=max(WIDTHS), max_branches=traces.confidence.shape[2])
-    if held.exit_threshold is not None:
-        tree = replace(tree, exit_threshold=held.exit_threshold)
-    if held.max_draft_tokens is not None:
-        tree = replace(tree, max_draft_tokens=held.max_draft_tokens)
-    deepest = traces.layers if held.max_exit_layer is None else (held.max_exit_layer,)
-    return [replace(tree, max_exit_layer=deep) for deep in deepest]
-
-
-def _with_a_head(traces: Traces, bounds: SpeculationBounds, held: Held) -> list[SpeculationBounds]:
-    """The bounds, with each head that may be asked, at each threshold."""
-    deepest = max(traces.layers) if held.max_exit_layer is None else held.max_exit_layer
-    return [
-        replace(bounds, max_exit_layer=layer, exit_thresholds={**bounds.exit_thresholds, layer: tau})
-        for layer in traces.layers
-        if 0 < layer <= deepest
-        for tau in THRESHOLDS
-    ]
+    branches = sorted({1, traces.confidence.shape[2]})
+    for tau, deep, width, survival, number in product(thresholds, deepest, widths, QUICK_SURVIVALS, branches):
+        price, sure = (TREE_PRICE, TREE_SURE) if number > 1 else (0.0, 0.0)
+        yield SpeculationBounds(tau, deep, width, {}, survival, price, number, None, sure)
 
 
 def _settings(traces: Traces, held: Held) -> list[Callable[[SpeculationBounds], Iterator[SpeculationBounds]]]:

@@ -18,6 +18,7 @@ from train.calibration.traces import Traces
 from train.cli.app import app
 from train.corpus.corpus import load_split
 from train.fit_exits import main
+from train.replay import profile
 from train.replay.agreement import check_agreement
 from train.replay.costs import CostTable
 from train.replay.profile import _Bench, measure
@@ -55,6 +56,7 @@ def test_from_profile_to_tuned_bounds(fitted: Any, tmp_path: Path, caplog: pytes
     result = CliRunner().invoke(app, [*arguments, "--max-draft-tokens", "3"])
     assert result.exit_code == 0, result.output
     assert "after: " in result.output and "not used to choose bounds" in result.output
+    assert "lookup " in result.output and "layer 4 " in result.output and " instead of " in result.output
     tuned = load_adapter(folder).config
     assert tuned.bounds.max_draft_tokens == 3
     assert {path.name for path in folder.iterdir()} == names | {"costs.json"}
@@ -63,6 +65,17 @@ def test_from_profile_to_tuned_bounds(fitted: Any, tmp_path: Path, caplog: pytes
     assert calibrated["replay"]["costs"]["threads"] == 1
     assert Traces.read(folder / "traces.safetensors", weights_sha256=tuned.weights_sha256).layers[0] == 0
     load_specbound(folder, base)
+
+
+def test_a_slow_base_is_measured_in_fewer_rounds(fitted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After two to warm up and three that count, where these took longer than the limit."""
+    folder, base, _ = fitted
+    monkeypatch.setattr(profile, "SECONDS", 0.0)
+    rounds = []
+    gaps = _Bench.gaps
+    monkeypatch.setattr(_Bench, "gaps", lambda self: rounds.append(self.context) or gaps(self))
+    assert measure(load_specbound(folder, base), max_width=2, progress=False).plain > 0
+    assert len(rounds) == 5 * len(profile.CONTEXTS)
 
 
 def test_blocks_are_measured_at_every_alignment(fitted: Any) -> None:
