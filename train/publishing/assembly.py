@@ -110,8 +110,9 @@ def write_replayed(
     precision_plot(traces, config.bounds, folder / "precision.png")
     speed_plot(replayer, config.bounds, folder / "speed.png")
     sources_plot(replayer.run(config.bounds), folder / "sources.png")
-    (folder / CALIBRATION_FILE).write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / CARD_FILE).write_text(card(config, figures), encoding="utf-8")
+    text = json.dumps(figures, indent=2) + "\n"
+    (folder / CALIBRATION_FILE).write_text(text, encoding="utf-8")
+    (folder / CARD_FILE).write_text(card(config, json.loads(text)), encoding="utf-8")  # as `write_card` reads it
 
 
 def findable(name: str) -> str:

@@ -10,6 +10,7 @@ from runtime import AdapterError, BaseModelMismatch, ConfigError, load_adapter, 
 from tests.helpers.publication import BASE, NAME, hashes, refusal, rename
 from train.cli.app import app
 from train.fit_exits import main as fit
+from train.publishing.assembly import write_card
 from train.publishing.publish import publish
 from train.publishing.staging import Claims
 from train.publishing.tune import tune_adapter
@@ -137,6 +138,9 @@ def test_an_adapter_is_a_fair_copy_after_tuning(fitted, tmp_path):
     (tmp_path / "adapter" / "speed.json").write_text("{}")
     costs = CostTable.counted(6, head=0.3, unembedding=2.0)
     tune_adapter(tmp_path / "adapter", costs, Held(None, None, None))
+    tuned = (tmp_path / "adapter" / "README.md").read_text()
+    write_card(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "README.md").read_text() == tuned  # as it is written again from the files
     assert (tmp_path / "adapter" / "custom_generate" / "generate.py").is_file()
     assert not (tmp_path / "adapter" / "speed.json").exists()
     save_adapter(load_adapter(fitted), tmp_path / "bare")  # one that transformers cannot call
