@@ -15,7 +15,7 @@ from runtime.drafting.controller import Controller
 from runtime.drafting.policy import SpeculationBounds
 from runtime.errors import ConfigError, UnsupportedModel
 from runtime.exact.certificate import Certificate
-from runtime.exact.native.deep_head import native_heads
+from runtime.exact.native.heads import native_heads
 from runtime.exact.packed import pack_in_place
 from runtime.exact.prepared import PreparedModel
 from runtime.stats import SpeculationStats

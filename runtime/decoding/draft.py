@@ -103,7 +103,7 @@ class HeadDrafter:
             unread = list(level)  # a child reads what its parent became
             states = state.at_exit(layer, unread), state.embeddings(unread)
             memory.read(unread, state.paths, states, state.deep)
-        return self.heads.likeliest(memory.logits(nodes), self.temperatures[layer], count)
+        return self.heads.of_states(layer, memory.states(nodes), self.temperatures[layer], count)
 
     def _look_up(self, state: DecodeState, node: int) -> Proposals:
         proposal = state.lookup.propose(state.tokens(node))

@@ -4,10 +4,11 @@ It reads what the base knew one position earlier: its verified top state there; 
 the head's own state at the position before stands in its place (the idea of EAGLE, arXiv 2401.15077 and 2503.01840).
 Both are in one space: the base's rows make logits of either. Knows no policy, no cache and no file.
 
-Shape suffixes: T rows (any shape before it), S past keys, D hidden size, H query heads, G key heads, E head size,
-R rank, V draft vocabulary.
+Shape suffixes: T rows (any shape before it), R rows of a step, T of which draft, S past keys, D hidden size, H query
+heads, G key heads, E head size, V draft vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -58,39 +59,45 @@ class AttentionHead(ExitHead):
 
     def step(
         self,
-        hidden: Tensor,
-        embedding: Tensor,
-        deep: Tensor,
-        source: Tensor,
-        positions: Tensor,
-        past_keys: Tensor,
-        past_values: Tensor,
-        seen: Tensor,
+        states: tuple[Tensor, Tensor, Tensor],
+        source: Sequence[int],
+        positions: Sequence[int],
+        keys: Tensor,
+        values: Tensor,
+        held: int,
+        settled: int,
+        paths: Sequence[Sequence[int]],
         unembedding: DraftUnembedding,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """State of T rows, and their keys and values; `unembedding.of_normed(state)` gives their draft logits.
+    ) -> Tensor:
+        """States [T, D] of the last T of R rows, normed as the base's are; keys and values of all are put into place.
 
         Args:
-            hidden: hidden states at the exit, shape [T, D].
-            embedding: hidden states at depth 0, shape [T, D].
-            deep: normed state of each row's position before, shape [T, D]: the base's, this method's own, or 0.
-            source: which of these, shape [T], int64: `VERIFIED`, `OWN` or `NONE`.
-            positions: place of each row in its text, shape [T], int64.
-            past_keys, past_values: what this method gave for earlier rows, shape [G, S, E].
-            seen: which of the earlier rows, then of these, each row sees, itself included, shape [T, S + T], bool.
-
-        Returns:
-            State [T, D], normed as the base's top states are; keys and values [G, T, E].
+            states: of the rows, each of shape [R, D]: hidden states at the exit, hidden states at depth 0, and the
+                normed state at the position before: the base's, this method's own, or 0.
+            source: which of these the last is, of each row: `VERIFIED`, `OWN` or `NONE`.
+            positions: place of each row in its text.
+            keys, values: of the rows before, shape [G, S, E], with room for these.
+            held: how many there are; these follow.
+            settled: keys that all T rows see, the first ones.
+            paths: of each of the T rows, the places of the others that it sees, counted from there; the last its own.
         """
-        mixed, queries, keys, values = self.read(hidden, embedding, deep, source, positions)
+        device, stop = keys.device, held + len(source)
+        mixed, queries, own_keys, own_values = self.read(
+            *states, torch.tensor(source, device=device), torch.tensor(positions, device=device)
+        )
+        keys[:, held:stop], values[:, held:stop] = own_keys, own_values
+        seen = torch.zeros(len(paths), stop, dtype=torch.bool)
+        seen[:, :settled] = True
+        for row, path in enumerate(paths):
+            seen[row, [settled + place for place in path]] = True
         attended = functional.scaled_dot_product_attention(
-            queries[None],
-            torch.cat([past_keys, keys], dim=-2)[None],
-            torch.cat([past_values, values], dim=-2)[None],
-            attn_mask=seen,
+            queries[None, :, -len(paths) :],
+            keys[None, :, :stop],
+            values[None, :, :stop],
+            attn_mask=seen.to(device),
             enable_gqa=True,
         )[0]
-        return unembedding.normalize(self.write(mixed, attended)), keys, values
+        return unembedding.normalize(self.write(mixed[-len(paths) :], attended))
 
     def read(
         self, hidden: Tensor, embedding: Tensor, deep: Tensor, source: Tensor, positions: Tensor
@@ -102,8 +109,7 @@ class AttentionHead(ExitHead):
         mixed = self.mix(torch.cat(parts, dim=-1))
         joined = self.query_key_value(self.attention_norm(mixed)).unflatten(-1, (-1, self.head_size)).transpose(-2, -3)
         queries, keys, values = joined.split([self.num_heads, self.num_key_heads, self.num_key_heads], dim=-3)
-        half = torch.arange(0, self.head_size, 2, device=positions.device, dtype=torch.float32)
-        angles = positions[..., None, :, None].float() * LONGEST_TURN ** (-half / self.head_size)
+        angles = _angles(positions[..., None, :], self.head_size)
         return mixed, _rotated(queries, angles), _rotated(keys, angles), values
 
     def write(self, mixed: Tensor, attended: Tensor) -> Tensor:
@@ -145,6 +151,18 @@ class AttentionHead(ExitHead):
         """As `ExitHead.kept_numbers`, of all drafts that are learnt; without scores, and without prompt positions."""
         width = self.query_key_value.out_features + self.attention_out.in_features
         return FIT_DRAFTS * (14 * self.hidden_size + 3 * width + 4 * cast(int, self.rank))
+
+
+def turns(number: int, head_size: int) -> Tensor:
+    """Cosines, then sines, of so many positions' rotary angles, shape [number, E], float32."""
+    angles = _angles(torch.arange(number), head_size)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _angles(positions: Tensor, head_size: int) -> Tensor:
+    """Rotary angles [..., E / 2] of positions [...]."""
+    half = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
+    return positions[..., None].float() * LONGEST_TURN ** (-half / head_size)
 
 
 def _rotated(states: Tensor, angles: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class DraftHeads:
         unembedding: the base's frozen rows for the draft vocabulary.
         draft_to_target: target id of each draft id, shape [V], int64.
         target_to_draft: the inverse, shape [base's vocabulary], int64; -1 where there is no draft id.
-        native: exit layer -> the head as one call of our own kernel, which takes what `best` takes.
+        native: exit layer -> the head in our own kernel, where that takes it.
     """
 
     exits: Any
@@ -71,7 +71,7 @@ class DraftHeads:
     def memory(self, layer: int, memories: dict[int, HeadMemory]) -> HeadMemory:
         """What one exit's head keeps of a request, made where it is not there yet."""
         if layer not in memories:
-            memories[layer] = HeadMemory(self.exits.heads[str(layer)], self.unembedding)
+            memories[layer] = HeadMemory(self.exits.heads[str(layer)], self.unembedding, self.native.get(layer))
         return memories[layer]
 
     @property
@@ -96,14 +96,20 @@ class DraftHeads:
             count: drafts for each of the N rows.
         """
         native = self.native.get(layer)
+        if native is None:
+            return self._likeliest(self.logits(layer, hidden, context), temperature, count)
         count = min(count, len(self.draft_to_target))
-        if native is not None:
-            drafts, chances = (tensor.tolist() for tensor in native(hidden, context, temperature, count))
-        else:
-            return self.likeliest(self.logits(layer, hidden, context), temperature, count)
-        return self._named(drafts, chances)
+        return self._named(*(tensor.tolist() for tensor in native(hidden, context, temperature, count)))
 
-    def likeliest(self, logits: Tensor, temperature: float, count: int) -> list[list[tuple[int, float]]]:
+    def of_states(self, layer: int, states: Tensor, temperature: float, count: int) -> list[list[tuple[int, float]]]:
+        """As `best`, from states [N, D] of a head that attends."""
+        native = self.native.get(layer)
+        if native is None:
+            return self._likeliest(self.unembedding.of_normed(states), temperature, count)
+        count = min(count, len(self.draft_to_target))
+        return self._named(*(tensor.tolist() for tensor in native.likeliest(states, temperature, count)))
+
+    def _likeliest(self, logits: Tensor, temperature: float, count: int) -> list[list[tuple[int, float]]]:
         """Target ids and confidences by draft logits [N, V], most confident first; waits for the device once."""
         values, indices = likeliest(logits, temperature, min(count, len(self.draft_to_target)))
         return self._named(*torch.stack([indices.float(), values]).tolist())

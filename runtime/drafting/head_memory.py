@@ -2,7 +2,7 @@
 
 Knows no base, no policy and no tree: what a row sees it is told.
 
-Shape suffixes: T rows, S settled rows, M pending rows before these, D hidden size, G key heads, E head size.
+Shape suffixes: T rows, M pending rows before these, D hidden size.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,49 +23,39 @@ class HeadMemory:
 
     Args:
         head: an `AttentionHead`, on the base's device and in its dtype.
+        native: the same in our own kernel, where that takes it.
+
+    Attributes:
+        length: settled positions so far, those that were dropped included.
     """
 
-    def __init__(self, head: Any, unembedding: DraftUnembedding) -> None:
-        self.head, self.unembedding = head, unembedding
-        self.length = 0  # settled positions so far, those that were dropped included
-        self._settled: tuple[Tensor, Tensor] | None = None  # keys and values [G, S, E]
-        self._pending: tuple[Tensor, Tensor] | None = None  # keys and values [G, M, E]
+    def __init__(self, head: Any, unembedding: DraftUnembedding, native: Any = None) -> None:
+        self.head, self.unembedding, self.native = head, unembedding, native
+        self.length = 0
+        weight: Tensor = head.mix.weight
+        empty = torch.empty(head.num_key_heads, 0, head.head_size, dtype=weight.dtype, device=weight.device)
+        self._keys, self._values = empty, empty  # of settled rows, then of pending ones; with room for more
+        self._settled = 0  # settled rows among them
+        self._fresh: list[SettledStates] = []  # settled positions that are not among them yet
         self._places: dict[int, int] = {}  # pending node -> its row among the M
         self._states: list[Tensor] = []  # of each of them, [D]
 
     def forget(self) -> None:
         """Nothing is pending any more."""
-        self._pending, self._places, self._states = None, {}, []
+        self._places, self._states = {}, []
 
     def settle(self, parts: Iterable[SettledStates]) -> None:
-        """Take further settled positions, where there are any."""
-        parts = tuple(parts)
-        if not parts:
-            return
-        hidden, embedding, deep = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("hidden", "embedding", "deep")
-        )
-        number, device = len(embedding), embedding.device
-        source = torch.full((number,), VERIFIED, device=device)
-        if not parts[0].known:
-            source[0] = NONE
-        positions = torch.arange(self.length, self.length + number, device=device)
-        _, _, keys, values = self.head.read(hidden, embedding, deep, source, positions)
-        before = self._settled
-        if before is not None:
-            keys, values = torch.cat([before[0], keys], -2), torch.cat([before[1], values], -2)
-        if keys.shape[-2] > 2 * WINDOW:
-            keys, values = keys[:, -WINDOW:].clone(), values[:, -WINDOW:].clone()
-        self._settled = keys, values
-        self.length += number
-
-    def logits(self, nodes: Sequence[int]) -> Tensor:
-        """Draft logits [N, V] of pending tokens that were read."""
-        return self.unembedding.of_normed(torch.stack([self._states[self._places[node]] for node in nodes]))
+        """Take further settled positions, where there are any; they are read with the next pending tokens."""
+        self._fresh += parts
+        assert not (self._fresh and self._places)
 
     def unread(self, number: int) -> list[int]:
         """Which of so many pending tokens were not read yet."""
         return [node for node in range(number) if node not in self._places]
+
+    def states(self, nodes: Sequence[int]) -> Tensor:
+        """States [N, D] of pending tokens that were read, normed as the base's top states are."""
+        return torch.stack([self._states[self._places[node]] for node in nodes])
 
     def read(
         self,
@@ -82,38 +72,52 @@ class HeadMemory:
             states: of the nodes, at the exit and at depth 0, each of shape [T, D].
             deep: the base's top state, normed, at the last settled position, shape [D]; None where it is not known.
         """
-        hidden, embedding = states
-        device, dtype = hidden.device, self.head.mix.weight.dtype
-        number, known = len(nodes), len(self._states)
-        before, source = torch.zeros(number, hidden.shape[1], dtype=dtype, device=device), [NONE] * number
-        empty = torch.zeros(self.head.num_key_heads, 0, self.head.head_size, dtype=dtype, device=device)
-        settled = self._settled or (empty, empty)
-        pending = self._pending or (empty, empty)
-        length = settled[0].shape[-2]
-        seen = torch.zeros(number, length + known + number, dtype=torch.bool)
-        seen[:, :length] = True
-        for row, node in enumerate(nodes):
+        fresh, self._fresh = self._fresh, []
+        new = sum(len(part.embedding) for part in fresh)
+        source = [VERIFIED] * new
+        if fresh and not fresh[0].known:
+            source[0] = NONE
+        positions = list(range(self.length, self.length + new))
+        self.length += new
+        before = []
+        for node in nodes:
             path = paths[node]
-            if len(path) == 1 and deep is not None:
-                before[row], source[row] = deep, VERIFIED
-            elif len(path) > 1 and path[-2] in self._places:
-                before[row], source[row] = self._states[self._places[path[-2]]], OWN
-            for place in path[:-1]:
-                if place in self._places:
-                    seen[row, length + self._places[place]] = True
-            seen[row, length + known + row] = True
-        positions = torch.tensor([self.length + len(paths[node]) - 1 for node in nodes], device=device)
-        state, keys, values = self.head.step(
-            hidden,
-            embedding,
-            before,
-            torch.tensor(source, device=device),
-            positions,
-            torch.cat([settled[0], pending[0]], -2),
-            torch.cat([settled[1], pending[1]], -2),
-            seen.to(device),
-            self.unembedding,
+            if len(path) > 1:
+                before.append(self._states[self._places[path[-2]]])
+                source.append(OWN)
+            else:
+                before.append(torch.zeros_like(states[0][0]) if deep is None else deep)
+                source.append(NONE if deep is None else VERIFIED)
+            positions.append(self.length + len(path) - 1)
+        rows = (
+            torch.cat([*(part.hidden for part in fresh), states[0]]),
+            torch.cat([*(part.embedding for part in fresh), states[1]]),
+            torch.cat([*(part.deep for part in fresh), torch.stack(before)]),
         )
-        self._pending = torch.cat([pending[0], keys], -2), torch.cat([pending[1], values], -2)
+        self._make_room(new, len(nodes))
+        known, self._settled = len(self._states), self._settled + new
+        own_paths = [
+            [*(self._places[place] for place in paths[node][:-1]), known + row] for row, node in enumerate(nodes)
+        ]
+        where = self._keys, self._values, self._settled - new + known, self._settled, own_paths
+        if self.native is None:
+            made = self.head.step(rows, source, positions, *where, self.unembedding)
+        else:
+            made = self.native.step(rows, source, positions, *where)
         self._places |= {node: known + row for row, node in enumerate(nodes)}
-        self._states += list(state)
+        self._states += list(made)
+
+    def _make_room(self, new: int, pending: int) -> None:
+        """For further rows; of the settled ones the last are kept where they would be too many."""
+        if new and self._settled + new > 2 * WINDOW:
+            kept = max(0, WINDOW - new)
+            for buffer in (self._keys, self._values):
+                buffer[:, :kept] = buffer[:, self._settled - kept : self._settled].clone()
+            self._settled = kept
+        held = self._settled + len(self._states)
+        if held + new + pending > self._keys.shape[1]:
+            more = held + new + pending + WINDOW // 2
+            self._keys, self._values = (
+                torch.cat([buffer[:, :held], buffer.new_empty(len(buffer), more, buffer.shape[2])], dim=1)
+                for buffer in (self._keys, self._values)
+            )

@@ -2,7 +2,7 @@
 #include <cstdint>
 
 #include "attention.h"
-#include "deep_head.h"
+#include "heads.h"
 #include "stack.h"
 #include "products.h"
 
@@ -50,16 +50,43 @@ extern "C" int64_t specbound_layers(const void* layers, const int64_t* sizes, co
   return numbers;
 }
 
-// See `deep_head.py` for the arguments. `count` draft ids and chances of each row; id -1 where no logit is a number.
+// See `heads.py` for the arguments. `count` draft ids and chances of each row; id -1 where no logit is a number.
 extern "C" void specbound_draft(const void* head, const int64_t* sizes, const float* floats, const void* hidden,
                                 const void* embedding, const void* deep, const int64_t* ages, const void* silu,
                                 int64_t* ids, float* chances, int64_t threads) {
-  const Draft d{(const Head*)head, (const uint16_t*)hidden, (const uint16_t*)embedding, (const uint16_t*)deep, ages,
+  const Draft d{(const DeepHead*)head, (const uint16_t*)hidden, (const uint16_t*)embedding, (const uint16_t*)deep, ages,
                 (const uint16_t*)silu, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], floats[0], floats[1],
                 floats[2]};
   std::vector<uint16_t> inner(d.rows * d.rank), added(d.rows * d.size), logits(d.rows * d.vocabulary);
 #pragma omp parallel num_threads(threads)
   draft(d, inner.data(), added.data(), logits.data(), ids, chances);
+}
+
+// See `heads.py` for the arguments. Returns 0 where some score is no finite number: the states are none then.
+extern "C" int64_t specbound_head_step(const void* head, const int64_t* sizes, const float* floats, const void* hidden,
+                                       const void* embedding, const void* deep, const int64_t* sources,
+                                       const int64_t* positions, const void* turns, void* keys, void* values,
+                                       const void* silu, const int64_t* paths, void* states, int64_t threads) {
+  const Step s{(const AttentionHead*)head, (const uint16_t*)hidden, (const uint16_t*)embedding, (const uint16_t*)deep,
+               sources, positions, (const float*)turns, (uint16_t*)keys, (uint16_t*)values, (const uint16_t*)silu, paths,
+               sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9], sizes[10],
+               floats[0], floats[1]};
+  std::vector<uint16_t> joined(s.rows * 3 * s.hidden_size), mixed(s.rows * s.hidden_size);
+  std::vector<uint16_t> heads(s.rows * (s.queries + 2 * s.key_heads) * s.size);
+  std::vector<uint16_t> attended(s.drafting * s.queries * s.size), inner(s.drafting * s.inner);
+  std::atomic<bool> numbers{true};
+#pragma omp parallel num_threads(threads)
+  step(s, joined.data(), mixed.data(), heads.data(), attended.data(), inner.data(), (uint16_t*)states, numbers);
+  return numbers;
+}
+
+// See `heads.py` for the arguments. As `specbound_draft`, from normed states.
+extern "C" void specbound_likeliest(const void* weight, const int64_t* sizes, float temperature, const void* states,
+                                    int64_t* ids, float* chances, int64_t threads) {
+  const Choice c{(const uint32_t*)weight, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], temperature};
+  std::vector<uint16_t> logits(c.rows * c.vocabulary);
+#pragma omp parallel num_threads(threads)
+  likeliest(c, (const uint16_t*)states, logits.data(), ids, chances);
 }
 
 // Rows of a cache moved up behind the settled ones: keys and values of each layer, [heads][capacity][bytes].

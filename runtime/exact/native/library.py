@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "kernels.cpp"
-HEADERS = [FOLDER / name for name in ("attention.h", "deep_head.h", "keys.h", "numbers.h", "products.h", "stack.h")]
+HEADERS = [FOLDER / name for name in ("attention.h", "heads.h", "keys.h", "numbers.h", "products.h", "stack.h")]
 CPU_FLAGS = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512_bf16"))
 # No contraction: a product and a sum are rounded apart, as in the operations that these repeat.
 COMPILE = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off"]
@@ -93,6 +93,9 @@ def _declare(library: ctypes.CDLL) -> None:
     draft, keep = library.specbound_draft, library.specbound_keep
     draft.argtypes, draft.restype = [place, numbers, floats, *[place] * 7, number], None
     keep.argtypes, keep.restype = [place, numbers, place], None
+    step, likeliest = library.specbound_head_step, library.specbound_likeliest
+    step.argtypes, step.restype = [place, numbers, floats, *[place] * 11, number], number
+    likeliest.argtypes, likeliest.restype = [place, numbers, ctypes.c_float, *[place] * 3, number], None
 
 
 def _missing() -> str | None:

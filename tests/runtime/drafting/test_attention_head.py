@@ -39,13 +39,23 @@ def text(length: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, embedding, deep
 
 
-def settled(head: AttentionHead, rows: DraftUnembedding, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """States, keys and values of the first positions of the text, with verified states, at once."""
-    hidden, embedding, deep = (each[:count] for each in text(VERIFIED_ROWS + DRAFTS))
-    source = torch.tensor([NONE] + [VERIFIED] * (count - 1))
-    none = torch.zeros(head.num_key_heads, 0, head.head_size)
-    seen = torch.ones(count, count, dtype=torch.bool).tril()
-    return head.step(hidden, embedding, deep, source, torch.arange(count), none, none, seen, rows)
+class Worked:
+    """A head on the text: states and keys of the first positions, with verified states, at once."""
+
+    def __init__(self, head: AttentionHead, rows: DraftUnembedding, count: int) -> None:
+        self.head, self.rows, self.count, self.held = head, rows, count, 0
+        shape = head.num_key_heads, count + 8, head.head_size
+        self.keys, self.values = torch.zeros(shape), torch.zeros(shape)
+        parts = tuple(each[:count] for each in text(VERIFIED_ROWS + DRAFTS))
+        source, paths = [NONE] + [VERIFIED] * (count - 1), [range(place + 1) for place in range(count)]
+        self.states = self.step(parts, source, list(range(count)), 0, paths)
+
+    def step(self, parts: Any, source: list[int], positions: list[int], settled: int, paths: Any) -> Tensor:
+        """Further rows, behind those that are held."""
+        buffers = self.keys, self.values
+        state = self.head.step(parts, source, positions, *buffers, self.held, settled, paths, self.rows)
+        self.held += len(source)
+        return state
 
 
 def whole(number: int = VERIFIED_ROWS + DRAFTS, *, start: int = 2, padding: int = 0) -> tuple[Tensor, WholeTexts]:
@@ -72,38 +82,34 @@ def test_drafting_with_kept_keys_is_what_a_fit_unrolls(head: AttentionHead, rows
     ]
     hidden, embedding, _ = text(VERIFIED_ROWS + DRAFTS)
     for known in range(3, VERIFIED_ROWS + 1):
-        states, keys, values = settled(head, rows, known)
-        torch.testing.assert_close(rows.of_normed(states[-1]), steps[0][known - 3], **CLOSE)
-        state = states[-1:]
+        worked = Worked(head, rows, known)
+        state = worked.states[-1:]
+        torch.testing.assert_close(rows.of_normed(state[0]), steps[0][known - 3], **CLOSE)
         for draft in range(1, DRAFTS):
             at = known - 1 + draft
             one = slice(at, at + 1)
-            seen = torch.ones(1, at + 1, dtype=torch.bool)
-            place = torch.tensor([OWN]), torch.tensor([at])
-            state, *more = head.step(hidden[one], embedding[one], state, *place, keys, values, seen, rows)
-            keys, values = torch.cat([keys, more[0]], dim=1), torch.cat([values, more[1]], dim=1)
+            parts = hidden[one], embedding[one], state
+            state = worked.step(parts, [OWN], [at], known, [range(draft)])
             if draft < at - 1:  # so many drafts fit into the response
                 torch.testing.assert_close(rows.of_normed(state[0]), steps[draft][at - 2], **CLOSE)
 
 
 def test_rows_of_a_tree_see_their_ancestors_alone(head: AttentionHead, rows: DraftUnembedding) -> None:
     """Two branches at once give what each gives alone, whatever the other holds, poison included."""
-    states, keys, values = settled(head, rows, VERIFIED_ROWS)
     hidden, embedding, _ = text(6, seed=5)
-    source, deep = torch.full((2,), OWN), states[-1:].expand(2, -1)
 
-    def second(of: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        place = torch.full((len(of),), VERIFIED_ROWS)
-        return head.step(of, embedding[: len(of)], deep[: len(of)], source[: len(of)], place, keys, values, seen, rows)
+    def second(of: Tensor, paths: list[list[int]]) -> Tensor:
+        worked, number = Worked(head, rows, VERIFIED_ROWS), len(of)
+        parts = of, embedding[:number], worked.states[-1:].expand(number, -1)
+        return worked.step(parts, [OWN] * number, [VERIFIED_ROWS] * number, VERIFIED_ROWS, paths)
 
-    past = torch.ones(2, VERIFIED_ROWS, dtype=torch.bool)
-    both = second(hidden[:2], torch.cat([past, torch.eye(2, dtype=torch.bool)], dim=1))
-    alone = second(hidden[:1], torch.ones(1, VERIFIED_ROWS + 1, dtype=torch.bool))
-    other = second(torch.stack([hidden[0], hidden[3] * 1e6]), torch.cat([past, torch.eye(2, dtype=torch.bool)], dim=1))
-    torch.testing.assert_close(both[0][:1], alone[0], **CLOSE)
-    torch.testing.assert_close(other[0][:1], alone[0], **CLOSE)
-    chained = second(hidden[:2], torch.cat([past, torch.ones(2, 2, dtype=torch.bool).tril()], dim=1))
-    assert not torch.allclose(chained[0][1], both[0][1], **CLOSE)  # an ancestor more is seen
+    both = second(hidden[:2], [[0], [1]])
+    alone = second(hidden[:1], [[0]])
+    other = second(torch.stack([hidden[0], hidden[3] * 1e6]), [[0], [1]])
+    torch.testing.assert_close(both[:1], alone, **CLOSE)
+    torch.testing.assert_close(other[:1], alone, **CLOSE)
+    chained = second(hidden[:2], [[0], [0, 1]])
+    assert not torch.allclose(chained[1], both[1], **CLOSE)  # an ancestor more is seen
 
 
 def test_what_is_read_shows_and_what_comes_later_does_not(head: AttentionHead, rows: DraftUnembedding) -> None:

@@ -1,0 +1,177 @@
+"""Exit heads in our own kernels: a `deep` one as one call from hidden states at its exit to drafts and confidences, an
+`attention` one as a call for states, keys and values, and one for the drafts of these.
+
+Drafts are verified, so these need no bits of anybody's. Knows no policy and no base.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.drafting.attention_head import AttentionHead, turns
+from runtime.drafting.draft_heads import DraftHeads
+from runtime.drafting.heads import DeepHead, HeadContext
+from runtime.drafting.unembedding import DraftUnembedding
+from runtime.exact.native.library import native_library
+from runtime.exact.native.products import BLOCK, LANES, pack_for_products
+from runtime.exact.native.stack import silu_of_all
+
+
+class NativeDeepHead:
+    """One exit's head, its weights packed.
+
+    Args:
+        head, unembedding: in bfloat16 on the CPU.
+        rows: those of the unembedding, packed; several heads share them.
+        silu: as `silu_of_all` gives it.
+    """
+
+    def __init__(self, head: DeepHead, unembedding: DraftUnembedding, rows: Tensor, silu: Tensor) -> None:
+        self.made_of = head, unembedding, rows, silu
+        final: Any = unembedding.norm
+        norms: tuple[Any, ...] = (head.hidden_norm, head.embedding_norm, head.deep_norm, final)
+        packed = (*map(pack_for_products, (head.gate_up.weight, head.down.weight)), rows)
+        vectors = (head.keep, head.carry, head.age)
+        self.held: list[Any] = [*packed, *(norm.weight for norm in norms), *vectors, silu]
+        self.places = (ctypes.c_void_p * 10)(*(tensor.data_ptr() for tensor in self.held[:-1]))
+        self.sizes = (head.hidden_size, head.down.in_features, head.draft_vocab_size)
+        self.epsilons: tuple[float, float] = (norms[0].eps, final.variance_epsilon)
+        self.scaling = unembedding.scaling
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or pickle is made anew from its modules: addresses cannot be copied."""
+        return NativeDeepHead, self.made_of
+
+    def __call__(self, hidden: Tensor, context: HeadContext, temperature: float, count: int) -> tuple[Tensor, Tensor]:
+        """Draft ids and confidences [N, count] of hidden states [N, D]; id 0 and NaN where no logit is a number."""
+        library = native_library()
+        assert library is not None
+        rows = hidden.shape[0]
+        ids, chances = torch.empty(rows, count, dtype=torch.int64), torch.empty(rows, count)
+        given = [part.contiguous() for part in (hidden, context.embedding, context.deep, context.age)]
+        library.specbound_draft(
+            self.places,
+            (ctypes.c_int64 * 6)(rows, count, *self.sizes, BLOCK // 2),
+            (ctypes.c_float * 3)(*self.epsilons, temperature * self.scaling),
+            *(part.data_ptr() for part in given),
+            self.held[-1].data_ptr(),
+            ids.data_ptr(),
+            chances.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return ids.clamp_(min=0), chances
+
+
+class NativeAttentionHead:
+    """One exit's head, its weights packed; takes what `AttentionHead.step` takes, and makes drafts of its states.
+
+    Args:
+        head, unembedding: in bfloat16 on the CPU.
+        rows: those of the unembedding, packed; several heads share them.
+        silu: as `silu_of_all` gives it.
+    """
+
+    def __init__(self, head: AttentionHead, unembedding: DraftUnembedding, rows: Tensor, silu: Tensor) -> None:
+        self.made_of = head, unembedding, rows, silu
+        final: Any = unembedding.norm
+        linears = (head.mix, head.query_key_value, head.attention_out, head.gate_up, head.down)
+        own: tuple[Any, ...] = (head.hidden_norm, head.embedding_norm, head.deep_norm)
+        own += (head.attention_norm, head.gate_norm)
+        vectors = [*(norm.weight for norm in own), final.weight, head.source]
+        self.held: list[Any] = [*(pack_for_products(linear.weight) for linear in linears), *vectors]
+        self.places = (ctypes.c_void_p * 12)(*(tensor.data_ptr() for tensor in self.held))
+        self.rows, self.silu, self.turns = rows, silu, turns(0, head.head_size)
+        self.sizes = (head.hidden_size, head.down.in_features, head.num_heads, head.num_key_heads, head.head_size)
+        self.vocabulary, self.scaling = head.draft_vocab_size, unembedding.scaling
+        self.floats = (ctypes.c_float * 2)(own[0].eps, final.variance_epsilon)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or pickle is made anew from its modules: addresses cannot be copied."""
+        return NativeAttentionHead, self.made_of
+
+    def step(
+        self,
+        states: tuple[Tensor, Tensor, Tensor],
+        source: Sequence[int],
+        positions: Sequence[int],
+        keys: Tensor,
+        values: Tensor,
+        held: int,
+        settled: int,
+        paths: Sequence[Sequence[int]],
+    ) -> Tensor:
+        """As `AttentionHead.step`; states are no numbers where a score is none."""
+        library = native_library()
+        assert library is not None
+        number, drafting, room = len(source), len(paths), held + len(source) - settled
+        while self.turns.shape[0] <= max(positions):
+            self.turns = turns(2 * self.turns.shape[0] + 1024, self.sizes[-1])
+        output = torch.empty(drafting, self.sizes[0], dtype=torch.bfloat16)
+        table = [place for path in paths for place in (len(path), *path, *[0] * (room - len(path)))]
+        given = [part.contiguous() for part in states]
+        fine = library.specbound_head_step(
+            self.places,
+            (ctypes.c_int64 * 11)(number, drafting, *self.sizes, held, keys.shape[1], settled, BLOCK // 2),
+            self.floats,
+            *(part.data_ptr() for part in given),
+            (ctypes.c_int64 * number)(*source),
+            (ctypes.c_int64 * number)(*positions),
+            self.turns.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            self.silu.data_ptr(),
+            (ctypes.c_int64 * len(table))(*table),
+            output.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return output if fine else output.fill_(torch.nan)
+
+    def likeliest(self, states: Tensor, temperature: float, count: int) -> tuple[Tensor, Tensor]:
+        """Draft ids and confidences [N, count] of states [N, D]; id 0 and NaN where no logit is a number."""
+        library = native_library()
+        assert library is not None
+        number = states.shape[0]
+        ids, chances = torch.empty(number, count, dtype=torch.int64), torch.empty(number, count)
+        library.specbound_likeliest(
+            self.rows.data_ptr(),
+            (ctypes.c_int64 * 5)(number, count, self.sizes[0], self.vocabulary, BLOCK // 2),
+            temperature * self.scaling,
+            states.data_ptr(),
+            ids.data_ptr(),
+            chances.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return ids.clamp_(min=0), chances
+
+
+NATIVE: dict[Any, Any] = {DeepHead: NativeDeepHead, AttentionHead: NativeAttentionHead}
+
+
+def native_heads(heads: DraftHeads) -> DraftHeads:
+    """The heads, those that the kernels take running in them."""
+    exits = {layer: heads.exits.heads[str(layer)] for layer in heads.exit_layers}
+    fit = {layer: head for layer, head in exits.items() if _is_fit(head, heads.unembedding)}
+    if native_library() is None or not fit:
+        return heads
+    rows, silu = pack_for_products(heads.unembedding.weight), silu_of_all()
+    native = {layer: NATIVE[type(head)](head, heads.unembedding, rows, silu) for layer, head in fit.items()}
+    return replace(heads, native=native)
+
+
+def _is_fit(head: Any, unembedding: DraftUnembedding) -> bool:
+    """Whether the kernels take its kind, dtype, device and sizes, and the final norm is of the Llama kind."""
+    weights = (unembedding.weight, *head.parameters(), *unembedding.norm.parameters())
+    return (
+        type(head) in NATIVE
+        and hasattr(unembedding.norm, "variance_epsilon")
+        and unembedding.bias is None
+        and head.hidden_size % 2 == 0
+        and head.rank is not None
+        and head.rank % LANES == 0
+        and all(weight.dtype == torch.bfloat16 and weight.device.type == "cpu" for weight in weights)
+        and all(weight.is_contiguous() for weight in weights)
+    )
