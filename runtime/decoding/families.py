@@ -41,6 +41,25 @@ FAMILIES = {
     "olmo2": Family(),
     "phi3": Family(),
     "gemma": Family(),
+    "apertus": Family(),
+    "arcee": Family(),
+    "bitnet": Family(),
+    "diffllama": Family(),
+    "ernie4_5": Family(),
+    "exaone4": Family(),
+    "glm": Family(),
+    "glm4": Family(),
+    "helium": Family(),
+    "hunyuan_v1_dense": Family(),
+    "jais2": Family(),
+    "ministral3": Family(),
+    "nemotron": Family(),
+    "olmo": Family(),
+    "seed_oss": Family(),
+    "stablelm": Family(),
+    "starcoder2": Family(),
+    "persimmon": Family(norm="final_layernorm"),
+    "phi": Family(norm="final_layernorm"),
     "gpt_neox": Family(body="gpt_neox", embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past"),
     "gpt2": Family(body="transformer", embedding="wte", layers="h", norm="ln_f", rotary=None, positions="wpe"),
 }
@@ -129,7 +148,10 @@ def check_config(config: Any, kind: str) -> Family:
     name = f"{kind} (model_type {config.model_type!r})"
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise UnsupportedModel(f"{name} is not supported: expected one of {', '.join(sorted(FAMILIES))}")
+        raise UnsupportedModel(
+            f"{name} is not supported: expected one of {', '.join(sorted(FAMILIES))};"
+            " without an adapter it generates as always"
+        )
     if not _has_full_attention(config):
         window = getattr(config, "sliding_window", None)
         whole = copy.deepcopy(config)

@@ -65,7 +65,7 @@ def why_stock(model: Any) -> str | None:
     if whole is not None:
         return f"{whole} of the model is not transformers'"
     for index, layer in enumerate(layers.layers):
-        if any(getattr(module, "layer_idx", index) != index for module in layer.modules()):
+        if any(getattr(module, "layer_idx", None) not in (None, index) for module in layer.modules()):
             return f"decoder layer {index} stands in another place than it was made for"
     if len(layers.layers) != model.config.num_hidden_layers:
         return f"the model has {len(layers.layers)} layers, its config says {model.config.num_hidden_layers}"

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GemmaConfig,
     GPT2Config,
@@ -52,12 +53,43 @@ FAMILIES: dict[str, Any] = {
         pad_token_id=0, bos_token_id=1,
     ),
 }  # fmt: skip
+# Families whose layers run as they are, with what their configurations need besides `SHAPE`.
+FURTHER: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {},
+    "bitnet": {},
+    "diffllama": {},
+    "ernie4_5": {"head_dim": 12},
+    "exaone4": {"layer_types": ["full_attention"] * LAYERS, "sliding_window": None},
+    "glm": {"head_dim": 12},
+    "glm4": {"head_dim": 12},
+    "helium": {"head_dim": 12},
+    "hunyuan_v1_dense": {"head_dim": 12},
+    "jais2": {},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.5,
+        },
+        "head_dim": 12,
+    },
+    "nemotron": {"hidden_act": "relu2"},
+    "olmo": {"clip_qkv": 2.0},
+    "persimmon": {"hidden_size": 64},
+    "phi": {"hidden_size": 64, "qk_layernorm": True},
+    "seed_oss": {"head_dim": 12},
+    "stablelm": {"hidden_size": 64, "use_qkv_bias": True},
+    "starcoder2": {"sliding_window": None},
+}
 
 
 def tiny(family: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
     """A random model whose greedy output wanders; biases, norms and scales are random too."""
     torch.manual_seed(0)
-    config = FAMILIES[family]
+    config = FAMILIES.get(family) or AutoConfig.for_model(family, **SHAPE | FURTHER[family])
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, attn_implementation=attention, dtype=dtype
     ).eval()

@@ -1,0 +1,105 @@
+"""Families whose layers run as they are: layer by layer the model itself, and ids whatever is drafted."""
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, DynamicCache
+
+from runtime import SpeculationBounds, UnsupportedModel, detach
+from runtime.decoding import families
+from runtime.decoding.layers import DecoderLayers
+from runtime.generate import attach
+from runtime.handle import SpecBound
+from tests.helpers.fake_heads import FakeHeads
+from tests.helpers.families import FAMILIES, FURTHER, VOCABULARY, prompt, tiny
+
+DTYPES = [torch.float32, torch.bfloat16]
+# Greedy trees and sampled chains; the prompt and its answer go past the 16 positions of Ministral 3's yarn.
+RUNS = [
+    (torch.float32, {"do_sample": False}, SpeculationBounds(0.2, 1, 8, max_branches=3, max_depth=4)),
+    (torch.bfloat16, {"do_sample": True, "temperature": 0.8, "top_p": 0.9}, SpeculationBounds(0.2, 1, 5)),
+]
+NEW = 40
+
+
+def require(family: str) -> None:
+    """Skip where this transformers has no such family."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {family}")
+
+
+def states(layers: DecoderLayers, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Hidden states below each layer, and the logits, by the parts that decoding uses."""
+    position_ids = torch.arange(ids.shape[1])[None]
+    hidden, cache = layers.embed(ids, 0), DynamicCache(config=layers.config)
+    arguments = {"position_ids": position_ids, layers.cache_argument: cache, "use_cache": True}
+    if layers.rotary is not None:
+        arguments["position_embeddings"] = layers.rotary(hidden, position_ids=position_ids)
+    found = []
+    for layer in layers.layers:
+        found.append(hidden)
+        above = layer(hidden, attention_mask=None, **arguments)
+        hidden = above[0] if isinstance(above, tuple) else above
+    return [*found, layers.logits(hidden)]
+
+
+def test_every_family_is_tried() -> None:
+    """A family that is accepted has a tiny model here."""
+    assert set(families.FAMILIES) == set(FAMILIES) | set(FURTHER)
+    assert len(families.FAMILIES) >= 30
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", sorted(FURTHER))
+@torch.inference_mode()
+def test_parts_are_the_model_s_own_forward(family: str, dtype: torch.dtype) -> None:
+    """Every bit below every layer, and of the logits."""
+    require(family)
+    model, ids = tiny(family, dtype=dtype), prompt(20)
+    expected = model(ids, output_hidden_states=True)
+    found = states(DecoderLayers(model), ids)
+    for own, stock in zip(found, [*expected.hidden_states[:-1], expected.logits], strict=True):
+        assert torch.equal(own, stock)
+
+
+@torch.inference_mode()
+def test_a_part_too_few_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: another module in the place of the final norm is seen in the logits."""
+    monkeypatch.setitem(families.FAMILIES, "phi", families.Family(norm="embed_dropout"))
+    model, ids = tiny("phi"), prompt(20)
+    assert not torch.equal(states(DecoderLayers(model), ids)[-1], model(ids).logits)
+
+
+@pytest.mark.parametrize(("dtype", "options", "bounds"), RUNS, ids=["greedy", "sampled"])
+@pytest.mark.parametrize("family", sorted(FURTHER))
+def test_ids_are_stock_s(
+    family: str, dtype: torch.dtype, options: dict[str, object], bounds: SpeculationBounds
+) -> None:
+    """With drafts that are right two times of three, and other ones beside them."""
+    require(family)
+    model = tiny(family, dtype=dtype)
+    torch.manual_seed(3)
+    stock = model.generate(prompt(), max_new_tokens=NEW, **options)[0].tolist()
+    attach(model, SpecBound(model, FakeHeads("mixed", [1], stock, VOCABULARY), bounds))
+    torch.manual_seed(3)
+    ids = model.generate(prompt(), max_new_tokens=NEW, **options)[0].tolist()
+    stats, certificate = model.specbound.stats, model.specbound.certificate
+    detach(model)
+    assert ids == stock and len(set(stock)) > 3
+    assert certificate.bitwise
+    assert stats.accepted.total() > 5 and stats.drafted.total() > stats.accepted.total()
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("starcoder2", {"sliding_window": 8}, "sliding_window=None"),
+        ("exaone4", {"layer_types": None, "sliding_window": 8}, "sliding or mixed attention"),
+    ],
+)
+def test_windows_are_refused_by_name(family: str, options: dict[str, object], reason: str) -> None:
+    """Of families that have layers with and without."""
+    model = tiny(family)
+    for name, value in options.items():
+        setattr(model.config, name, value)
+    with pytest.raises(UnsupportedModel, match=reason):
+        DecoderLayers(model)
