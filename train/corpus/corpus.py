@@ -106,8 +106,22 @@ def load_split(corpus_dir: str | Path, split: str) -> datasets.Dataset:
         reason = str(error).split("\n")[0]
         raise DataError(f"{folder}: {split}.parquet cannot be read ({reason}); delete it and run again") from error
     if not table.num_rows:
-        raise DataError(f"{folder}: the {split} split is empty; use more prompts or another {split}_fraction")
+        raise DataError(
+            f"{folder}: the {split} split is empty ({_left(record.get('counts', {}))});"
+            f" use more prompts or another {split}_fraction"
+        )
     return datasets.Dataset(table)
+
+
+def _left(counts: dict[str, int]) -> str:
+    """How many prompts were left, and what became of the others, in words."""
+    lost = {
+        "duplicates": "duplicates of others",
+        "sharing_13_words": "like evaluation prompts",
+        "too_long": "too long",
+    }
+    reasons = [f"{counts[name]} were {reason}" for name, reason in lost.items() if counts.get(name)]
+    return ", ".join([f"prompts left after cleaning: {counts.get('prompts', 0)}", *reasons])
 
 
 def _settings(

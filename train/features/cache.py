@@ -1,7 +1,11 @@
-"""`FeatureCache`: features on disk, computed once per sequence. (With `features: online` nothing is stored.)"""
+"""`FeatureCache`: features on disk, computed once per sequence. (With `features: online` nothing is stored.)
+
+Beside each file lies its SHA-256: one that was cut short or changed is computed anew, and never read.
+"""
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -12,8 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from runtime import DataError
+from runtime.adapter.identity import file_sha256
 from train.features.extractor import FeatureExtractor, Features, Sequences
 from train.features.prompts import Prompts
+
+logger = logging.getLogger(__name__)
 
 SHARD = 256
 HIDDEN, PROMPTS = "hidden.", "prompts."  # how names of tensors begin
@@ -31,6 +39,7 @@ class FeatureCache:
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         self.folder = folder / key
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._checked: set[int] = set()  # files that this process has compared with their hash
 
     def fill(
         self,
@@ -41,12 +50,14 @@ class FeatureCache:
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[int]:
-        """Compute the missing files, divided over the ranks; yield the number of sequences done after each file."""
+        """Compute missing and damaged files, divided over the ranks; yield the number of sequences done after each."""
         starts = range(0, len(sequences), SHARD)
         for number, start in enumerate(starts):
             rows = sequences.rows[start : start + SHARD]
             path = self._path(number)
-            if number % world_size == rank and not path.exists():
+            if number % world_size == rank and not self._is_whole(number):
+                if path.exists():
+                    logger.warning("%s is not as it was written: computing it anew", path)
                 order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]) + len(rows[index][1]))
                 parts: dict[int, Features] = {}
                 for first in range(0, len(order), batch_size):
@@ -56,8 +67,14 @@ class FeatureCache:
             yield min(start + SHARD, len(sequences))
 
     def __getitem__(self, index: int) -> Features:
-        """Features of one sequence."""
+        """Features of one sequence.
+
+        Raises:
+            DataError: its file is missing, or not as it was written.
+        """
         number, within = divmod(index, SHARD)
+        if not self._is_whole(number):
+            raise DataError(f"{self._path(number)} is missing or not as it was written: run again, to compute it anew")
         with safe_open(self._path(number), framework="pt") as file:
             names = list(file.keys())
             spans = {}
@@ -76,12 +93,23 @@ class FeatureCache:
     def _path(self, number: int) -> Path:
         return self.folder / f"features-{number:05d}.safetensors"
 
+    def _is_whole(self, number: int) -> bool:
+        """Whether a file is as it was written; read for it once in a process."""
+        path = self._path(number)
+        if number not in self._checked:
+            expected = path.with_suffix(".sha256")
+            if not path.is_file() or not expected.is_file() or expected.read_text() != file_sha256(path):
+                return False
+            self._checked.add(number)
+        return True
+
     def _write(self, path: Path, features: Features) -> None:
         tensors = _flat(features)
         if features.prompts is not None:
             tensors |= {f"{PROMPTS}{name}": tensor for name, tensor in _flat(features.prompts).items()}
         unfinished = path.with_suffix(".tmp")
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
+        path.with_suffix(".sha256").write_text(file_sha256(unfinished))
         unfinished.replace(path)
 
 

@@ -121,9 +121,12 @@ def _results(
 
 def _use(name: str, base: str) -> str:
     return (
-        "```python\nfrom runtime import load_specbound\n\n"
+        "```python\nfrom transformers import AutoTokenizer\n\nfrom runtime import load_specbound\n\n"
         f'model = load_specbound("{name}", "{base}")\n'
-        "output = model.generate(**inputs, max_new_tokens=128)\nprint(model.specbound.stats)\n```\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{base}")\n'
+        'inputs = tokenizer("The sky is blue because", return_tensors="pt")\n'
+        "output = model.generate(**inputs, max_new_tokens=128)\n"
+        "print(tokenizer.decode(output[0]))\nprint(model.specbound.stats)\n```\n\n"
         "`pip install specbound` brings the package, whose modules are named `runtime` and `train`. On a model of "
         "transformers that is loaded already, one call is enough:\n\n"
         f'```python\noutput = model.generate(**inputs, custom_generate="{name}", trust_remote_code=True)\n```'
