@@ -170,9 +170,7 @@ def test_load_split_says_what_is_wrong(model, tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"the held_out split is empty"):
         load_split(folder, "held_out")
     folder = run(model, tokenizer, prompts(1) * 60, tmp_path / "d", OPTIONS)
-    with pytest.raises(
-        DataError, match=r"split is empty \(prompts left after cleaning: 1, 59 were duplicates of others"
-    ):
+    with pytest.raises(DataError, match=r"prompts left after cleaning: 1, 59 were duplicates of others"):
         for split in ("fit", "calibration", "held_out"):
             load_split(folder, split)
     (folder / "fit.parquet").write_bytes(b"PAR1")
