@@ -20,7 +20,6 @@ from runtime.decoding.families import FAMILIES
 from runtime.decoding.layers import NATIVE
 from runtime.exact.attention import BlockAttention, block_attention
 from runtime.exact.fused import fused_layers
-from runtime.exact.native.layout import NATIVE as NATIVE_LAYOUT
 from runtime.exact.native.stack import NativeLayers, norms
 from runtime.exact.packed import PackedLinears
 
@@ -127,7 +126,7 @@ def native_layers(
     joint = {
         joint.modules: joint
         for joint in packed.joint
-        if joint.layout is NATIVE_LAYOUT and policy.packed_rows.get(joint.shape, 1) is None
+        if joint.layout.order is not None and policy.packed_rows.get(joint.shape, 1) is None
     }
     return NativeLayers.of(getattr(model, family.body), joint, attention.order)
 

@@ -36,7 +36,7 @@ from runtime.exact.reference import Reference
 from runtime.exact.static import StaticCache
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 19
+PROBE_FORMAT = 20
 
 
 def certify(
@@ -113,7 +113,7 @@ def probe(
         rows_checked=agreement.rows,
         rows_differing=agreement.differing,
         largest_shift=agreement.largest_shift,
-        native=[shape for shape, name in _layouts(packed) if name == NATIVE.name and shape in policy.packed_rows],
+        native=[shape for shape, name in _layouts(packed) if name == NATIVE and shape in policy.packed_rows],
         seconds=round(time.perf_counter() - started, 2),
         **environment(model),
     )

@@ -20,8 +20,8 @@ from torch.nn import functional
 from runtime.cli.options import load_with_adapter
 from runtime.conditions import conditions
 from runtime.drafting.heads import HeadContext
+from runtime.exact.native.layout import layout_of
 from runtime.exact.native.library import why_not_native
-from runtime.exact.native.products import pack_for_products, products
 from runtime.files import write_atomic
 
 
@@ -53,7 +53,8 @@ def prompt(model: Any, rows: int, repeats: int) -> dict[str, float]:
     calls: dict[str, Callable[[], Any]] = {"forward": lambda: model(ids, use_cache=True, logits_to_keep=1)}
     inputs, unembedding = {}, model.get_output_embeddings()
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not unembedding]
-    packed = [pack_for_products(module.weight) for module in linears]
+    layouts = {module.weight.shape: layout_of(module, module.out_features) for module in linears}
+    runs = [layouts[module.weight.shape].runner(module) for module in linears]
     for module in linears:
         inputs[module.in_features] = torch.randn(1, rows, module.in_features).bfloat16()
 
@@ -62,8 +63,8 @@ def prompt(model: Any, rows: int, repeats: int) -> dict[str, float]:
             functional.linear(inputs[module.in_features], module.weight)
 
     def by_kernel() -> None:
-        for module, weight in zip(linears, packed, strict=True):
-            products(inputs[module.in_features], weight, None, module.out_features)
+        for module, run in zip(linears, runs, strict=True):
+            run(inputs[module.in_features])
 
     return timed(calls | {"products by torch": by_torch, "products by our kernel": by_kernel}, repeats)
 

@@ -12,8 +12,9 @@ from runtime.decoding.rows import TreeRows
 from runtime.exact.native.library import native_library
 
 MAX_SIZE = 256  # of a head
-# How products are added: pairs in order; or every fourth number apart, for values fours of keys, the rest backwards.
-ORDERS = ("pairs", "fours")
+# How products are added: pairs in order; or every fourth number apart, for values fours of keys, the rest backwards;
+# or every 16th pair apart, for values eights of keys.
+ORDERS = ("pairs", "fours", "eights")
 
 
 def can_attend(query: Tensor, keys: Tensor, values: Tensor) -> bool:

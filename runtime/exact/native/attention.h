@@ -1,6 +1,5 @@
 // Attention of one query row in bfloat16, with the order of additions of torch's kernel for one row (flash attention on
-// a CPU with AVX512-BF16): keys in blocks of 512, a running maximum, weights rounded to bfloat16, pairs along what is
-// summed. Query heads that share keys, and rows, go through the keys together. Each row sees its own keys, and reads no
+// a CPU with AVX512-BF16): keys in blocks of 512, a running maximum, weights rounded to bfloat16, sums in an `Order`. Query heads that share keys, and rows, go through the keys together. Each row sees its own keys, and reads no
 // others.
 #pragma once
 #include <immintrin.h>
@@ -21,7 +20,33 @@ constexpr int HEADS = 4;          // query heads that go through the keys togeth
 constexpr int ROWS_TOGETHER = 4;  // and rows
 constexpr int MAX_SIZE = 256;     // of a head
 
-// Scores of H queries with 16 keys side by side: pairs along the head in order, or four sums of every fourth number.
+// Scores of H queries with 16 keys side by side, as 16 sums of every 16th pair: these are added eight apart, then neighbours.
+template <int H>
+void spread(const Attention& a, const float (*query)[MAX_SIZE], const float (*keys)[LANES], __m512 (*sum)[4]) {
+  const int64_t pairs = a.size / 2;
+  for (int i = 0; i < 8; i++) {
+    __m512 low[H], high[H];
+    for (int h = 0; h < H; h++) low[h] = high[h] = _mm512_setzero_ps();
+    auto add = [&](int64_t first, __m512* into) {
+      for (int64_t pair = first; pair < pairs; pair += LANES) {
+        const __m512bh words = (__m512bh)_mm512_load_ps(keys[pair]);
+        for (int h = 0; h < H; h++) into[h] = _mm512_dpbf16_ps(into[h], words, (__m512bh)_mm512_set1_ps(query[h][pair]));
+      }
+    };
+    add(i, low);
+    add(i + 8, high);
+    for (int h = 0; h < H; h++) {
+      __m512 x = _mm512_add_ps(low[h], high[h]);
+      if (i % 2) x = _mm512_add_ps(sum[h][1], x);
+      if (i % 4 == 3) x = _mm512_add_ps(sum[h][2], x);
+      if (i == 7) x = _mm512_add_ps(sum[h][3], x);
+      sum[h][i == 7 ? 0 : i % 2 == 0 ? 1 : i % 4 == 1 ? 2 : 3] = x;
+    }
+  }
+}
+
+// Scores of H queries with 16 keys side by side: pairs along the head in order, or four sums of every fourth number, or
+// sixteen.
 template <int H, Order O>
 void scores(const Attention& a, const float (*query)[MAX_SIZE], const float (*keys)[LANES], float (*into)[BLOCK]) {
   __m512 sum[H][4];
@@ -32,6 +57,8 @@ void scores(const Attention& a, const float (*query)[MAX_SIZE], const float (*ke
       const __m512bh words = (__m512bh)_mm512_load_ps(keys[pair]);
       for (int h = 0; h < H; h++) sum[h][0] = _mm512_dpbf16_ps(sum[h][0], words, (__m512bh)_mm512_set1_ps(query[h][pair]));
     }
+  } else if (O == EIGHTS) {
+    spread<H>(a, query, keys, sum);
   } else {
     for (int64_t e = 0; e < a.size; e += 4)
       for (int i = 0; i < 4; i++) {
@@ -71,7 +98,7 @@ float weigh(float* scores, int64_t count, float* highest) {
   for (; i < count; i++) sum += scores[i] = (float)std::exp((double)(scores[i] - top));  // as torch has it, in double
   for (int64_t j = 0; j < count; j += LANES) {
     const __m256i bits = convert(_mm512_maskz_loadu_ps(first_of(count - j), scores + j));
-    if (O == PAIRS)
+    if (O != FOURS)
       _mm256_storeu_si256((__m256i*)(scores + j / 2), bits);
     else
       _mm512_storeu_ps(scores + j, widen(bits));
@@ -79,7 +106,8 @@ float weigh(float* scores, int64_t count, float* highest) {
   return sum;
 }
 
-// Values of `count` keys by their weights, added to `result`: pairs of keys in order, or fours and the rest backwards.
+// Values of `count` keys by their weights, added to `result`: pairs of keys in order, or fours and the rest backwards, or
+// pairs in order within eights.
 // E vectors of the head at a time, so that sums do not wait for one another. Places as in `turn`.
 template <int H, int E, Order O, bool APART>
 void add_values(const Attention& a, const uint16_t* values, const int32_t* places, int64_t count,
@@ -96,14 +124,26 @@ void add_values(const Attention& a, const uint16_t* values, const int32_t* place
     for (int v = 0; v < E; v++)
       sum[h][v] = first ? _mm512_setzero_ps()
                         : _mm512_mul_ps(_mm512_loadu_ps(result[h] + from + v * LANES), _mm512_set1_ps(fade[h]));
-  if (O == PAIRS) {
-    for (int64_t i = 0; i < count; i += 2)
+  auto add_pairs = [&](int64_t i, int64_t stop, __m512 (*into)[E]) {
+    for (; i < stop; i += 2)
       for (int v = 0; v < E; v++) {
         __m512i pair = words(i, v);
-        if (i + 1 < count) pair = _mm512_or_si512(pair, _mm512_slli_epi32(words(i + 1, v), 16));
+        if (i + 1 < stop) pair = _mm512_or_si512(pair, _mm512_slli_epi32(words(i + 1, v), 16));
         for (int h = 0; h < H; h++)
-          sum[h][v] = _mm512_dpbf16_ps(sum[h][v], (__m512bh)pair, (__m512bh)_mm512_set1_ps(weights[h][i / 2]));
+          into[h][v] = _mm512_dpbf16_ps(into[h][v], (__m512bh)pair, (__m512bh)_mm512_set1_ps(weights[h][i / 2]));
       }
+  };
+  if (O == PAIRS) {
+    add_pairs(0, count, sum);
+  } else if (O == EIGHTS) {
+    for (int64_t eight = 0; eight < count; eight += 8) {
+      __m512 part[H][E];
+      for (int h = 0; h < H; h++)
+        for (int v = 0; v < E; v++) part[h][v] = _mm512_setzero_ps();
+      add_pairs(eight, std::min(eight + 8, count), part);
+      for (int h = 0; h < H; h++)
+        for (int v = 0; v < E; v++) sum[h][v] = _mm512_add_ps(sum[h][v], part[h][v]);
+    }
   } else {
     int64_t i = 0;
     for (; i + 4 <= count; i += 4)
@@ -152,7 +192,7 @@ bool heads(const Attention& a, int64_t row, int64_t rows, int64_t head) {
     for (int h = 0; h < H; h++) {
       const uint16_t* from = a.query + (head + h) * a.query_head + (row + r) * a.query_row;
       highest[r][h] = -INFINITY;
-      if (O == PAIRS)
+      if (O != FOURS)
         std::memcpy(query[r][h], from, a.size * sizeof *from);
       else
         for (int64_t e = 0; e < a.size; e += LANES)
@@ -223,10 +263,11 @@ void attend_in(const Attention& a, std::atomic<bool>& numbers) {
 }
 
 inline void attend(const Attention& a, int64_t order, std::atomic<bool>& numbers) {
-  if (order == PAIRS)
-    attend_in<PAIRS>(a, numbers);
-  else
-    attend_in<FOURS>(a, numbers);
+  switch (order) {
+    case PAIRS: return attend_in<PAIRS>(a, numbers);
+    case FOURS: return attend_in<FOURS>(a, numbers);
+    default: attend_in<EIGHTS>(a, numbers);
+  }
 }
 
 }  // namespace

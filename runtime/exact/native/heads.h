@@ -9,13 +9,15 @@
 
 #include "attention.h"
 #include "stack.h"
-#include "products.h"
+#include "multiply.h"
 
 namespace {
 
+constexpr Along IN_A_ROW{int64_t{1} << 32, false};  // pairs in order, in one block
+
 struct Choice {            // of the likeliest tokens of each row
   const uint32_t* weight;  // rows of the draft vocabulary, packed
-  int64_t rows, count, size, vocabulary, block;
+  int64_t rows, count, size, vocabulary;
   float temperature;
 };
 
@@ -53,7 +55,7 @@ inline void choose(const Choice& c, uint16_t* logits, int64_t* ids, float* chanc
 
 // The same from normed states [rows][size]; called by every thread of a team.
 inline void likeliest(const Choice& c, const uint16_t* normed, uint16_t* logits, int64_t* ids, float* chances) {
-  multiply({c.weight, (const uint32_t*)normed, nullptr, logits, c.rows, c.vocabulary, c.size / 2, c.block, nullptr, nullptr,
+  multiply({c.weight, (const uint32_t*)normed, nullptr, logits, c.rows, c.vocabulary, c.size / 2, IN_A_ROW, nullptr, nullptr,
             1.f});
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < c.rows; row++)
@@ -70,7 +72,7 @@ struct Draft {
   const uint16_t *hidden, *embedding, *deep;  // [rows][size]
   const int64_t* ages;                        // of each row's deep state
   const uint16_t* silu;
-  int64_t rows, count, size, rank, vocabulary, block;  // count: tokens of each row
+  int64_t rows, count, size, rank, vocabulary;  // count: tokens of each row
   float epsilon, final_epsilon, temperature;
 };
 
@@ -106,7 +108,7 @@ inline void draft(const Draft& d, uint16_t* inner, uint16_t* added, uint16_t* lo
   std::vector<uint16_t> joined(d.rows * 3 * d.size), normed(d.rows * d.size);
   auto product = [&](const uint32_t* weight, const uint16_t* input, uint16_t* output, int64_t outputs, int64_t inputs,
                      const uint16_t* silu) {
-    multiply({weight, (const uint32_t*)input, nullptr, output, d.rows, outputs, inputs / 2, d.block, silu, nullptr, 1.f});
+    multiply({weight, (const uint32_t*)input, nullptr, output, d.rows, outputs, inputs / 2, IN_A_ROW, silu, nullptr, 1.f});
   };
   for (int64_t row = 0; row < d.rows; row++) {
     const int64_t place = row * d.size;
@@ -119,8 +121,7 @@ inline void draft(const Draft& d, uint16_t* inner, uint16_t* added, uint16_t* lo
   for (int64_t row = 0; row < d.rows; row++) skip(d, row, added + row * d.size);
   for (int64_t row = 0; row < d.rows; row++)
     norm(added + row * d.size, d.head->final_norm, d.size, d.final_epsilon, normed.data() + row * d.size);
-  likeliest({d.head->rows, d.rows, d.count, d.size, d.vocabulary, d.block, d.temperature}, normed.data(), logits, ids,
-            chances);
+  likeliest({d.head->rows, d.rows, d.count, d.size, d.vocabulary, d.temperature}, normed.data(), logits, ids, chances);
 }
 
 struct AttentionHead {  // as `heads.py` lays it out
@@ -137,7 +138,7 @@ struct Step {
   const uint16_t* silu;
   const int64_t* paths;                                  // of the rows that draft, as `Attention` has them
   int64_t rows, drafting, hidden_size, inner, queries, key_heads, size;  // drafting: the last rows; others give keys alone
-  int64_t held, capacity, settled, block;                // held: keys before these; settled: keys that all rows see
+  int64_t held, capacity, settled;                       // held: keys before these; settled: keys that all rows see
   float epsilon, final_epsilon;
 };
 
@@ -183,7 +184,7 @@ inline void step(const Step& s, uint16_t* joined, uint16_t* mixed, uint16_t* hea
   };
   auto product = [&](const uint32_t* weight, const uint16_t* input, uint16_t* output, int64_t rows, int64_t outputs,
                      int64_t inputs, const uint16_t* silu, const uint16_t* residual) {
-    multiply({weight, (const uint32_t*)input, nullptr, output, rows, outputs, inputs / 2, s.block, silu, residual, 1.f});
+    multiply({weight, (const uint32_t*)input, nullptr, output, rows, outputs, inputs / 2, IN_A_ROW, silu, residual, 1.f});
   };
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < s.rows; row++) {

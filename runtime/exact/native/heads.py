@@ -17,7 +17,7 @@ from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.heads import DeepHead, HeadContext
 from runtime.drafting.unembedding import DraftUnembedding
 from runtime.exact.native.library import native_library
-from runtime.exact.native.products import BLOCK, LANES, pack_for_products
+from runtime.exact.native.products import LANES, pack_for_products
 from runtime.exact.native.stack import silu_of_all
 
 
@@ -55,7 +55,7 @@ class NativeDeepHead:
         given = [part.contiguous() for part in (hidden, context.embedding, context.deep, context.age)]
         library.specbound_draft(
             self.places,
-            (ctypes.c_int64 * 6)(rows, count, *self.sizes, BLOCK // 2),
+            (ctypes.c_int64 * 5)(rows, count, *self.sizes),
             (ctypes.c_float * 3)(*self.epsilons, temperature * self.scaling),
             *(part.data_ptr() for part in given),
             self.held[-1].data_ptr(),
@@ -115,7 +115,7 @@ class NativeAttentionHead:
         given = [part.contiguous() for part in states]
         fine = library.specbound_head_step(
             self.places,
-            (ctypes.c_int64 * 11)(number, drafting, *self.sizes, held, keys.shape[1], settled, BLOCK // 2),
+            (ctypes.c_int64 * 10)(number, drafting, *self.sizes, held, keys.shape[1], settled),
             self.floats,
             *(part.data_ptr() for part in given),
             (ctypes.c_int64 * number)(*source),
@@ -138,7 +138,7 @@ class NativeAttentionHead:
         ids, chances = torch.empty(number, count, dtype=torch.int64), torch.empty(number, count)
         library.specbound_likeliest(
             self.rows.data_ptr(),
-            (ctypes.c_int64 * 5)(number, count, self.sizes[0], self.vocabulary, BLOCK // 2),
+            (ctypes.c_int64 * 4)(number, count, self.sizes[0], self.vocabulary),
             temperature * self.scaling,
             states.data_ptr(),
             ids.data_ptr(),

@@ -4,13 +4,16 @@
 #include "attention.h"
 #include "heads.h"
 #include "stack.h"
-#include "products.h"
+#include "multiply.h"
+
+// Whether the CPU's tiles can be used in this process.
+extern "C" int64_t specbound_tiles() { return ask_for_tiles(); }
 
 // See `products.py` for the arguments.
 extern "C" void specbound_products(const void* weight, const void* input, const void* bias, void* output, int64_t rows,
-                                   int64_t outputs, int64_t pairs, int64_t block, int64_t threads) {
+                                   int64_t outputs, int64_t pairs, int64_t block, int64_t tiles, int64_t threads) {
   const Product p{(const uint32_t*)weight, (const uint32_t*)input, (const uint16_t*)bias, (uint16_t*)output, rows, outputs,
-                  pairs, block, nullptr, nullptr, 1.f};
+                  pairs, {block, tiles != 0}, nullptr, nullptr, 1.f};
 #pragma omp parallel num_threads(threads)
   multiply(p);
 }
@@ -41,7 +44,8 @@ extern "C" int64_t specbound_layers(const void* layers, const int64_t* sizes, co
                                     int64_t threads) {
   const Run run{(const Layer*)layers, (const uint16_t*)cosines, (const uint16_t*)sines, (const uint16_t*)silu,
                 sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7],
-                sizes[8], sizes[9], sizes[10], paths, floats[0], floats[1], floats[2]};
+                sizes[8], sizes[9], paths, floats[0], floats[1], floats[2], sizes[10] != 0,
+                {sizes[11], sizes[12], sizes[13], sizes[14]}};
   std::vector<uint16_t> heads(run.rows * (run.queries + 2 * run.keys) * run.size);
   std::vector<uint16_t> attended(run.rows * run.queries * run.size), inner(run.rows * run.inner);
   std::atomic<bool> numbers{true};
@@ -55,8 +59,7 @@ extern "C" void specbound_draft(const void* head, const int64_t* sizes, const fl
                                 const void* embedding, const void* deep, const int64_t* ages, const void* silu,
                                 int64_t* ids, float* chances, int64_t threads) {
   const Draft d{(const DeepHead*)head, (const uint16_t*)hidden, (const uint16_t*)embedding, (const uint16_t*)deep, ages,
-                (const uint16_t*)silu, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], floats[0], floats[1],
-                floats[2]};
+                (const uint16_t*)silu, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], floats[0], floats[1], floats[2]};
   std::vector<uint16_t> inner(d.rows * d.rank), added(d.rows * d.size), logits(d.rows * d.vocabulary);
 #pragma omp parallel num_threads(threads)
   draft(d, inner.data(), added.data(), logits.data(), ids, chances);
@@ -69,8 +72,8 @@ extern "C" int64_t specbound_head_step(const void* head, const int64_t* sizes, c
                                        const void* silu, const int64_t* paths, void* states, int64_t threads) {
   const Step s{(const AttentionHead*)head, (const uint16_t*)hidden, (const uint16_t*)embedding, (const uint16_t*)deep,
                sources, positions, (const float*)turns, (uint16_t*)keys, (uint16_t*)values, (const uint16_t*)silu, paths,
-               sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9], sizes[10],
-               floats[0], floats[1]};
+               sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9], floats[0],
+               floats[1]};
   std::vector<uint16_t> joined(s.rows * 3 * s.hidden_size), mixed(s.rows * s.hidden_size);
   std::vector<uint16_t> heads(s.rows * (s.queries + 2 * s.key_heads) * s.size);
   std::vector<uint16_t> attended(s.drafting * s.queries * s.size), inner(s.drafting * s.inner);
@@ -83,7 +86,7 @@ extern "C" int64_t specbound_head_step(const void* head, const int64_t* sizes, c
 // See `heads.py` for the arguments. As `specbound_draft`, from normed states.
 extern "C" void specbound_likeliest(const void* weight, const int64_t* sizes, float temperature, const void* states,
                                     int64_t* ids, float* chances, int64_t threads) {
-  const Choice c{(const uint32_t*)weight, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], temperature};
+  const Choice c{(const uint32_t*)weight, sizes[0], sizes[1], sizes[2], sizes[3], temperature};
   std::vector<uint16_t> logits(c.rows * c.vocabulary);
 #pragma omp parallel num_threads(threads)
   likeliest(c, (const uint16_t*)states, logits.data(), ids, chances);

@@ -13,7 +13,7 @@ constexpr int AHEAD = 32;  // keys to come that are fetched from memory meanwhil
 
 inline void fetch(const uint16_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
 
-enum Order { PAIRS, FOURS };  // how products are added, of scores and of values
+enum Order { PAIRS, FOURS, EIGHTS };  // how products are added, of scores and of values
 
 struct Attention {
   const uint16_t *query, *keys, *values;  // numbers of a head lie side by side
@@ -51,7 +51,7 @@ void turn(const Attention& a, const uint16_t* keys, const int32_t* places, int64
     transpose(words);
     const int64_t pairs = std::min<int64_t>(LANES, (a.size - e) / 2);
     for (int64_t i = 0; i < pairs; i++) {
-      if (O == PAIRS) {
+      if (O != FOURS) {
         _mm512_store_si512(into[e / 2 + i], words[i]);
       } else {
         _mm512_store_ps(into[e + 2 * i], low(words[i]));

@@ -6,11 +6,12 @@ takes the rest. Its operators are torch's own, but not public: where they are mi
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from runtime.exact.native.products import has_products, pack_for_products, products
+from runtime.exact.native.products import Order, has_products, orders, pack_for_products, products
 from runtime.exact.order import is_plain, same_linear
 
 # oneDNN chooses its layout for calls of about so many rows; for one row it would keep the unpacked layout.
@@ -27,11 +28,20 @@ class Layout:
         name: for the certificate.
         pack: of a weight [N, K].
         multiply: hidden states [..., K], the packed weight, a bias [N] or None, and N: outputs [..., N].
+        order: of additions, in our own kernel.
     """
 
     name: str
     pack: Callable[[Tensor], Tensor]
     multiply: Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
+    order: Order | None = None
+
+    def runner(self, linear: nn.Module) -> Callable[[Tensor], Tensor]:
+        """What runs a block in the place of a Linear."""
+        weight: Tensor = linear.weight  # type: ignore[assignment]
+        bias: Tensor | None = linear.bias  # type: ignore[assignment]
+        packed = self.pack(weight)
+        return lambda hidden: self.multiply(hidden, packed, bias, weight.shape[0])
 
 
 def onednn_pack(weight: Tensor) -> Tensor:
@@ -46,8 +56,13 @@ def onednn_multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, _: int)
     return output
 
 
+NATIVE = "native"
 ONEDNN = Layout("oneDNN", onednn_pack, onednn_multiply)
-NATIVE = Layout("native", pack_for_products, products)
+
+
+def native_layout(order: Order) -> Layout:
+    """Our own kernel, adding in one order."""
+    return Layout(NATIVE, pack_for_products, partial(products, order=order), order)
 
 
 def has_onednn() -> bool:
@@ -67,12 +82,5 @@ def layout_of(like: nn.Linear, outputs: int) -> Layout:
     """
     if not has_products() or like.weight.shape[1] % 2 or not is_plain(like):
         return ONEDNN
-    return NATIVE if same_linear(_native, like, outputs, NATIVE_WIDTHS) else ONEDNN
-
-
-def _native(linear: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What runs a block through our kernel in the place of a Linear."""
-    weight: Tensor = linear.weight  # type: ignore[assignment]
-    bias: Tensor | None = linear.bias  # type: ignore[assignment]
-    packed = NATIVE.pack(weight)
-    return lambda hidden: NATIVE.multiply(hidden, packed, bias, weight.shape[0])
+    layouts = map(native_layout, orders(like.weight.shape[1]))
+    return next((one for one in layouts if same_linear(one.runner, like, outputs, NATIVE_WIDTHS)), ONEDNN)

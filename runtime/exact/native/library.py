@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "kernels.cpp"
-HEADERS = [FOLDER / name for name in ("attention.h", "heads.h", "keys.h", "numbers.h", "products.h", "stack.h")]
+HEADERS = sorted(FOLDER.glob("*.h"))
 CPU_FLAGS = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512_bf16"))
 # No contraction: a product and a sum are rounded apart, as in the operations that these repeat.
 COMPILE = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off"]
-COMPILE += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma"]
+COMPILE += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma", "-mamx-tile", "-mamx-bf16"]
 SECONDS = 120
 
 
@@ -39,6 +39,13 @@ class Unavailable(Exception):
 def native_library() -> ctypes.CDLL | None:
     """The kernels; None where they cannot be had."""
     return _once()[0]
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether there are kernels, and tiles (AMX) for them."""
+    library = native_library()
+    return library is not None and "amx_bf16" in _cpu_flags() and bool(library.specbound_tiles())
 
 
 def why_not_native() -> str | None:
@@ -85,7 +92,7 @@ def _declare(library: ctypes.CDLL) -> None:
     floats = ctypes.POINTER(ctypes.c_float)
     place, number, numbers = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)
     products, attention, layers = library.specbound_products, library.specbound_attention, library.specbound_layers
-    products.argtypes, products.restype = [*[place] * 4, *[number] * 5], None
+    products.argtypes, products.restype = [*[place] * 4, *[number] * 6], None
     attention.argtypes, attention.restype = [*[place] * 4, numbers, place, ctypes.c_float, number, number], number
     layers.restype, layers.argtypes = number, [place, numbers, floats, *[place] * 5, number]
     norms = library.specbound_norms
@@ -93,6 +100,7 @@ def _declare(library: ctypes.CDLL) -> None:
     draft, keep = library.specbound_draft, library.specbound_keep
     draft.argtypes, draft.restype = [place, numbers, floats, *[place] * 7, number], None
     keep.argtypes, keep.restype = [place, numbers, place], None
+    library.specbound_tiles.argtypes, library.specbound_tiles.restype = [], number
     step, likeliest = library.specbound_head_step, library.specbound_likeliest
     step.argtypes, step.restype = [place, numbers, floats, *[place] * 11, number], number
     likeliest.argtypes, likeliest.restype = [place, numbers, ctypes.c_float, *[place] * 3, number], None
@@ -103,12 +111,16 @@ def _missing() -> str | None:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"they are for Linux on x86_64, not {platform.system()} on {platform.machine()}"
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        lacking = sorted(CPU_FLAGS - _cpu_flags())
     except OSError as error:
         return one_line(error)
-    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
-    lacking = sorted(CPU_FLAGS - set(flags))
     return f"the CPU has no {', '.join(lacking)}" if lacking else None
+
+
+def _cpu_flags() -> set[str]:
+    """What Linux says the CPU can do."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
 
 
 def _build(compiler: str, path: Path) -> None:

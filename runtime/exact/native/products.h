@@ -1,6 +1,6 @@
-// Products of bfloat16 rows with a bfloat16 weight, in the order in which oneDNN adds for one row on AVX512-BF16:
-// one output a lane, pairs along K in order, blocks along K summed apart and then added in order. The order does
-// not depend on the number of rows.
+// Products of bfloat16 rows with a bfloat16 weight, in the order in which oneDNN adds for one row: with AVX512-BF16 one
+// output a lane, pairs along K in order; with AMX by its tiles (`tiles.h`). Blocks along K are summed apart and then added
+// in order. The order does not depend on the number of rows.
 #pragma once
 #include <immintrin.h>
 
@@ -14,12 +14,18 @@ namespace {
 constexpr int TILE = 2;  // registers of outputs that run along K together
 constexpr int ROWS = 8;  // rows that fit into registers beside a tile
 
+struct Along {    // how numbers are added along K
+  int64_t block;  // pairs that are summed apart
+  bool tiles;     // by the CPU's tiles
+};
+
 struct Product {
   const uint32_t* weight;  // [ceil(outputs / 16)][pairs][16], two bfloat16 of one output each
   const uint32_t* input;   // [rows][pairs]
   const uint16_t* bias;    // [outputs], or null
   uint16_t* output;        // [rows][outputs], or [rows][outputs / 2] where gated
-  int64_t rows, outputs, pairs, block;
+  int64_t rows, outputs, pairs;
+  Along along;
   const uint16_t* silu;      // of every bfloat16, where the first half of the outputs gates the second; or null
   const uint16_t* residual;  // [rows][outputs], added to the rounded outputs; or null
   float multiplier;          // of the rounded outputs before that
@@ -37,7 +43,7 @@ inline __m256i biased(const Product& p, int64_t part, __m512 sum) {
 }
 
 // Stores 16 outputs of a row, fewer at the end.
-inline void finish(const Product& p, int64_t row, int64_t part, __m512 sum) {
+inline void finish_part(const Product& p, int64_t row, int64_t part, __m512 sum) {
   const __mmask16 mask = mask_of(p, part);
   const int64_t place = row * p.outputs + part * LANES;
   __m256i output = biased(p, part, sum);
@@ -55,15 +61,27 @@ inline void finish_gated(const Product& p, int64_t row, int64_t part, __m512 gat
   _mm256_storeu_si256((__m256i*)(p.output + row * (p.outputs / 2) + part * LANES), narrow(output));
 }
 
+// B registers of outputs of a row, or what they gate.
+template <int B>
+void finish(const Product& p, int64_t row, int64_t part, const __m512* sums) {
+  if (B == 2 && p.silu)
+    finish_gated(p, row, part, sums[0], sums[B - 1]);
+  else
+    for (int b = 0; b < B; b++) finish_part(p, row, part + b, sums[b]);
+}
+
+// Words from the weights of one register of outputs to those of the next.
+inline int64_t apart_of(const Product& p) { return (p.silu ? parts_of(p) / 2 : 1) * p.pairs * LANES; }
+
 // M rows by B registers of outputs.
 template <int M, int B>
 void tile(const Product& p, int64_t row, int64_t part) {
   __m512 total[M][B];
   const uint32_t* weight = p.weight + part * p.pairs * LANES;
-  const int64_t apart = (p.silu ? parts_of(p) / 2 : 1) * p.pairs * LANES;  // from one register's weights to the next's
+  const int64_t apart = apart_of(p);
   const uint32_t* input = p.input + row * p.pairs;
-  for (int64_t start = 0; start < p.pairs; start += p.block) {
-    const int64_t stop = std::min(start + p.block, p.pairs);
+  for (int64_t start = 0; start < p.pairs; start += p.along.block) {
+    const int64_t stop = std::min(start + p.along.block, p.pairs);
     __m512 sum[M][B];
     for (int m = 0; m < M; m++)
       for (int b = 0; b < B; b++) sum[m][b] = _mm512_setzero_ps();
@@ -82,42 +100,7 @@ void tile(const Product& p, int64_t row, int64_t part) {
     for (int m = 0; m < M; m++)
       for (int b = 0; b < B; b++) total[m][b] = start == 0 ? sum[m][b] : _mm512_add_ps(total[m][b], sum[m][b]);
   }
-  for (int m = 0; m < M; m++)
-    if (B == 2 && p.silu)
-      finish_gated(p, row + m, part, total[m][0], total[m][B - 1]);
-    else
-      for (int b = 0; b < B; b++) finish(p, row + m, part + b, total[m][b]);
-}
-
-// All rows of B registers of outputs; the weight stays in the cache for further rows.
-template <int B>
-void rows(const Product& p, int64_t part) {
-  for (int64_t row = 0; row < p.rows; row += ROWS) {
-    switch (std::min<int64_t>(ROWS, p.rows - row)) {
-      case 1: tile<1, B>(p, row, part); break;
-      case 2: tile<2, B>(p, row, part); break;
-      case 3: tile<3, B>(p, row, part); break;
-      case 4: tile<4, B>(p, row, part); break;
-      case 5: tile<5, B>(p, row, part); break;
-      case 6: tile<6, B>(p, row, part); break;
-      case 7: tile<7, B>(p, row, part); break;
-      default: tile<8, B>(p, row, part);
-    }
-  }
-}
-
-// All of it; called by every thread of a team, which waits for all at the end.
-inline void multiply(const Product& p) {
-  const int64_t parts = parts_of(p), tiles = (parts + TILE - 1) / TILE;
-#pragma omp for schedule(static)
-  for (int64_t t = 0; t < tiles; t++) {
-    if (p.silu)
-      rows<TILE>(p, t);
-    else if (t * TILE + TILE <= parts)
-      rows<TILE>(p, t * TILE);
-    else
-      rows<1>(p, t * TILE);
-  }
+  for (int m = 0; m < M; m++) finish<B>(p, row + m, part, total[m]);
 }
 
 }  // namespace

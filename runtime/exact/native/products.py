@@ -3,14 +3,36 @@
 Whether they have the bits of a model's own is the caller's business. Knows no model and no probe.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from runtime.exact.native.library import native_library
+from runtime.exact.native.library import has_tiles, native_library
 
 LANES = 16
-# Numbers along K that oneDNN sums apart. Another order shows in the probe, and the kernel is not used then.
-BLOCK = 512
+TILE = 32  # numbers along K that one tile takes
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How numbers are added along K.
+
+    Attributes:
+        tiles: by the CPU's tiles (AMX), even and odd numbers of 32 apart; otherwise pairs in order.
+        block: numbers that are summed apart, then added in order.
+    """
+
+    tiles: bool
+    block: int
+
+
+def orders(inputs: int) -> list[Order]:
+    """Orders in which oneDNN was seen to add for one row of so many numbers; which of them it is here, is probed."""
+    found = [Order(False, 512)]
+    if has_tiles():
+        found += [Order(True, -(-inputs // (parts * TILE)) * TILE) for parts in (1, 2, 4)]
+    return found
 
 
 def has_products() -> bool:
@@ -26,12 +48,13 @@ def pack_for_products(weight: Tensor) -> Tensor:
     return words.view(-1, LANES, inputs // 2).transpose(1, 2).contiguous()
 
 
-def products(hidden: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+def products(hidden: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, order: Order) -> Tensor:
     """A Linear's outputs [..., outputs] for hidden states [..., K], bfloat16; each row has the bits that it has alone.
 
     Args:
         weight: as `pack_for_products` gives it.
         bias: shape [outputs], bfloat16.
+        order: tiles only where the CPU has them.
     """
     library = native_library()
     assert library is not None
@@ -46,7 +69,8 @@ def products(hidden: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) 
         rows.numel() // hidden.shape[-1],
         outputs,
         weight.shape[1],
-        BLOCK // 2,
+        order.block // 2,
+        order.tiles,
         torch.get_num_threads(),
     )
     return output

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "attention.h"
-#include "products.h"
+#include "multiply.h"
 
 namespace {
 
@@ -26,10 +26,12 @@ struct Run {
   const uint16_t *cosines, *sines;  // [rows][size]
   const uint16_t* silu;             // of every bfloat16
   int64_t count, rows, held, hidden, queries, keys, size, inner;  // held: rows of the cache before these
-  int64_t block, order;             // of additions: of products, of attention
+  int64_t order;                    // of additions in attention
   int64_t settled;                  // rows of the cache that every row sees
   const int64_t* paths;             // as `Attention` has them
   float epsilon, scale, multiplier;  // of norms, of scores, of what is added to the residual
+  bool tiles;                        // as `Along` has them, with the blocks of the four products of a layer
+  int64_t blocks[4];
 };
 
 // The sum of squares in the order of torch's float32 sum: vectors of 8 dealt to four sums in turn, each in levels of 16
@@ -133,25 +135,27 @@ inline void through(const Run& run, uint16_t* hidden, uint16_t* heads, uint16_t*
       norm(hidden + row * run.hidden, weight, run.hidden, run.epsilon, normed.data() + row * run.hidden);
   };
   auto product = [&](const uint32_t* weight, const uint16_t* input, const uint16_t* bias, uint16_t* output, int64_t outputs,
-                     int64_t inputs, const uint16_t* silu, const uint16_t* residual) {
+                     int64_t inputs, int64_t block, const uint16_t* silu, const uint16_t* residual) {
     const float multiplier = residual ? run.multiplier : 1.f;
-    multiply({weight, (const uint32_t*)input, bias, output, run.rows, outputs, inputs / 2, run.block, silu, residual,
-              multiplier});
+    multiply({weight, (const uint32_t*)input, bias, output, run.rows, outputs, inputs / 2, {block, run.tiles}, silu,
+              residual, multiplier});
   };
   const int64_t wide = (run.queries + 2 * run.keys) * run.size, all = run.queries * run.size;
   for (int64_t i = 0; i < run.count; i++) {
     const Layer& layer = run.layers[i];
     normalise(layer.norm);
-    product(layer.query_key_value, normed.data(), layer.query_key_value_bias, heads, wide, run.hidden, nullptr, nullptr);
+    product(layer.query_key_value, normed.data(), layer.query_key_value_bias, heads, wide, run.hidden, run.blocks[0], nullptr,
+            nullptr);
     place_heads(run, layer, heads);
     attend({heads, layer.keys, layer.values, attended, run.rows, run.queries, run.queries / run.keys, run.size,
             run.held + run.rows, run.size, wide, layer.capacity * run.size, run.size, layer.capacity * run.size, run.size,
             run.scale, run.settled, run.paths},
            run.order, numbers);
-    product(layer.output, attended, layer.output_bias, hidden, run.hidden, all, nullptr, hidden);
+    product(layer.output, attended, layer.output_bias, hidden, run.hidden, all, run.blocks[1], nullptr, hidden);
     normalise(layer.second_norm);
-    product(layer.gate_up, normed.data(), layer.gate_up_bias, inner, 2 * run.inner, run.hidden, run.silu, nullptr);
-    product(layer.down, inner, layer.down_bias, hidden, run.hidden, run.inner, nullptr, hidden);
+    product(layer.gate_up, normed.data(), layer.gate_up_bias, inner, 2 * run.inner, run.hidden, run.blocks[2], run.silu,
+            nullptr);
+    product(layer.down, inner, layer.down_bias, hidden, run.hidden, run.inner, run.blocks[3], nullptr, hidden);
   }
 }
 

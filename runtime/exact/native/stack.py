@@ -16,7 +16,7 @@ from runtime.decoding.families import LlamaParts, is_listened_to
 from runtime.decoding.rows import TreeRows
 from runtime.exact.native.attend import MAX_SIZE, ORDERS
 from runtime.exact.native.library import native_library
-from runtime.exact.native.products import BLOCK
+from runtime.exact.native.products import Order
 
 # Of a head, and of the gated part: halves of whole vectors, and what torch's SiLU takes in whole vectors.
 HEAD_MULTIPLE, INNER_MULTIPLE = 32, 64
@@ -33,6 +33,7 @@ class NativeLayers:
     Args:
         parts: of every layer of the model.
         packed: weight and bias (or None) of the Linears of each layer, in the order of `LlamaParts.linears`.
+        orders: of additions in those Linears, either all by tiles or none.
         order: of additions in attention, one of `attend.ORDERS`.
         body: of the model: its rotary module, whose tables depend on the position alone, and its final norm.
     """
@@ -41,11 +42,13 @@ class NativeLayers:
         self,
         parts: Sequence[LlamaParts],
         packed: Sequence[Sequence[tuple[Tensor, Tensor | None]]],
+        orders: Sequence[Order],
         order: str,
         body: Any,
     ) -> None:
         first = parts[0]
-        self.sizes = (*_heads(first), _inner(first), BLOCK // 2, ORDERS.index(order))
+        self.sizes = (*_heads(first), _inner(first), ORDERS.index(order))
+        self.along = (int(orders[0].tiles), *(each.block // 2 for each in orders))
         self.floats = (ctypes.c_float * 3)(first.norms[0].variance_epsilon, first.attention.scaling, first.multiplier)
         self.frequencies, self.magnitude = body.rotary_emb.inv_freq, body.rotary_emb.attention_scaling
         self.final = body.norm
@@ -60,10 +63,11 @@ class NativeLayers:
 
         Args:
             body: of the model: what holds its layers, final norm and rotary module.
-            packed: by the modules that each stands for: what has a `weight` for our kernel, and a `bias`.
+            packed: by the modules that each stands for: what has a `weight` for our kernel, a `bias` and a `layout`.
         """
         if native_library() is None or order is None or is_listened_to(body.rotary_emb) or not _is_known([body.norm]):
             return None
+        orders: tuple[Order, ...] = ()
         weights: list[list[tuple[Tensor, Tensor | None]]] = []
         alike: set[Any] = set()
         whole: list[LlamaParts] = []
@@ -75,7 +79,10 @@ class NativeLayers:
             weights.append([(packed[modules].weight, packed[modules].bias) for modules in parts.linears])
             alike.add((*_heads(parts), _inner(parts), parts.norms[0].variance_epsilon, parts.attention.scaling))
             alike.add(parts.multiplier)
-        return cls(whole, weights, order, body) if len(alike) == 2 else None
+            orders = tuple(packed[modules].layout.order for modules in parts.linears)
+            alike.add(orders)
+        fit = len(alike) == 3 and len({each.tiles for each in orders}) == 1
+        return cls(whole, weights, orders, order, body) if fit else None
 
     def __call__(
         self, hidden: Tensor, start: int, stop: int, position_ids: Tensor, cache: Any, tree: TreeRows | None = None
@@ -93,7 +100,7 @@ class NativeLayers:
         output = hidden.clone(memory_format=torch.contiguous_format)
         paths = None if tree is None else tree.table(held + rows)
         settled = 0 if tree is None else tree.settled
-        sizes = (ctypes.c_int64 * 11)(stop - start, rows, held, hidden.shape[2], *self.sizes, settled)
+        sizes = (ctypes.c_int64 * 15)(stop - start, rows, held, hidden.shape[2], *self.sizes, settled, *self.along)
         library = native_library()
         assert library is not None
         fine = library.specbound_layers(

@@ -3,7 +3,8 @@
 #include <cstdio>
 #include <vector>
 
-extern "C" void specbound_products(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t);
+extern "C" void specbound_products(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+extern "C" int64_t specbound_tiles();
 extern "C" int64_t specbound_attention(const void*, const void*, const void*, void*, const int64_t*, const int64_t*, float, int64_t, int64_t);
 
 extern "C" int64_t specbound_layers(const void*, const int64_t*, const float*, const int64_t*, const void*, const void*, const void*, void*, int64_t);
@@ -19,17 +20,19 @@ static std::vector<uint16_t> numbers(int64_t count) {
 }
 
 int main() {
+  const int64_t has_tiles = specbound_tiles();
   for (int64_t rows : {1, 2, 7, 8, 9, 64})
     for (int64_t outputs : {1, 15, 16, 17, 33, 100})
       for (int64_t pairs : {1, 255, 256, 257, 600}) {
         auto weight = numbers((outputs + 15) / 16 * pairs * 32), input = numbers(rows * pairs * 2), bias = numbers(outputs);
         std::vector<uint16_t> output(rows * outputs);
-        specbound_products(weight.data(), input.data(), bias.data(), output.data(), rows, outputs, pairs, 256, 2);
+        for (int64_t tiles = 0; tiles <= has_tiles; tiles++)
+          specbound_products(weight.data(), input.data(), bias.data(), output.data(), rows, outputs, pairs, 256, tiles, 2);
       }
   for (int64_t rows : {1, 3, 64})
     for (int64_t length : {1, 2, 15, 17, 511, 512, 513, 8192})
       for (int64_t size : {4, 20, 64, 80, 128, 256})
-        for (int64_t order : {0, 1}) {
+        for (int64_t order : {0, 1, 2}) {
           if (rows > length || rows * length > 8192 * 3) continue;
           const int64_t queries = 5, groups = 1;
           auto query = numbers(queries * rows * size), keys = numbers(groups * length * size), values = keys;
@@ -55,7 +58,7 @@ int main() {
         const void* layer[] = {wide.data(), output.data(), gate_up.data(), down.data(), nullptr, nullptr, nullptr, nullptr,
                                norm.data(), norm.data(), head.data(), head.data(), key.data(), value.data(),
                                (const void*)capacity, (const void*)1};
-        const int64_t sizes[] = {1, rows, held, hidden, queries, keys, size, inner, 256, 1, held};
+        const int64_t sizes[] = {1, rows, held, hidden, queries, keys, size, inner, 1, held, has_tiles, 256, 256, 256, 256};
         const float floats[] = {1e-5f, 0.1f, 0.5f};
         if (!specbound_layers(layer, sizes, floats, nullptr, angles.data(), angles.data(), table.data(), state.data(), 2)) return 2;
       }
