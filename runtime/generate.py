@@ -7,7 +7,6 @@ own (beam search, assisted decoding), run stock's loop, with one warning. Knows 
 """
 
 import logging
-import time
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -25,12 +24,12 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from runtime.decoding.emitter import TargetEmitter
-from runtime.decoding.rounds import decode
-from runtime.decoding.state import DecodeState
+from runtime.decoding.rounds import run_to_end
 from runtime.errors import SpecBoundError
 from runtime.exact.fingerprint import STOCK
+from runtime.generation import Generation
 from runtime.handle import SpecBound
-from runtime.stats import SpeculationStats
+from runtime.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def speculating(stock: type) -> type:
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
     }
-    namespace |= {STOCK: stock, "_sample": _sample, "__reduce_ex__": _reduce}
+    namespace |= {STOCK: stock, "_sample": _sample, "__reduce_ex__": _reduce, "generate_batch": _generate_batch}
     namespace |= {name: _plain_mode(name, mode) for name, mode in PLAIN_MODES.items()}
     return type(stock.__name__, (stock,), namespace)
 
@@ -129,6 +128,8 @@ def _sample(
     if specbound is None:
         return stock(**model_kwargs)  # type: ignore[no-any-return]
     reason = _plain_reason(self, input_ids, generation_config, synced_gpus, model_kwargs)
+    if isinstance(streamer, Waiting):
+        return streamer.take(given, model_kwargs, reason)  # type: ignore[return-value]
     if specbound.enabled and reason is None:
         with specbound.prepared.exclusive(speculating=True):
             reason = specbound.why_stock(self)
@@ -139,6 +140,23 @@ def _sample(
         specbound.warn_plain(str(reason))
     with specbound.prepared.exclusive(speculating=False):
         return stock(**model_kwargs)  # type: ignore[no-any-return]
+
+
+def run_plain(model: Any, waiting: Waiting) -> Any:
+    """Run a call that waited, by stock's own loop; what `generate` returns."""
+    with torch.random.fork_rng(devices=[], enabled=waiting.generator is not None):
+        if waiting.generator is not None:
+            torch.set_rng_state(waiting.generator.get_state())
+        return stock_class(model)._sample(model, *waiting.given, **waiting.model_kwargs)
+
+
+def _generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Transformers' own continuous batching, run by ours: see `runtime.batch.generate_batch`."""
+    if getattr(self, "specbound", None) is None:
+        return stock_class(self).generate_batch(self, *args, **kwargs)
+    from runtime.batch import generate_batch  # it imports this file
+
+    return generate_batch(self, *args, **kwargs)
 
 
 def _plain_mode(name: str, mode: str) -> Callable[..., Any]:
@@ -164,33 +182,15 @@ def _speculate(
     model_kwargs: dict[str, Any],
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Prompt through the stock forward, then rounds; what plain `generate` returns comes back."""
-    bounds, prepared = specbound.certified_bounds, specbound.prepared
-    assert prepared.certificate is not None
-    emitter.largest_shift = prepared.certificate.largest_shift
-    started = time.perf_counter()
-    specbound.stats = SpeculationStats()
-    with specbound.stats.timing("prompt"), prepared.layers.watching(specbound.drafter.watched) as seen:
-        outputs = model._prefill(emitter.input_ids, generation_config, model_kwargs)
-    stock_cache: DynamicCache = outputs.past_key_values
-    capacity = stock_cache.get_seq_length() + min(emitter.remaining, 1024) + bounds.max_draft_tokens
-    kv = prepared.cache_of(stock_cache, capacity)
-    prompt_length = kv.get_seq_length()
-    positions = model_kwargs.get("position_ids")
-    offset = 0 if positions is None else int(positions[0, -1]) + 1 - prompt_length
-    known = emitter.input_ids[0].tolist()
-    state = DecodeState(prepared.layers, kv, known, prompt=seen, position_offset=offset)
+    controller = specbound.controller
+    generation = Generation.of(model, specbound, emitter, generation_config, model_kwargs, controller)
+    specbound.stats = generation.request.stats
     try:
-        with prepared.running(model):
-            drafter, stats, controller = specbound.drafter, specbound.stats, specbound.controller
-            on_round = getattr(emitter.streamer, "end_round", None)  # a streamer may ask what became of the drafts
-            decode(state, outputs.logits[:, -1], drafter, bounds, emitter, stats, controller, on_round)
-    finally:  # also where a streamer, a criterion or the user interrupts: the rows that stock would have left
-        if generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False):
-            kv.crop(prompt_length + max(0, emitter.begun - 1))
-            kv.copy_to(stock_cache)
-    specbound.stats.unpromised = emitter.unpromised
-    specbound.stats.seconds = time.perf_counter() - started
-    return emitter.finish(stock_cache)
+        with specbound.prepared.running(model):
+            run_to_end(generation.request, generation.prompt_logits, specbound.drafter)
+    finally:
+        generation.leave_cache()
+    return generation.finish()
 
 
 def _plain_reason(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from runtime.adapter.config import SpecBoundConfig
 from runtime.adapter.identity import base_fingerprint
-from runtime.decoding.draft import Drafter, HeadDrafter
+from runtime.decoding.drafter import Drafter, HeadDrafter
 from runtime.drafting.controller import Controller
 from runtime.drafting.policy import SpeculationBounds
 from runtime.errors import ConfigError, UnsupportedModel

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from runtime.adapter.folder import Adapter, load_adapter
 from runtime.adapter.hub import resolve_adapter
 from runtime.base import check_base, find_base, given_base, load_model, load_tokenizer
-from runtime.decoding.draft import HeadDrafter
+from runtime.decoding.drafter import HeadDrafter
 from runtime.decoding.families import check_supported
 from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.controller import Controller

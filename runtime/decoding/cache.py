@@ -5,6 +5,7 @@ transformers' decoder layers expect a `Cache`: they only call `update`. Knows no
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,29 @@ def position_ids(position: int, length: int, device: torch.device, tree: TreeRow
     if tree is not None:
         return tree.positions(position, device)
     return torch.arange(position, position + length, device=device).unsqueeze(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Tokens of one request that shall come from one depth to another.
+
+    Attributes:
+        hidden: shape [1, T, D], at depth `start`.
+        position: of the first of them; the caller may number positions another way than the cache's rows.
+        cache: of the request; new rows are appended.
+        tree: what the rows see; None where each sees all that is before it, in the cache and in the block.
+    """
+
+    hidden: Tensor
+    start: int
+    stop: int
+    position: int
+    cache: "KVCache"
+    tree: TreeRows | None = None
+
+    def positions(self) -> Tensor:
+        """Of all its tokens, shape [1, T]."""
+        return position_ids(self.position, self.hidden.shape[1], self.hidden.device, self.tree)
 
 
 class KVCache:

@@ -18,6 +18,7 @@ class TargetEmitter:
 
     Args:
         input_ids: prompt, shape [1, T], int64.
+        generator: sampled tokens are drawn from; by default torch's own, as stock's are.
 
     Attributes:
         largest_shift: how far the logits given may be from those of plain decoding; 0 where they are its bits.
@@ -33,11 +34,13 @@ class TargetEmitter:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         streamer: Any,
+        generator: torch.Generator | None = None,
     ) -> None:
         self.input_ids: Any = input_ids
         self.processors = logits_processor
         self.criteria = stopping_criteria
         self.streamer = streamer
+        self.generator = generator
         self.largest_shift = 0.0
         self.unpromised = 0
         self.begun = 0
@@ -68,7 +71,8 @@ class TargetEmitter:
         if self.logits is not None:
             self.logits += (logits,)
         if self.do_sample:
-            token = torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+            chances = nn.functional.softmax(scores, dim=-1)
+            token = torch.multinomial(chances, num_samples=1, generator=self.generator).squeeze(1)
         else:
             token = torch.argmax(scores, dim=-1)
         if self.largest_shift > 0 and self.emitted > 0:  # the first comes from the prompt's own forward: exact

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from runtime.decoding.cache import KVCache, position_ids
+from runtime.decoding.cache import Block, KVCache, position_ids
 from runtime.decoding.families import check_supported
 from runtime.decoding.rows import TreeRows
 from runtime.drafting.exit_head import PROMPT_TOKENS, SettledStates
@@ -92,7 +92,25 @@ class DecoderLayers:
         Returns:
             Shape [1, T, D], the block at depth `stop`.
         """
-        return cache.run(self._through, hidden, start, stop, position, tree)
+        return self.run_all([Block(hidden, start, stop, position, cache, tree)])[0]
+
+    def run_all(self, blocks: Sequence[Block]) -> list[Tensor]:
+        """As `run`, for blocks of several requests, all from one depth to one other; each row keeps its bits.
+
+        Where the layers run natively all blocks go through them together, elsewhere one after the other.
+        """
+        native = self.body.__dict__.get(NATIVE)
+        if native is None:
+            return [self._run(block) for block in blocks]
+        outputs: list[Tensor] | None = native(blocks)
+        if outputs is not None:
+            return outputs
+        return [self._run(blocks[0])] if len(blocks) == 1 else [self.run_all([block])[0] for block in blocks]
+
+    def _run(self, block: Block) -> Tensor:
+        """One block, layer by layer."""
+        through = block.hidden, block.start, block.stop, block.position
+        return block.cache.run(self._through, *through, block.tree)
 
     def _through(
         self,
@@ -104,11 +122,6 @@ class DecoderLayers:
         mask: Tensor | TreeRows | None,
     ) -> Tensor:
         """As `run`, with positions [1, T]; `BlockAttention` gets the mask, or what the rows see, from the layers."""
-        native = self.body.__dict__.get(NATIVE)
-        if native is not None and not isinstance(mask, Tensor):
-            output: Tensor | None = native(hidden, start, stop, position_ids, cache, mask)
-            if output is not None:
-                return output
         arguments: dict[str, Any] = {
             "position_ids": position_ids,
             self.cache_argument: cache,
@@ -137,6 +150,16 @@ class DecoderLayers:
         """Target logits, shape [1, T, V], of normed top states, shape [1, T, D]."""
         logits: Tensor = self.unembedding(normed)
         return logits / self.logits_scaling if self.logits_scaling != 1.0 else logits
+
+    def tops(self, hidden: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Normed top states [1, T, D] and target logits [1, T, V] of blocks at the top, one of each request."""
+        native = self.body.__dict__.get(NATIVE)
+        if len(hidden) == 1 or native is None or not native.unembeds:
+            normed = [self.norm(one) for one in hidden]
+            return normed, [self.unembed(one) for one in normed]
+        rows = [one.shape[1] for one in hidden]
+        together = self.norm(torch.cat(list(hidden), 1))
+        return list(torch.split(together, rows, 1)), list(torch.split(self.unembed(together), rows, 1))
 
     @contextmanager
     def watching(self, exit_layers: Sequence[int] = ()) -> Iterator["PromptStates"]:

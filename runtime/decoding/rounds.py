@@ -1,79 +1,80 @@
 """The round: draft with the shallow layers, verify in one pass of the deep ones, accept, settle.
 
-Source: SpecBound (arXiv 2604.12247). Knows nothing of transformers' `generate`, of files or of text.
+Source: SpecBound (arXiv 2604.12247), there for one request. Knows nothing of transformers' `generate`, of files or of
+text.
 """
 
-from collections.abc import Callable, Collection
-from typing import Protocol
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
 from runtime.decoding.accept import Accepted, accept
-from runtime.decoding.draft import Draft, Drafter, draft_tree, judged
-from runtime.decoding.state import DecodeState
+from runtime.decoding.draft import Draft, draft_all, draft_tree, judged
+from runtime.decoding.drafter import Drafter
+from runtime.decoding.request import Emitter, Request
+from runtime.decoding.state import DecodeState, verify_all
 from runtime.drafting.controller import Controller
 from runtime.drafting.policy import SpeculationBounds
 from runtime.stats import SpeculationStats
 
 
-class Emitter(Protocol):
-    """Turns target logits into emitted tokens, as plain decoding does, one call a token."""
+def speculate_round(requests: Sequence[Request], drafter: Drafter) -> None:
+    """One round of requests on one base: each emits at least one token and leaves nothing pending.
 
-    def emit(self, logits: Tensor) -> tuple[int, bool]:
-        """Choose and emit the next token from target logits [1, V]; whether generation stops with it."""
-
-    @property
-    def remaining(self) -> int:
-        """How many more tokens may be emitted."""
-
-    @property
-    def stop_tokens(self) -> Collection[int]:
-        """Ids that end the text."""
-
-
-def speculate_round(
-    state: DecodeState,
-    newest: int,
-    drafter: Drafter,
-    bounds: SpeculationBounds,
-    emitter: Emitter,
-    stats: SpeculationStats,
-    controller: Controller | None = None,
-    on_round: Callable[[Draft, Accepted], None] | None = None,
-) -> Accepted:
-    """One round: emits at least one token and leaves nothing pending.
-
-    Args:
-        state: settled up to, but not including, `newest`.
-        newest: the last emitted token.
-        controller: may allow less than `bounds`.
-        on_round: told what was drafted and what became of it, after the round's tokens were emitted.
+    A request's tokens are those of its rounds alone. Where emitting fails, its `error` says so; the others go on.
     """
-    if controller is not None:
-        bounds = controller.begin(bounds)
-    with stats.timing("draft"):
-        state.push(newest)
-        draft = draft_tree(state, drafter, bounds, remaining=emitter.remaining, stop_tokens=emitter.stop_tokens)
-    with stats.timing("verify"):
-        logits_TV = state.verify()[0]
-    with stats.timing("emit"):
-        seen: list[int] = []
+    with _timing(requests, "draft"):
+        trees = []
+        for request in requests:
+            bounds, controller, emitter = request.bounds, request.controller, request.emitter
+            bounds = bounds if controller is None else controller.begin(bounds)
+            request.state.push(request.newest)
+            remaining, stop_tokens = emitter.remaining, emitter.stop_tokens
+            exits = drafter.exit_layers
+            trees.append(draft_tree(request.state, exits, bounds, remaining=remaining, stop_tokens=stop_tokens))
+        drafts = draft_all(trees, drafter)
+    with _timing(requests, "verify"):
+        logits = verify_all([request.state for request in requests])
+    with _timing(requests, "emit"):
+        for request, draft, (logits_TV,) in zip(requests, drafts, logits, strict=True):
+            try:
+                _emit(request, draft, logits_TV)
+            except BaseException as error:  # the user's streamer, criterion or key: it ends this text alone
+                request.error = error
 
-        def choose(row: int) -> tuple[int, bool]:
-            seen.append(row)
-            return emitter.emit(logits_TV[row : row + 1])
 
-        try:
-            result = accept(draft.tokens, draft.parents, choose)
-        finally:  # also where a streamer, a criterion or the user interrupts: the cache holds the path so far
-            state.settle(seen)
+def _emit(request: Request, draft: Draft, logits_TV: Tensor) -> None:
+    """Accept what the target chooses itself, emit it, settle it, and say what happened."""
+    seen: list[int] = []
+
+    def choose(row: int) -> tuple[int, bool]:
+        seen.append(row)
+        return request.emitter.emit(logits_TV[row : row + 1])
+
+    try:
+        result = accept(draft.tokens, draft.parents, choose)
+    finally:  # also where a streamer, a criterion or the user interrupts: the cache holds the path so far
+        request.state.settle(seen)
+    request.newest, request.stopped = result.tokens[-1], result.stopped
+    stats, controller = request.stats, request.controller
     stats.record_round(draft.exit_layers, result.drafts, len(result.tokens), hard=draft.hard)
     if controller is not None:
         controller.end(judged(draft, result), len(result.tokens))
         stats.resting_rounds += controller.resting > 0
-    if on_round is not None:
-        on_round(draft, result)
-    return result
+    if request.on_round is not None:
+        request.on_round(draft, result)
+
+
+@contextmanager
+def _timing(requests: Sequence[Request], part: str) -> Iterator[None]:
+    """Count what is done inside as time of this part, a like share for each request."""
+    started = time.perf_counter()
+    yield
+    share = (time.perf_counter() - started) / len(requests)
+    for request in requests:
+        request.stats.parts[part] += share  # type: ignore[assignment]
 
 
 def decode(
@@ -86,15 +87,20 @@ def decode(
     controller: Controller | None = None,
     on_round: Callable[[Draft, Accepted], None] | None = None,
 ) -> None:
-    """Emit tokens until the emitter stops.
+    """Emit tokens of one request until its emitter stops.
 
     Args:
         state: holds the prompt.
         prompt_logits: target logits [1, V] after the prompt.
-        on_round: as `speculate_round` takes it.
+        controller, on_round: as `Request` has them.
     """
-    newest, stopped = emitter.emit(prompt_logits)
-    stats.emitted += 1
-    while not stopped:
-        result = speculate_round(state, newest, drafter, bounds, emitter, stats, controller, on_round)
-        newest, stopped = result.tokens[-1], result.stopped
+    run_to_end(Request(state, bounds, emitter, stats, controller, on_round), prompt_logits, drafter)
+
+
+def run_to_end(request: Request, prompt_logits: Tensor, drafter: Drafter) -> None:
+    """Emit tokens of one request until its emitter stops; raises what that raises."""
+    request.begin(prompt_logits)
+    while not request.stopped:
+        speculate_round([request], drafter)
+        if request.error is not None:
+            raise request.error

@@ -8,13 +8,13 @@ Knows nothing of heads, confidence or policy.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from runtime.decoding.cache import KVCache
+from runtime.decoding.cache import Block, KVCache
 from runtime.decoding.layers import DecoderLayers, PromptStates
 from runtime.decoding.rows import TreeRows, is_chain
 from runtime.drafting.exit_head import SettledStates
@@ -105,9 +105,12 @@ class DecodeState:
         """Hidden states [N, D] of pending tokens at an exit that they have reached, and whose head attends."""
         return _rows(self._watched[layer], nodes)
 
-    @torch.inference_mode()
     def advance(self, depth: int) -> None:
         """Bring every pending token to at least `depth`; each layer runs once, over all tokens that lack it."""
+        advance_all([self], depth)
+
+    def blocks(self, depth: int) -> Generator[Block, Tensor, None]:
+        """The blocks that bring every pending token to at least `depth`, one after the other; takes their outputs."""
         if self._fresh and depth > 0:
             self._embed()
         while self.segments and self.segments[-1].depth < depth:
@@ -117,7 +120,7 @@ class DecodeState:
             paths = self.paths[last.first : last.first + last.hidden.shape[1]]
             tree = None if is_chain(paths, last.first) else TreeRows(self.length, tuple(paths))
             position = self._position(last.first)
-            last.hidden = self.layers.run(last.hidden, last.depth, stop, position, self.cache, tree)
+            last.hidden = yield Block(last.hidden, last.depth, stop, position, self.cache, tree)
             last.depth = stop
             if stop in self._watched:
                 self._watched[stop].append(last.hidden[0])
@@ -145,13 +148,15 @@ class DecodeState:
             last = self.segments.pop()
             self.segments[-1].hidden = torch.cat([self.segments[-1].hidden, last.hidden], dim=1)
 
-    @torch.inference_mode()
     def verify(self) -> Tensor:
         """Bring all pending tokens to the top; target logits of each of them, shape [1, T, V]."""
-        self.advance(self.layers.num_layers)
+        return verify_all([self])[0]
+
+    def top(self, normed: Tensor | None = None) -> Tensor:
+        """Hidden states [1, T, D] of all pending tokens, which are at the top; what the norm makes of them is kept."""
         assert len(self.segments) == 1
-        self._top = self.layers.norm(self.segments[0].hidden)
-        return self.layers.unembed(self._top)
+        self._top = normed
+        return self.segments[0].hidden
 
     def settle(self, nodes: Sequence[int]) -> None:
         """Settle pending tokens, keep their cache rows in every layer and drop all others; nothing is pending.
@@ -184,6 +189,38 @@ class DecodeState:
             parts.clear()
         for memory in self.memories.values():
             memory.forget()
+
+
+@torch.inference_mode()
+def advance_all(states: Sequence[DecodeState], depth: int) -> None:
+    """As `DecodeState.advance`, for several requests on one base; blocks between the same two depths run together."""
+    steps = [state.blocks(depth) for state in states]
+    asked = [(one, next(one, None)) for one in steps]
+    while waiting := [(one, block) for one, block in asked if block is not None]:
+        way = min((block.start, block.stop) for _, block in waiting)
+        group = [(one, block) for one, block in waiting if (block.start, block.stop) == way]
+        outputs = states[0].layers.run_all([block for _, block in group])
+        asked = [(one, block) for one, block in waiting if (block.start, block.stop) != way]
+        asked += [(one, _after(one, output)) for (one, _), output in zip(group, outputs, strict=True)]
+
+
+def _after(steps: Generator[Block, Tensor, None], output: Tensor) -> Block | None:
+    """The next block once one has run; None at the end."""
+    try:
+        return steps.send(output)
+    except StopIteration:
+        return None
+
+
+@torch.inference_mode()
+def verify_all(states: Sequence[DecodeState]) -> list[Tensor]:
+    """As `DecodeState.verify`, for several requests on one base."""
+    layers = states[0].layers
+    advance_all(states, layers.num_layers)
+    normed, logits = layers.tops([state.top() for state in states])
+    for state, one in zip(states, normed, strict=True):
+        state.top(one)
+    return logits
 
 
 def _rows(blocks: Sequence[Tensor], rows: Sequence[int]) -> Tensor:

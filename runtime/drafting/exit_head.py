@@ -5,10 +5,11 @@ Knows no kind of head, no policy, no cache and no file.
 Shape suffixes: N tokens (any leading shape), D hidden size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from runtime.drafting.unembedding import DraftUnembedding
@@ -76,6 +77,12 @@ class HeadContext:
     deep: Tensor
     age: Tensor
     texts: WholeTexts | None = None
+
+    @classmethod
+    def join(cls, parts: Sequence["HeadContext"]) -> "HeadContext":
+        """Those of several requests, one after the other."""
+        embedding, deep = torch.cat([part.embedding for part in parts]), torch.cat([part.deep for part in parts])
+        return cls(embedding, deep, torch.cat([part.age for part in parts]))
 
 
 class ExitHead(nn.Module):

@@ -128,7 +128,8 @@ def native_layers(
         for joint in packed.joint
         if joint.layout.order is not None and policy.packed_rows.get(joint.shape, 1) is None
     }
-    return NativeLayers.of(getattr(model, family.body), joint, attention.order)
+    unembedding: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return NativeLayers.of(getattr(model, family.body), unembedding, joint, attention.order)
 
 
 def linears(model: PreTrainedModel) -> list[nn.Module]:

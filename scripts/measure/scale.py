@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from runtime.adapter.folder import load_adapter
 from runtime.conditions import hardware
-from runtime.decoding.draft import HeadDrafter
+from runtime.decoding.drafter import HeadDrafter
 from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.heads import ExitHeads

@@ -11,7 +11,7 @@ import runtime.decoding.rounds
 from runtime import SpeculationBounds, UnsupportedModel, detach
 from runtime.decoding.accept import Accepted
 from runtime.decoding.cache import KVCache
-from runtime.decoding.draft import head_context
+from runtime.decoding.drafter import head_context
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.state import DecodeState
 from runtime.drafting.heads import MAX_AGE

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from runtime.decoding.draft import HeadDrafter
+from runtime.decoding.drafter import HeadDrafter
 from runtime.drafting.controller import Controller
 from runtime.drafting.policy import SpeculationBounds
 from runtime.drafting.temperature import TemperatureSchedule

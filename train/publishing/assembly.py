@@ -13,7 +13,7 @@ from runtime.adapter.config import VERSION, SpecBoundConfig
 from runtime.adapter.folder import WEIGHTS_FILE, Adapter, load_adapter, save_adapter
 from runtime.adapter.identity import base_fingerprint, file_sha256, tokenizer_fingerprint
 from runtime.base import find_base
-from runtime.decoding.draft import HeadDrafter
+from runtime.decoding.drafter import HeadDrafter
 from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.files import write_atomic

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from runtime.decoding.cache import KVCache
-from runtime.decoding.draft import Drafter
+from runtime.decoding.drafter import Drafter
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.rounds import decode
 from runtime.decoding.state import DecodeState

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from runtime.decoding.draft import HeadDrafter
+from runtime.decoding.drafter import HeadDrafter
 from runtime.drafting.exit_head import PROMPT_TOKENS
 from runtime.errors import ConfigError
 from train.calibration.exit_log import ExitLog

@@ -240,14 +240,24 @@ bool heads(const Attention& a, int64_t row, int64_t rows, int64_t head) {
   return true;
 }
 
-// Every row and query head; called by every thread of a team, which waits for all at the end. `numbers` becomes false
-// where some score is no finite number: nothing is promised then.
-template <Order O>
-void attend_in(const Attention& a, std::atomic<bool>& numbers) {
-  const int64_t parts = (a.shared + HEADS - 1) / HEADS, groups = a.queries / a.shared;
+// Calls of `heads` that the rows of one request take.
+inline int64_t tasks_of(const Attention& a) {
   const int64_t chunks = (a.rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER;
+  return chunks * (a.queries / a.shared) * ((a.shared + HEADS - 1) / HEADS);
+}
+
+// Every row and query head of several requests; called by every thread of a team, which waits for all at the end.
+// `numbers` becomes false where some score is no finite number: nothing is promised then.
+template <Order O>
+void attend_in(const Attention* all, int64_t count, std::atomic<bool>& numbers) {
+  int64_t tasks = 0;
+  for (int64_t i = 0; i < count; i++) tasks += tasks_of(all[i]);
 #pragma omp for schedule(static)
-  for (int64_t task = 0; task < chunks * groups * parts; task++) {
+  for (int64_t each = 0; each < tasks; each++) {
+    int64_t task = each, request = 0;
+    while (task >= tasks_of(all[request])) task -= tasks_of(all[request++]);
+    const Attention& a = all[request];
+    const int64_t parts = (a.shared + HEADS - 1) / HEADS, groups = a.queries / a.shared;
     const int64_t row = task / (groups * parts) * ROWS_TOGETHER, part = task % parts;
     const int64_t rows = std::min<int64_t>(ROWS_TOGETHER, a.rows - row);
     const int64_t head = task / parts % groups * a.shared + part * HEADS;
@@ -262,11 +272,11 @@ void attend_in(const Attention& a, std::atomic<bool>& numbers) {
   }
 }
 
-inline void attend(const Attention& a, int64_t order, std::atomic<bool>& numbers) {
+inline void attend(const Attention* all, int64_t count, int64_t order, std::atomic<bool>& numbers) {
   switch (order) {
-    case PAIRS: return attend_in<PAIRS>(a, numbers);
-    case FOURS: return attend_in<FOURS>(a, numbers);
-    default: attend_in<EIGHTS>(a, numbers);
+    case PAIRS: return attend_in<PAIRS>(all, count, numbers);
+    case FOURS: return attend_in<FOURS>(all, count, numbers);
+    default: attend_in<EIGHTS>(all, count, numbers);
   }
 }
 

@@ -197,9 +197,9 @@ inline void step(const Step& s, uint16_t* joined, uint16_t* mixed, uint16_t* hea
   product(s.head->query_key_value, normed.data(), heads, s.rows, wide, size, nullptr, nullptr);
   place_heads(s, heads);
   const int64_t first = s.rows - s.drafting, length = s.held + s.rows, head = s.capacity * s.size;
-  attend({heads + first * wide, s.keys, s.values, attended, s.drafting, s.queries, s.queries / s.key_heads, s.size, length,
-          s.size, wide, head, s.size, head, s.size, 1.f / std::sqrt((float)s.size), s.settled, s.paths},
-         PAIRS, numbers);
+  const Attention rows{heads + first * wide, s.keys, s.values, attended, s.drafting, s.queries, s.queries / s.key_heads, s.size, length,
+          s.size, wide, head, s.size, head, s.size, 1.f / std::sqrt((float)s.size), s.settled, s.paths};
+  attend(&rows, 1, PAIRS, numbers);
   mixed += first * size;
   product(s.head->output, attended, mixed, s.drafting, size, all, nullptr, mixed);
   normalise(mixed, s.head->second_norm, s.drafting, s.epsilon, normed.data());

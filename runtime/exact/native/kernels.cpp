@@ -27,7 +27,7 @@ extern "C" int64_t specbound_attention(const void* query, const void* keys, cons
                     sizes[6], sizes[7], sizes[8], sizes[9], sizes[10], scale, sizes[11], paths};
   std::atomic<bool> numbers{true};
 #pragma omp parallel num_threads(threads)
-  attend(a, order, numbers);
+  attend(&a, 1, order, numbers);
   return numbers;
 }
 
@@ -39,13 +39,14 @@ extern "C" void specbound_norms(const void* hidden, const void* weight, void* ou
 }
 
 // See `stack.py` for the arguments. Returns 0 where some score is no finite number: nothing is promised then.
-extern "C" int64_t specbound_layers(const void* layers, const int64_t* sizes, const float* floats, const int64_t* paths,
-                                    const void* cosines, const void* sines, const void* silu, void* hidden,
-                                    int64_t threads) {
-  const Run run{(const Layer*)layers, (const uint16_t*)cosines, (const uint16_t*)sines, (const uint16_t*)silu,
+extern "C" int64_t specbound_layers(const void* layers, const void* parts, const void* caches, const int64_t* sizes,
+                                    const float* floats, const void* cosines, const void* sines, const void* silu,
+                                    void* hidden, int64_t threads) {
+  const Run run{(const Layer*)layers, (const Part*)parts, (const Cache*)caches, (const uint16_t*)cosines,
+                (const uint16_t*)sines, (const uint16_t*)silu,
                 sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7],
-                sizes[8], sizes[9], paths, floats[0], floats[1], floats[2], sizes[10] != 0,
-                {sizes[11], sizes[12], sizes[13], sizes[14]}};
+                sizes[8], floats[0], floats[1], floats[2], sizes[9] != 0,
+                {sizes[10], sizes[11], sizes[12], sizes[13]}};
   std::vector<uint16_t> heads(run.rows * (run.queries + 2 * run.keys) * run.size);
   std::vector<uint16_t> attended(run.rows * run.queries * run.size), inner(run.rows * run.inner);
   std::atomic<bool> numbers{true};

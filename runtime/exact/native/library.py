@@ -94,7 +94,7 @@ def _declare(library: ctypes.CDLL) -> None:
     products, attention, layers = library.specbound_products, library.specbound_attention, library.specbound_layers
     products.argtypes, products.restype = [*[place] * 4, *[number] * 6], None
     attention.argtypes, attention.restype = [*[place] * 4, numbers, place, ctypes.c_float, number, number], number
-    layers.restype, layers.argtypes = number, [place, numbers, floats, *[place] * 5, number]
+    layers.restype, layers.argtypes = number, [*[place] * 3, numbers, floats, *[place] * 4, number]
     norms = library.specbound_norms
     norms.argtypes, norms.restype = [*[place] * 3, number, number, ctypes.c_float], None
     draft, keep = library.specbound_draft, library.specbound_keep

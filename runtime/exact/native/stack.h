@@ -1,4 +1,4 @@
-// A run of decoder layers of the Llama kind on a block of rows, with the bits of transformers' modules: norm, query,
+// A run of decoder layers of the Llama kind on blocks of rows, one of each of several requests, with the bits of transformers' modules: norm, query,
 // key and value, rotary positions, attention, output, residual, norm, gated SiLU, residual. One team of threads runs
 // through all of it.
 #pragma once
@@ -17,18 +17,29 @@ struct Layer {  // as `stack.py` lays it out
   const uint32_t *query_key_value, *output, *gate_up, *down;            // packed weights
   const uint16_t *query_key_value_bias, *output_bias, *gate_up_bias, *down_bias;  // or null
   const uint16_t *norm, *second_norm, *query_norm, *key_norm;           // the last two, of a head, or null
-  uint16_t *keys, *values;                                              // [key heads][capacity][size]
-  int64_t capacity, rotary;                                             // whether positions are turned into heads
+  int64_t rotary;                                                       // whether positions are turned into heads
+};
+
+struct Part {           // the rows of one request
+  int64_t rows, held;   // held: rows of its cache before these
+  int64_t settled;      // rows of its cache that all of these see
+  const int64_t* paths; // as `Attention` has them
+};
+
+struct Cache {  // of one request in one layer
+  uint16_t *keys, *values;  // [key heads][capacity][size]
+  int64_t capacity;
 };
 
 struct Run {
   const Layer* layers;
+  const Part* parts;
+  const Cache* caches;              // [layers][parts]
   const uint16_t *cosines, *sines;  // [rows][size]
   const uint16_t* silu;             // of every bfloat16
-  int64_t count, rows, held, hidden, queries, keys, size, inner;  // held: rows of the cache before these
+  int64_t count, requests, rows;    // of layers; of all parts
+  int64_t hidden, queries, keys, size, inner;
   int64_t order;                    // of additions in attention
-  int64_t settled;                  // rows of the cache that every row sees
-  const int64_t* paths;             // as `Attention` has them
   float epsilon, scale, multiplier;  // of norms, of scores, of what is added to the residual
   bool tiles;                        // as `Along` has them, with the blocks of the four products of a layer
   int64_t blocks[4];
@@ -105,19 +116,23 @@ inline void rotate(const uint16_t* head, const uint16_t* cosines, const uint16_t
   }
 }
 
-// Queries in place, keys and values of the rows into the cache.
-inline void place_heads(const Run& run, const Layer& layer, uint16_t* heads) {
+// Queries in place, keys and values of the rows into their caches.
+inline void place_heads(const Run& run, const Layer& layer, const Cache* caches, uint16_t* heads) {
   const int64_t all = run.queries + 2 * run.keys;
 #pragma omp for schedule(static)
   for (int64_t task = 0; task < run.rows * all; task++) {
     const int64_t row = task / all, head = task % all, key = head - run.queries;
+    int64_t part = 0, own = row;  // row of its request
+    while (own >= run.parts[part].rows) own -= run.parts[part++].rows;
+    const Cache& cache = caches[part];
+    own += run.parts[part].held;
     uint16_t* from = heads + task * run.size;
     if (key >= run.keys) {  // a value
-      uint16_t* into = layer.values + ((key - run.keys) * layer.capacity + run.held + row) * run.size;
+      uint16_t* into = cache.values + ((key - run.keys) * cache.capacity + own) * run.size;
       std::memcpy(into, from, run.size * sizeof(uint16_t));
       continue;
     }
-    uint16_t* into = key < 0 ? from : layer.keys + (key * layer.capacity + run.held + row) * run.size;
+    uint16_t* into = key < 0 ? from : cache.keys + (key * cache.capacity + own) * run.size;
     if (layer.query_norm) norm(from, key < 0 ? layer.query_norm : layer.key_norm, run.size, run.epsilon, from);
     if (layer.rotary)
       rotate(from, run.cosines + row * run.size, run.sines + row * run.size, run.size, into);
@@ -129,6 +144,7 @@ inline void place_heads(const Run& run, const Layer& layer, uint16_t* heads) {
 // What one thread of the team does; `hidden` [rows][hidden] becomes that above the last layer.
 inline void through(const Run& run, uint16_t* hidden, uint16_t* heads, uint16_t* attended, uint16_t* inner,
                     std::atomic<bool>& numbers) {
+  std::vector<Attention> rows(run.requests);
   std::vector<uint16_t> normed(run.rows * run.hidden);  // each thread its own: cheaper than to wait for another's
   auto normalise = [&](const uint16_t* weight) {
     for (int64_t row = 0; row < run.rows; row++)
@@ -146,11 +162,18 @@ inline void through(const Run& run, uint16_t* hidden, uint16_t* heads, uint16_t*
     normalise(layer.norm);
     product(layer.query_key_value, normed.data(), layer.query_key_value_bias, heads, wide, run.hidden, run.blocks[0], nullptr,
             nullptr);
-    place_heads(run, layer, heads);
-    attend({heads, layer.keys, layer.values, attended, run.rows, run.queries, run.queries / run.keys, run.size,
-            run.held + run.rows, run.size, wide, layer.capacity * run.size, run.size, layer.capacity * run.size, run.size,
-            run.scale, run.settled, run.paths},
-           run.order, numbers);
+    const Cache* caches = run.caches + i * run.requests;
+    place_heads(run, layer, caches, heads);
+    int64_t first = 0;
+    for (int64_t r = 0; r < run.requests; r++) {
+      const Part& part = run.parts[r];
+      const int64_t head = caches[r].capacity * run.size;
+      rows[r] = {heads + first * wide, caches[r].keys, caches[r].values, attended + first * all, part.rows, run.queries,
+                 run.queries / run.keys, run.size, part.held + part.rows, run.size, wide, head, run.size, head, run.size,
+                 run.scale, part.settled, part.paths};
+      first += part.rows;
+    }
+    attend(rows.data(), run.requests, run.order, numbers);
     product(layer.output, attended, layer.output_bias, hidden, run.hidden, all, run.blocks[1], nullptr, hidden);
     normalise(layer.second_norm);
     product(layer.gate_up, normed.data(), layer.gate_up_bias, inner, 2 * run.inner, run.hidden, run.blocks[2], run.silu,

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from runtime.decoding.cache import Block
 from runtime.decoding.families import LlamaParts, is_listened_to
-from runtime.decoding.rows import TreeRows
 from runtime.exact.native.attend import MAX_SIZE, ORDERS
 from runtime.exact.native.library import native_library
 from runtime.exact.native.products import Order
 
 # Of a head, and of the gated part: halves of whole vectors, and what torch's SiLU takes in whole vectors.
 HEAD_MULTIPLE, INNER_MULTIPLE = 32, 64
-# Columns of the table of layers, as `stack.h` declares them: weights, biases, norms (four each), the cache, a switch.
-KEYS = 12
-COLUMNS = 16
+# Columns of the table of layers, as `stack.h` declares them: weights, biases, norms (four each), a switch.
+COLUMNS = 13
 
 
 class NativeLayers:
@@ -36,6 +35,7 @@ class NativeLayers:
         orders: of additions in those Linears, either all by tiles or none.
         order: of additions in attention, one of `attend.ORDERS`.
         body: of the model: its rotary module, whose tables depend on the position alone, and its final norm.
+        unembeds: whether the unembedding runs in our kernel too, so that any number of rows keep their bits.
     """
 
     def __init__(
@@ -45,20 +45,23 @@ class NativeLayers:
         orders: Sequence[Order],
         order: str,
         body: Any,
+        unembeds: bool,
     ) -> None:
         first = parts[0]
         self.sizes = (*_heads(first), _inner(first), ORDERS.index(order))
         self.along = (int(orders[0].tiles), *(each.block // 2 for each in orders))
         self.floats = (ctypes.c_float * 3)(first.norms[0].variance_epsilon, first.attention.scaling, first.multiplier)
         self.frequencies, self.magnitude = body.rotary_emb.inv_freq, body.rotary_emb.attention_scaling
-        self.final = body.norm
+        self.final, self.unembeds = body.norm, unembeds
         self.silu = silu_of_all()
         self.norms = [norm for each in parts for norm in norms_of(each)]
         self.held = (packed, self.norms)  # the table holds addresses alone
         self.table = np.array([_row(*both) for both in zip(parts, packed, strict=True)], dtype=np.int64)
 
     @classmethod
-    def of(cls, body: Any, packed: Mapping[tuple[nn.Module, ...], Any], order: str | None) -> "NativeLayers | None":
+    def of(
+        cls, body: Any, unembedding: nn.Module, packed: Mapping[tuple[nn.Module, ...], Any], order: str | None
+    ) -> "NativeLayers | None":
         """None where the kernels or what they need are missing, or a layer is of another kind or size.
 
         Args:
@@ -82,43 +85,48 @@ class NativeLayers:
             orders = tuple(packed[modules].layout.order for modules in parts.linears)
             alike.add(orders)
         fit = len(alike) == 3 and len({each.tiles for each in orders}) == 1
-        return cls(whole, weights, orders, order, body) if fit else None
+        return cls(whole, weights, orders, order, body, (unembedding,) in packed) if fit else None
 
-    def __call__(
-        self, hidden: Tensor, start: int, stop: int, position_ids: Tensor, cache: Any, tree: TreeRows | None = None
-    ) -> Tensor | None:
-        """Hidden states [1, T, D] at depth `stop` of those at depth `start`, positions [1, T]; appends to the cache.
+    def __call__(self, blocks: Sequence[Block]) -> list[Tensor] | None:
+        """Hidden states [1, T, D] of each block at the depth that all of them go to; appended to their caches.
 
-        None, and the cache as it was, where it cannot be said: some score is not finite.
+        None, and the caches as they were, where it cannot be said: some score is not finite.
+
+        Args:
+            blocks: of several requests, all from one depth to one other.
         """
-        rows, held = hidden.shape[1], cache.lengths[start]
-        cosines, sines = self._tables(position_ids)
-        for index in range(start, stop):
-            assert cache.lengths[index] == held
-            keys, values = cache.reserve(index, held + rows)
-            self.table[index, KEYS : KEYS + 3] = keys.data_ptr(), values.data_ptr(), keys.shape[2]
-        output = hidden.clone(memory_format=torch.contiguous_format)
-        paths = None if tree is None else tree.table(held + rows)
-        settled = 0 if tree is None else tree.settled
-        sizes = (ctypes.c_int64 * 15)(stop - start, rows, held, hidden.shape[2], *self.sizes, settled, *self.along)
+        start, stop = blocks[0].start, blocks[0].stop
+        held = [block.cache.lengths[start] for block in blocks]
+        rows = [block.hidden.shape[1] for block in blocks]
+        positions = [block.positions() for block in blocks]
+        cosines, sines = self._tables(positions[0] if len(blocks) == 1 else torch.cat(positions, 1))
+        parts, tables = _parts(blocks, held, rows)
+        caches = _places(blocks, start, stop, held, rows)
+        if len(blocks) == 1:
+            output = blocks[0].hidden.clone(memory_format=torch.contiguous_format)
+        else:
+            output = torch.cat([block.hidden for block in blocks], 1)
+        sizes = (stop - start, len(blocks), sum(rows), output.shape[2], *self.sizes, *self.along)
         library = native_library()
         assert library is not None
         fine = library.specbound_layers(
             self.table[start:].ctypes.data,
-            sizes,
+            (ctypes.c_int64 * len(parts))(*parts),
+            (ctypes.c_int64 * len(caches))(*caches),
+            (ctypes.c_int64 * 14)(*sizes),
             self.floats,
-            None if paths is None else paths.data_ptr(),
             cosines.data_ptr(),
             sines.data_ptr(),
             self.silu.data_ptr(),
             output.data_ptr(),
             torch.get_num_threads(),
         )
+        del tables  # until here their addresses were in use
         if not fine:
             return None
-        for index in range(start, stop):
-            cache.lengths[index] = held + rows
-        return output
+        for block, before, number in zip(blocks, held, rows, strict=True):
+            block.cache.lengths[start:stop] = [before + number] * (stop - start)
+        return [output] if len(blocks) == 1 else list(torch.split(output, rows, 1))
 
     def keep(self, cache: Any, settled: int, places: Sequence[int]) -> None:
         """As `KVCache.keep`: rows of a cache moved up behind the settled ones, the others forgotten."""
@@ -143,6 +151,30 @@ class NativeLayers:
         if self.magnitude != 1.0:
             cosines, sines = cosines * self.magnitude, sines * self.magnitude
         return cosines.to(torch.bfloat16), sines.to(torch.bfloat16)
+
+
+def _parts(blocks: Sequence[Block], held: Sequence[int], rows: Sequence[int]) -> tuple[list[int], list[Tensor]]:
+    """Of each request, what `Part` in `stack.h` has, and the tables of paths that it points to."""
+    parts: list[int] = []
+    tables: list[Tensor] = []
+    for block, before, number in zip(blocks, held, rows, strict=True):
+        if block.tree is None:
+            parts += number, before, 0, 0
+        else:
+            tables.append(block.tree.table(before + number))
+            parts += number, before, block.tree.settled, tables[-1].data_ptr()
+    return parts, tables
+
+
+def _places(blocks: Sequence[Block], start: int, stop: int, held: Sequence[int], rows: Sequence[int]) -> list[int]:
+    """Of each layer and request: where keys and values lie, and for how many rows there is room."""
+    places: list[int] = []
+    for index in range(start, stop):
+        for block, before, number in zip(blocks, held, rows, strict=True):
+            assert block.cache.lengths[index] == before
+            keys, values = block.cache.reserve(index, before + number)
+            places += keys.data_ptr(), values.data_ptr(), keys.shape[2]
+    return places
 
 
 def norms(module: Any, rows: Tensor) -> Tensor:
@@ -198,11 +230,11 @@ def _is_fit(parts: LlamaParts) -> bool:
 
 
 def _row(parts: LlamaParts, packed: Sequence[tuple[Tensor, Tensor | None]]) -> list[int]:
-    """Of the table of layers; keys and values are put in when it runs."""
+    """Of the table of layers."""
     weights = [weight.data_ptr() for weight, _ in packed]
     biases = [0 if bias is None else bias.data_ptr() for _, bias in packed]
     norms = [norm.weight.data_ptr() for norm in norms_of(parts)]
-    row = [*weights, *biases, *norms, *[0] * (4 - len(norms)), 0, 0, 0, int(parts.rotary)]
+    row = [*weights, *biases, *norms, *[0] * (4 - len(norms)), int(parts.rotary)]
     assert len(row) == COLUMNS
     return row
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from runtime import SpeculationBounds
-from runtime.decoding.draft import HeadDrafter
+from runtime.decoding.drafter import HeadDrafter
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.state import DecodeState
 from runtime.drafting import head_memory

@@ -7,7 +7,7 @@ extern "C" void specbound_products(const void*, const void*, const void*, void*,
 extern "C" int64_t specbound_tiles();
 extern "C" int64_t specbound_attention(const void*, const void*, const void*, void*, const int64_t*, const int64_t*, float, int64_t, int64_t);
 
-extern "C" int64_t specbound_layers(const void*, const int64_t*, const float*, const int64_t*, const void*, const void*, const void*, void*, int64_t);
+extern "C" int64_t specbound_layers(const void*, const void*, const void*, const int64_t*, const float*, const void*, const void*, const void*, void*, int64_t);
 
 static std::vector<uint16_t> numbers(int64_t count) {
   std::vector<uint16_t> made(count);
@@ -53,14 +53,17 @@ int main() {
         auto packed = [](int64_t outputs, int64_t inputs) { return numbers((outputs + 15) / 16 * 16 * inputs); };
         auto wide = packed((queries + 2 * keys) * size, hidden), output = packed(hidden, queries * size);
         auto gate_up = packed(2 * inner, hidden), down = packed(hidden, inner), norm = numbers(hidden), head = numbers(size);
-        auto key = numbers(keys * capacity * size), value = key, table = numbers(65537), state = numbers(rows * hidden);
-        auto angles = numbers(rows * size);
+        const int64_t further = 2;  // rows of a second request, whose cache is new
+        auto key = numbers(keys * capacity * size), value = key, table = numbers(65537), state = numbers((rows + further) * hidden);
+        auto other_key = numbers(keys * further * size), other_value = other_key;
+        auto angles = numbers((rows + further) * size);
         const void* layer[] = {wide.data(), output.data(), gate_up.data(), down.data(), nullptr, nullptr, nullptr, nullptr,
-                               norm.data(), norm.data(), head.data(), head.data(), key.data(), value.data(),
-                               (const void*)capacity, (const void*)1};
-        const int64_t sizes[] = {1, rows, held, hidden, queries, keys, size, inner, 1, held, has_tiles, 256, 256, 256, 256};
+                               norm.data(), norm.data(), head.data(), head.data(), (const void*)1};
+        const void* parts[] = {(const void*)rows, (const void*)held, (const void*)held, nullptr, (const void*)further, nullptr, nullptr, nullptr};
+        const void* caches[] = {key.data(), value.data(), (const void*)capacity, other_key.data(), other_value.data(), (const void*)further};
+        const int64_t sizes[] = {1, 2, rows + further, hidden, queries, keys, size, inner, 1, has_tiles, 256, 256, 256, 256};
         const float floats[] = {1e-5f, 0.1f, 0.5f};
-        if (!specbound_layers(layer, sizes, floats, nullptr, angles.data(), angles.data(), table.data(), state.data(), 2)) return 2;
+        if (!specbound_layers(layer, parts, caches, sizes, floats, angles.data(), angles.data(), table.data(), state.data(), 2)) return 2;
       }
   std::puts("fine");
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from runtime.decoding.cache import KVCache
+from runtime.decoding.cache import Block, KVCache
 from runtime.decoding.layers import NATIVE, DecoderLayers
 from runtime.decoding.state import DecodeState
 from runtime.exact.certificate import Certificate
@@ -169,7 +169,7 @@ def test_states_that_are_no_numbers_go_to_torch() -> None:
         hidden[0, 1, 7] = torch.inf
         with execution(model, certificate.policy, packed):
             run = model.model.__dict__[NATIVE]
-            assert run(hidden, 0, 3, torch.arange(10, 13)[None], cache) is None and cache.lengths == [10] * 3
+            assert run([Block(hidden, 0, 3, 10, cache)]) is None and cache.lengths == [10] * 3
             block = layers.run(hidden, 0, 3, 10, cache)
         assert NATIVE not in model.model.__dict__ and cache.lengths == [13] * 3
         alone = layers.run(hidden[:, :1], 0, 3, 10, KVCache.from_dynamic(stock, 32))

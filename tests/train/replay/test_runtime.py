@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.decoding.draft import draft_tree
+from runtime.decoding.draft import draft_all, draft_tree
 from runtime.drafting.lookup import MAX_MATCH, ContextLookup, LookupTable
 from runtime.drafting.policy import SpeculationBounds
 from runtime.generate import attach
@@ -115,7 +115,8 @@ def test_replay_copies_on_behind_a_wrong_draft(stop: float) -> None:
     at = 10  # of the newest token; the first is not speculation's
     while at < len(text) - 1:
         state.pending = [text[at]]
-        draft = draft_tree(state, state, bounds, remaining=len(text) - 1 - at, stop_tokens=())
+        tree = draft_tree(state, [0], bounds, remaining=len(text) - 1 - at, stop_tokens=())
+        (draft,) = draft_all([tree], state)
         good = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(draft.tokens, text[at + 1 :])))  # noqa: B905
         drafted, accepted, rounds = drafted + len(draft.tokens), accepted + good, rounds + 1
         state.lookup.extend(text[at : at + good + 1])

@@ -1,0 +1,240 @@
+"""`Batch`: calls of `generate` that run together on one model, each with the ids that it has alone.
+
+Transformers prepares each call (processors, criteria, stop strings, lengths); its prompt goes through the stock
+forward between two rounds, and then it decodes with the others. Knows no text and no files.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+
+from runtime.decoding.emitter import TargetEmitter
+from runtime.decoding.engine import Engine
+from runtime.errors import ConfigError, one_line
+from runtime.generate import run_plain
+from runtime.generation import Generation
+from runtime.handle import SpecBound
+from runtime.stats import SpeculationStats
+from runtime.waiting import Waiting
+
+MAX_REQUESTS = 8
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of `generate` in a batch.
+
+    Attributes:
+        waiting: what stock has prepared.
+        output: what `generate` returns; None until it has ended.
+        error: what its streamer, processor or criterion raised.
+        stats: counts of its rounds; empty where it ran as plain decoding.
+        cancelled: set by whoever no longer wants it: it ends with the next round.
+    """
+
+    waiting: Waiting
+    output: Any = None
+    error: BaseException | None = None
+    stats: SpeculationStats | None = None
+    cancelled: bool = False
+    generation: Generation | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has an output or an error."""
+        return self.output is not None or self.error is not None
+
+
+class Batch:
+    """Calls of `generate` on one model, which belongs to the batch while that is open.
+
+    Args:
+        model: with an adapter.
+        max_requests: calls that decode together; further ones wait for their turn, first come, first served.
+
+    Raises:
+        ConfigError: `max_requests` is below 1.
+    """
+
+    def __init__(self, model: Any, max_requests: int = MAX_REQUESTS) -> None:
+        if max_requests < 1:
+            raise ConfigError(f"max_requests is {max_requests}: expected at least 1")
+        self.model, self.max_requests = model, max_requests
+        self.specbound: SpecBound = model.specbound
+        self.calls: deque[Call] = deque()  # that have not begun
+        self.running: list[Call] = []
+        self._held, self._blocks = ExitStack(), ExitStack()
+
+    def __enter__(self) -> "Batch":
+        self._held.enter_context(self.specbound.prepared.exclusive(speculating=True))
+        self._reason = self.specbound.why_stock(self.model) if self.specbound.enabled else "speculation is disabled"
+        self._engine = Engine(self.specbound.drafter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._blocks.close()
+        self._held.close()
+
+    def add(self, input_ids: Any, *, streamer: Any = None, seed: int | None = None, **kwargs: Any) -> Call:
+        """Add a call; it begins in one of the next rounds.
+
+        Args:
+            input_ids: ids of the prompt, a list or shape [1, T].
+            streamer: told each token as stock tells it.
+            seed: of its own random numbers: it samples what `generate` samples after `torch.manual_seed(seed)`.
+            kwargs: as `generate` takes them.
+
+        Raises:
+            ValueError: what `generate` itself refuses.
+        """
+        ids = torch.as_tensor(input_ids, device=self.model.device)
+        ids = ids[None] if ids.dim() == 1 else ids
+        waiting = Waiting(streamer, seed)
+        self._outside()
+        if self.model.generate(ids, streamer=waiting, **{"num_beams": 1, **kwargs}) is not waiting:
+            raise ConfigError("a batch takes greedy decoding and sampling, no beam search and no assisted decoding")
+        call = Call(waiting)
+        self.calls.append(call)
+        return call
+
+    @torch.no_grad()
+    def round(self) -> list[Call]:
+        """Begin what there is room for, then one round of all; calls that ended."""
+        ended = [call for call in (*self.calls, *self.running) if call.cancelled]
+        for call in ended:
+            self._leave(call)
+        while self.calls and len(self.running) < self.max_requests:
+            call = self.calls.popleft()
+            self._begin(call)
+            (ended if call.ended else self.running).append(call)
+        if not self.running:
+            return ended
+        self._inside()
+        by_request = {id(call.generation.request): call for call in self.running if call.generation is not None}
+        for request in self._engine.round():
+            call = by_request[id(request)]
+            call.error = request.error
+            self._leave(call)
+            ended.append(call)
+        return ended
+
+    def _begin(self, call: Call) -> None:
+        """The prompt's forward and the first token; all of it where the call cannot speculate."""
+        input_ids, processors, criteria, config, _, streamer = call.waiting.given
+        self._outside()
+        reason = self._reason or call.waiting.reason
+        try:
+            if reason is not None:
+                self.specbound.warn_plain(reason)
+                call.output = run_plain(self.model, call.waiting)
+                return
+            emitter = TargetEmitter(input_ids, processors, criteria, config, streamer, call.waiting.generator)
+            kwargs = call.waiting.model_kwargs
+            call.generation = Generation.of(self.model, self.specbound, emitter, config, kwargs, None)
+            call.stats = call.generation.request.stats
+            call.generation.request.begin(call.generation.prompt_logits)
+            self._engine.join(call.generation.request)
+        except Exception as error:  # of the call's own streamer, processor or prompt: the others go on
+            call.error = error
+
+    def _leave(self, call: Call) -> None:
+        """End a call: its cache and output, as `generate` leaves and returns them."""
+        if call in self.calls:
+            self.calls.remove(call)
+        if call in self.running:
+            self.running.remove(call)
+        if call.generation is None:
+            return
+        generation, call.generation = call.generation, None
+        if generation.request in self._engine.running:
+            self._engine.running.remove(generation.request)
+        generation.leave_cache()
+        if call.error is None:
+            call.output = generation.finish()
+
+    def _inside(self) -> None:
+        """The model computes blocks."""
+        if not self.specbound.prepared.runs:
+            self._blocks.enter_context(self.specbound.prepared.running(self.model))
+
+    def _outside(self) -> None:
+        """The model computes as stock's."""
+        self._blocks.close()
+        self._blocks = ExitStack()
+
+
+def generated(call: Call) -> list[int]:
+    """The ids that a call generated, its prompt left out; raises what the call raised."""
+    if call.error is not None:
+        raise call.error
+    sequences: Tensor = getattr(call.output, "sequences", call.output)
+    return sequences[0, call.waiting.given[0].shape[1] :].tolist()
+
+
+def generate_batch(
+    model: Any,
+    inputs: Sequence[Sequence[int]],
+    generation_config: GenerationConfig | None = None,
+    *,
+    max_requests: int = MAX_REQUESTS,
+    seeds: Sequence[int] | None = None,
+    progress_bar: bool = False,
+    **kwargs: Any,
+) -> dict[str, GenerationOutput]:
+    """Transformers' `generate_batch`, each request with the ids that `generate` gives it alone.
+
+    Args:
+        model: with an adapter.
+        inputs: ids of each prompt.
+        max_requests: requests that decode together.
+        seeds: one for each prompt: its ids are those that `generate` samples after `torch.manual_seed(seed)`; without
+            any, seeds are drawn from torch's random numbers. Further sequences of a prompt (`num_return_sequences`)
+            have the seeds that follow.
+        kwargs: as `generate` takes them.
+
+    Returns:
+        By name of request (`req_0`, ...; further sequences of a prompt end in `__child#0`, ...), in the order given:
+        ids, and log-probabilities where `output_scores` and `return_dict_in_generate` ask for scores.
+
+    Raises:
+        ConfigError: seeds and prompts differ in number.
+    """
+    config = copy.deepcopy(generation_config or model.generation_config)
+    count = kwargs.pop("num_return_sequences", None) or config.num_return_sequences or 1
+    config.num_return_sequences = 1
+    if seeds is None:
+        seeds = torch.randint(2**31, (len(inputs),)).tolist()
+    if len(seeds) != len(inputs):
+        raise ConfigError(f"{len(seeds)} seeds for {len(inputs)} prompts: expected one for each prompt")
+    calls: dict[str, Call] = {}
+    with Batch(model, max_requests) as batch, tqdm(total=len(inputs) * count, disable=not progress_bar) as bar:
+        for number, (ids, seed) in enumerate(zip(inputs, seeds, strict=True)):
+            for child in range(count):
+                name = f"req_{number}" + (f"__child#{child - 1}" if child else "")
+                calls[name] = batch.add(ids, seed=seed + child, generation_config=config, **kwargs)
+        while not all(call.ended for call in calls.values()):
+            bar.update(len(batch.round()))
+    return {name: _as_output(name, call) for name, call in calls.items()}
+
+
+def _as_output(name: str, call: Call) -> GenerationOutput:
+    """What transformers returns of a request."""
+    prompt = call.waiting.given[0][0].tolist()
+    if call.error is not None:
+        return GenerationOutput(name, prompt, error=one_line(call.error), status=RequestStatus.FAILED)
+    ids, scores = generated(call), getattr(call.output, "scores", None)
+    chances = (
+        []
+        if scores is None
+        else [float(row[0].log_softmax(-1)[token]) for row, token in zip(scores, ids, strict=True)]
+    )
+    return GenerationOutput(name, prompt, ids, chances, status=RequestStatus.FINISHED)

@@ -1,0 +1,50 @@
+"""`Engine`: requests that decode together, round by round; they join and leave between rounds.
+
+A round drafts for all of them and verifies all of them in one pass: the weights are read once for all their rows. Each
+request has its own cache, drafts and choices, so its tokens are those that it has alone. Knows no model and no text.
+"""
+
+from dataclasses import replace
+
+from runtime.decoding.drafter import Drafter
+from runtime.decoding.request import Request
+from runtime.decoding.rounds import speculate_round
+from runtime.drafting.policy import SpeculationBounds
+
+# Rows of a round, of all requests together: beyond these a further row costs about what a round of its own would.
+MAX_ROWS = 64
+
+
+class Engine:
+    """Decodes requests on one base together.
+
+    Attributes:
+        running: requests that have begun and not ended.
+    """
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter = drafter
+        self.running: list[Request] = []
+
+    def join(self, request: Request) -> None:
+        """Take a request that has begun; where its first token ended it, it leaves in the next round."""
+        self.running.append(request)
+
+    def round(self) -> list[Request]:
+        """One round of all requests; those that ended, or whose emitter failed, leave and are returned."""
+        going = [request for request in self.running if not request.stopped]
+        if going:
+            own = [request.bounds for request in going]
+            for request in going:
+                request.bounds = shared(request.bounds, len(going))
+            speculate_round(going, self.drafter)
+            for request, bounds in zip(going, own, strict=True):
+                request.bounds = bounds
+        ended = [request for request in self.running if request.stopped or request.error is not None]
+        self.running = [request for request in self.running if not (request.stopped or request.error is not None)]
+        return ended
+
+
+def shared(bounds: SpeculationBounds, requests: int) -> SpeculationBounds:
+    """A request's bounds where so many run together: its share of the rows that pay."""
+    return replace(bounds, max_draft_tokens=min(bounds.max_draft_tokens, max(1, MAX_ROWS // requests) - 1))

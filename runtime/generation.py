@@ -1,0 +1,81 @@
+"""`Generation`: one call of `generate` under way, from its prompt to what it returns. Knows no other call."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from runtime.decoding.cache import KVCache
+from runtime.decoding.emitter import TargetEmitter
+from runtime.decoding.request import Request
+from runtime.decoding.state import DecodeState
+from runtime.drafting.controller import Controller
+from runtime.handle import SpecBound
+from runtime.stats import SpeculationStats
+
+
+@dataclass(slots=True)
+class Generation:
+    """One call of `generate` whose prompt went through the stock forward.
+
+    Attributes:
+        request: for rounds.
+        prompt_logits: target logits [1, V] after the prompt.
+        started: when it began, by `time.perf_counter`.
+    """
+
+    request: Request
+    emitter: TargetEmitter
+    prompt_logits: Tensor
+    started: float
+    cache: KVCache
+    stock_cache: DynamicCache
+    prompt_length: int
+    keeps_cache: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        specbound: SpecBound,
+        emitter: TargetEmitter,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        controller: Controller | None,
+    ) -> "Generation":
+        """Run the prompt through the stock forward; `specbound` is ready for the model as it is."""
+        bounds, prepared = specbound.certified_bounds, specbound.prepared
+        assert prepared.certificate is not None
+        emitter.largest_shift = prepared.certificate.largest_shift
+        started, stats = time.perf_counter(), SpeculationStats()
+        with stats.timing("prompt"), prepared.layers.watching(specbound.drafter.watched) as seen:
+            outputs = model._prefill(emitter.input_ids, generation_config, model_kwargs)
+        stock_cache: DynamicCache = outputs.past_key_values
+        capacity = stock_cache.get_seq_length() + min(emitter.remaining, 1024) + bounds.max_draft_tokens
+        kv = prepared.cache_of(stock_cache, capacity)
+        prompt_length = kv.get_seq_length()
+        positions = model_kwargs.get("position_ids")
+        offset = 0 if positions is None else int(positions[0, -1]) + 1 - prompt_length
+        known = emitter.input_ids[0].tolist()
+        state = DecodeState(prepared.layers, kv, known, prompt=seen, position_offset=offset)
+        on_round = getattr(emitter.streamer, "end_round", None)  # a streamer may ask what became of the drafts
+        request = Request(state, bounds, emitter, stats, controller, on_round)
+        keeps_cache = generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False)
+        logits = outputs.logits[:, -1]
+        return cls(request, emitter, logits, started, kv, stock_cache, prompt_length, bool(keeps_cache))
+
+    def leave_cache(self) -> None:
+        """Leave in the caller's cache the rows that stock would have left, also where the call was interrupted."""
+        if self.keeps_cache:
+            self.cache.crop(self.prompt_length + max(0, self.emitter.begun - 1))
+            self.cache.copy_to(self.stock_cache)
+
+    def finish(self) -> GenerateDecoderOnlyOutput | Tensor:
+        """End the stream and the counts; what `generate` returns."""
+        stats = self.request.stats
+        stats.unpromised = self.emitter.unpromised
+        stats.seconds = time.perf_counter() - self.started
+        return self.emitter.finish(self.stock_cache)

@@ -1,0 +1,40 @@
+"""`Waiting`: a call of `generate` that stock has prepared, and that will run later, together with others."""
+
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+
+class Waiting(BaseStreamer):
+    """Stands in the place of a call's streamer, and takes what stock's `generate` hands to its loop.
+
+    Args:
+        streamer: the call's own, told the prompt.
+        seed: of the call's own random numbers; None where it draws from torch's.
+    """
+
+    def __init__(self, streamer: Any = None, seed: int | None = None) -> None:
+        self.streamer = streamer
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.given: tuple[Any, ...] = ()
+        self.model_kwargs: dict[str, Any] = {}
+        self.reason: str | None = None
+
+    def put(self, value: Any) -> None:
+        """Told the prompt by `generate`, before its loop."""
+        if self.streamer is not None:
+            self.streamer.put(value)
+
+    def end(self) -> None:
+        """Never called: the loop has not run."""
+
+    def take(self, given: tuple[Any, ...], model_kwargs: dict[str, Any], reason: str | None) -> "Waiting":
+        """Keep the loop's arguments.
+
+        Args:
+            given: input ids, processors, criteria, config, `synced_gpus` and this.
+            reason: why the call cannot speculate; None where it can.
+        """
+        self.given, self.model_kwargs, self.reason = (*given[:-1], self.streamer), model_kwargs, reason
+        return self

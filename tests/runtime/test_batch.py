@@ -1,0 +1,240 @@
+"""Calls that run together: each has the ids, scores and cache that stock's `generate` gives it alone."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from runtime import SpeculationBounds
+from runtime.batch import Batch, Call, generated
+from runtime.decoding.drafter import HeadDrafter
+from runtime.decoding.layers import DecoderLayers
+from runtime.decoding.state import DecodeState
+from runtime.drafting.draft_heads import DraftHeads
+from runtime.drafting.heads import ExitHeads
+from runtime.drafting.lookup import MAX_MATCH, NUM_SUPPORTS, LookupTable
+from runtime.drafting.temperature import TemperatureSchedule
+from runtime.errors import ConfigError
+from runtime.exact.native.stack import NativeLayers
+from runtime.generate import attach
+from runtime.handle import SpecBound
+from tests.helpers.families import randomise, tiny
+from tests.runtime.exact.test_native_stack import SHAPE
+
+BOUNDS = SpeculationBounds(0.2, 2, 6, max_branches=2, max_depth=3)
+PROMPTS = [[5 + number, *range(3 + number, 6 + 4 * number), 5 + number] for number in range(6)]
+GREEDY = {"do_sample": False, "max_new_tokens": 24}
+SAMPLED = {"do_sample": True, "temperature": 0.9, "top_k": 20, "max_new_tokens": 24}
+TABLE = LookupTable(((0.7,) * NUM_SUPPORTS,) * MAX_MATCH)
+
+
+class Told:
+    """Proposes the next token of the text that a request's prompt begins, twice of three times, and another one."""
+
+    modules, watched, exit_layers = (), (), (1, 2)
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        self.texts = {text[0]: text for text in texts}
+        self.first: dict[int, int] = {}  # state -> its prompt's first token
+
+    def on(self, layers: DecoderLayers) -> "Told":
+        """Nothing to move."""
+        return self
+
+    def propose(self, layer: int, state: DecodeState, nodes: Sequence[int], count: int) -> Any:
+        """As the kind of position says; layer 1 is not sure of every third one."""
+        text = next(text for text in self.texts.values() if state.lookup._tail == text[: state.length][-MAX_MATCH:])
+        proposed = []
+        for node in nodes:
+            position = state.length + len(state.paths[node])
+            right = text[position] if position < len(text) else 1
+            token = (right + position % 2) % 90
+            proposed.append([(token, 0.1 if layer == 1 and position % 3 == 0 else 0.9), ((token + 1) % 90, 0.3)])
+        return proposed
+
+
+def base(dtype: torch.dtype) -> Any:
+    """A random model: in bfloat16 of sizes that our kernels take."""
+    if dtype == torch.float32:
+        return tiny("llama")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE), dtype=dtype).eval()
+    randomise(model)
+    return model
+
+
+def alone(model: Any, options: dict[str, Any], prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
+    """What stock generates of each prompt, the seed that of its place."""
+    found = []
+    for seed, prompt in enumerate(prompts):
+        torch.manual_seed(seed)
+        found.append(model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist())
+    return found
+
+
+def adapted(model: Any, texts: list[list[int]], bounds: SpeculationBounds = BOUNDS) -> Any:
+    """A copy that speculates on texts it knows, two drafts of three right."""
+    made = copy.deepcopy(model)
+    whole = [prompt + text for prompt, text in zip(PROMPTS, texts, strict=True)]
+    return attach(made, SpecBound(made, Told(whole), bounds))
+
+
+def together(model: Any, options: dict[str, Any], limit: int) -> list[Call]:
+    """All prompts in one batch, begun at different times."""
+    with Batch(model, limit) as batch:
+        calls = []
+        for seed, prompt in enumerate(PROMPTS):
+            calls.append(batch.add(prompt, seed=seed, **options))
+            batch.round()
+        while not all(call.ended for call in calls):
+            batch.round()
+    return calls
+
+
+@pytest.mark.parametrize("limit", [1, 2, 6])
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ids_are_those_of_each_call_alone(dtype: torch.dtype, options: dict[str, Any], limit: int) -> None:
+    """Whoever runs beside it, and whenever it came."""
+    model = base(dtype)
+    expected = alone(model, options)
+    calls = together(adapted(model, expected), options, limit)
+    assert [generated(call) for call in calls] == expected
+    stats = [call.stats for call in calls]
+    assert all(one is not None and one.accepted.total() > 5 for one in stats)
+
+
+def test_a_part_that_mixes_the_rows_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: rows of one request given to another."""
+    model = base(torch.bfloat16)
+    expected = alone(model, GREEDY)
+    made = adapted(model, expected)
+    made.specbound.prepare(made)
+    if not made.specbound.certificate.policy.native:
+        pytest.skip("no native layers here: requests run one after the other")
+    run = NativeLayers.__call__
+
+    def mixed(self: NativeLayers, blocks: Any) -> list[Tensor] | None:
+        outputs = run(self, blocks)
+        if outputs is not None and len({output.shape for output in outputs}) < len(outputs):
+            outputs.reverse()
+        return outputs
+
+    monkeypatch.setattr(NativeLayers, "__call__", mixed)
+    with pytest.raises((AssertionError, RuntimeError, StopIteration)):
+        assert [generated(call) for call in together(made, GREEDY, 6)] == expected
+
+
+@pytest.mark.parametrize("kind", ["deep", "attention"])
+def test_real_heads_draft_for_several(kind: str) -> None:
+    """Heads of requests that are asked together draft what they draft alone, and ids are stock's."""
+    model = base(torch.bfloat16)
+    expected = alone(model, GREEDY)
+    torch.manual_seed(1)
+    exits = ExitHeads(kind, [1, 2], hidden_size=SHAPE["hidden_size"], draft_vocab_size=96, rank=32)
+    for parameter in exits.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    exits.to(torch.bfloat16).requires_grad_(False).eval()
+    heads = DraftHeads.of(exits, DecoderLayers(model), torch.arange(96))
+    drafter = HeadDrafter(heads, TemperatureSchedule.none([1, 2]), TABLE)
+    attach(model, SpecBound(model, drafter, SpeculationBounds(0.0, 2, 6, max_branches=2, max_depth=3)))
+    counts = []
+    for limit in (1, 6):
+        calls = together(model, GREEDY, limit)
+        assert [generated(call) for call in calls] == expected
+        counts.append([(call.stats.drafted, call.stats.accepted) for call in calls if call.stats is not None])
+    assert counts[0] == counts[1]
+
+
+def test_one_that_fails_or_is_cancelled_leaves_the_others_alone() -> None:
+    """Its error is its own; what it had said so far was stock's."""
+
+    class Failing(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+            if input_ids.shape[1] > len(PROMPTS[1]) + 5:
+                raise RuntimeError("mine")
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    model = base(torch.bfloat16)
+    expected = alone(model, GREEDY)
+    with Batch(adapted(model, expected)) as batch:
+        calls = [batch.add(prompt, **GREEDY) for prompt in PROMPTS[:1]]
+        calls.append(batch.add(PROMPTS[1], stopping_criteria=StoppingCriteriaList([Failing()]), **GREEDY))
+        calls += [batch.add(prompt, **GREEDY) for prompt in PROMPTS[2:]]
+        batch.round()
+        batch.round()
+        calls[2].cancelled = True
+        while not all(call.ended for call in calls):
+            batch.round()
+    assert str(calls[1].error) == "mine"
+    cut = generated(calls[2])
+    assert 0 < len(cut) < 24 and cut == expected[2][: len(cut)]
+    for number in (0, 3, 4, 5):
+        assert generated(calls[number]) == expected[number]
+
+
+def test_scores_cache_and_streamer_are_stock_s() -> None:
+    """Of a call among others."""
+
+    class Keeping:
+        def __init__(self) -> None:
+            self.said: list[list[int]] = []
+            self.ended = False
+
+        def put(self, value: Tensor) -> None:
+            self.said.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            self.ended = True
+
+    model = base(torch.bfloat16)
+    texts = alone(model, GREEDY)
+    options = GREEDY | {"return_dict_in_generate": True, "output_scores": True}
+    streamers = [Keeping(), Keeping()]
+    stock = model.generate(torch.tensor([PROMPTS[3]]), streamer=streamers[0], **options)
+    with Batch(adapted(model, texts)) as batch:
+        calls = [batch.add(prompt, **GREEDY) for prompt in PROMPTS[:3]]
+        calls.append(batch.add(PROMPTS[3], streamer=streamers[1], **options))
+        while not all(call.ended for call in calls):
+            batch.round()
+    found = calls[3].output
+    assert all(torch.equal(one, other) for one, other in zip(stock.scores, found.scores, strict=True))
+    for layer, other in zip(stock.past_key_values.layers, found.past_key_values.layers, strict=True):
+        assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
+    assert streamers[0].said == streamers[1].said and streamers[1].ended
+
+
+def test_what_cannot_speculate_runs_plain_and_is_the_same() -> None:
+    """By stock's loop, with its own seed, one warning; beams are refused."""
+    model = base(torch.float32)
+    options = SAMPLED | {"use_cache": False}
+    expected = alone(model, options)
+    made = adapted(model, expected)
+    assert [generated(call) for call in together(made, options, 3)] == expected
+    with Batch(made) as batch, pytest.raises((ConfigError, ValueError)):
+        batch.add(PROMPTS[0], num_beams=2, **GREEDY)
+    with pytest.raises(ConfigError, match="max_requests is 0"):
+        Batch(made, 0)
+
+
+def test_generate_batch_is_transformers_call() -> None:
+    """Its arguments and results; several sequences of a prompt have seeds one after the other."""
+    model = base(torch.bfloat16)
+    texts = alone(model, GREEDY)
+    made = adapted(model, texts)
+    found = made.generate_batch(PROMPTS, GenerationConfig(pad_token_id=0, **GREEDY), max_requests=3)
+    assert list(found) == [f"req_{number}" for number in range(6)]
+    assert [one.generated_tokens for one in found.values()] == texts
+    assert [one.prompt_ids for one in found.values()] == PROMPTS and all(one.is_finished() for one in found.values())
+    options = GREEDY | {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": 2}
+    found = made.generate_batch(PROMPTS[:1], seeds=[7], **options)
+    assert list(found) == ["req_0", "req_0__child#0"]
+    stock = model.generate(torch.tensor(PROMPTS[:1]), **(options | {"num_return_sequences": 1}))
+    chances = [float(row.log_softmax(-1).max()) for row in stock.scores]
+    assert found["req_0"].logprobs == chances
+    with pytest.raises(ConfigError, match="2 seeds for 1 prompt"):
+        made.generate_batch(PROMPTS[:1], seeds=[7, 8], **GREEDY)
