@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.state import DecodeState
 from runtime.drafting.draft_heads import DraftHeads
+from runtime.drafting.head_memory import read_all
 from runtime.drafting.heads import MAX_AGE, HeadContext
 from runtime.drafting.lookup import LookupTable
 from runtime.drafting.temperature import TemperatureSchedule
@@ -103,8 +104,7 @@ class HeadDrafter:
             return [self.propose(0, ask.state, ask.nodes, ask.count) for ask in asks]
         temperature, most = self.temperatures[layer], max(ask.count for ask in asks)
         if self.heads.attends:
-            states = [self._attend(layer, ask.state, ask.nodes) for ask in asks]
-            found = self.heads.of_states(layer, _joined(states), temperature, most)
+            found = self.heads.of_states(layer, self._attend(layer, asks), temperature, most)
         else:
             hidden = _joined([ask.state.hidden(ask.nodes) for ask in asks])
             parts = [head_context(ask.state, ask.nodes) for ask in asks]
@@ -113,15 +113,24 @@ class HeadDrafter:
         rows = iter(found)
         return [[next(rows)[: ask.count] for _ in ask.nodes] for ask in asks]
 
-    def _attend(self, layer: int, state: DecodeState, nodes: Sequence[int]) -> Tensor:
+    def _attend(self, layer: int, asks: Sequence[Ask]) -> Tensor:
         """States [N, D] of a head with keys of its own; it reads all pending tokens that it has not read."""
-        memory = self.heads.memory(layer, state.memories)
-        memory.settle(state.unread.pop(layer, ()))
-        for _, level in groupby(memory.unread(len(state.pending)), key=lambda node: len(state.paths[node])):
-            unread = list(level)  # a child reads what its parent became
-            states = state.at_exit(layer, unread), state.embeddings(unread)
-            memory.read(unread, state.paths, states, state.deep)
-        return memory.states(nodes)
+        memories = [self.heads.memory(layer, ask.state.memories) for ask in asks]
+        levels = []
+        for memory, ask in zip(memories, asks, strict=True):
+            memory.settle(ask.state.unread.pop(layer, ()))
+            unread, paths = memory.unread(len(ask.state.pending)), ask.state.paths
+            levels.append([list(level) for _, level in groupby(unread, key=lambda node: len(paths[node]))])
+        while any(levels):  # a child reads what its parent became
+            group = [(memories[index], asks[index].state, own.pop(0)) for index, own in enumerate(levels) if own]
+            readings = [
+                memory.read(nodes, state.paths, (state.at_exit(layer, nodes), state.embeddings(nodes)), state.deep)
+                for memory, state, nodes in group
+            ]
+            made = read_all([memory for memory, _, _ in group], readings)
+            for (memory, _, nodes), states in zip(group, made, strict=True):
+                memory.take(nodes, states)
+        return _joined([memory.states(ask.nodes) for memory, ask in zip(memories, asks, strict=True)])
 
     def _look_up(self, state: DecodeState, node: int) -> Proposals:
         proposal = state.lookup.propose(state.tokens(node))

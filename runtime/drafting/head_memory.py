@@ -6,7 +6,7 @@ Shape suffixes: T rows, M pending rows before these, D hidden size.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,28 @@ from runtime.drafting.unembedding import DraftUnembedding
 
 # Settled positions that a head attends to, at least; twice as many are kept. Heads are fitted on such lengths.
 WINDOW = 512
+
+
+class Reading(NamedTuple):
+    """Rows of one request that a head reads: settled positions, then pending tokens of one level.
+
+    Attributes:
+        states: at the exit, at depth 0, and the top state before, each of shape [T, D].
+        source: which kind of top state each has.
+        positions: of each in the text.
+        keys, values: shape [heads, capacity, head size]; rows are put behind the first `held`.
+        settled: keys that all rows see.
+        paths: of the pending tokens, the last rows, the places of further keys that they see, their own last.
+    """
+
+    states: tuple[Tensor, Tensor, Tensor]
+    source: list[int]
+    positions: list[int]
+    keys: Tensor
+    values: Tensor
+    held: int
+    settled: int
+    paths: list[list[int]]
 
 
 class HeadMemory:
@@ -63,8 +85,10 @@ class HeadMemory:
         paths: Sequence[tuple[int, ...]],
         states: tuple[Tensor, Tensor],
         deep: Tensor | None,
-    ) -> None:
-        """Read pending tokens of one level that were not read before; those before them were.
+    ) -> Reading:
+        """What there is to read for pending tokens of one level that were not read before; those before them were.
+
+        What the head makes of it is to be given to `take`.
 
         Args:
             nodes: places among the pending tokens.
@@ -99,11 +123,12 @@ class HeadMemory:
         own_paths = [
             [*(self._places[place] for place in paths[node][:-1]), known + row] for row, node in enumerate(nodes)
         ]
-        where = self._keys, self._values, self._settled - new + known, self._settled, own_paths
-        if self.native is None:
-            made = self.head.step(rows, source, positions, *where, self.unembedding)
-        else:
-            made = self.native.step(rows, source, positions, *where)
+        held = self._settled - new + known
+        return Reading(rows, source, positions, self._keys, self._values, held, self._settled, own_paths)
+
+    def take(self, nodes: Sequence[int], made: Tensor) -> None:
+        """Keep the states [T, D] of pending tokens that were read."""
+        known = len(self._states)
         self._places |= {node: known + row for row, node in enumerate(nodes)}
         self._states += list(made)
 
@@ -121,3 +146,12 @@ class HeadMemory:
                 torch.cat([buffer[:, :held], buffer.new_empty(len(buffer), more, buffer.shape[2])], dim=1)
                 for buffer in (self._keys, self._values)
             )
+
+
+def read_all(memories: Sequence[HeadMemory], readings: Sequence[Reading]) -> list[Tensor]:
+    """What one exit's head makes of readings of several requests: states [T, D] of the pending tokens of each."""
+    one = memories[0]
+    if one.native is None:
+        return [one.head.step(*reading, one.unembedding) for reading in readings]
+    made: list[Tensor] = one.native.step(readings)
+    return made

@@ -129,16 +129,22 @@ struct AttentionHead {  // as `heads.py` lays it out
   const uint16_t *hidden_norm, *embedding_norm, *deep_norm, *norm, *second_norm, *final_norm, *sources;
 };
 
+struct HeadPart {          // of one request, as `heads.py` lays it out
+  int64_t rows, drafting;  // drafting: the last rows; others give keys alone
+  int64_t held, settled;   // held: keys before these; settled: keys that all rows see
+  int64_t capacity;
+  uint16_t *keys, *values;  // [key heads][capacity][size]
+  const int64_t* paths;     // of the rows that draft, as `Attention` has them
+};
+
 struct Step {
   const AttentionHead* head;
+  const HeadPart* parts;
   const uint16_t *hidden, *embedding, *deep;  // [rows][hidden size]
   const int64_t *sources, *positions;         // of each row's deep state, and its place in the text
   const float* turns;                         // [positions][size]: cosines, then sines
-  uint16_t *keys, *values;                    // [key heads][capacity][size]
   const uint16_t* silu;
-  const int64_t* paths;                                  // of the rows that draft, as `Attention` has them
-  int64_t rows, drafting, hidden_size, inner, queries, key_heads, size;  // drafting: the last rows; others give keys alone
-  int64_t held, capacity, settled;                       // held: keys before these; settled: keys that all rows see
+  int64_t requests, rows, drafting, hidden_size, inner, queries, key_heads, size;  // rows: of all parts
   float epsilon, final_epsilon;
 };
 
@@ -165,20 +171,25 @@ inline void place_heads(const Step& s, uint16_t* heads) {
     const int64_t row = task / all, head = task % all, key = head - s.queries;
     uint16_t* from = heads + task * s.size;
     const float* turns = s.turns + s.positions[row] * s.size;
+    int64_t own = row;  // row of its request
+    const HeadPart* part = s.parts;
+    while (own >= part->rows) own -= part++->rows;
+    own += part->held;
     if (key < 0)
       turn_head(from, turns, s.size, from);
     else if (key < s.key_heads)
-      turn_head(from, turns, s.size, s.keys + (key * s.capacity + s.held + row) * s.size);
+      turn_head(from, turns, s.size, part->keys + (key * part->capacity + own) * s.size);
     else
-      std::memcpy(s.values + ((key - s.key_heads) * s.capacity + s.held + row) * s.size, from, s.size * sizeof *from);
+      std::memcpy(part->values + ((key - s.key_heads) * part->capacity + own) * s.size, from, s.size * sizeof *from);
   }
 }
 
 // What one thread of the team does: keys and values of all rows, `states` [drafting][hidden size] of the last ones.
-inline void step(const Step& s, uint16_t* joined, uint16_t* mixed, uint16_t* heads, uint16_t* attended, uint16_t* inner,
-                 uint16_t* states, std::atomic<bool>& numbers) {
+inline void step(const Step& s, uint16_t* joined, uint16_t* mixed, uint16_t* heads, uint16_t* attended, uint16_t* kept,
+                 uint16_t* inner, uint16_t* states, std::atomic<bool>& numbers) {
   const int64_t size = s.hidden_size, all = s.queries * s.size, wide = all + 2 * s.key_heads * s.size;
   std::vector<uint16_t> normed(s.rows * size);
+  std::vector<Attention> rows(s.requests);
   auto normalise = [&](const uint16_t* from, const uint16_t* weight, int64_t rows, float epsilon, uint16_t* into) {
     for (int64_t row = 0; row < rows; row++) norm(from + row * size, weight, size, epsilon, into + row * size);
   };
@@ -196,17 +207,25 @@ inline void step(const Step& s, uint16_t* joined, uint16_t* mixed, uint16_t* hea
   normalise(mixed, s.head->norm, s.rows, s.epsilon, normed.data());
   product(s.head->query_key_value, normed.data(), heads, s.rows, wide, size, nullptr, nullptr);
   place_heads(s, heads);
-  const int64_t first = s.rows - s.drafting, length = s.held + s.rows, head = s.capacity * s.size;
-  const Attention rows{heads + first * wide, s.keys, s.values, attended, s.drafting, s.queries, s.queries / s.key_heads, s.size, length,
-          s.size, wide, head, s.size, head, s.size, 1.f / std::sqrt((float)s.size), s.settled, s.paths};
-  attend(&rows, 1, PAIRS, numbers);
-  mixed += first * size;
-  product(s.head->output, attended, mixed, s.drafting, size, all, nullptr, mixed);
-  normalise(mixed, s.head->second_norm, s.drafting, s.epsilon, normed.data());
+  int64_t first = 0, drafted = 0;
+  for (int64_t r = 0; r < s.requests; r++) {
+    const HeadPart& part = s.parts[r];
+    const int64_t drafts = first + part.rows - part.drafting, head = part.capacity * s.size;
+    rows[r] = {heads + drafts * wide, part.keys, part.values, attended + drafted * all, part.drafting, s.queries,
+               s.queries / s.key_heads, s.size, part.held + part.rows, s.size, wide, head, s.size, head, s.size,
+               1.f / std::sqrt((float)s.size), part.settled, part.paths};
+#pragma omp single nowait
+    std::memcpy(kept + drafted * size, mixed + drafts * size, part.drafting * size * sizeof *kept);
+    first += part.rows;
+    drafted += part.drafting;
+  }
+  attend(rows.data(), s.requests, PAIRS, numbers);
+  product(s.head->output, attended, kept, s.drafting, size, all, nullptr, kept);
+  normalise(kept, s.head->second_norm, s.drafting, s.epsilon, normed.data());
   product(s.head->gate_up, normed.data(), inner, s.drafting, 2 * s.inner, size, s.silu, nullptr);
-  product(s.head->down, inner, mixed, s.drafting, size, s.inner, nullptr, mixed);
+  product(s.head->down, inner, kept, s.drafting, size, s.inner, nullptr, kept);
 #pragma omp single
-  normalise(mixed, s.head->final_norm, s.drafting, s.final_epsilon, states);
+  normalise(kept, s.head->final_norm, s.drafting, s.final_epsilon, states);
 }
 
 }  // namespace

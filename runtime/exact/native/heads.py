@@ -14,6 +14,7 @@ from torch import Tensor
 
 from runtime.drafting.attention_head import AttentionHead, turns
 from runtime.drafting.draft_heads import DraftHeads
+from runtime.drafting.head_memory import Reading
 from runtime.drafting.heads import DeepHead, HeadContext
 from runtime.drafting.unembedding import DraftUnembedding
 from runtime.exact.native.library import native_library
@@ -93,42 +94,33 @@ class NativeAttentionHead:
         """A copy or pickle is made anew from its modules: addresses cannot be copied."""
         return NativeAttentionHead, self.made_of
 
-    def step(
-        self,
-        states: tuple[Tensor, Tensor, Tensor],
-        source: Sequence[int],
-        positions: Sequence[int],
-        keys: Tensor,
-        values: Tensor,
-        held: int,
-        settled: int,
-        paths: Sequence[Sequence[int]],
-    ) -> Tensor:
-        """As `AttentionHead.step`; states are no numbers where a score is none."""
+    def step(self, readings: Sequence[Reading]) -> list[Tensor]:
+        """As `AttentionHead.step`, of several requests; states are no numbers where a score is none."""
         library = native_library()
         assert library is not None
-        number, drafting, room = len(source), len(paths), held + len(source) - settled
+        positions = [place for reading in readings for place in reading.positions]
+        sources = [kind for reading in readings for kind in reading.source]
         while self.turns.shape[0] <= max(positions):
             self.turns = turns(2 * self.turns.shape[0] + 1024, self.sizes[-1])
-        output = torch.empty(drafting, self.sizes[0], dtype=torch.bfloat16)
-        table = [place for path in paths for place in (len(path), *path, *[0] * (room - len(path)))]
-        given = [part.contiguous() for part in states]
+        given = [torch.cat(part) for part in zip(*(reading.states for reading in readings), strict=True)]
+        drafting = [len(reading.paths) for reading in readings]
+        output = torch.empty(sum(drafting), self.sizes[0], dtype=torch.bfloat16)
+        parts, tables = _parts(readings)
         fine = library.specbound_head_step(
             self.places,
-            (ctypes.c_int64 * 10)(number, drafting, *self.sizes, held, keys.shape[1], settled),
+            (ctypes.c_int64 * len(parts))(*parts),
+            (ctypes.c_int64 * 8)(len(readings), len(positions), sum(drafting), *self.sizes),
             self.floats,
             *(part.data_ptr() for part in given),
-            (ctypes.c_int64 * number)(*source),
-            (ctypes.c_int64 * number)(*positions),
+            (ctypes.c_int64 * len(sources))(*sources),
+            (ctypes.c_int64 * len(positions))(*positions),
             self.turns.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
             self.silu.data_ptr(),
-            (ctypes.c_int64 * len(table))(*table),
             output.data_ptr(),
             torch.get_num_threads(),
         )
-        return output if fine else output.fill_(torch.nan)
+        del tables  # until here their addresses were in use
+        return list(torch.split(output if fine else output.fill_(torch.nan), drafting))
 
     def likeliest(self, states: Tensor, temperature: float, count: int) -> tuple[Tensor, Tensor]:
         """Draft ids and confidences [N, count] of states [N, D]; id 0 and NaN where no logit is a number."""
@@ -146,6 +138,20 @@ class NativeAttentionHead:
             torch.get_num_threads(),
         )
         return ids.clamp_(min=0), chances
+
+
+def _parts(readings: Sequence[Reading]) -> tuple[list[int], list[Any]]:
+    """Of each request, what `HeadPart` in `heads.h` has, and the tables of paths that it points to."""
+    parts: list[int] = []
+    tables: list[Any] = []
+    for reading in readings:
+        rows, held, settled = len(reading.source), reading.held, reading.settled
+        room = held + rows - settled
+        table = [place for path in reading.paths for place in (len(path), *path, *[0] * (room - len(path)))]
+        tables.append((ctypes.c_int64 * len(table))(*table))
+        parts += rows, len(reading.paths), held, settled, reading.keys.shape[1]
+        parts += reading.keys.data_ptr(), reading.values.data_ptr(), ctypes.addressof(tables[-1])
+    return parts, tables
 
 
 NATIVE: dict[Any, Any] = {DeepHead: NativeDeepHead, AttentionHead: NativeAttentionHead}

@@ -67,20 +67,19 @@ extern "C" void specbound_draft(const void* head, const int64_t* sizes, const fl
 }
 
 // See `heads.py` for the arguments. Returns 0 where some score is no finite number: the states are none then.
-extern "C" int64_t specbound_head_step(const void* head, const int64_t* sizes, const float* floats, const void* hidden,
-                                       const void* embedding, const void* deep, const int64_t* sources,
-                                       const int64_t* positions, const void* turns, void* keys, void* values,
-                                       const void* silu, const int64_t* paths, void* states, int64_t threads) {
-  const Step s{(const AttentionHead*)head, (const uint16_t*)hidden, (const uint16_t*)embedding, (const uint16_t*)deep,
-               sources, positions, (const float*)turns, (uint16_t*)keys, (uint16_t*)values, (const uint16_t*)silu, paths,
-               sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9], floats[0],
-               floats[1]};
+extern "C" int64_t specbound_head_step(const void* head, const void* parts, const int64_t* sizes, const float* floats,
+                                       const void* hidden, const void* embedding, const void* deep,
+                                       const int64_t* sources, const int64_t* positions, const void* turns,
+                                       const void* silu, void* states, int64_t threads) {
+  const Step s{(const AttentionHead*)head, (const HeadPart*)parts, (const uint16_t*)hidden, (const uint16_t*)embedding,
+               (const uint16_t*)deep, sources, positions, (const float*)turns, (const uint16_t*)silu,
+               sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], floats[0], floats[1]};
   std::vector<uint16_t> joined(s.rows * 3 * s.hidden_size), mixed(s.rows * s.hidden_size);
-  std::vector<uint16_t> heads(s.rows * (s.queries + 2 * s.key_heads) * s.size);
+  std::vector<uint16_t> heads(s.rows * (s.queries + 2 * s.key_heads) * s.size), kept(s.drafting * s.hidden_size);
   std::vector<uint16_t> attended(s.drafting * s.queries * s.size), inner(s.drafting * s.inner);
   std::atomic<bool> numbers{true};
 #pragma omp parallel num_threads(threads)
-  step(s, joined.data(), mixed.data(), heads.data(), attended.data(), inner.data(), (uint16_t*)states, numbers);
+  step(s, joined.data(), mixed.data(), heads.data(), attended.data(), kept.data(), inner.data(), (uint16_t*)states, numbers);
   return numbers;
 }
 

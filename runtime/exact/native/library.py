@@ -102,7 +102,7 @@ def _declare(library: ctypes.CDLL) -> None:
     keep.argtypes, keep.restype = [place, numbers, place], None
     library.specbound_tiles.argtypes, library.specbound_tiles.restype = [], number
     step, likeliest = library.specbound_head_step, library.specbound_likeliest
-    step.argtypes, step.restype = [place, numbers, floats, *[place] * 11, number], number
+    step.argtypes, step.restype = [place, place, numbers, floats, *[place] * 8, number], number
     likeliest.argtypes, likeliest.restype = [place, numbers, ctypes.c_float, *[place] * 3, number], None
 
 

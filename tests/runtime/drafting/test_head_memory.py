@@ -89,9 +89,10 @@ def test_long_texts_are_forgotten_in_part(make_model: Any, monkeypatch: pytest.M
     kept = []
     read = head_memory.HeadMemory.read
 
-    def watched(self: Any, *args: Any) -> None:
-        read(self, *args)
+    def watched(self: Any, *args: Any) -> Any:
+        reading = read(self, *args)
         kept.append(self._settled)
+        return reading
 
     monkeypatch.setattr(head_memory.HeadMemory, "read", watched)
     attach(model, SpecBound(model, drafting(model), SpeculationBounds(0.0, 4, 3)))

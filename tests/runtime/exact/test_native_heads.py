@@ -11,7 +11,7 @@ import torch
 from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.exit_head import SettledStates
-from runtime.drafting.head_memory import HeadMemory
+from runtime.drafting.head_memory import HeadMemory, read_all
 from runtime.drafting.heads import MAX_AGE, ExitHeads, HeadContext
 from runtime.exact.native.heads import native_heads
 from runtime.exact.native.library import why_not_native
@@ -32,6 +32,11 @@ def made(
         torch.nn.init.normal_(parameter, std=0.3)
     heads = DraftHeads.of(exits.to(dtype).eval(), DecoderLayers(base), torch.arange(3, 3 + VOCABULARY))
     return native_heads(heads)
+
+
+def read(memory: HeadMemory, nodes: list[int], *given: Any) -> None:
+    """Read pending tokens of one request."""
+    memory.take(nodes, *read_all([memory], [memory.read(nodes, *given)]))
 
 
 @torch.inference_mode()
@@ -124,7 +129,7 @@ def at_work(heads: DraftHeads, layer: int, *, skip: int | None = None) -> list[t
         top = torch.randn(SIZE).bfloat16() if index else None
         for depth in range(1, 1 + max(map(len, paths))):
             level = [node for node, path in enumerate(paths) if len(path) == depth]
-            memory.read(level, paths, (pending[0, level], pending[1, level]), top)
+            read(memory, level, paths, (pending[0, level], pending[1, level]), top)
         found.append(memory.states(range(len(paths))))
     return found
 
@@ -164,7 +169,7 @@ def test_states_that_are_no_numbers_draft_nothing() -> None:
     heads = made("attention")
     memory = HeadMemory(heads.exits.heads["1"], heads.unembedding, heads.native[1])
     nan = torch.full((1, SIZE), torch.nan).bfloat16()
-    memory.read([0], [(0,)], (nan, nan), None)
+    read(memory, [0], [(0,)], (nan, nan), None)
     assert not heads.of_states(1, memory.states([0]), 1.0, 1)[0][0][1] >= 0.0
 
 
@@ -176,3 +181,28 @@ WRONG += [{"kind": "attention"} | options for options in WRONG[1:]]
 def test_other_heads_stay_modules(options: dict[str, Any]) -> None:
     """Another kind, dtype or rank, or a final norm that is not Llama's."""
     assert made(**options).native == {}
+
+
+@torch.inference_mode()
+def test_several_requests_are_each_what_they_are_alone() -> None:
+    """Read together: texts of other lengths, other numbers of pending tokens."""
+    heads = made("attention")
+    torch.manual_seed(5)
+    texts = [torch.randn(3, length, SIZE).bfloat16() for length in (1, 40, 7)]
+    pending = [torch.randn(2, number, SIZE).bfloat16() for number in (3, 1, 2)]
+
+    def begun(index: int) -> tuple[HeadMemory, Any]:
+        memory = heads.memory(1, {})
+        memory.settle([SettledStates(*texts[index], False)])
+        nodes = list(range(pending[index].shape[1]))
+        paths = [(node,) for node in nodes]
+        return memory, memory.read(nodes, paths, (pending[index][0], pending[index][1]), texts[index][2, -1])
+
+    alone = [read_all([memory], [reading])[0] for memory, reading in map(begun, range(3))]
+    memories, readings = zip(*map(begun, range(3)), strict=True)
+    together = read_all(memories, readings)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+    for memory, reading, (own, before) in zip(memories, readings, map(begun, range(3)), strict=True):
+        read_all([own], [before])
+        rows = reading.held + len(reading.source)
+        assert torch.equal(memory._keys[:, :rows], own._keys[:, :rows])
