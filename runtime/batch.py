@@ -4,22 +4,18 @@ Transformers prepares each call (processors, criteria, stop strings, lengths); i
 forward between two rounds, and then it decodes with the others. Knows no text and no files.
 """
 
-import copy
+import time
 from collections import deque
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import GenerationConfig
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from runtime.decoding.emitter import TargetEmitter
 from runtime.decoding.engine import Engine
-from runtime.errors import ConfigError, one_line
+from runtime.errors import ConfigError
 from runtime.generate import run_plain
 from runtime.generation import Generation
 from runtime.handle import SpecBound
@@ -37,11 +33,15 @@ class Call:
         waiting: what stock has prepared.
         output: what `generate` returns; None until it has ended.
         error: what its streamer, processor or criterion raised.
-        stats: counts of its rounds; empty where it ran as plain decoding.
+        speculate: False where it is to draft nothing.
+        added: when, by `time.perf_counter`.
+        stats: counts of its rounds; None where it ran by stock's loop.
         cancelled: set by whoever no longer wants it: it ends with the next round.
     """
 
     waiting: Waiting
+    speculate: bool
+    added: float
     output: Any = None
     error: BaseException | None = None
     stats: SpeculationStats | None = None
@@ -84,13 +84,22 @@ class Batch:
         self._blocks.close()
         self._held.close()
 
-    def add(self, input_ids: Any, *, streamer: Any = None, seed: int | None = None, **kwargs: Any) -> Call:
+    def add(
+        self,
+        input_ids: Any,
+        *,
+        streamer: Any = None,
+        seed: int | None = None,
+        speculate: bool = True,
+        **kwargs: Any,
+    ) -> Call:
         """Add a call; it begins in one of the next rounds.
 
         Args:
             input_ids: ids of the prompt, a list or shape [1, T].
             streamer: told each token as stock tells it.
             seed: of its own random numbers: it samples what `generate` samples after `torch.manual_seed(seed)`.
+            speculate: False drafts nothing for it.
             kwargs: as `generate` takes them.
 
         Raises:
@@ -99,10 +108,10 @@ class Batch:
         ids = torch.as_tensor(input_ids, device=self.model.device)
         ids = ids[None] if ids.dim() == 1 else ids
         waiting = Waiting(streamer, seed)
-        self._outside()
+        self.outside()
         if self.model.generate(ids, streamer=waiting, **{"num_beams": 1, **kwargs}) is not waiting:
             raise ConfigError("a batch takes greedy decoding and sampling, no beam search and no assisted decoding")
-        call = Call(waiting)
+        call = Call(waiting, speculate, time.perf_counter())
         self.calls.append(call)
         return call
 
@@ -130,7 +139,7 @@ class Batch:
     def _begin(self, call: Call) -> None:
         """The prompt's forward and the first token; all of it where the call cannot speculate."""
         input_ids, processors, criteria, config, _, streamer = call.waiting.given
-        self._outside()
+        self.outside()
         reason = self._reason or call.waiting.reason
         try:
             if reason is not None:
@@ -140,9 +149,12 @@ class Batch:
             emitter = TargetEmitter(input_ids, processors, criteria, config, streamer, call.waiting.generator)
             kwargs = call.waiting.model_kwargs
             call.generation = Generation.of(self.model, self.specbound, emitter, config, kwargs, None)
-            call.stats = call.generation.request.stats
-            call.generation.request.begin(call.generation.prompt_logits)
-            self._engine.join(call.generation.request)
+            request = call.generation.request
+            if not call.speculate:
+                request.bounds = replace(request.bounds, max_draft_tokens=0)
+            call.stats = request.stats
+            request.begin(call.generation.prompt_logits)
+            self._engine.join(request)
         except Exception as error:  # of the call's own streamer, processor or prompt: the others go on
             call.error = error
 
@@ -166,8 +178,8 @@ class Batch:
         if not self.specbound.prepared.runs:
             self._blocks.enter_context(self.specbound.prepared.running(self.model))
 
-    def _outside(self) -> None:
-        """The model computes as stock's."""
+    def outside(self) -> None:
+        """Let the model compute as stock's until the next round."""
         self._blocks.close()
         self._blocks = ExitStack()
 
@@ -178,63 +190,3 @@ def generated(call: Call) -> list[int]:
         raise call.error
     sequences: Tensor = getattr(call.output, "sequences", call.output)
     return sequences[0, call.waiting.given[0].shape[1] :].tolist()
-
-
-def generate_batch(
-    model: Any,
-    inputs: Sequence[Sequence[int]],
-    generation_config: GenerationConfig | None = None,
-    *,
-    max_requests: int = MAX_REQUESTS,
-    seeds: Sequence[int] | None = None,
-    progress_bar: bool = False,
-    **kwargs: Any,
-) -> dict[str, GenerationOutput]:
-    """Transformers' `generate_batch`, each request with the ids that `generate` gives it alone.
-
-    Args:
-        model: with an adapter.
-        inputs: ids of each prompt.
-        max_requests: requests that decode together.
-        seeds: one for each prompt: its ids are those that `generate` samples after `torch.manual_seed(seed)`; without
-            any, seeds are drawn from torch's random numbers. Further sequences of a prompt (`num_return_sequences`)
-            have the seeds that follow.
-        kwargs: as `generate` takes them.
-
-    Returns:
-        By name of request (`req_0`, ...; further sequences of a prompt end in `__child#0`, ...), in the order given:
-        ids, and log-probabilities where `output_scores` and `return_dict_in_generate` ask for scores.
-
-    Raises:
-        ConfigError: seeds and prompts differ in number.
-    """
-    config = copy.deepcopy(generation_config or model.generation_config)
-    count = kwargs.pop("num_return_sequences", None) or config.num_return_sequences or 1
-    config.num_return_sequences = 1
-    if seeds is None:
-        seeds = torch.randint(2**31, (len(inputs),)).tolist()
-    if len(seeds) != len(inputs):
-        raise ConfigError(f"{len(seeds)} seeds for {len(inputs)} prompts: expected one for each prompt")
-    calls: dict[str, Call] = {}
-    with Batch(model, max_requests) as batch, tqdm(total=len(inputs) * count, disable=not progress_bar) as bar:
-        for number, (ids, seed) in enumerate(zip(inputs, seeds, strict=True)):
-            for child in range(count):
-                name = f"req_{number}" + (f"__child#{child - 1}" if child else "")
-                calls[name] = batch.add(ids, seed=seed + child, generation_config=config, **kwargs)
-        while not all(call.ended for call in calls.values()):
-            bar.update(len(batch.round()))
-    return {name: _as_output(name, call) for name, call in calls.items()}
-
-
-def _as_output(name: str, call: Call) -> GenerationOutput:
-    """What transformers returns of a request."""
-    prompt = call.waiting.given[0][0].tolist()
-    if call.error is not None:
-        return GenerationOutput(name, prompt, error=one_line(call.error), status=RequestStatus.FAILED)
-    ids, scores = generated(call), getattr(call.output, "scores", None)
-    chances = (
-        []
-        if scores is None
-        else [float(row[0].log_softmax(-1)[token]) for row, token in zip(scores, ids, strict=True)]
-    )
-    return GenerationOutput(name, prompt, ids, chances, status=RequestStatus.FINISHED)

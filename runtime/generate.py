@@ -151,10 +151,10 @@ def run_plain(model: Any, waiting: Waiting) -> Any:
 
 
 def _generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Transformers' own continuous batching, run by ours: see `runtime.batch.generate_batch`."""
+    """Transformers' own continuous batching, run by ours: see `runtime.generate_batch`."""
     if getattr(self, "specbound", None) is None:
         return stock_class(self).generate_batch(self, *args, **kwargs)
-    from runtime.batch import generate_batch  # it imports this file
+    from runtime.generate_batch import generate_batch  # it imports this file
 
     return generate_batch(self, *args, **kwargs)
 

@@ -1,7 +1,8 @@
-"""`specbound generate`: answer one prompt. Slow libraries are imported when it runs."""
+"""`specbound generate`: answer one prompt, or a file of them. Slow libraries are imported when it runs."""
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +29,11 @@ def generate_command(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt. Without it, or with -, it is read from stdin.")
     ] = None,
+    file: Annotated[str | None, typer.Option(help="Answer each prompt of this .jsonl or .json file instead.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Answers to the file's prompts; those that it holds are not made again.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Prompts of the file that are answered at once.")] = 8,
     model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate this many tokens at most.")] = 256,
     sample: Sample = False,
@@ -47,6 +53,8 @@ def generate_command(
     Example: specbound generate --adapter outputs/demo/adapter "Why is the sky blue?"
 
     Example: specbound generate --adapter outputs/demo/adapter --sample --seed 1 --json < prompt.txt
+
+    Example: specbound generate --adapter outputs/demo/adapter --file prompts.jsonl --output answers.jsonl
     """
     from runtime.cli.speaker import Speaker
     from runtime.cli.view import TextView
@@ -56,12 +64,22 @@ def generate_command(
         options = sampling(sample, temperature, top_p)
         if stop and not all(stop):
             raise ConfigError("--stop is empty: give the string that ends the text, or leave it out")
+        load = {"dtype": dtype, "threads": threads, "device": device, "exactness": exactness}
+        ask: dict[str, Any] = {"seed": seed, "stop": stop or (), "max_new_tokens": max_new_tokens} | options
+        if file is not None:
+            if output is None or prompt is not None or as_json:
+                raise ConfigError("--file goes with --output FILE.jsonl, and with no prompt and no --json")
+            from runtime.cli.answers import answer_file
+
+            speaker = Speaker.load(adapter, model, **load)
+            number = answer_file(speaker, file, output, concurrency=concurrency, raw=raw, **ask)
+            print(f"{number} answers added to {output}")
+            return
         text = sys.stdin.read() if prompt in (None, "-") else prompt
         if not text:
             raise DataError("the prompt is empty: give it as an argument or on stdin")
-        speaker = Speaker.load(adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness)
+        speaker = Speaker.load(adapter, model, **load)
         ids = speaker.encode([("user", text)], raw=raw)
-        ask: dict[str, Any] = {"seed": seed, "stop": stop or (), "max_new_tokens": max_new_tokens} | options
         if as_json:
             print(json.dumps(speaker.describe(ids, **ask), indent=2))
             return

@@ -206,12 +206,13 @@ def write(
     seconds = time.perf_counter() - started
     speculated = handle.stats is not before  # some calls run plainly all the same
     stats = handle.stats if speculated else SpeculationStats(emitted=len(transcript.ids), seconds=seconds)
-    return Written(_finish_reason(model, transcript), stats, speculated)
+    return Written(finish_reason(model, transcript), stats, speculated)
 
 
-def _finish_reason(model: Any, transcript: Transcript) -> str:
+def finish_reason(model: Any, transcript: Transcript) -> str:
+    """Why a call has ended: `stop`, `length` or `cancelled`."""
     ends = model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends or []
-    if transcript.stopped or transcript.ids[-1] in ends:
+    if transcript.stopped or (transcript.ids and transcript.ids[-1] in ends):
         return "stop"
     return "cancelled" if transcript.cancelled.is_set() else "length"

@@ -194,3 +194,30 @@ def test_completion_and_help() -> None:
         assert result.exit_code == 0 and f"specbound {verb}" in result.stdout, verb
     assert "Exit codes" in CliRunner().invoke(app, ["--help"]).stdout
     assert CliRunner().invoke(app, ["generate", "--max-new-tokens", "0", "--adapter", "a", "w"]).exit_code == 2
+
+
+def test_a_file_of_prompts(folders: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+    """Each answer is stock's; a cut line and missing answers are made anew, the others kept."""
+    texts = ["w9 w3 w77", "w5 w6 w7 w8", "w1 w2", "w9 w3 w77"]
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+    options = ("--file", str(prompts), "--output", str(output), "--max-new-tokens", "12", "--concurrency", "3")
+    result = run(folders, "generate", *options)
+    assert result.exit_code == 0 and result.stdout == f"4 answers added to {output}\n", result.output
+    rows = {row["index"]: row for row in map(json.loads, output.read_text(encoding="utf-8").splitlines())}
+    for number, text in enumerate(texts):
+        ids, answer = stock(folders, make_tokenizer, text, max_new_tokens=12, do_sample=False)
+        assert (rows[number]["tokens"], rows[number]["text"]) == (ids, answer)
+    whole = output.read_text(encoding="utf-8").splitlines(keepends=True)
+    output.write_text(whole[0] + whole[1] + whole[2][:9], encoding="utf-8")
+    assert run(folders, "generate", *options).stdout == f"2 answers added to {output}\n"
+    assert sorted(output.read_text(encoding="utf-8").splitlines()) == sorted(line.strip() for line in whole)
+    prompts.write_text(json.dumps({"prompt": "w4"}) + "\n", encoding="utf-8")
+    result = run(folders, "generate", *options)
+    assert result.exit_code == 1 and "holds answers to other prompts" in result.stderr
+
+
+@pytest.mark.parametrize("wrong", [("--file", "x.jsonl"), ("--file", "x.jsonl", "--output", "y.jsonl", "w4")], ids=str)
+def test_a_file_goes_with_an_output_alone(folders: Any, wrong: tuple[str, ...]) -> None:
+    result = run(folders, "generate", *wrong)
+    assert result.exit_code == 1 and "--file goes with --output" in result.stderr

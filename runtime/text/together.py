@@ -1,0 +1,44 @@
+"""Calls of `write` that run together in a batch. Knows no server and no terminal."""
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+
+from runtime.batch import Batch, Call
+from runtime.stats import SpeculationStats
+from runtime.text.transcript import Transcript, Written, finish_reason
+
+
+def join(
+    batch: Batch,
+    prompt: Tensor,
+    transcript: Transcript,
+    *,
+    seed: int | None = None,
+    speculate: bool = True,
+    processors: Sequence[LogitsProcessor] = (),
+    **options: Any,
+) -> Call:
+    """Add a call to a batch that writes into a transcript; arguments are those of `write`.
+
+    Without a seed it has one of its own, so that nobody's numbers depend on who runs beside it.
+    """
+    seed = secrets.randbits(63) if seed is None else seed
+    recorder = [transcript.recorder] if transcript.recorder else []
+    return batch.add(
+        prompt, streamer=transcript, seed=seed, speculate=speculate, attention_mask=torch.ones_like(prompt),
+        logits_processor=LogitsProcessorList([*processors, *recorder]),
+        stopping_criteria=StoppingCriteriaList([transcript]), **options,
+    )  # fmt: skip
+
+
+def outcome(batch: Batch, call: Call, transcript: Transcript) -> Written:
+    """What `write` returns, of a call that has ended without an error."""
+    speculated = call.stats is not None
+    stats = call.stats or SpeculationStats(emitted=len(transcript.ids), seconds=time.perf_counter() - call.added)
+    return Written(finish_reason(batch.model, transcript), stats, speculated and call.speculate)
