@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from runtime import SpeculationBounds, detach
 from runtime.generate import attach
 from runtime.handle import SpecBound
 from runtime.server.app import make_app
-from runtime.server.limits import Limits
+from runtime.server.request.limits import Limits
 from runtime.server.worker import Worker
 from tests.helpers.fake_heads import FakeHeads
 
@@ -30,7 +30,9 @@ LIMITS = Limits(max_tokens=200, max_body_bytes=20_000, max_waiting=2)
 
 
 @contextmanager
-def running(load: Callable[[], tuple[Any, Any]], *, wait: bool = True, **options: Any) -> Iterator[tuple[str, Worker]]:
+def running(
+    load: Callable[[], tuple[Any, Any]], *, wait: bool = True, aliases: Sequence[str] = (), **options: Any
+) -> Iterator[tuple[str, Worker]]:
     """Its address and its worker, once the model is loaded; both are stopped afterwards.
 
     Args:
@@ -38,7 +40,7 @@ def running(load: Callable[[], tuple[Any, Any]], *, wait: bool = True, **options
     """
     limits = options.setdefault("limits", Limits())
     worker = Worker(load, max_waiting=limits.max_waiting)
-    app = make_app(worker, model_id=MODEL_ID, **options)
+    app = make_app(worker, names=[MODEL_ID, *aliases], **options)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=5))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

@@ -42,7 +42,7 @@ def test_health_while_loading_and_the_key(make_model: Any, make_tokenizer: Any) 
         connection.close()
         return found
 
-    with running(load, wait=False, api_key="s3cret") as (url, _):
+    with running(load, wait=False, api_keys=["s3cret"]) as (url, _):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="s3cret", max_retries=0)
         assert health() == (503, {"status": "loading"})
         with pytest.raises(openai.InternalServerError, match="the model is loading") as caught:
