@@ -1,6 +1,7 @@
 """`specbound serve`. Slow libraries, and those of the `serve` extra, are imported when it runs."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,15 +64,7 @@ def serve_command(
                 from runtime.server.serve import serve
             except ImportError as error:
                 raise ConfigError(f"{error.name} is not installed: pip install 'specbound[serve]'") from None
-            from runtime.cli.speaker import Speaker
-
-            def load() -> tuple[Any, Any]:
-                speaker = Speaker.load(
-                    adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness
-                )
-                print(f"ready: {speaker.model.specbound.certificate}", file=sys.stderr)
-                return speaker.model, speaker.tokenizer
-
+            load = _loader(adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness)
             names = name or [_default_name(adapter, model)]
             limits = Limits(max_tokens=max_tokens, max_waiting=max_waiting, seconds=request_timeout)
             print(f"serving {', '.join(names)} on {url_of(listener)}, loading", file=sys.stderr, flush=True)
@@ -79,6 +72,18 @@ def serve_command(
             serve(load, listener, names=names, api_keys=keys, cors_origins=origins, limits=limits, grace=grace)
     except (SpecBoundError, OSError) as error:
         fail(error, None)
+
+
+def _loader(adapter: str, model: str | None, **options: Any) -> Callable[[], tuple[Any, Any]]:
+    """What loads the model and its tokenizer, and says so."""
+    from runtime.cli.speaker import Speaker
+
+    def load() -> tuple[Any, Any]:
+        speaker = Speaker.load(adapter, model, **options)
+        print(f"ready: {speaker.model.specbound.certificate}", file=sys.stderr)
+        return speaker.model, speaker.tokenizer
+
+    return load
 
 
 def _default_name(adapter: str, model: str | None) -> str:

@@ -70,7 +70,7 @@ def make_app(
         prompts = await run_in_threadpool(prompts_of, worker, body)
         config = worker.model.config
         limits.check_answers(body.n * len(prompts))
-        check_bias(body, int(config.vocab_size))
+        check_bias(body, int(config.get_text_config().vocab_size))
         context = int(config.max_position_embeddings)
         tokens = [limits.tokens(body, prompt.num_tokens, context) for prompt in prompts]
         answer = Answer(body, worker, metrics, names[0], prompts, tokens, limits.seconds)

@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -98,6 +99,12 @@ class Served:
     def idle(self) -> bool:
         """Whether nothing runs and nothing waits."""
         return self.worker._running is None and not self.worker.num_waiting
+
+    def metrics(self) -> dict[str, float]:
+        """All that /metrics tells, by name and labels."""
+        page = urllib.request.urlopen(f"{self.url}/metrics").read().decode()
+        pairs = (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in pairs}
 
     def hold(self) -> None:
         """Keep the next request at its first draft."""

@@ -33,12 +33,11 @@ class Message(Strict):
     content: str
     name: str | None = None
     reasoning_content: str | None = None
-    refusal: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _as_sent_back(cls, fields: Any) -> Any:
-        """An answer with everything that its client holds; one without text is empty."""
+        """An answer with everything that its client holds; one without text is its refusal, or empty."""
         if type(fields) is not dict:
             raise ValueError("must be an object with a role and a content")
         kept = {key: value for key, value in fields.items() if value is not None and key not in BESIDE}
@@ -47,7 +46,9 @@ class Message(Strict):
                 raise ValueError(f"{key} is not supported by this server: send messages of text only")
         if (reasoning := kept.pop("reasoning", None)) is not None:
             kept.setdefault("reasoning_content", reasoning)
-        return {"content": ""} | kept if kept.get("role") == "assistant" else kept
+        if kept.get("role") == "assistant":
+            kept.setdefault("content", kept.pop("refusal", ""))
+        return kept
 
     @field_validator("content", mode="before")
     @classmethod
