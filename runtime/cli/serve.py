@@ -10,30 +10,32 @@ import typer
 from runtime.cli.failure import fail
 from runtime.cli.options import Adapter, Device, Dtype, Exactness, Model, Threads
 
+Names = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--served-model-name",
+        "--name",
+        help="Name of the model for clients. More are taken too. By default the base's.",
+    ),
+]
+Keys = Annotated[
+    list[str] | None,
+    typer.Option(
+        envvar="SPECBOUND_API_KEY",
+        help="Key that clients must send, or one of several. It is safer in the environment, with spaces between.",
+    ),
+]
+Origins = Annotated[list[str] | None, typer.Option(help="Web pages from this origin may ask too. * is all of them.")]
+
 
 def serve_command(
     adapter: Adapter,
     model: Model = None,
     host: Annotated[str, typer.Option(help="Address to bind. A public one needs an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind. 0 takes a free one.")] = 8000,
-    name: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--served-model-name",
-            "--name",
-            help="Name of the model for clients. More are taken too. By default the base's.",
-        ),
-    ] = None,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            envvar="SPECBOUND_API_KEY",
-            help="Key that clients must send, or one of several. It is safer in the environment, with spaces between.",
-        ),
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None, typer.Option(help="Web pages from this origin may ask too. * is all of them.")
-    ] = None,
+    name: Names = None,
+    api_key: Keys = None,
+    cors_origin: Origins = None,
     max_waiting: Annotated[int, typer.Option(min=0, help="This many answers may wait. Others get a 429.")] = 16,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Give each answer this many tokens at most. By default what fits.")

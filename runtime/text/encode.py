@@ -9,7 +9,11 @@ from runtime.errors import DataError
 
 
 def encode(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, template: bool = True, **options: Any
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    template: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a conversation, ready to be answered.
 
@@ -26,8 +30,8 @@ def encode(
         ids: list[int] = tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
         return ids
     try:
-        options = {"add_generation_prompt": True} | options
-        ids = tokenizer.apply_chat_template(list(messages), return_dict=True, **options)["input_ids"]
+        asked = {"add_generation_prompt": True} | dict(options or {})
+        ids = tokenizer.apply_chat_template(list(messages), return_dict=True, **asked)["input_ids"]
         return ids
     except TemplateError as error:
         raise DataError(

@@ -65,7 +65,7 @@ def chat_ids(tokenizer: Any, chat: Conversation) -> list[int]:
         raise ApiError(400, said, param="chat_template_kwargs")
     messages = [message.for_template() for message in chat.messages]
     try:
-        return encode(tokenizer, messages, **chat.template_options, **chat.template_variables)
+        return encode(tokenizer, messages, options=chat.template_variables | chat.template_options)
     except Exception as error:  # templates raise what they like on roles that they do not take
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ApiError(400, f"the model's chat template refuses this: {first}", param="messages") from None

@@ -64,17 +64,24 @@ def test_several_prompts(served: Any, client: openai.OpenAI, prompts: Any) -> No
     assert texts_of(client.completions.create(stream=True, **arguments))[0] == expected
 
 
-def prompt_rows(served: Any, ids: list[int]) -> list[torch.Tensor]:
-    """Logarithms of all probabilities [V] at each token of the ids, by the model's own forward."""
-    with torch.no_grad():
-        return list(torch.log_softmax(served[1](torch.tensor([ids])).logits[0], -1))
+@pytest.fixture(scope="module")
+def prompt_rows(make_model: Any) -> Any:
+    """Of a list of ids: logarithms of all probabilities [V] at each, by the forward of a model without adapter."""
+    model = make_model(max_position_embeddings=256)
+
+    def rows(ids: list[int]) -> list[torch.Tensor]:
+        """The figures."""
+        with torch.no_grad():
+            return list(torch.log_softmax(model(torch.tensor([ids])).logits[0], -1))
+
+    return rows
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_echo_with_logprobs(served: Any, client: openai.OpenAI, stream: bool) -> None:
+def test_echo_with_logprobs(served: Any, client: openai.OpenAI, prompt_rows: Any, stream: bool) -> None:
     """As lm-eval's loglikelihood asks: the prompt's own probabilities, bit for bit, then the answer's."""
     tokenizer = served[2]
-    rows = prompt_rows(served, OTHER)
+    rows = prompt_rows(OTHER)
     ids = stock(served, OTHER, max_new_tokens=3, do_sample=False)
     arguments: Any = {"model": MODEL_ID, "prompt": [OTHER, PROMPT], "temperature": 0, "echo": True, "logprobs": 1}
     answer: Any = client.completions.create(max_tokens=3, stream=stream, **arguments)
@@ -95,12 +102,12 @@ def test_echo_with_logprobs(served: Any, client: openai.OpenAI, stream: bool) ->
     assert offsets[:4] == [0, 2, 5, 9] and offsets[4] == len(tokenizer.decode(OTHER))
 
 
-def test_only_the_prompt_back(served: Any, client: openai.OpenAI) -> None:
+def test_only_the_prompt_back(served: Any, client: openai.OpenAI, prompt_rows: Any) -> None:
     """Nothing is generated where no token is asked for; and an echo without figures is text alone."""
     arguments: Any = {"model": MODEL_ID, "prompt": "w17  w60 w3", "echo": True}
     found: Any = client.completions.create(max_tokens=0, logprobs=0, **arguments)
     assert found.choices[0].text == "w17  w60 w3" and found.usage.completion_tokens == 0
-    rows = prompt_rows(served, PROMPT)
+    rows = prompt_rows(PROMPT)
     assert found.choices[0].logprobs.token_logprobs[1:] == [float(rows[0][63]), float(rows[1][6])]
     text = served[2].decode(stock(served, PROMPT, max_new_tokens=5, do_sample=False))
     plain: Any = client.completions.create(max_tokens=5, temperature=0, **arguments)

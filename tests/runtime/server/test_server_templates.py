@@ -17,7 +17,7 @@ from tests.helpers.servers import MODEL_ID, running, stock
 # Reads what clients may hand it.
 TEMPLATE = (
     "{% for message in messages %}{{ message.name or message.role }} {{ message.reasoning_content or '' }} "
-    "{{ message.content }} {% endfor %}{% if enable_thinking %}w7 {% endif %}{{ style or '' }} "
+    "{{ message.content }} {% endfor %}{% if enable_thinking %}w7 {% endif %}{{ style or '' }} {{ template or '' }} "
     "{% if add_generation_prompt %}w8 {% endif %}"
 )
 CHAT: Any = [{"role": "user", "content": "w17 w60 w3"}]
@@ -37,8 +37,8 @@ CASES: list[tuple[dict[str, Any], list[Any], dict[str, Any]]] = [
     ({}, CHAT, {"add_generation_prompt": True}),
     ({"add_generation_prompt": False}, CHAT, {}),
     ({"enable_thinking": True}, CHAT, {"add_generation_prompt": True, "enable_thinking": True}),
-    ({"chat_template_kwargs": {"enable_thinking": True, "style": "w9"}}, CHAT,
-     {"add_generation_prompt": True, "enable_thinking": True, "style": "w9"}),
+    ({"chat_template_kwargs": {"enable_thinking": True, "style": "w9", "template": "w3"}}, CHAT,
+     {"add_generation_prompt": True, "enable_thinking": True, "style": "w9", "template": "w3"}),
     ({"continue_final_message": True}, [*CHAT, {"role": "assistant", "content": "w5 w6"}],
      {"continue_final_message": True}),
     ({"continue_final_message": True, "add_generation_prompt": False},
