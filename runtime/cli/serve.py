@@ -1,6 +1,7 @@
 """`specbound serve`. Slow libraries, and those of the `serve` extra, are imported when it runs."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,19 +10,36 @@ import typer
 from runtime.cli.failure import fail
 from runtime.cli.options import Adapter, Device, Dtype, Exactness, Model, Threads
 
+Names = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--served-model-name",
+        "--name",
+        help="Name of the model for clients. More are taken too. By default the base's.",
+    ),
+]
+Keys = Annotated[
+    list[str] | None,
+    typer.Option(
+        envvar="SPECBOUND_API_KEY",
+        help="Key that clients must send, or one of several. It is safer in the environment, with spaces between.",
+    ),
+]
+Origins = Annotated[list[str] | None, typer.Option(help="Web pages from this origin may ask too. * is all of them.")]
+
 
 def serve_command(
     adapter: Adapter,
     model: Model = None,
     host: Annotated[str, typer.Option(help="Address to bind. A public one needs an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind. 0 takes a free one.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="Name of the model for clients. By default the base's.")] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="SPECBOUND_API_KEY", help="Key that clients must send. It is safer in the environment."),
+    name: Names = None,
+    api_key: Keys = None,
+    cors_origin: Origins = None,
+    max_waiting: Annotated[int, typer.Option(min=0, help="This many answers may wait. Others get a 429.")] = 16,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Give each answer this many tokens at most. By default what fits.")
     ] = None,
-    max_waiting: Annotated[int, typer.Option(min=0, help="This many requests may wait. Others get a 429.")] = 16,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Give each answer this many tokens at most.")] = 2048,
     request_timeout: Annotated[
         float | None, typer.Option(min=0.1, help="Seconds a request may take, its wait included. Then it gets a 504.")
     ] = None,
@@ -38,28 +56,36 @@ def serve_command(
     Example: SPECBOUND_API_KEY=... specbound serve --adapter ORG/NAME --host 0.0.0.0
     """
     from runtime.errors import ConfigError, SpecBoundError
+    from runtime.server.listener import bind, url_of
 
+    keys = [key for key in api_key or [] if key]
     try:
-        try:
-            from runtime.server.limits import Limits
-            from runtime.server.serve import serve
-        except ImportError as error:
-            raise ConfigError(f"{error.name} is not installed: pip install 'specbound[serve]'") from None
-        from runtime.cli.speaker import Speaker
-
-        def load() -> tuple[Any, Any]:
-            speaker = Speaker.load(adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness)
-            print(f"ready: {speaker.model.specbound.certificate}", file=sys.stderr)
-            return speaker.model, speaker.tokenizer
-
-        def say(url: str) -> None:
-            print(f"serving {model_id} on {url}, loading", file=sys.stderr, flush=True)
-
-        model_id = name or _default_name(adapter, model)
-        limits = Limits(max_tokens=max_tokens, max_waiting=max_waiting, seconds=request_timeout)
-        serve(load, model_id=model_id, host=host, port=port, api_key=api_key, limits=limits, grace=grace, on_bound=say)
+        with bind(host, port, has_key=bool(keys)) as listener:
+            try:
+                from runtime.server.request.limits import Limits
+                from runtime.server.serve import serve
+            except ImportError as error:
+                raise ConfigError(f"{error.name} is not installed: pip install 'specbound[serve]'") from None
+            load = _loader(adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness)
+            names = name or [_default_name(adapter, model)]
+            limits = Limits(max_tokens=max_tokens, max_waiting=max_waiting, seconds=request_timeout)
+            print(f"serving {', '.join(names)} on {url_of(listener)}, loading", file=sys.stderr, flush=True)
+            origins = cors_origin or []
+            serve(load, listener, names=names, api_keys=keys, cors_origins=origins, limits=limits, grace=grace)
     except (SpecBoundError, OSError) as error:
         fail(error, None)
+
+
+def _loader(adapter: str, model: str | None, **options: Any) -> Callable[[], tuple[Any, Any]]:
+    """What loads the model and its tokenizer, and says so."""
+    from runtime.cli.speaker import Speaker
+
+    def load() -> tuple[Any, Any]:
+        speaker = Speaker.load(adapter, model, **options)
+        print(f"ready: {speaker.model.specbound.certificate}", file=sys.stderr)
+        return speaker.model, speaker.tokenizer
+
+    return load
 
 
 def _default_name(adapter: str, model: str | None) -> str:

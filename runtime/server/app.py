@@ -1,53 +1,56 @@
 """The routes: OpenAI's, health, metrics and the page. Knows no process and no signals."""
 
 import asyncio
+from collections.abc import Coroutine, Sequence
 from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
-from starlette.exceptions import HTTPException
 
-from runtime.errors import SpecBoundError
+from runtime.server.errors import ApiError, add_error_forms
 from runtime.server.gate import Gate
-from runtime.server.limits import Limits, prompt_ids, token_limit
 from runtime.server.metrics import Metrics
-from runtime.server.response import Answer, as_api_error
-from runtime.server.schema import ApiError, ChatRequest, CompletionRequest
-from runtime.server.worker import Unavailable, Worker
+from runtime.server.request.limits import Limits, check_bias
+from runtime.server.request.prompts import prompts_of, tokenized
+from runtime.server.request.schema import ChatRequest, CompletionRequest, TokenizeRequest
+from runtime.server.response import Answer
+from runtime.server.tally import ADMITTED, Tally
+from runtime.server.worker import Worker
 
 # The page is one file and asks nobody but this server.
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self';"
     " img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
+# Of a client that left; nobody reads it.
+GONE = 499
 
 
-def make_app(worker: Worker, *, model_id: str, limits: Limits, api_key: str | None = None) -> FastAPI:
+def make_app(
+    worker: Worker,
+    *,
+    names: Sequence[str],
+    limits: Limits,
+    api_keys: Sequence[str] = (),
+    cors_origins: Sequence[str] = (),
+) -> FastAPI:
     """The server's routes over a worker, which somebody else starts and stops.
 
     Args:
-        model_id: the name the model is served under.
-        api_key: what clients must send; None asks for none, and answers to local names only.
+        names: that the model is served under; answers tell the first.
+        api_keys: one of them is what clients must send; without any it answers to local names only.
+        cors_origins: web pages from there may ask too, as `https://example.org`; `*` is all of them.
     """
     # No documentation routes: their page would load scripts from elsewhere.
-    app = FastAPI(title="SpecBound", docs_url=None, redoc_url=None, openapi_url=None)
-    metrics = Metrics(lambda: worker.state == "ready", lambda: worker.num_waiting)
-    _add_error_forms(app)
-
+    app = FastAPI(title="SpecBound", docs_url=None, redoc_url=None)
+    metrics = Metrics(lambda: worker.state == "ready", lambda: worker.num_waiting, lambda: worker.num_running)
+    add_error_forms(app)
     _add_looks(app, worker, metrics)
-
-    @app.get("/v1/models")
-    def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_described(model_id)]}
-
-    @app.get("/v1/models/{name:path}")
-    def model(name: str) -> dict[str, Any]:
-        _check_name(name, model_id)
-        return _described(model_id)
+    _add_models(app, names)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -57,22 +60,46 @@ def make_app(worker: Worker, *, model_id: str, limits: Limits, api_key: str | No
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await respond(body, request)
 
-    async def respond(body: ChatRequest | CompletionRequest, request: Request) -> Response:
-        _check_name(body.model, model_id)
-        prompt = await run_in_threadpool(prompt_ids, worker, body)
-        context = int(worker.model.config.max_position_embeddings)
-        limit = token_limit(body, prompt.shape[1], context, limits)
-        answer = Answer(body, worker, metrics, model_id, prompt, limit, limits.seconds)
-        answer.submit()
-        if body.stream:
-            headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # for proxies that collect
-            # A client may leave before the stream begins, whose own end then never comes.
-            last = BackgroundTask(answer.cancel)
-            return StreamingResponse(answer.stream(), 200, headers, "text/event-stream", last)
-        return await _unless_gone(request, answer)
+    @app.post("/tokenize")
+    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        _check_name(body.model or names[0], names)
+        return tokenized(worker, body)
 
-    app.add_middleware(Gate, api_key=api_key, max_body_bytes=limits.max_body_bytes)
+    async def respond(body: ChatRequest | CompletionRequest, request: Request) -> Response:
+        _check_name(body.model, names)
+        prompts = await run_in_threadpool(prompts_of, worker, body)
+        config = worker.model.config
+        limits.check_answers(body.n * len(prompts))
+        check_bias(body, int(config.get_text_config().vocab_size))
+        context = int(config.max_position_embeddings)
+        tokens = [limits.tokens(body, prompt.num_tokens, context) for prompt in prompts]
+        answer = Answer(body, worker, metrics, names[0], prompts, tokens, limits.seconds)
+        answer.submit()
+        setattr(request.state, ADMITTED, True)
+        return await (_streamed(request, answer) if body.stream else _whole(request, answer))
+
+    # From the inside out: a preflight needs no key, and what is refused is counted.
+    app.add_middleware(Gate, api_keys=api_keys, max_body_bytes=limits.max_body_bytes)
+    app.add_middleware(Tally, metrics=metrics)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )  # fmt: skip
     return app
+
+
+def _add_models(app: FastAPI, names: Sequence[str]) -> None:
+    """The one model, under each of its names."""
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_described(name) for name in names]}
+
+    @app.get("/v1/models/{name:path}")
+    def model(name: str) -> dict[str, Any]:
+        _check_name(name, names)
+        return _described(name)
 
 
 def _add_looks(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
@@ -94,19 +121,35 @@ def _add_looks(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
         return Response(metrics.page(), media_type="text/plain; version=0.0.4")
 
 
-async def _unless_gone(request: Request, answer: Answer) -> Response:
-    """The whole answer; where the client leaves before, the call is cancelled."""
-    whole = asyncio.create_task(answer.whole())
+async def _streamed(request: Request, answer: Answer) -> Response:
+    """The answer as events, once the first is there: what fails before has a status of its own."""
+    if not await _unless_gone(request, answer, answer.begin()):
+        return Response(status_code=GONE)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # for proxies that collect
+    # A client may leave before the stream begins, whose own end then never comes.
+    return StreamingResponse(answer.stream(), 200, headers, "text/event-stream", BackgroundTask(answer.end))
+
+
+async def _whole(request: Request, answer: Answer) -> Response:
+    body = await _unless_gone(request, answer, answer.whole())
+    return Response(status_code=GONE) if body is None else JSONResponse(body)
+
+
+async def _unless_gone(request: Request, answer: Answer, work: Coroutine[Any, Any, Any]) -> Any:
+    """What the work comes to; None where the client leaves before, and the answer is ended."""
+    task = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(request))
+    done = False
     try:
-        await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if whole.done():
-            return JSONResponse(whole.result())
-        return Response(status_code=499)  # nobody reads it
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        result = task.result() if task.done() else None
+        done = task.done()
+        return result
     finally:
-        answer.cancel()
-        whole.cancel()
         gone.cancel()
+        if not done:
+            task.cancel()
+            answer.end()
 
 
 async def _disconnected(request: Request) -> None:
@@ -118,36 +161,7 @@ def _described(model_id: str) -> dict[str, Any]:
     return {"id": model_id, "object": "model", "created": 0, "owned_by": "specbound"}
 
 
-def _check_name(name: str, model_id: str) -> None:
-    if name != model_id:
-        raise ApiError(404, f"this server serves {model_id!r} only", code="model_not_found", param="model")
-
-
-def _add_error_forms(app: FastAPI) -> None:
-    """Every error in OpenAI's form."""
-
-    def answer(error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body(), error.status, error.headers())
-
-    @app.exception_handler(ApiError)
-    async def ours(request: Request, error: ApiError) -> JSONResponse:
-        return answer(error)
-
-    @app.exception_handler(Unavailable)
-    async def unavailable(request: Request, error: SpecBoundError) -> JSONResponse:
-        return answer(as_api_error(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        path = [] if first["type"] == "json_invalid" else first["loc"][1:]
-        place = ".".join(str(part) for part in path)
-        return answer(ApiError(400, f"{place or 'body'}: {first['msg']}", param=place or None))
-
-    @app.exception_handler(HTTPException)
-    async def routing(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        return answer(as_api_error(error))
+def _check_name(name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        known = ", ".join(repr(one) for one in names)
+        raise ApiError(404, f"this server serves {known} only", code="model_not_found", param="model")

@@ -2,10 +2,11 @@
 
 import hmac
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-from runtime.server.schema import ApiError
+from runtime.server.errors import ApiError
+from runtime.server.listener import is_local
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -13,23 +14,22 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # What needs the key, where there is one; the page and /health tell nothing of anybody's.
-GUARDED = ("/v1/", "/metrics")
+GUARDED = ("/v1/", "/metrics", "/tokenize")
 TOO_LARGE = 413
-LOCAL_HOSTS = {"127.0.0.1", "localhost", "[::1]"}
 
 
 class Gate:
     """Refuses in OpenAI's form.
 
     Args:
-        api_key: asked for as a bearer token; None asks for none. Without one only local names of this server are
-            answered to, so that no web page can reach it under a name of its own.
+        api_keys: one of them is asked for as a bearer token. Without any only local names of this server are answered
+            to, so that no web page can reach it under a name of its own.
         max_body_bytes: of a request.
     """
 
-    def __init__(self, app: App, *, api_key: str | None, max_body_bytes: int) -> None:
+    def __init__(self, app: App, *, api_keys: Sequence[str], max_body_bytes: int) -> None:
         self.app = app
-        self.api_key = api_key
+        self.api_keys = [key.encode() for key in api_keys]
         self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,17 +53,21 @@ class Gate:
         await self.app(scope, replay, send)
 
     def _refusal(self, path: str, headers: dict[str, bytes]) -> ApiError | None:
-        if self.api_key is None:
+        if not self.api_keys:
             host = headers.get("host", b"").decode("latin-1")
-            if not {host, host.rpartition(":")[0]} & LOCAL_HOSTS:
+            if not (is_local(host) or is_local(host.rpartition(":")[0])):
                 return ApiError(403, "this server answers to local names only, unless it has an API key")
-        elif path.startswith(GUARDED):
-            given = headers.get("authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + self.api_key.encode()):
-                return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+        elif path.startswith(GUARDED) and not self._has_key(headers.get("authorization", b"")):
+            return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
         if int(headers.get("content-length", b"0")) > self.max_body_bytes:  # uvicorn lets only numbers through
             return self._too_large()
         return None
+
+    def _has_key(self, given: bytes) -> bool:
+        """Whether a key stands behind the scheme, whose case is of no account; each is compared, found or not."""
+        scheme, _, key = given.partition(b" ")
+        found = [hmac.compare_digest(key, known) for known in self.api_keys]
+        return scheme.lower() == b"bearer" and any(found)
 
     def _too_large(self) -> ApiError:
         return ApiError(TOO_LARGE, f"the request is larger than {self.max_body_bytes} bytes, the most that is taken")
@@ -85,7 +89,7 @@ class Gate:
 
 async def refuse(error: ApiError, send: Send) -> None:
     """Answer with the error and close: the rest of the request is not read."""
-    headers = {"content-type": "application/json", "connection": "close"} | error.headers()
+    headers = {"content-type": "application/json", "connection": "close"} | error.headers
     raw = [(key.lower().encode(), value.encode()) for key, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
     await send({"type": "http.response.body", "body": json.dumps(error.body()).encode()})

@@ -14,15 +14,17 @@ class Metrics:
 
     Args:
         ready: whether the model takes requests.
-        waiting: how many requests wait.
+        waiting: how many answers wait.
+        running: at how many the model works.
     """
 
-    def __init__(self, ready: Callable[[], bool], waiting: Callable[[], int]) -> None:
+    def __init__(self, ready: Callable[[], bool], waiting: Callable[[], int], running: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
         Gauge("specbound_ready", "1 once the exactness probe has passed.", registry=self.registry).set_function(
             lambda: float(ready())
         )
-        Gauge("specbound_waiting_requests", "Requests in the queue.", registry=self.registry).set_function(waiting)
+        Gauge("specbound_waiting_requests", "Answers in the queue.", registry=self.registry).set_function(waiting)
+        Gauge("specbound_running_requests", "Answers being made.", registry=self.registry).set_function(running)
         self.requests = self._counter("requests", "Requests by how they ended.", "outcome")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
         self.tokens = self._counter("generated_tokens", "Tokens generated.")

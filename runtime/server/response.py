@@ -1,31 +1,30 @@
-"""`Answer`: one request from its prompt to OpenAI's response bodies, whole or streamed. Knows no routes."""
+"""`Answer`: one request from its prompts to OpenAI's response bodies, whole or streamed. Knows no routes."""
 
 import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
+from runtime.server.choice import Choice
+from runtime.server.errors import ApiError, as_api_error
 from runtime.server.metrics import Metrics
-from runtime.server.schema import ApiError, ChatRequest, CompletionRequest
-from runtime.server.top_logprobs import LogprobsForm
-from runtime.server.worker import Full, Job, Unavailable, Worker
-from runtime.text.transcript import Round, Token, Transcript, Written
+from runtime.server.request.prompts import Prompt
+from runtime.server.request.schema import ChatRequest, CompletionRequest
+from runtime.server.worker import Unavailable, Worker
+from runtime.stats import SpeculationStats
+from runtime.text.transcript import Round, Token, Written
 
 
 @dataclass(slots=True)
 class Answer:
-    """One request at work.
+    """One request at work. Its choices are written one after another: `n` to the first prompt, then to the next.
 
     Attributes:
         model_id: the name the model is served under.
-        prompt: token ids, shape [1, T].
-        max_new_tokens: of the answer.
+        max_new_tokens: of the answers to each prompt.
         seconds: until it must be written; None for as long as it takes.
     """
 
@@ -33,66 +32,63 @@ class Answer:
     worker: Worker
     metrics: Metrics
     model_id: str
-    prompt: Tensor
-    max_new_tokens: int
+    prompts: list[Prompt]
+    max_new_tokens: list[int]
     seconds: float | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     started: float = field(default_factory=time.perf_counter)
-    _events: "asyncio.Queue[Token | Round | Written | BaseException]" = field(default_factory=asyncio.Queue)
     _id: str = ""
-    _job: Job | None = None
-    _logprobs: LogprobsForm = field(init=False)
+    _choices: list[Choice] = field(default_factory=list)
+    _feed: AsyncGenerator[tuple[Choice, Token | Round | Written | None], None] = field(init=False)
+    _told: bool = False
+    _ended: bool = False
 
     def submit(self) -> None:
-        """Into the queue.
+        """Into the queue, all choices or none.
 
         Raises:
-            ApiError: there is no room, or no model.
+            SpecBoundError: there is no room, or no model.
         """
-        loop = asyncio.get_running_loop()
-
-        def tell(event: Token | Round | Written | BaseException) -> None:
-            with suppress(RuntimeError):  # nobody listens any more: the server has ended
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-        transcript = Transcript(
-            self.worker.tokenizer, stop=self.body.stop_strings, num_logprobs=self.body.num_logprobs, listener=tell
-        )
-        self._logprobs = LogprobsForm(self.worker.tokenizer, chat=self._is_chat)
+        pairs = zip(self.prompts, self.max_new_tokens, strict=True)
+        each = [(prompt, limit) for prompt, limit in pairs for _ in range(self.body.n)]
+        self._choices = [
+            Choice.of(self.body, prompt, limit, index, self.worker, self.metrics)
+            for index, (prompt, limit) in enumerate(each)
+        ]
         self._id = ("chatcmpl-" if self._is_chat else "cmpl-") + uuid.uuid4().hex
-        options = self.body.sampling() | {"max_new_tokens": self.max_new_tokens}
-        prompt = self.prompt.to(self.worker.model.device)
-        self._job = Job(prompt, transcript, options, self.body.seed, self.body.specbound.enabled, tell)
-        try:
-            self.worker.submit(self._job)
-        except (Full, Unavailable) as error:
-            self.metrics.requests.labels("refused").inc()
-            raise as_api_error(error) from None
+        self.worker.submit(*(choice.job for choice in self._choices))
+        self._feed = self._events()
 
-    def cancel(self) -> None:
-        """Nobody waits for it any more."""
-        assert self._job is not None
-        self.worker.cancel(self._job)
+    def end(self, outcome: str = "cancelled") -> None:
+        """Nothing more is wanted of it; the first call is counted."""
+        if not self._ended:
+            self._ended = True
+            self.metrics.requests.labels(outcome).inc()
+            self.metrics.seconds.observe(time.perf_counter() - self.started)
+        for choice in self._choices:
+            self.worker.cancel(choice.job)
 
     async def whole(self) -> dict[str, Any]:
         """The response, when all of it is there.
 
         Raises:
-            ApiError: the call failed.
+            ApiError: a call failed.
         """
-        assert self._job is not None
-        written = None
-        async for event in self._until_written():
-            written = event
-        assert isinstance(written, Written)
-        logprobs = self._logprobs.take()
-        choice: dict[str, Any] = {"index": 0, "logprobs": logprobs, "finish_reason": written.finish_reason}
-        text = self._job.transcript.text
-        choice |= {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-        return self._envelope([choice], chunk=False) | {"usage": self._usage(written)}
+        async for _ in self._feed:
+            pass
+        return self._envelope([self._whole(choice) for choice in self._choices], chunk=False) | self._usage()
+
+    async def begin(self) -> bool:
+        """Wait until there is something to stream; before, an error has a status of its own. Always true.
+
+        Raises:
+            ApiError: the call failed, or was not begun.
+        """
+        await anext(self._feed)
+        return True
 
     async def stream(self) -> AsyncIterator[str]:
-        """The response as server-sent events; closing it cancels the call."""
+        """The response as server-sent events, after `begin`; closing it cancels the calls."""
         try:
             async for chunk in self._chunks():
                 yield f"data: {json.dumps(chunk)}\n\n"
@@ -100,58 +96,66 @@ class Answer:
         except ApiError as error:  # the status is sent already
             yield f"data: {json.dumps(error.body())}\n\n"
         finally:
-            self.cancel()
+            self.end()
 
     async def _chunks(self) -> AsyncIterator[dict[str, Any]]:
         options = self.body.stream_options
         usage: dict[str, Any] = {"usage": None} if options and options.include_usage else {}
-        if self._is_chat:
-            yield self._chunk({"role": "assistant", "content": ""}) | usage
         show = self.body.specbound.rounds
-        async for event in self._until_written():
-            if isinstance(event, Token) and (event.text or show):
+        if (opening := self._opening(self._choices[0])) is not None:  # `begin` took what tells of it
+            yield opening | usage
+        async for choice, event in self._feed:
+            if event is None and (opening := self._opening(choice)) is not None:
+                yield opening | usage
+            elif isinstance(event, Token) and (event.text or show):
                 about = {"specbound": {"token": event.id}} if show else {}
-                yield self._chunk({"content": event.text}) | about | usage
+                yield self._chunk(choice, {"content": event.text}) | about | usage
             elif isinstance(event, Round) and show:
-                yield self._chunk({}) | {"specbound": {"round": self._describe(event)}} | usage
+                yield self._chunk(choice, {}) | {"specbound": {"round": self._describe(choice, event)}} | usage
             elif isinstance(event, Written):
-                yield self._chunk({}, event.finish_reason) | usage
-                if usage:
-                    yield self._envelope([], chunk=True) | {"usage": self._usage(event)}
+                yield self._chunk(choice, {}, event.finish_reason) | usage
+        if usage:
+            yield self._envelope([], chunk=True) | self._usage()
 
-    async def _until_written(self) -> AsyncIterator[Token | Round | Written]:
-        """Events up to and with the last; counts them."""
-        outcome, waiting_for_first = "cancelled", True
-        try:
+    async def _events(self) -> AsyncGenerator[tuple[Choice, Token | Round | Written | None], None]:
+        """Of each choice in turn: None when the first event is there, then events up to and with the last."""
+        for choice in self._choices:
+            event = await self._next(choice)
+            choice.begin()
+            yield choice, None
             while True:
-                event = await self._next()
-                if isinstance(event, BaseException):
-                    outcome = {ApiError: "late", Unavailable: "refused"}.get(type(event), "failed")
-                    raise as_api_error(event)
-                if waiting_for_first:
-                    self.metrics.first_token.observe(time.perf_counter() - self.started)
-                    waiting_for_first = False
-                if isinstance(event, Written):
-                    outcome = event.finish_reason
-                    self.metrics.record(self.prompt.shape[1], event.stats)
-                if isinstance(event, Token):
-                    self._logprobs.add(event)
-                yield event
-                if isinstance(event, Written):
-                    return
-        finally:
-            self.metrics.requests.labels(outcome).inc()
-            self.metrics.seconds.observe(time.perf_counter() - self.started)
+                choice.take(event)
+                if choice is self._choices[-1] and choice.written:
+                    self.end(self._outcome())
+                yield choice, event
+                if choice.written:
+                    break
+                event = await self._next(choice)
 
-    async def _next(self) -> Token | Round | Written | BaseException:
-        """The next event, or the end of the time."""
+    async def _next(self, choice: Choice) -> Token | Round | Written:
+        """The next event of a choice.
+
+        Raises:
+            ApiError: it failed, or the time is over; then all of them end.
+        """
         left = None if self.seconds is None else self.started + self.seconds - time.perf_counter()
         try:
-            return await asyncio.wait_for(self._events.get(), left)
+            event = await asyncio.wait_for(choice.events.get(), left)
         except asyncio.TimeoutError:  # another class in Python 3.10
-            self.cancel()
             said = f"not done within {self.seconds:g} s, this server's limit: ask for fewer tokens, or later"
-            return ApiError(504, said, code="timeout")
+            event = ApiError(504, said, code="timeout")
+        if isinstance(event, BaseException):
+            self.end({ApiError: "late", Unavailable: "refused"}.get(type(event), "failed"))
+            raise as_api_error(event)
+        if not self._told:
+            self._told = True
+            self.metrics.first_token.observe(time.perf_counter() - self.started)
+        return event
+
+    def _outcome(self) -> str:
+        """How the request ended: as that choice that was ended from outside, if one was."""
+        reasons = [choice.written.finish_reason for choice in self._choices if choice.written]
+        return next((reason for reason in ("cancelled", "length") if reason in reasons), "stop")
 
     @property
     def _is_chat(self) -> bool:
@@ -161,14 +165,26 @@ class Answer:
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self._is_chat else "text_completion"
         return {"id": self._id, "object": kind, "created": self.created, "model": self.model_id, "choices": choices}
 
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "logprobs": self._logprobs.take(), "finish_reason": finish_reason}
-        choice |= {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
-        return self._envelope([choice], chunk=True)
+    def _whole(self, choice: Choice) -> dict[str, Any]:
+        assert choice.written is not None
+        body = {"message": {"role": "assistant", "content": choice.text}} if self._is_chat else {"text": choice.text}
+        reason = choice.written.finish_reason
+        return {"index": choice.index, "logprobs": choice.form.take(), "finish_reason": reason} | body
 
-    def _describe(self, one: Round) -> dict[str, Any]:
+    def _opening(self, choice: Choice) -> dict[str, Any] | None:
+        """What a stream has of a choice before its first token."""
+        if self._is_chat:
+            return self._chunk(choice, {"role": "assistant", "content": ""})
+        return self._chunk(choice, {"content": choice.echo}) if choice.echo else None
+
+    def _chunk(self, choice: Choice, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+        body = {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
+        about = {"index": choice.index, "logprobs": choice.form.take(), "finish_reason": finish_reason}
+        return self._envelope([about | body], chunk=True)
+
+    def _describe(self, choice: Choice, one: Round) -> dict[str, Any]:
         """A round in words that a page can show: every draft's text, exit and fate."""
-        tokenizer: Any = self._job.transcript.tokenizer if self._job else None
+        tokenizer: Any = choice.job.transcript.tokenizer  # which the worker has not while it is draining
         drafts = [tokenizer.decode([token]) for token in one.drafts]
         return {
             "tokens": one.num_tokens,
@@ -179,22 +195,13 @@ class Answer:
             ],
         }
 
-    def _usage(self, written: Written) -> dict[str, Any]:
-        prompt, answer = self.prompt.shape[1], written.stats.emitted
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": answer,
-            "total_tokens": prompt + answer,
-            "specbound": {"speculated": written.speculated} | written.stats.to_dict(),
-        }
-
-
-def as_api_error(error: BaseException) -> ApiError:
-    """What a client is told of it: nothing of our insides."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, Full):
-        return ApiError(429, str(error), code="queue_full", retry_after=error.retry_after)
-    if isinstance(error, Unavailable):
-        return ApiError(503, str(error), code="unavailable", retry_after=5)
-    return ApiError(500, f"the request failed ({type(error).__name__}); others are not affected", code="failed")
+    def _usage(self) -> dict[str, Any]:
+        """Of all choices; each prompt counts once."""
+        stats, speculated = SpeculationStats(), False
+        for choice in self._choices:
+            assert choice.written is not None
+            stats += choice.written.stats
+            speculated |= choice.written.speculated
+        prompt = sum(one.num_tokens for one in self.prompts)
+        total = {"prompt_tokens": prompt, "completion_tokens": stats.emitted, "total_tokens": prompt + stats.emitted}
+        return {"usage": total | {"specbound": {"speculated": speculated} | stats.to_dict()}}

@@ -7,14 +7,16 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime.errors import SpecBoundError
+from runtime.stats import SpeculationStats
+from runtime.text.logprobs import Logprobs, prompt_logprobs
 from runtime.text.transcript import Transcript, Written, write
 
 logger = logging.getLogger(__name__)
@@ -26,8 +28,12 @@ class Job:
 
     Attributes:
         prompt: token ids, shape [1, T], int64.
-        options: of `generate`.
+        options: of `generate`; with a `max_new_tokens` of 0 it is not called.
+        processors: of its scores, before those that it makes of the options of sampling.
         finish: called once, with what came of it or with the exception that ended it.
+        num_prompt_logprobs: the prompt's tokens are told their probabilities, and those of so many of the likeliest;
+            None tells none.
+        prompt_logprobs: those, from the second token on, before the first token of the answer is.
     """
 
     prompt: Tensor
@@ -36,6 +42,20 @@ class Job:
     seed: int | None
     speculate: bool
     finish: Callable[[Written | BaseException], None]
+    processors: Sequence[LogitsProcessor] = ()
+    num_prompt_logprobs: int | None = None
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
+
+    def run(self, model: PreTrainedModel) -> Written:
+        """Do it, in the thread whose model this is."""
+        if self.num_prompt_logprobs is not None:
+            self.prompt_logprobs = prompt_logprobs(model, self.prompt, self.num_prompt_logprobs)
+        if self.options["max_new_tokens"] == 0:
+            return Written("length", SpeculationStats(), speculated=False)
+        return write(
+            model, self.prompt, self.transcript, seed=self.seed, speculate=self.speculate,
+            processors=self.processors, **self.options,
+        )  # fmt: skip
 
 
 class Full(SpecBoundError):
@@ -45,8 +65,9 @@ class Full(SpecBoundError):
         retry_after: seconds after which there may be room.
     """
 
-    def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(f"{waiting} requests are waiting already: try again in {retry_after} s")
+    def __init__(self, waiting: int, asked: int, retry_after: int) -> None:
+        places = "" if asked == 1 else f", and this one asks for {asked} places"
+        super().__init__(f"{waiting} requests are waiting already{places}: try again in {retry_after} s")
         self.retry_after = retry_after
 
 
@@ -106,12 +127,17 @@ class Worker:
         """Requests in the queue."""
         return len(self._waiting)
 
+    @property
+    def num_running(self) -> int:
+        """Requests at which the model works: one or none."""
+        return int(self._running is not None)
+
     def start(self) -> None:
         """Begin to load, then to work."""
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Put a job at the end of the queue.
+    def submit(self, *jobs: Job) -> None:
+        """Put jobs at the end of the queue, all or none.
 
         Raises:
             Full: the queue is.
@@ -120,9 +146,9 @@ class Worker:
         with self._changed:
             self._checked()
             waiting = len(self._waiting)
-            if waiting >= self.max_waiting and (waiting or self._running is not None):
-                raise Full(waiting, max(1, round(self._usual_seconds * (waiting + 1))))
-            self._waiting.append(job)
+            if waiting + len(jobs) > self.max_waiting + (self._running is None):  # the next to run waits no more
+                raise Full(waiting, len(jobs), max(1, round(self._usual_seconds * (waiting + 1))))
+            self._waiting.extend(jobs)
             self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
@@ -179,9 +205,7 @@ class Worker:
     def _run(self, job: Job, model: PreTrainedModel) -> None:
         started = time.perf_counter()
         try:
-            outcome: Written | BaseException = write(
-                model, job.prompt, job.transcript, seed=job.seed, speculate=job.speculate, **job.options
-            )
+            outcome: Written | BaseException = job.run(model)
         except Exception as error:  # this request's alone: the next one finds the model as it was
             logger.exception("a request failed")
             outcome = error

@@ -8,13 +8,20 @@ from jinja2 import TemplateError
 from runtime.errors import DataError
 
 
-def encode(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, template: bool = True) -> list[int]:
+def encode(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    template: bool = True,
+    options: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Token ids of a conversation, ready to be answered.
 
     Args:
         messages: each a `role` and a `content`.
         template: through the tokenizer's chat template, where it has one. Otherwise the texts stand one after another,
             with an empty line between.
+        options: of `apply_chat_template`, and variables of the template.
 
     Raises:
         DataError: the template refuses them.
@@ -23,7 +30,8 @@ def encode(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, template: b
         ids: list[int] = tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
         return ids
     try:
-        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)["input_ids"]
+        asked = {"add_generation_prompt": True} | dict(options or {})
+        ids = tokenizer.apply_chat_template(list(messages), return_dict=True, **asked)["input_ids"]
         return ids
     except TemplateError as error:
         raise DataError(

@@ -1,4 +1,4 @@
-"""`LogprobRecorder`: how likely each emitted token was, and which were likeliest. Knows no text and no server.
+"""`LogprobRecorder`: how likely each token was, and which were likeliest. Knows no text and no server.
 
 The scores that it sees are those of plain decoding bit for bit, and so are the figures.
 """
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,20 @@ class LogprobRecorder(LogitsProcessor):
     def take(self, token: int) -> Logprobs:
         """The figures of the position whose scores were noted last, where this token was chosen."""
         assert self._scores is not None
-        values = torch.log_softmax(self._scores[0].float(), dim=-1)
-        self._scores = None
-        best = values.topk(min(self.num_top, len(values)))
-        top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return Logprobs(float(values[token]), list(top))
+        scores, self._scores = self._scores[0], None
+        return logprobs_of(scores, token, self.num_top)
+
+
+def logprobs_of(scores: Tensor, token: int, num_top: int) -> Logprobs:
+    """The figures of scores [V] where this token stands."""
+    values = torch.log_softmax(scores.float(), dim=-1)
+    best = values.topk(min(num_top, len(values)))
+    top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return Logprobs(float(values[token]), list(top))
+
+
+@torch.no_grad()
+def prompt_logprobs(model: PreTrainedModel, prompt: Tensor, num_top: int) -> list[Logprobs]:
+    """How likely the model's own forward finds each token of a prompt [1, T] from the second on: T - 1 figures."""
+    rows: Tensor = model(prompt).logits[0]
+    return [logprobs_of(row, token, num_top) for row, token in zip(rows, prompt[0, 1:].tolist(), strict=False)]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -68,7 +69,8 @@ class Transcript(StoppingCriteria):
     """Text of one `generate` call; stops it at a stop string, or when cancelled.
 
     Args:
-        stop: strings that end the text, none of them empty; they are not part of it.
+        stop: strings that end the text, none of them empty; they are not part of it. Where they overlap, the one that
+            is complete first ends it; of those that are at the same character, the longest.
         num_logprobs: each Token tells its probability, and those of so many of the likeliest; None tells none.
         listener: called with each Token and Round, in the thread that generates.
 
@@ -141,10 +143,10 @@ class Transcript(StoppingCriteria):
     def _release(self, piece: str, *, last: bool = False) -> str:
         """What of the held text and this piece can be shown: not a stop string, nor what may become one."""
         text = self._held + piece
-        positions = [index for index in (text.find(string) for string in self.stop) if index >= 0]
-        if positions:
+        found = [(text.find(string) + len(string), text.find(string)) for string in self.stop if string in text]
+        if found:  # which one wins does not depend on how the text came in pieces
             self.stopped, self._held = True, ""
-            return text[: min(positions)]
+            return text[: min(found)[1]]
         keep = 0 if last else max((_overlap(text, string) for string in self.stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -178,6 +180,7 @@ def write(
     *,
     seed: int | None = None,
     speculate: bool = True,
+    processors: Sequence[LogitsProcessor] = (),
     **options: Any,
 ) -> Written:
     """One `model.generate` into a transcript; a seed gives the ids that `torch.manual_seed` and `generate` give.
@@ -186,6 +189,7 @@ def write(
         model: as `load_specbound` returns it.
         prompt: token ids, shape [1, T], int64, on the model's device.
         speculate: False is plain decoding.
+        processors: of the scores, before temperature, top-k and top-p.
         options: of `generate`; `max_new_tokens` is one of them.
     """
     handle: Any = model.specbound
@@ -195,13 +199,13 @@ def write(
     else:
         torch.manual_seed(seed)
     criteria, mask = StoppingCriteriaList([transcript]), torch.ones_like(prompt)
-    processors = LogitsProcessorList([transcript.recorder] if transcript.recorder else [])
+    recorder = [transcript.recorder] if transcript.recorder else []
     generate: Any = model.generate
     started = time.perf_counter()
     with nullcontext() if speculate else handle.disabled():
         generate(
-            prompt, attention_mask=mask, logits_processor=processors, stopping_criteria=criteria, streamer=transcript,
-            **options,
+            prompt, attention_mask=mask, logits_processor=LogitsProcessorList([*processors, *recorder]),
+            stopping_criteria=criteria, streamer=transcript, **options,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     speculated = handle.stats is not before  # some calls run plainly all the same

@@ -5,7 +5,8 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +18,7 @@ from runtime import SpeculationBounds, detach
 from runtime.generate import attach
 from runtime.handle import SpecBound
 from runtime.server.app import make_app
-from runtime.server.limits import Limits
+from runtime.server.request.limits import Limits
 from runtime.server.worker import Worker
 from tests.helpers.fake_heads import FakeHeads
 
@@ -30,7 +31,9 @@ LIMITS = Limits(max_tokens=200, max_body_bytes=20_000, max_waiting=2)
 
 
 @contextmanager
-def running(load: Callable[[], tuple[Any, Any]], *, wait: bool = True, **options: Any) -> Iterator[tuple[str, Worker]]:
+def running(
+    load: Callable[[], tuple[Any, Any]], *, wait: bool = True, aliases: Sequence[str] = (), **options: Any
+) -> Iterator[tuple[str, Worker]]:
     """Its address and its worker, once the model is loaded; both are stopped afterwards.
 
     Args:
@@ -38,7 +41,7 @@ def running(load: Callable[[], tuple[Any, Any]], *, wait: bool = True, **options
     """
     limits = options.setdefault("limits", Limits())
     worker = Worker(load, max_waiting=limits.max_waiting)
-    app = make_app(worker, model_id=MODEL_ID, **options)
+    app = make_app(worker, names=[MODEL_ID, *aliases], **options)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=5))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
@@ -96,6 +99,12 @@ class Served:
     def idle(self) -> bool:
         """Whether nothing runs and nothing waits."""
         return self.worker._running is None and not self.worker.num_waiting
+
+    def metrics(self) -> dict[str, float]:
+        """All that /metrics tells, by name and labels."""
+        page = urllib.request.urlopen(f"{self.url}/metrics").read().decode()
+        pairs = (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in pairs}
 
     def hold(self) -> None:
         """Keep the next request at its first draft."""

@@ -94,9 +94,8 @@ def test_a_request_that_takes_too_long(
     assert (body["type"], body["code"]) == ("server_error", "timeout")
     if not stream:
         assert isinstance(caught.value, openai.APIStatusError) and caught.value.status_code == 504
-    waiting = served.send(max_tokens=200)  # behind the held one: its time runs too
-    assert b" 504 " in waiting.recv(100)
-    waiting.close()
+    with served.send(max_tokens=200, stream=stream) as waiting:  # behind the held one: its time runs too
+        assert b" 504 " in waiting.recv(100)  # also of a stream, which has sent nothing while it waits
     monkeypatch.undo()
     served.valve.open.set()
     until(served.idle)
@@ -124,26 +123,27 @@ def test_a_request_that_fails_fails_alone(served: Served, text: str, stream: boo
 
 
 def test_what_waits_is_refused_when_the_server_stops(served: Served, text: str) -> None:
-    """Last of its server: drained, it takes nothing more."""
+    """Streamed or not: nothing of it was sent yet. Last of its server: drained, it takes nothing more."""
     served.hold()
     found: list[Any] = []
 
-    def ask() -> None:
+    def ask(stream: bool) -> None:
         try:
-            found.append(served.complete().choices[0].text)
+            answer = served.complete(stream=stream)
+            found.append(answer.choices[0].text)
         except openai.InternalServerError as error:
             found.append(error.status_code)
 
-    threads = [threading.Thread(target=ask) for _ in range(2)]
-    threads[0].start()
-    until(served.valve.reached.is_set)
-    threads[1].start()
-    until(lambda: served.worker.num_waiting == 1)
+    threads = [threading.Thread(target=ask, args=(stream,)) for stream in (False, False, True)]
+    for index, thread in enumerate(threads):
+        thread.start()
+        until(lambda: served.valve.reached.is_set() and served.worker.num_waiting == index)  # noqa: B023
     served.worker.drain()
-    threads[1].join(60)
-    assert found == [503]
+    for thread in threads[1:]:
+        thread.join(60)
+    assert found == [503, 503]
     served.valve.open.set()
     threads[0].join(60)
-    assert found == [503, text]
+    assert found == [503, 503, text]
     with pytest.raises(openai.InternalServerError, match="draining"):
         served.complete()

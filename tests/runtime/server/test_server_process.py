@@ -42,7 +42,7 @@ def test_health_while_loading_and_the_key(make_model: Any, make_tokenizer: Any) 
         connection.close()
         return found
 
-    with running(load, wait=False, api_key="s3cret") as (url, _):
+    with running(load, wait=False, api_keys=["s3cret"]) as (url, _):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="s3cret", max_retries=0)
         assert health() == (503, {"status": "loading"})
         with pytest.raises(openai.InternalServerError, match="the model is loading") as caught:
@@ -108,6 +108,41 @@ def test_sigterm(adapter: Path, tmp_path: Path) -> None:
         process.kill()
         process.stderr.close()
         process.wait()
+
+
+def test_the_port_is_bound_before_slow_libraries(tmp_path: Path) -> None:
+    """Who comes early waits, and is not refused; a port that is taken is told at once."""
+    watch = """
+import socket, sys
+from train.cli.app import app
+
+def watched(address, **options):
+    slow = {"torch", "transformers", "fastapi", "uvicorn"} & sys.modules.keys()
+    print("slow:", sorted(slow), file=sys.stderr)
+    raise OSError(98, "is watched")
+
+socket.create_server = watched
+app(["serve", "--adapter", sys.argv[1]])
+"""
+    command = [sys.executable, "-c", watch, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 1
+    assert found.stderr.splitlines() == ["slow: []", "error: 127.0.0.1 port 8000 cannot be bound: is watched"]
+
+
+def test_several_names_and_keys(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the options and the environment give them."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("runtime.server.serve.serve", lambda load, listener, **options: given.update(options))
+    arguments = ["serve", "--adapter", str(adapter), "--port", "0", "--cors-origin", "https://pages.example"]
+    environment = {"SPECBOUND_API_KEY": "first second"}
+    names = ["--served-model-name", "a", "--served-model-name", "b"]
+    result = CliRunner().invoke(app, [*arguments, *names], env=environment)
+    assert result.exit_code == 0 and result.stderr.startswith("serving a, b on http://127.0.0.1:")
+    assert (given["names"], given["api_keys"]) == (["a", "b"], ["first", "second"])
+    assert given["cors_origins"] == ["https://pages.example"] and given["limits"].max_tokens is None
+    CliRunner().invoke(app, [*arguments, "--api-key", "k", "--api-key", ""])
+    assert (given["names"], given["api_keys"]) == (["base"], ["k"])
 
 
 def test_serve_says_what_is_wrong(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,20 @@
 """What the server is asked: bad requests in OpenAI's form, what changes nothing, names of others, what is counted."""
 
 import json
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.helpers.servers import MODEL_ID, Served, held, stock_text
+from tests.helpers.servers import MODEL_ID, Served, held, until
 
 GOOD: dict[str, Any] = {"model": MODEL_ID, "prompt": "w1"}
 CHAT: dict[str, Any] = {"model": MODEL_ID, "messages": [{"role": "user", "content": "w1"}]}
+
+
+def said(fields: dict[str, Any]) -> dict[str, Any]:
+    """A chat of one message with these fields."""
+    return CHAT | {"messages": [CHAT["messages"][0] | fields]}
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +40,12 @@ def served(make_model: Any, make_tokenizer: Any) -> Iterator[Served]:
         ("completions", GOOD | {"prompt": []}, 400, "prompt"),
         ("completions", GOOD | {"prompt": [1, 128]}, 400, "from 0 to 127"),
         ("completions", GOOD | {"prompt": [-1]}, 400, "from 0 to 127"),
-        ("completions", GOOD | {"prompt": ["w1", "w2"]}, 400, "prompt"),
+        ("completions", GOOD | {"prompt": ["w1", ""]}, 400, "at least one token"),
+        ("completions", GOOD | {"prompt": [1, "w1"]}, 400, "prompt: must be a text, a list of token ids, or"),
+        ("completions", GOOD | {"prompt": [True]}, 400, "prompt: must be a text, a list of token ids, or"),
         ("completions", GOOD | {"prompt": {"a": 1}}, 400, "prompt"),
-        ("completions", GOOD | {"colour": "red"}, 400, "colour"),
-        ("completions", GOOD | {"max_tokens": 0}, 400, "max_tokens"),
+        ("completions", GOOD | {"colour": "red"}, 400, "colour: this server does not know this field"),
+        ("completions", GOOD | {"max_tokens": 0}, 400, "max_tokens: 0 needs echo: true"),
         ("completions", GOOD | {"max_tokens": "5"}, 400, "max_tokens"),
         ("completions", GOOD | {"max_tokens": 201}, 400, "at most 200"),
         ("completions", GOOD | {"max_tokens": 10**30}, 400, "context is 512"),
@@ -50,17 +56,46 @@ def served(make_model: Any, make_tokenizer: Any) -> Iterator[Served]:
         ("completions", GOOD | {"top_p": 0}, 400, "top_p"),
         ("completions", GOOD | {"seed": 2**64}, 400, "seed"),
         ("completions", GOOD | {"stop": ""}, 400, "stop"),
-        ("completions", GOOD | {"stop": ["a"] * 17}, 400, "stop"),
-        ("completions", GOOD | {"n": 2}, 400, "not supported"),
+        (
+            "completions",
+            GOOD | {"stop": ["a"] * 17},
+            400,
+            "stop: 17 strings are too many: this server takes",
+        ),
+        ("completions", GOOD | {"stop": [1]}, 400, "stop: must be a string or a list of strings"),
+        ("completions", GOOD | {"n": 0}, 400, "n"),
+        ("completions", GOOD | {"n": 4}, 400, "4 answers: this server takes at most 3 at once"),
+        ("completions", GOOD | {"n": 2, "prompt": ["w1", "w2"]}, 400, "4 answers: this server takes at most 3"),
         ("completions", GOOD | {"logprobs": 21}, 400, "logprobs"),
         ("completions", GOOD | {"logprobs": True}, 400, "logprobs"),
-        ("completions", GOOD | {"echo": True}, 400, "not supported"),
-        ("completions", GOOD | {"presence_penalty": 0.5}, 400, "not supported"),
+        ("completions", GOOD | {"presence_penalty": 2.5}, 400, "presence_penalty"),
+        ("completions", GOOD | {"frequency_penalty": "1"}, 400, "frequency_penalty"),
+        ("completions", GOOD | {"min_p": 1.5}, 400, "min_p"),
+        ("completions", GOOD | {"repetition_penalty": 0}, 400, "repetition_penalty"),
+        ("completions", GOOD | {"top_k": -2}, 400, "top_k"),
+        ("completions", GOOD | {"logit_bias": {"5": 101}}, 400, "from -100 to 100"),
+        ("completions", GOOD | {"logit_bias": {"w5": 1}}, 400, "logit_bias: must give token ids"),
+        ("completions", GOOD | {"logit_bias": {"128": 1}}, 400, "128 is no token id: they end at 127"),
+        ("completions", GOOD | {"stream_options": {"include_obfuscation": True}}, 400, "not supported"),
+        ("completions", GOOD | {"messages": []}, 400, "messages: this server does not know this field"),
         ("completions", GOOD | {"specbound": {"enabled": 1}}, 400, "specbound.enabled"),
         ("chat/completions", CHAT | {"messages": []}, 400, "messages"),
         ("chat/completions", CHAT | {"messages": [{"role": "king", "content": "w1"}]}, 400, "role"),
         ("chat/completions", CHAT | {"messages": [{"role": "user"}]}, 400, "content"),
-        ("chat/completions", CHAT | {"messages": ["w1"]}, 400, "messages.0"),
+        ("chat/completions", CHAT | {"messages": ["w1"]}, 400, "messages.0: must be an object with a role"),
+        (
+            "chat/completions",
+            said({"content": [{"type": "image_url"}]}),
+            400,
+            "content: a part of type image_url",
+        ),
+        ("chat/completions", said({"content": [{"type": "text"}]}), 400, "content: a part without text"),
+        ("chat/completions", said({"content": 5}), 400, "messages.0.content: must be text, or a list of parts"),
+        ("chat/completions", said({"content": None}), 400, "messages.0.content: Field required"),
+        ("chat/completions", said({"tool_calls": [{}]}), 400, "messages.0: tool_calls is not supported"),
+        ("chat/completions", said({"role": "tool"}), 400, "messages.0.role"),
+        ("chat/completions", CHAT | {"continue_final_message": True}, 400, "needs a last message of the assistant"),
+        ("chat/completions", CHAT | {"echo": True}, 400, "echo is not supported"),
         ("chat/completions", CHAT | {"logprobs": 1}, 400, "logprobs"),
         ("chat/completions", CHAT | {"top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
         ("chat/completions", CHAT | {"tools": [{"type": "function"}]}, 400, "not supported"),
@@ -77,34 +112,48 @@ def test_bad_requests(served: Served, path: str, body: Any, status: int, said: s
     assert said in answer["error"]["message"] and answer["error"]["type"] == "invalid_request_error"
 
 
-def test_what_changes_nothing_is_taken(served: Served, make_model: Any, make_tokenizer: Any) -> None:
-    neutral: Any = {"n": 1, "logprobs": None, "presence_penalty": 0.0, "logit_bias": {}, "best_of": 1, "user": "me"}
-    assert served.complete(**neutral).choices[0].text == stock_text(make_model(), make_tokenizer())
-
-
 def test_metrics(served: Served) -> None:
     """Counts go up by what a request did, and never down."""
-
-    def read() -> dict[str, float]:
-        page = urllib.request.urlopen(f"{served.url}/metrics").read().decode()
-        pairs = (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))
-        return {name: float(value) for name, _, value in pairs}
-
-    before = read()
+    before = served.metrics()
     usage = served.complete(max_tokens=20).usage
-    after = read()
+    after = served.metrics()
     assert all(after[name] >= value for name, value in before.items() if "created" not in name)
     assert after["specbound_generated_tokens_total"] - before["specbound_generated_tokens_total"] == 20
     assert after["specbound_prompt_tokens_total"] - before["specbound_prompt_tokens_total"] == 3
     assert after["specbound_rounds_total"] - before["specbound_rounds_total"] == usage.specbound["rounds"]
     assert after["specbound_ready"] == 1 and after["specbound_waiting_requests"] == 0
     drafted = 'specbound_drafted_tokens_total{exit_layer="2"}'
-    assert after[drafted] - before[drafted] == usage.specbound["drafted"]["2"]
+    assert after[drafted] - before.get(drafted, 0) == usage.specbound["drafted"]["2"]
     ended = 'specbound_requests_total{outcome="length"}'
-    assert after[ended] - before[ended] == 1
+    assert after[ended] - before.get(ended, 0) == 1
 
 
-def test_names_of_others_are_not_answered_to(served: Served) -> None:
-    """A page elsewhere that has its own name lead to this machine gets nothing."""
-    status, answer = served.post(json.dumps(GOOD).encode(), Host="evil.example")
-    assert status == 403 and "local names" in answer["error"]["message"]
+def test_metrics_of_refused_requests(served: Served) -> None:
+    """Whoever refuses: the schema, the limits, the gate; a request elsewhere is none."""
+    refused = 'specbound_requests_total{outcome="refused"}'
+    before = served.metrics().get(refused, 0)
+    for body in (b"{", json.dumps(GOOD | {"n": 9}).encode(), b"x" * 20_001):
+        served.post(body)
+    served.post(json.dumps(GOOD).encode(), Host="evil.example")
+    served.post(b"{}", "/tokenize")
+    assert served.metrics()[refused] - before == 4
+
+
+def test_metrics_of_cancelled_requests(served: Served) -> None:
+    """What they took of the machine counts; and what runs is told."""
+    before = served.metrics()
+    served.hold()
+    with served.send(max_tokens=200, stream=True) as connection:
+        until(served.valve.reached.is_set)
+        assert served.metrics()["specbound_running_requests"] == 1
+        job = served.worker._running
+        assert job is not None and connection.recv(12) == b"HTTP/1.1 200"
+    until(job.transcript.cancelled.is_set)
+    served.valve.open.set()
+    until(served.idle)
+    after = served.metrics()
+    assert after["specbound_running_requests"] == 0
+    for name, count in (("generated_tokens", len(job.transcript.ids)), ("rounds", 1), ("prompt_tokens", 3)):
+        assert after[f"specbound_{name}_total"] - before[f"specbound_{name}_total"] == count
+    cancelled = 'specbound_requests_total{outcome="cancelled"}'
+    assert after[cancelled] - before.get(cancelled, 0) == 1

@@ -74,6 +74,8 @@ def test_special_tokens_leave_no_trace(make_tokenizer: Any) -> None:
         (("lloo", "lo x"), "hello world"),
         (("h",), ""),
         (("d",), "hello worl"),
+        (("llo", "l"), "he"),  # the one that is complete first
+        (("lo", "ello", "o"), "h"),  # at the same character: the longest
     ],
 )
 def test_stop_strings_and_their_beginnings(byte_tokenizer: Any, stop: tuple[str, ...], left: str) -> None:

@@ -1,0 +1,89 @@
+"""`ApiError`: an error in OpenAI's form, and what of other errors a client is told. Knows no routes."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from runtime.errors import SpecBoundError
+from runtime.server.worker import Full, Unavailable
+
+
+class ApiError(Exception):
+    """An error as OpenAI's clients read it.
+
+    Args:
+        status: of HTTP.
+        headers: what goes beside it.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param, self.headers = status, code, param, headers or {}
+
+    def body(self) -> dict[str, Any]:
+        """What the response holds."""
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What a client is told of it: nothing of our insides."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, Full):
+        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)})
+    if isinstance(error, Unavailable):
+        return ApiError(503, str(error), code="unavailable", headers={"Retry-After": "5"})
+    return ApiError(500, f"the request failed ({type(error).__name__}); others are not affected", code="failed")
+
+
+def add_error_forms(app: FastAPI) -> None:
+    """Every error in OpenAI's form."""
+
+    def answer(error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body(), error.status, error.headers)
+
+    @app.exception_handler(ApiError)
+    async def ours(request: Request, error: ApiError) -> JSONResponse:
+        return answer(error)
+
+    @app.exception_handler(Full)
+    @app.exception_handler(Unavailable)
+    async def not_taken(request: Request, error: SpecBoundError) -> JSONResponse:
+        return answer(as_api_error(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return answer(_first_of(error))
+
+    @app.exception_handler(HTTPException)
+    async def routing(request: Request, error: HTTPException) -> JSONResponse:
+        said = f"{request.method} {request.url.path}: {error.detail}"
+        return answer(ApiError(error.status_code, said, headers=dict(error.headers or {})))
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return answer(as_api_error(error))
+
+
+def _first_of(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a body, in a sentence that begins with its place."""
+    first = error.errors()[0]
+    path = [] if first["type"] == "json_invalid" else first["loc"][1:]
+    place = ".".join(str(part) for part in path)
+    said = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        said = "this server does not know this field: leave it out"
+    return ApiError(400, f"{place or 'body'}: {said}", param=place or None)

@@ -1,0 +1,1 @@
+"""What clients may ask: bodies, what of them says nothing, prompts, limits."""

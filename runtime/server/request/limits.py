@@ -1,0 +1,68 @@
+"""`Limits`: what one request may ask for. Knows no answers and no routes."""
+
+from dataclasses import dataclass
+
+from runtime.server.errors import ApiError
+from runtime.server.request.schema import ChatRequest, CompletionRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may ask for.
+
+    Attributes:
+        max_tokens: of an answer; None for as many as the context has room for.
+        max_body_bytes: of a request.
+        max_waiting: answers in the queue.
+        seconds: from a request's arrival to its end, the queue included; None sets no limit.
+    """
+
+    max_tokens: int | None = None
+    max_body_bytes: int = 1 << 20
+    max_waiting: int = 16
+    seconds: float | None = None
+
+    def tokens(self, body: ChatRequest | CompletionRequest, prompt_tokens: int, context: int) -> int:
+        """Tokens to generate at most.
+
+        Raises:
+            ApiError: more are asked for than fit or are allowed.
+        """
+        room, asked = context - prompt_tokens, body.limit
+        wanted = 1 if asked is None else asked
+        if room < wanted:
+            raise ApiError(
+                400,
+                f"this model's context is {context} tokens: {prompt_tokens} of the prompt and {wanted} of the answer"
+                " do not fit",
+                code="context_length_exceeded",
+                param="messages" if isinstance(body, ChatRequest) else "prompt",
+            )
+        most = room if self.max_tokens is None else min(room, self.max_tokens)
+        if wanted > most:
+            said = f"max_tokens is {asked}: this server takes at most {self.max_tokens}"
+            raise ApiError(400, said, param="max_tokens")
+        return most if asked is None else asked
+
+    def check_answers(self, count: int) -> None:
+        """Whether a request may have so many answers.
+
+        Raises:
+            ApiError: they never have places in the queue all at once.
+        """
+        if count > self.max_waiting + 1:
+            said = f"n times the prompts is {count} answers: this server takes at most {self.max_waiting + 1} at once"
+            raise ApiError(400, said, param="n")
+
+
+def check_bias(body: ChatRequest | CompletionRequest, num_ids: int) -> None:
+    """Whether the model has all ids of `logit_bias`.
+
+    Raises:
+        ApiError: it does not.
+    """
+    wrong = [id for id in body.logit_bias if int(id) >= num_ids]
+    if wrong:
+        raise ApiError(
+            400, f"logit_bias: {wrong[0]:.20} is no token id: they end at {num_ids - 1}", param="logit_bias"
+        )

@@ -1,0 +1,65 @@
+"""Fields that clients send and this server does not act on: any value of some, and of others what changes nothing."""
+
+from collections.abc import Container
+from typing import Any
+
+from runtime.server.errors import ApiError
+
+# Whatever they say, the answer is the same: of keeping, accounting, caching, and of tools that nobody can give.
+INERT = {
+    "cache_prompt", "keep_alive", "metadata", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key",
+    "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
+}  # fmt: skip
+# What changes nothing, by field; any other value is refused. Null always passes.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "mirostat": (0,),
+    "modalities": (["text"],),
+    "no_repeat_ngram_size": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_a": (0,),
+    "truncate_prompt_tokens": (),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+
+
+def without_neutral(fields: dict[str, Any], own: Container[str]) -> dict[str, Any]:
+    """The fields of a request that say something.
+
+    Args:
+        own: fields that the request knows itself.
+
+    Raises:
+        ApiError: one that is not honoured has a value that would change the answer.
+    """
+    kept = {name: value for name, value in fields.items() if value is not None and name not in INERT}
+    for name in [name for name in kept if name in NEUTRAL and name not in own]:
+        value = kept.pop(name)
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in NEUTRAL[name]):
+            raise ApiError(400, f"{name} is not supported by this server: leave it out", param=name)
+    return kept

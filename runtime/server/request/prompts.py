@@ -1,0 +1,90 @@
+"""`Prompt`: a request's prompts as token ids. Knows no answers and no routes."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.server.errors import ApiError
+from runtime.server.request.messages import Conversation
+from runtime.server.request.schema import ChatRequest, CompletionRequest, TokenizeRequest
+from runtime.server.worker import Worker
+from runtime.text.encode import encode
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        ids: shape [1, T], int64.
+        text: as it is echoed; empty for a chat.
+    """
+
+    ids: Tensor
+    text: str
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.ids.shape[1]
+
+
+def prompts_of(worker: Worker, body: ChatRequest | CompletionRequest) -> list[Prompt]:
+    """All prompts of a request.
+
+    Raises:
+        ApiError: one has no token, or one that the model does not know.
+    """
+    tokenizer: Any = worker.tokenizer
+    if isinstance(body, ChatRequest):
+        pairs: list[tuple[list[int], str | None]] = [(chat_ids(tokenizer, body), "")]
+    else:
+        pairs = [(tokenizer(one)["input_ids"], one) if isinstance(one, str) else (one, None) for one in body.prompt]
+    known = worker.model.get_input_embeddings().weight.shape[0]
+    for ids, _ in pairs:
+        if not ids or not all(0 <= token < known for token in ids):
+            said = f"the prompt must be at least one token, each from 0 to {known - 1}"
+            raise ApiError(400, said, param="messages" if isinstance(body, ChatRequest) else "prompt")
+    return [Prompt(torch.tensor([ids]), tokenizer.decode(ids) if text is None else text) for ids, text in pairs]
+
+
+def chat_ids(tokenizer: Any, chat: Conversation) -> list[int]:
+    """Token ids of a conversation in the chat template.
+
+    Raises:
+        ApiError: the model has no template, or it refuses the conversation.
+    """
+    if tokenizer.chat_template is None:
+        raise ApiError(400, "this model has no chat template: use /v1/completions", param="messages")
+    ours = set(inspect.signature(tokenizer.apply_chat_template).parameters) & set(chat.template_variables)
+    if ours:  # `tools`, `chat_template`, ...: arguments of the call, not variables
+        said = f"chat_template_kwargs: {min(ours)} is not a variable of the template: leave it out"
+        raise ApiError(400, said, param="chat_template_kwargs")
+    messages = [message.for_template() for message in chat.messages]
+    try:
+        return encode(tokenizer, messages, options=chat.template_variables | chat.template_options)
+    except Exception as error:  # templates raise what they like on roles that they do not take
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ApiError(400, f"the model's chat template refuses this: {first}", param="messages") from None
+
+
+def tokenized(worker: Worker, body: TokenizeRequest) -> dict[str, Any]:
+    """What /tokenize answers.
+
+    Raises:
+        ApiError: as `chat_ids`.
+    """
+    tokenizer: Any = worker.tokenizer
+    if body.prompt is None:
+        ids = chat_ids(tokenizer, body)
+    else:
+        ids = tokenizer(body.prompt, add_special_tokens=body.add_special_tokens is not False)["input_ids"]
+    return {
+        "count": len(ids),
+        "max_model_len": int(worker.model.config.max_position_embeddings),
+        "tokens": ids,
+        "token_strs": tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None,
+    }

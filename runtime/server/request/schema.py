@@ -1,0 +1,225 @@
+"""Bodies of requests in OpenAI's form. Knows no model.
+
+What cannot be honoured is refused, never ignored, unless it is at the value that changes nothing.
+"""
+
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from runtime.server.request.messages import Conversation, Message, Strict
+from runtime.server.request.neutral import without_neutral
+
+# A number so small that scores divided by it are no longer finite.
+MIN_TEMPERATURE = 1e-6
+# As many as OpenAI's chats take.
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+MAX_CHOICES = 128
+MAX_BIAS = 100
+
+
+class StreamOptions(Strict):
+    """What a stream holds besides text."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+    @field_validator("include_obfuscation")
+    @classmethod
+    def _plain(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("is not supported by this server: leave it out")
+        return value
+
+
+class Speculation(Strict):
+    """Our own part of a request, `specbound`.
+
+    Attributes:
+        enabled: False is plain decoding.
+        rounds: streams tell what drafted each token.
+    """
+
+    enabled: bool = True
+    rounds: bool = False
+
+
+class Request(Strict):
+    """What chats and completions share.
+
+    Attributes:
+        max_tokens: of the answer; `max_completion_tokens` is its other name, and wins.
+        n: so many answers to each prompt; the seed of each is one more than that of the one before.
+        seed: gives the ids that `torch.manual_seed(seed)` and `model.generate` give.
+        temperature: 0 is greedy; None, with no `top_p`, `top_k` or `min_p` either, does as the model's own defaults
+            say.
+        top_k: not OpenAI's; 0 and -1 switch off the 50 that transformers takes by default.
+        min_p, repetition_penalty: not OpenAI's; as `generate` has them.
+        logit_bias: added to the scores of token ids.
+        presence_penalty: taken from the scores of ids that the answer has already.
+        frequency_penalty: the same, once for each time.
+    """
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: list[str] = Field(default_factory=list)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
+    presence_penalty: float = Field(0, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float = Field(0, ge=-2, le=2, allow_inf_nan=False)
+    logit_bias: dict[str, float] = Field(default_factory=dict)
+    specbound: Speculation = Speculation()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, fields: Any) -> Any:
+        if type(fields) is not dict:
+            raise ValueError("must be a JSON object")
+        return without_neutral(fields, cls.model_fields)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _listed(cls, stop: Any) -> Any:
+        strings = [stop] if isinstance(stop, str) else stop
+        if not isinstance(strings, list) or not all(isinstance(one, str) for one in strings):
+            raise ValueError("must be a string or a list of strings")
+        if len(strings) > MAX_STOP_STRINGS:
+            raise ValueError(f"{len(strings)} strings are too many: this server takes at most {MAX_STOP_STRINGS}")
+        if not all(1 <= len(one) <= MAX_STOP_LENGTH for one in strings):
+            raise ValueError(f"each string must have 1 to {MAX_STOP_LENGTH} characters")
+        return strings
+
+    @field_validator("temperature")
+    @classmethod
+    def _divisible(cls, value: float | None) -> float | None:
+        if value is not None and 0 < value < MIN_TEMPERATURE:
+            raise ValueError(f"must be 0, for greedy decoding, or at least {MIN_TEMPERATURE:g}")
+        return value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _of_ids(cls, bias: dict[str, float]) -> dict[str, float]:
+        if not all(key.isdecimal() and abs(value) <= MAX_BIAS for key, value in bias.items()):
+            raise ValueError(f"must give token ids, as text, numbers from -{MAX_BIAS} to {MAX_BIAS}")
+        return bias
+
+    def sampling(self) -> dict[str, Any]:
+        """Options of `generate`; those not asked for are left to it."""
+        options: dict[str, Any] = {}
+        if self.repetition_penalty is not None:
+            options["repetition_penalty"] = self.repetition_penalty
+        if self.logit_bias:
+            options["sequence_bias"] = [[[int(id)], float(value)] for id, value in self.logit_bias.items()]
+        if self.temperature == 0:
+            return options | {"do_sample": False}
+        top_k = 0 if self.top_k == -1 else self.top_k
+        asked = {"temperature": self.temperature, "top_p": self.top_p, "top_k": top_k, "min_p": self.min_p or None}
+        given = {name: value for name, value in asked.items() if value is not None}
+        if self.min_p == 0 and given:
+            given["min_p"] = 0.0  # against a model's own default
+        return options | ({"do_sample": True} | given if given else {})
+
+
+class ChatRequest(Request, Conversation):
+    """Body of /v1/chat/completions."""
+
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _asked(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """So many of the likeliest tokens are told beside each one; None tells no probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of the answer at most."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def echo(self) -> bool:
+        """Whether the answer begins with its prompt: a chat's never does."""
+        return False
+
+
+class CompletionRequest(Request):
+    """Body of /v1/completions.
+
+    Attributes:
+        prompt: one or several, each as text or as token ids.
+        max_tokens: 0 gives only the prompt back.
+        echo: the answer begins with its prompt, and `logprobs` tells those of its tokens too.
+    """
+
+    prompt: list[str | list[int]]
+    max_tokens: int | None = Field(None, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _several(cls, prompt: Any) -> Any:
+        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and _are_ids(prompt)):
+            return [prompt]
+        if isinstance(prompt, list) and prompt and all(isinstance(one, str) or _are_ids(one) for one in prompt):
+            return prompt
+        raise ValueError("must be a text, a list of token ids, or a list of texts or of such lists, and not empty")
+
+    @model_validator(mode="after")
+    def _something(self) -> "CompletionRequest":
+        if self.limit == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 needs echo: true")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """So many of the likeliest tokens are told beside each one; None tells no probabilities."""
+        return self.logprobs
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of the answer at most; 16 where none is given, as OpenAI has it."""
+        given = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        return 16 if given is None else given
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(one) is int for one in value)
+
+
+class TokenizeRequest(Conversation):
+    """Body of /tokenize: a text, or messages.
+
+    Attributes:
+        add_special_tokens: to a text, as a completion's prompt gets them; a chat template has its own.
+    """
+
+    model: str | None = None
+    messages: list[Message] = Field(default_factory=list)
+    prompt: str | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "TokenizeRequest":
+        if bool(self.messages) == (self.prompt is not None):
+            raise ValueError("give either a prompt or messages")
+        if self.messages and self.add_special_tokens:
+            raise ValueError("add_special_tokens goes with a prompt: leave it out, the chat template adds its own")
+        return self
