@@ -39,7 +39,7 @@ class FitState:
     Attributes:
         step: steps done.
         skipped: batches left out so far because their loss was not finite.
-        start, trend: the loss at the start and lately, None before the first step; see `Divergence`.
+        start, risen: what `Divergence` keeps.
         score: mean accepted length by replay of held-out text, where it was measured at this step.
         best: the highest score up to this step.
     """
@@ -47,7 +47,7 @@ class FitState:
     step: int = 0
     skipped: int = 0
     start: float | None = None
-    trend: float | None = None
+    risen: int = 0
     score: float | None = None
     best: float | None = None
 

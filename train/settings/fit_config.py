@@ -182,7 +182,8 @@ def validate(config: FitConfig) -> None:
     _require(config.max_steps == -1 or config.max_steps > 0, "max_steps", config.max_steps, "-1 or above 0")
     for name in ("model_name_or_path", "output_dir", "prompts"):
         _require(bool(getattr(config, name)), name, getattr(config, name), "a value that is not empty")
-    _require(config.top_p <= 1, "top_p", config.top_p, "at most 1")
+    for name in ("top_p", "learning_rate"):
+        _require(getattr(config, name) <= 1, name, getattr(config, name), "at most 1")
     parts = (config.calibration_fraction, config.held_out_fraction)
     _require(sum(parts) < 1, "calibration_fraction and held_out_fraction", parts, "a sum below 1")
     _require(not config.push_to_hub or bool(config.hub_model_id), "hub_model_id", None, "ORG/NAME, with push_to_hub")
