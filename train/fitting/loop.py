@@ -72,7 +72,7 @@ def fit(
     ages = heads.exits.one.ages
     wrapped, optimizer = accelerator.prepare(heads.exits, optimizer)
     settings = {key: value for key, value in asdict(config).items() if key not in FREE_TO_CHANGE}
-    settings["num_processes"] = accelerator.num_processes
+    settings |= {"num_processes": accelerator.num_processes, "max_length": config.longest}
     settings["corpus"] = file_sha256(config.corpus_path / "corpus.json")  # of prompts, base and how it answered
     state = load_checkpoint(accelerator, config.resume_from_checkpoint, Path(config.output_dir), settings)
     if state.step >= plan.total:

@@ -90,7 +90,9 @@ class FitConfig:
     max_skipped_batches: int = field(default=10, metadata=_help("stop after more batches without a finite loss"))
     kl_weight: float = field(default=0.5, metadata=_help("weight of the divergence from the base"))
     teacher_top_k: int = field(default=32, metadata=_help("most likely tokens of the base that the loss uses"))
-    max_length: int = field(default=1024, metadata=_help("longest prompt and response; the end is cut"))
+    max_length: int | None = field(
+        default=None, metadata=_help("cut prompt and response to this; default: max_prompt_tokens + max_new_tokens")
+    )
     seed: int = field(default=0, metadata=_help("seed of heads, order and sampling"))
     logging_steps: int = field(default=10, metadata=_help("steps between log lines"))
     save_steps: int = field(default=200, metadata=_help("steps between checkpoints"))
@@ -118,6 +120,11 @@ class FitConfig:
     def corpus_path(self) -> Path:
         """The corpus folder: `corpus_dir`, or `corpus` in the output folder."""
         return Path(self.corpus_dir or Path(self.output_dir) / "corpus")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and response together, at most: `max_length`, or what the corpus may have."""
+        return self.max_length or self.max_prompt_tokens + self.max_new_tokens
 
 
 class _Parser(HfArgumentParser):
