@@ -36,6 +36,14 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
     Raises:
         ConfigError, DataError: see `read_prompts` and `distil`.
     """
+    if state.is_main_process and (longest := config.max_prompt_tokens + config.max_new_tokens) > config.longest:
+        logger.warning(
+            "max_length %d cuts answers that are generated whole: set it to max_prompt_tokens + max_new_tokens, %d, or"
+            " leave it out; or lower max_prompt_tokens to %d",
+            config.longest,
+            longest,
+            max(1, config.longest - config.max_new_tokens),
+        )
     with state.main_process_first():  # the other processes then read data sets from the cache
         sources = [read_prompts(source, limit=config.prompt_limit) for source in config.prompts]
     options = CorpusOptions(

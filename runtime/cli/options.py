@@ -75,12 +75,12 @@ def to_ids(model: Any, prompts: Sequence[Any]) -> list[Any]:
         DataError: nothing is left of one.
     """
     import torch
-    from transformers import AutoTokenizer
 
+    from runtime.base import load_tokenizer
     from runtime.errors import DataError
     from runtime.text.encode import encode
 
-    tokenizer, tensors = AutoTokenizer.from_pretrained(model.name_or_path), []
+    tokenizer, tensors = load_tokenizer(model.name_or_path, {}), []
     for prompt in prompts:
         ids = encode(tokenizer, [asdict(message) for message in prompt.messages])
         if not ids:

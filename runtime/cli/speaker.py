@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from runtime.base import load_tokenizer
 from runtime.cli.options import load_with_adapter
 from runtime.errors import DataError
 from runtime.text.encode import encode
@@ -30,7 +30,7 @@ class Speaker:
         """
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would stand between the lines of a conversation
         model = load_with_adapter(adapter, base_model, **options)
-        return cls(model, AutoTokenizer.from_pretrained(model.name_or_path))
+        return cls(model, load_tokenizer(model.name_or_path, {}))
 
     @property
     def exit_layers(self) -> list[int]:

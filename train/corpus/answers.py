@@ -4,12 +4,13 @@ It does not depend on files or splits.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from runtime.errors import ConfigError, DataError
 from runtime.text.encode import encode
@@ -72,8 +73,15 @@ class Answerer:
         groups = (turns[:first_sampled], turns[first_sampled:])
         return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
-    def answer(self, batch: Sequence[Turn], *, name: str) -> list[list[int]]:
-        """Generate the response ids of each turn, up to its first end-of-sequence token. `name` seeds sampling."""
+    def answer(
+        self, batch: Sequence[Turn], *, name: str, told: Callable[[int], object] | None = None
+    ) -> list[list[int]]:
+        """Generate the response ids of each turn, up to its first end-of-sequence token.
+
+        Args:
+            name: seeds sampling.
+            told: called after each token of the batch with its number, from 1.
+        """
         rows, width = [turn.prompt_ids for turn in batch], max(len(turn.prompt_ids) for turn in batch)
         device = self.model.device
         input_ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows], device=device)
@@ -83,7 +91,7 @@ class Answerer:
         if batch[0].sampled:  # top_k 0 means off; the library's default is 50
             how = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
         how |= {"num_beams": 1, "max_new_tokens": options.max_new_tokens, "use_cache": True}
-        how["synced_gpus"] = self.together
+        how |= {"synced_gpus": self.together, "streamer": None if told is None else _Count(told)}
         how |= {"pad_token_id": self.pad_id, "eos_token_id": self.eos_ids or None}
         # The seed depends on the batch's name alone, not on what ran before, so a resumed run draws the same.
         seed = hashlib.sha256(f"{options.seed} {name}".encode()).digest()
@@ -103,6 +111,22 @@ class Answerer:
         except DataError as error:
             begins = f"the prompt that begins {prompt.texts[0][:60]!a}"
             raise DataError(f"{begins}: {error}; change its messages or set `chat_template: none`") from error
+
+
+class _Count(BaseStreamer):
+    """Tells how many tokens each answer of a batch has."""
+
+    def __init__(self, told: Callable[[int], object]) -> None:
+        self.told, self.count = told, -1  # the prompt comes first
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt, or the next token of every answer."""
+        self.count += 1
+        if self.count:
+            self.told(self.count)
+
+    def end(self) -> None:
+        """Nothing is held back."""
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from runtime.files import write_atomic
 from runtime.text.prompts import Prompt
 from train.corpus.answers import Answerer
 from train.corpus.options import CorpusOptions
-from train.corpus.prompts import SPLITS, assign_split, deduplicate, ngram_filter
+from train.corpus.prompts import SPLITS, assign_split, deduplicate, ngram_filter, warn_of_tokens
 from train.corpus.remote import RemoteAnswerer
 from train.corpus.shards import Shards
 from train.corpus.waves import Waves
@@ -73,6 +73,8 @@ def distil(
     barrier()  # rank 0 writes nothing before all have read what was there
     if rank == 0:
         _write_record(folder, {"settings": settings, "complete": False})
+        if options.chat_template != "none":  # plain text may be written with them on purpose
+            warn_of_tokens(kept, [token.content for token in tokenizer.added_tokens_decoder.values() if token.special])
     waves = Waves(answerer, shards, rank, world_size, barrier, progress)
     tables, num_too_long = waves.run(kept)
     if rank == 0:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.adapter.hub import patiently
 from runtime.errors import DataError
 from runtime.text.prompts import FILES, Prompt, to_prompts
 from runtime.text.prompts import read_prompts as read_file
@@ -64,6 +65,24 @@ def deduplicate(prompts: Sequence[Prompt]) -> tuple[list[Prompt], int]:
     return list(unique.values()), len(prompts) - len(unique)
 
 
+def warn_of_tokens(prompts: Sequence[Prompt], tokens: Collection[str]) -> None:
+    """Warn of prompts that hold these tokens in their text: the tokenizer makes real ones of them."""
+    if not tokens:
+        return
+    pattern = re.compile("|".join(map(re.escape, tokens)))
+    found = [(match[0], prompt) for prompt in prompts if (match := pattern.search("\n".join(prompt.texts)))]
+    if found:
+        token, prompt = found[0]
+        logger.warning(
+            "%d of %d prompts hold special tokens in their text, which become real ones, such as a turn's end: %s in"
+            " the one that begins %.60a; remove them from the text, or leave those prompts out",
+            len(found),
+            len(prompts),
+            token,
+            prompt.texts[0],
+        )
+
+
 def ngram_filter(
     prompts: Iterable[Prompt], *, evaluation_files: Sequence[str], n: int = 13
 ) -> tuple[list[Prompt], list[Prompt]]:
@@ -99,7 +118,7 @@ def _dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
 
     name, split = source.split(":", 1) if ":" in source else (source, "train")
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = patiently(lambda: datasets.load_dataset(name, split=split))
     except Exception as error:  # the loader raises many kinds; the user needs one line
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise DataError(

@@ -10,7 +10,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,8 +45,12 @@ class RemoteAnswerer(Answerer):
         self.served = ""
         self.checked: set[bool] = set()
 
-    def answer(self, batch: Sequence[Turn], *, name: str) -> list[list[int]]:
+    def answer(
+        self, batch: Sequence[Turn], *, name: str, told: Callable[[int], object] | None = None
+    ) -> list[list[int]]:
         """Request the response ids of each turn; an end-of-sequence token is added if the engine reports a stop.
+
+        The engine answers at once, so `told` is not called.
 
         Raises:
             ConfigError: the engine cannot be reached, or refuses.

@@ -55,19 +55,29 @@ class Waves:
         return tables, num_too_long
 
     def _answer(self, batches: dict[str, list[Turn]], *, wave: int) -> None:
-        num_tokens, start = 0, time.perf_counter()
+        num_tokens, start, pace = 0, time.perf_counter(), ""
         names, hidden = list(batches), self.rank != 0 or not self.progress
-        with tqdm(range(0, len(names), self.world_size), f"wave {wave}", unit="batch", disable=hidden) as bar:
-            for first in bar:
+        firsts, longest = range(0, len(names), self.world_size), self.answerer.options.max_new_tokens
+        # The bar also moves within a batch, which may take minutes, but not with every token: a file may hold it.
+        options = {"unit": "batch", "disable": hidden, "miniters": 0, "mininterval": 1}
+        with tqdm(total=len(firsts), desc=f"wave {wave}", **options) as bar:
+
+            def told(number: int) -> None:
+                bar.set_postfix_str(f"{pace}token {number} of {longest}", refresh=False)
+                bar.update(0)
+
+            for first in firsts:
                 turn = names[first : first + self.world_size]  # a batch for each process; the last turn may be short
                 name, mine = (turn[self.rank], True) if self.rank < len(turn) else (turn[0], False)
                 missing = mine and self.shards.read(batches[name], name=name) is None
                 if missing or (self.answerer.together and self._any_missing(turn, batches)):
-                    responses = self.answerer.answer(batches[name], name=name)
+                    responses = self.answerer.answer(batches[name], name=name, told=None if hidden else told)
                     if missing:
                         self.shards.write(batches[name], responses, name=name, wave=wave)
                     num_tokens += sum(map(len, responses))
-                    bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s")
+                    pace = f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s, "
+                    bar.set_postfix_str(pace.removesuffix(", "), refresh=False)
+                bar.update()
 
     def _any_missing(self, turn: Sequence[str], batches: dict[str, list[Turn]]) -> bool:
         """Whether any shard is missing; the same on all processes, since none is written before all have answered."""

@@ -35,9 +35,7 @@ class Split:
         Raises:
             DataError: the split is missing, or nothing is left of it after truncation.
         """
-        sequences = Sequences.from_corpus(
-            load_split(config.corpus_path, name), max_length=config.max_length, name=name
-        )
+        sequences = Sequences.from_corpus(load_split(config.corpus_path, name), max_length=config.longest, name=name)
         if sequences.num_dropped:
             logger.info("%s: %d rows dropped, no response is left after truncation", name, sequences.num_dropped)
         kept = PROMPT_TOKENS if attends(config.head) else 0
@@ -52,7 +50,7 @@ class Split:
             "dtype": config.dtype,
             "exits": config.exit_layers,
             "top_k": config.teacher_top_k,
-            "max_length": config.max_length,
+            "max_length": config.longest,
             "prompt_tokens": self.extract.prompt_tokens,
             "corpus": (config.corpus_path / "corpus.json").read_text(encoding="utf-8"),
         }

@@ -1,10 +1,9 @@
 """Checkpoints of a fit: `checkpoint-<step>` folders; incomplete ones are skipped. Knows no heads and no data.
 
 Accelerate writes model, optimizer and random states; this file names, finds, verifies and prunes the folders. A
-checkpoint takes its name last, and holds size and hash of each of its files.
-
-A checkpoint is a local file of the user's own run and never published: its optimizer and random states are
-pickles. Accelerate reads them with `weights_only`, so they run no code; DeepSpeed's own are read in full.
+checkpoint takes its name last, and holds size and hash of each of its files. It is of the user's own run and never
+published: some of its files are pickles. Accelerate reads them with `weights_only`, so they run no code; DeepSpeed's
+own are read in full.
 """
 
 import json
@@ -12,16 +11,19 @@ import logging
 import os
 import pickle
 import shutil
+import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from safetensors import SafetensorError
 
 from runtime.adapter.identity import file_sha256
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, one_line
 from runtime.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -37,12 +39,15 @@ class FitState:
     Attributes:
         step: steps done.
         skipped: batches left out so far because their loss was not finite.
+        start, risen: what `Divergence` keeps.
         score: mean accepted length by replay of held-out text, where it was measured at this step.
         best: the highest score up to this step.
     """
 
     step: int = 0
     skipped: int = 0
+    start: float | None = None
+    risen: int = 0
     score: float | None = None
     best: float | None = None
 
@@ -54,36 +59,52 @@ def save_checkpoint(
 
     Of the `keep` that stay, one is the newest and one the best by score; both always stay.
     Checkpoints of later steps are removed: they are left from before the run went back to an older one.
+
+    Raises:
+        ConfigError: a process could not write; all raise the same, and nothing of the checkpoint is left.
     """
     unfinished = output_dir / f".{PREFIX}{state.step}"
     if accelerator.is_main_process:
         for left in output_dir.glob(f".{PREFIX}*"):  # by a kill
             shutil.rmtree(left)
     accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(str(unfinished))
-        accelerator.wait_for_everyone()
+
+    def finish() -> None:
         if accelerator.is_main_process:
             _finish(unfinished, output_dir / f"{PREFIX}{state.step}", asdict(state) | {"settings": settings})
             _prune(output_dir, state.step, keep=keep)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStream" not in str(error):  # torch's own for a failed write
-            raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        free = shutil.disk_usage(output_dir).free
+
+    failure = _failure(accelerator, lambda: accelerator.save_state(str(unfinished)), output_dir)
+    failure = failure or _failure(accelerator, finish, output_dir)
+    if failure:
+        shutil.rmtree(unfinished, ignore_errors=True)  # it would keep the disk full
         raise ConfigError(
-            f"{PREFIX}{state.step} cannot be written in {output_dir} ({reason}; {free} bytes free): make room, and go"
-            " on with --resume_from_checkpoint latest; older checkpoints are as they were"
-        ) from None
-    accelerator.wait_for_everyone()
+            f"{PREFIX}{state.step} cannot be written in {output_dir} ({failure}): make room, and go on with"
+            " --resume_from_checkpoint latest; older checkpoints are as they were"
+        )
+
+
+def _failure(accelerator: Accelerator, write: Callable[[], object], folder: Path) -> str | None:
+    """Write, on every process; the first reason why one of them could not, the same on all, or None."""
+    reason = None
+    try:
+        write()
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # Torch's file writer raises RuntimeErrors, in words that differ with what was cut off.
+        inner = traceback.extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, RuntimeError) and inner != torch.serialization.__file__:
+            raise
+        reason = f"{getattr(error, 'strerror', None) or one_line(error)}; {shutil.disk_usage(folder).free} bytes free"
+    if reason and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return reason  # its saving waits for all by itself: they cannot be asked from outside
+    return next(filter(None, gather_object([reason])), None)
 
 
 def _finish(unfinished: Path, final: Path, record: dict[str, Any]) -> None:
     """Record the files, flush them to disk, and give the folder its name."""
     paths = sorted(path for path in unfinished.rglob("*") if path.is_file())
     record["files"] = {path.relative_to(unfinished).as_posix(): _seal(path) for path in paths}
-    text = json.dumps(record, indent=2) + "\n"
-    write_atomic(unfinished / STATE_FILE, text.encode())
+    write_atomic(unfinished / STATE_FILE, (json.dumps(record, indent=2) + "\n").encode())
     _remove(final)
     unfinished.rename(final)
     folder = os.open(final.parent, os.O_RDONLY)
@@ -152,38 +173,25 @@ def load_checkpoint(
     if folder is None:
         return FitState()
     _restore(accelerator, folder)
-    assert isinstance(state, FitState)
     return state
 
 
 def load_best(accelerator: Accelerator, output_dir: Path) -> FitState | None:
     """Restore the whole checkpoint with the highest score; its state, or None where none has one."""
-    chosen: list[Any] = [None]
+    best = None
     if accelerator.is_main_process:
         best = best_checkpoint([path for path in find_checkpoints(output_dir) if _damage(path) is None])
-        chosen = [None if best is None else (best, _read(best)[0])]
-    best = broadcast_object_list(chosen)[0]
-    if best is None:
-        return None
-    _restore(accelerator, best[0])
-    state: FitState = best[1]
+    best, state = broadcast_object_list([best, None if best is None else _read(best)[0]])
+    if best is not None:
+        _restore(accelerator, best)
     return state
 
 
 def _restore(accelerator: Accelerator, folder: Path) -> None:
     try:
         accelerator.load_state(str(folder))
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        EOFError,
-        pickle.PickleError,
-        SafetensorError,
-    ) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{folder} is damaged ({reason}): remove it, or name another checkpoint") from None
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.PickleError, SafetensorError) as error:
+        raise ConfigError(f"{folder} is damaged ({one_line(error)}): remove it, or name another checkpoint") from None
     accelerator.wait_for_everyone()
 
 
@@ -225,14 +233,10 @@ def _damage(folder: Path, *, hashes: bool = True) -> str | None:
 
 
 def _difference(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> str | None:
-    differing = [
-        f"{key} ({before.get(key)!r} there, {settings.get(key)!r} now)"
-        for key in sorted({*before, *settings})
-        if before.get(key) != settings.get(key)
-    ]
-    if not differing:
+    changed = [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]
+    if not changed:
         return None
-    listed = ", ".join(differing)
+    listed = ", ".join(f"{key} ({before.get(key)!r} there, {settings.get(key)!r} now)" for key in changed)
     return f"{folder} was made with other settings: {listed}; use those, or start anew in another output_dir"
 
 

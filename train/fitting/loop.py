@@ -13,6 +13,7 @@ from runtime.adapter.identity import file_sha256
 from runtime.drafting.draft_heads import DraftHeads
 from train.features.split import Split
 from train.features.spread import shaped
+from train.fitting.alarms import Divergence
 from train.fitting.checkpoints import FitState, load_best, load_checkpoint, save_checkpoint
 from train.fitting.curves import draw_curves
 from train.fitting.flops import FitFlops
@@ -52,7 +53,8 @@ def fit(
         stop: looked at after every step.
 
     Raises:
-        ConfigError: the checkpoint to continue from is not whole, or was made with other settings.
+        ConfigError: the checkpoint to continue from is not whole, or was made with other settings; or the loss stays
+            above its start.
         DataError: too many batches gave no finite loss.
         SystemExit: a signal came; the steps done are in a checkpoint.
     """
@@ -70,7 +72,7 @@ def fit(
     ages = heads.exits.one.ages
     wrapped, optimizer = accelerator.prepare(heads.exits, optimizer)
     settings = {key: value for key, value in asdict(config).items() if key not in FREE_TO_CHANGE}
-    settings["num_processes"] = accelerator.num_processes
+    settings |= {"num_processes": accelerator.num_processes, "max_length": config.longest}
     settings["corpus"] = file_sha256(config.corpus_path / "corpus.json")  # of prompts, base and how it answered
     state = load_checkpoint(accelerator, config.resume_from_checkpoint, Path(config.output_dir), settings)
     if state.step >= plan.total:
@@ -102,10 +104,13 @@ def _steps(
     """The steps still to do, with their lines in the log and their checkpoints."""
     accelerator, output_dir = learner.accelerator, Path(config.output_dir)
     log = MetricsLog(output_dir / "metrics.jsonl", step=state.step) if accelerator.is_main_process else None
+    vocabulary, rate = len(learner.heads.draft_to_target), config.learning_rate
+    guard = Divergence(rate, total=plan.total, vocabulary=vocabulary, start=state.start, risen=state.risen)
     with tqdm(total=plan.total, initial=state.step, desc="fit", unit="step") as bar:
         for text in plan.text(state.step):
             rate = plan.learning_rate(state.step)
             values = learner.learn(text, step=state.step, learning_rate=rate) | {"fit/learning_rate": rate}
+            whole = learner.skipped == state.skipped
             state = replace(state, step=state.step + 1, skipped=learner.skipped, score=None)
             values |= speed.step(text, left=plan.total - state.step, cached=learner.split.cache is not None)
             bar.set_postfix_str(f"loss {learner.loss:.3f}, {speed.line(values)}", refresh=False)
@@ -117,6 +122,8 @@ def _steps(
                 log.write(state.step, values)
             if state.step % config.logging_steps == 0 or state.step == plan.total:
                 accelerator.log(values, step=state.step)
+            guard.look(learner.loss, step=state.step, whole=whole)
+            state = replace(state, start=guard.start, risen=guard.risen)
             signal = _agreed(accelerator, stop.received)
             is_best = state.score is not None and state.score == state.best
             if signal or is_best or state.step % config.save_steps == 0 or state.step == plan.total:

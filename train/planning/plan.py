@@ -103,7 +103,7 @@ def estimate(config: FitConfig, model: Any, devices: Devices, *, num_prompts: in
     itemsize = getattr(torch, config.dtype).itemsize
     parameters = sum(parameter.numel() for parameter in model.parameters())
     learned = sum(parameter.numel() for parameter in heads.parameters())
-    length = min(config.max_length, prompt_tokens + config.max_new_tokens)
+    length = min(config.longest, prompt_tokens + config.max_new_tokens)
     responses = min(config.max_new_tokens, length)
     memory = step_memory(config, model, heads, length=length, responses=responses)
     base = {"base": parameters * itemsize} | _sharing(learned, devices.number)

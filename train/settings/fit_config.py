@@ -90,7 +90,9 @@ class FitConfig:
     max_skipped_batches: int = field(default=10, metadata=_help("stop after more batches without a finite loss"))
     kl_weight: float = field(default=0.5, metadata=_help("weight of the divergence from the base"))
     teacher_top_k: int = field(default=32, metadata=_help("most likely tokens of the base that the loss uses"))
-    max_length: int = field(default=1024, metadata=_help("longest prompt and response; the end is cut"))
+    max_length: int | None = field(
+        default=None, metadata=_help("cut prompt and response to this; default: max_prompt_tokens + max_new_tokens")
+    )
     seed: int = field(default=0, metadata=_help("seed of heads, order and sampling"))
     logging_steps: int = field(default=10, metadata=_help("steps between log lines"))
     save_steps: int = field(default=200, metadata=_help("steps between checkpoints"))
@@ -118,6 +120,11 @@ class FitConfig:
     def corpus_path(self) -> Path:
         """The corpus folder: `corpus_dir`, or `corpus` in the output folder."""
         return Path(self.corpus_dir or Path(self.output_dir) / "corpus")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and response together, at most: `max_length`, or what the corpus may have."""
+        return self.max_length or self.max_prompt_tokens + self.max_new_tokens
 
 
 class _Parser(HfArgumentParser):
@@ -182,7 +189,8 @@ def validate(config: FitConfig) -> None:
     _require(config.max_steps == -1 or config.max_steps > 0, "max_steps", config.max_steps, "-1 or above 0")
     for name in ("model_name_or_path", "output_dir", "prompts"):
         _require(bool(getattr(config, name)), name, getattr(config, name), "a value that is not empty")
-    _require(config.top_p <= 1, "top_p", config.top_p, "at most 1")
+    for name in ("top_p", "learning_rate"):
+        _require(getattr(config, name) <= 1, name, getattr(config, name), "at most 1")
     parts = (config.calibration_fraction, config.held_out_fraction)
     _require(sum(parts) < 1, "calibration_fraction and held_out_fraction", parts, "a sum below 1")
     _require(not config.push_to_hub or bool(config.hub_model_id), "hub_model_id", None, "ORG/NAME, with push_to_hub")

@@ -1,6 +1,7 @@
 """A Hub whose connection drops while an adapter or its base loads: another try, and one line where none helps."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,9 @@ from huggingface_hub import constants
 
 from runtime import AdapterError, load_specbound, save_adapter
 from runtime.adapter.hub import WAITS
+from runtime.cli.options import to_ids
+from runtime.cli.speaker import Speaker
+from runtime.text.prompts import Message, Prompt
 from tests.helpers.hub.server import LoopbackHub
 
 NAME, BASE = "some-org/tiny-specbound", "some-org/tiny-base"
@@ -63,3 +67,21 @@ def test_a_hub_that_goes_on_failing_is_told_in_a_line(published: LoopbackHub, tm
     said = str(caught.value)
     assert "\n" not in said and "the Hub could not give it" in said and (NAME in said or BASE in said)
     assert published.slept.count(WAITS[-1]) >= 1
+
+
+@pytest.mark.parametrize("verb", ["to_ids", "speaker"])
+def test_the_tokenizer_of_a_verb_outlives_a_drop(
+    published: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """The base is in memory, its tokenizer is not here yet; whatever is asked for in that moment."""
+    model = SimpleNamespace(name_or_path=BASE, device="cpu")
+    monkeypatch.setattr("runtime.cli.speaker.load_with_adapter", lambda *rest, **options: model)
+    for request_number in range(1, REQUESTS):
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache-{request_number}"))
+        published.log.clear()
+        published.faults = {request_number: "drop"}
+        if verb == "to_ids":
+            assert to_ids(model, [Prompt((Message("user", "w1 w2"),))])[0].tolist() == [[4, 5]]
+        else:
+            assert Speaker.load(NAME, None).tokenizer("w1 w2")["input_ids"] == [4, 5]
+    assert published.slept.count(WAITS[0]) >= 2

@@ -192,3 +192,18 @@ def test_the_unembedding_reads_dense_rows(model, tokenizer, tmp_path):
     hook.remove()
     assert len(dense) > 5 and all(dense)
     assert not model.lm_head._forward_pre_hooks
+
+
+def test_special_tokens_in_the_text_of_prompts_are_counted(model, tokenizer, tmp_path, caplog):
+    """The end of a turn in a user's text ends it; in a later turn too. Words of the vocabulary are none."""
+    held = [Prompt((Message("user", "w5 </s> w6"),)), Prompt((Message("user", "w7 <user>"),), ("w8 <pad>",))]
+    folder = run(model, tokenizer, [*prompts(9), *held], tmp_path / "c")
+    assert any(EOS in row["prompt_ids"][1:-2] for row in rows(folder) if row["prompt_hash"] == held[0].hash)
+    (said,) = [text for text in caplog.messages if "special tokens" in text]
+    assert said.startswith("2 of 11 prompts hold special tokens in their text")
+    assert "</s> in the one that begins 'w5 </s> w6'; remove them" in said and "\n" not in said
+    caplog.clear()
+    run(model, tokenizer, [*prompts(9), *held], tmp_path / "c")  # nothing is generated
+    run(model, tokenizer, prompts(9), tmp_path / "d")
+    run(model, tokenizer, held, tmp_path / "e", dataclasses.replace(OPTIONS, chat_template="none"))
+    assert not [text for text in caplog.messages if "special tokens" in text]

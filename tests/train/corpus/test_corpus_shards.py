@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from runtime.errors import ConfigError, DataError
 from tests.helpers.corpora import OPTIONS, TEMPLATE, TURNS_2, files, prompts, run
@@ -23,7 +24,7 @@ def test_a_killed_run_goes_on_and_gives_the_same(model, tokenizer, tmp_path, mon
     num_batches = len(list((whole / "shards").iterdir()))
     plain, calls = Answerer.answer, []
 
-    def answer(self, batch, *, name):
+    def answer(self, batch, *, name, told):
         """Answer until it is time to be killed."""
         if len(calls) == stop_after:
             raise KeyboardInterrupt
@@ -150,7 +151,7 @@ def test_processes_that_share_a_base_answer_equally_often(model, tokenizer, tmp_
     meeting, answered = threading.Barrier(2, timeout=20), []
     generate = Answerer.answer
 
-    def together(self, batch, *, name):
+    def together(self, batch, *, name, told):
         """Answer once both are there."""
         meeting.wait()  # as the layers of a base that is spread would
         self.together = False  # but there is no group of processes here
@@ -179,3 +180,22 @@ def test_progress_is_shown_on_rank_0_alone(model, tokenizer, tmp_path, capsys):
     distil(model, tokenizer, prompts(9), tmp_path / "a", OPTIONS, rank=0, world_size=2)
     shown = capsys.readouterr().err
     assert "wave 0" in shown and "tokens/s" in shown
+
+
+def test_the_bar_moves_within_a_batch(model, tokenizer, tmp_path, capsys, monkeypatch):
+    """Each token of a batch is told, in order, where the bar is shown; the text is the same where it is not."""
+    told, update = [], tqdm.update
+
+    def moved(bar, n=1):
+        if n == 0:
+            told.append(bar.postfix)
+        return update(bar, n)
+
+    monkeypatch.setattr(tqdm, "update", moved)
+    monkeypatch.setattr("tqdm.std.time", lambda: 2.0 * len(told))  # a bar is drawn once a second
+    options = dataclasses.replace(OPTIONS, batch_size=9, sample_fraction=0.0)
+    shown = distil(model, tokenizer, prompts(9), tmp_path / "a", options)
+    assert told == [f"token {number} of 6" for number in range(1, 7)]
+    assert "token 3 of 6" in capsys.readouterr().err
+    assert files(shown) == files(run(model, tokenizer, prompts(9), tmp_path / "b", options))
+    assert len(told) == 6

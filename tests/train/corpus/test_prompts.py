@@ -4,8 +4,10 @@ import json
 import logging
 from pathlib import Path
 
+import datasets
 import pytest
 
+from runtime.adapter.hub import WAITS
 from runtime.errors import DataError
 from runtime.text.prompts import Message, Prompt, prompt_hash
 from tests.helpers.paths import ROOT
@@ -210,3 +212,14 @@ def test_real_files_read_and_filter():
     assert len(questions) == 480 and sum(len(prompt.later_turns) for prompt in questions) == 80
     assert len(read_prompts(str(DATA / "train" / "gpteacher" / "codegen-instruct.json"))) == 4535
     assert ngram_filter(questions, evaluation_files=[bench])[0] == []
+
+
+def test_a_data_set_is_asked_for_again_where_the_connection_drops(hub, monkeypatch):
+    """What is there at last is said in one line; the Hub of the tests holds no data sets."""
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    hub.faults = {1: "drop", 2: "drop"}  # the library may ask first for something that it can do without
+    with pytest.raises(DataError, match="of data set 'some-org/set' could not be loaded") as caught:
+        read_prompts("some-org/set")
+    assert "\n" not in str(caught.value)
+    assert WAITS[0] in hub.slept

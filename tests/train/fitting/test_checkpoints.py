@@ -43,15 +43,12 @@ def test_latest_passes_over_a_damaged_checkpoint_by_name(quick_fit, tmp_path, ca
     quick_fit(folder, **settings, resume_from_checkpoint=str(folder / "checkpoint-4"))  # written anew
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing")]
-)
-def test_a_full_disk_is_named_and_the_older_checkpoint_stays(quick_fit, tmp_path, monkeypatch, error):
+def test_a_full_disk_is_named_and_the_older_checkpoint_stays(quick_fit, tmp_path, monkeypatch):
     save = Accelerator.save_state
 
     def fail(self, folder, **options):
         if folder.endswith("-6"):
-            raise error
+            raise OSError(errno.ENOSPC, "No space left on device")
         save(self, folder, **options)
 
     with monkeypatch.context() as patch:

@@ -118,3 +118,21 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing(make_recipe):
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert 0 < rates[-1] < 0.02
     assert plan(make_recipe, max_steps=1, warmup_ratio=0.0, learning_rate=1.0).learning_rate(0) == 1.0
+
+
+class Stopped(BaseException):
+    """Nobody catches it."""
+
+
+@pytest.mark.parametrize(("given", "says"), [({}, False), ({"max_length": 1040}, False), ({"max_length": 30}, True)])
+def test_answers_that_a_fit_would_cut_are_told_before_they_are_made(
+    quick_fit, tmp_path, monkeypatch, caplog, given, says
+):
+    def stop(*rest, **options):
+        raise Stopped
+
+    monkeypatch.setattr("train.distil.distil", stop)
+    with pytest.raises(Stopped):
+        quick_fit(tmp_path / "out", corpus_dir=None, **given)
+    expected = "max_length 30 cuts answers that are generated whole: set it to max_prompt_tokens + max_new_tokens"
+    assert [text.startswith(expected) for text in caplog.messages if "max_length" in text] == [True] * says

@@ -7,6 +7,7 @@ Those of several processes are stopped by a signal to one of them, and go on.
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -120,6 +121,14 @@ def test_two_processes_learn_what_one_does(launch, alone):
     losses, printed = launch(TORCHRUN, CPU, stopped=True, per_device_train_batch_size=4)
     assert "2 process(es) on cpu" in printed
     assert losses == pytest.approx(alone, rel=1e-4)
+
+
+def test_two_processes_that_diverge_say_so_together(make_recipe, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(make_recipe(tmp_path / "out", learning_rate=1.0)))
+    printed = run_group([*TORCHRUN, SCRIPT, "--config", str(tmp_path / "recipe.yaml")], CPU, stopped=True)
+    said = re.findall(r"error: the fit diverges: [^\n]*", printed)
+    assert said and len(set(said)) == 1 and 'Traceback (most recent call last):\n  File "' + SCRIPT not in printed
+    assert not (tmp_path / "out" / "adapter").exists()
 
 
 @pytest.mark.skipif(NO_DEEPSPEED, reason=WHY)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import ConfigError
+from tests.helpers.paths import ROOT
 from train.settings.fit_config import FitConfig, parse_config, validate, validate_against_model
 
 REQUIRED = [
@@ -150,7 +151,10 @@ def test_help_lists_every_setting(capsys):
         ("chat_template", "chatml", "one of auto, none"),
         ("max_new_tokens", 0, "above 0"),
         ("learning_rate", float("nan"), "finite"),
+        ("learning_rate", float("inf"), "finite"),
         ("learning_rate", -1.0, "above 0"),
+        ("learning_rate", 1e38, "at most 1"),
+        ("learning_rate", 3.0, "at most 1"),
         ("max_steps", 0, "-1 or above 0"),
         ("max_steps", -2, "-1 or above 0"),
         ("sample_fraction", 1.1, "from 0 to 1"),
@@ -190,3 +194,16 @@ def test_against_the_model():
         validate_against_model(config(draft_vocab_size=8193), **model)
     with pytest.raises(ConfigError, match=r"teacher_top_k"):
         validate_against_model(config(draft_vocab_size=0), num_hidden_layers=9, vocab_size=16)
+
+
+def test_no_answer_is_cut_unless_a_length_is_given():
+    assert config().longest == config().max_prompt_tokens + config().max_new_tokens
+    assert config(max_new_tokens=512, max_prompt_tokens=100).longest == 612
+    assert config(max_length=300).longest == 300
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "fit").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_cut_no_answer(path):
+    parsed = parse_config(["--config", str(path)])
+    validate(parsed)
+    assert parsed.longest >= parsed.max_prompt_tokens + parsed.max_new_tokens
