@@ -36,6 +36,7 @@ def serve_command(
     name: Names = None,
     api_key: Keys = None,
     cors_origin: Origins = None,
+    max_running: Annotated[int, typer.Option(min=1, help="Make this many answers together.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=0, help="This many answers may wait. Others get a 429.")] = 16,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Give each answer this many tokens at most. By default what fits.")
@@ -43,13 +44,13 @@ def serve_command(
     request_timeout: Annotated[
         float | None, typer.Option(min=0.1, help="Seconds a request may take, its wait included. Then it gets a 504.")
     ] = None,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds for the running request to finish on SIGTERM.")] = 30,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds for running requests to finish on SIGTERM.")] = 30,
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
     device: Device = "cpu",
     exactness: Exactness = "bitwise",
 ) -> None:
-    """Serve OpenAI's API and a page to watch speculation on, one request at a time.
+    """Serve OpenAI's API and a page to watch speculation on.
 
     Example: specbound serve --adapter outputs/demo/adapter --port 8000
 
@@ -68,7 +69,8 @@ def serve_command(
                 raise ConfigError(f"{error.name} is not installed: pip install 'specbound[serve]'") from None
             load = _loader(adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness)
             names = name or [_default_name(adapter, model)]
-            limits = Limits(max_tokens=max_tokens, max_waiting=max_waiting, seconds=request_timeout)
+            seconds, running = request_timeout, max_running
+            limits = Limits(max_tokens, max_waiting=max_waiting, max_running=running, seconds=seconds)
             print(f"serving {', '.join(names)} on {url_of(listener)}, loading", file=sys.stderr, flush=True)
             origins = cors_origin or []
             serve(load, listener, names=names, api_keys=keys, cors_origins=origins, limits=limits, grace=grace)

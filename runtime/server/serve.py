@@ -1,4 +1,4 @@
-"""`serve`: the process: runs until a signal, lets the running request finish. Knows no routes."""
+"""`serve`: the process: runs until a signal, lets the running requests finish. Knows no routes."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def serve(
     limits: Limits | None = None,
     grace: float = 30.0,
 ) -> None:
-    """Serve one model until SIGTERM or SIGINT; the request that runs then has `grace` seconds to finish.
+    """Serve one model until SIGTERM or SIGINT; those that run then have `grace` seconds to finish.
 
     Args:
         load: makes the model and its tokenizer, in the thread that will run it, while /health says 503.
@@ -38,7 +38,8 @@ def serve(
         KeyboardInterrupt: it was SIGINT.
     """
     limits, interrupted = limits or Limits(), False
-    worker = Worker(load, max_waiting=limits.max_waiting, on_change=lambda: server.on_change())
+    waiting, running = limits.max_waiting, limits.max_running
+    worker = Worker(load, max_waiting=waiting, max_running=running, on_change=lambda: server.on_change())
     app = make_app(worker, names=names, limits=limits, api_keys=api_keys, cors_origins=cors_origins)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=max(1, round(grace)),

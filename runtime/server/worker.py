@@ -1,4 +1,4 @@
-"""`Worker`: the one thread that loads the model and runs requests, one after another, and the queue before it.
+"""`Worker`: the one thread that loads the model and runs requests, several at once, and the queue before it.
 
 Knows nothing of HTTP: callers are told through functions, called in this thread.
 """
@@ -14,10 +14,12 @@ from typing import Any
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from runtime.batch import Batch, Call
 from runtime.errors import SpecBoundError
 from runtime.stats import SpeculationStats
 from runtime.text.logprobs import Logprobs, prompt_logprobs
-from runtime.text.transcript import Transcript, Written, write
+from runtime.text.together import join, outcome
+from runtime.text.transcript import Transcript, Written
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +48,6 @@ class Job:
     num_prompt_logprobs: int | None = None
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
 
-    def run(self, model: PreTrainedModel) -> Written:
-        """Do it, in the thread whose model this is."""
-        if self.num_prompt_logprobs is not None:
-            self.prompt_logprobs = prompt_logprobs(model, self.prompt, self.num_prompt_logprobs)
-        if self.options["max_new_tokens"] == 0:
-            return Written("length", SpeculationStats(), speculated=False)
-        return write(
-            model, self.prompt, self.transcript, seed=self.seed, speculate=self.speculate,
-            processors=self.processors, **self.options,
-        )  # fmt: skip
-
 
 class Full(SpecBoundError):
     """As many requests as may wait are waiting.
@@ -76,11 +67,12 @@ class Unavailable(SpecBoundError):
 
 
 class Worker:
-    """Runs jobs in the order they came.
+    """Runs jobs, which begin in the order they came.
 
     Args:
         load: makes the model, whose exactness probe has run when it returns, and its tokenizer.
-        max_waiting: requests that may wait while one runs.
+        max_waiting: requests that may wait.
+        max_running: requests that decode together.
         on_change: called whenever `state` changes.
 
     Attributes:
@@ -93,16 +85,17 @@ class Worker:
         load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
         *,
         max_waiting: int,
+        max_running: int = 1,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.load = load
-        self.max_waiting = max_waiting
+        self.max_waiting, self.max_running = max_waiting, max_running
         self.on_change = on_change
         self.state = "loading"
         self.error: BaseException | None = None
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
         self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._running: dict[Call, Job] = {}
         self._changed = threading.Condition()
         self._usual_seconds = 1.0
         self._thread = threading.Thread(target=self._work, name="specbound-worker", daemon=True)
@@ -129,8 +122,8 @@ class Worker:
 
     @property
     def num_running(self) -> int:
-        """Requests at which the model works: one or none."""
-        return int(self._running is not None)
+        """Requests at which the model works."""
+        return len(self._running)
 
     def start(self) -> None:
         """Begin to load, then to work."""
@@ -146,8 +139,10 @@ class Worker:
         with self._changed:
             self._checked()
             waiting = len(self._waiting)
-            if waiting + len(jobs) > self.max_waiting + (self._running is None):  # the next to run waits no more
-                raise Full(waiting, len(jobs), max(1, round(self._usual_seconds * (waiting + 1))))
+            free = self.max_running - len(self._running)  # the next to run wait no more
+            if waiting + len(jobs) > self.max_waiting + free:
+                seconds = self._usual_seconds * (waiting + 1) / self.max_running
+                raise Full(waiting, len(jobs), max(1, round(seconds)))
             self._waiting.extend(jobs)
             self._changed.notify_all()
 
@@ -159,7 +154,7 @@ class Worker:
                 self._waiting.remove(job)
 
     def drain(self) -> None:
-        """Take no more jobs, refuse those that wait; the one that runs goes on."""
+        """Take no more jobs, refuse those that wait; those that run go on."""
         with self._changed:
             if self.state == "ready":
                 self._become("draining")
@@ -169,10 +164,10 @@ class Worker:
             job.finish(Unavailable("the server is stopping: send the request again"))
 
     def stop(self, timeout: float) -> bool:
-        """Drain and end the running job too; whether the thread ended within so many seconds."""
+        """Drain and end the running jobs too; whether the thread ended within so many seconds."""
         self.drain()
-        if self._running is not None:
-            self.cancel(self._running)
+        for job in list(self._running.values()):
+            self.cancel(job)
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -190,24 +185,60 @@ class Worker:
         with self._changed:
             self._loaded = loaded
             self._become("ready")
-        while (job := self._next()) is not None:
-            self._run(job, loaded[0])
+        while self._wait():
+            try:
+                with Batch(loaded[0], self.max_running) as batch:
+                    self._run(batch)
+            except Exception as error:  # of the model: these requests fail, the next ones find it as it was
+                logger.exception("the running requests failed")
+                for call in list(self._running):
+                    self._end(call, error)
+
+    def _wait(self) -> bool:
+        """Wait for a job; False where there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self.state == "draining")
+            return bool(self._waiting)
+
+    def _run(self, batch: Batch) -> None:
+        """Rounds until nothing runs and nothing waits; jobs join as there is room."""
+        while True:
+            while (job := self._next()) is not None:
+                self._begin(job, batch)
+            if not self._running:
+                return
+            for call in batch.round():
+                failed = call.error
+                self._end(call, failed or outcome(batch, call, self._running[call].transcript))
 
     def _next(self) -> Job | None:
+        """The job that has waited longest, where one more may run."""
         with self._changed:
-            self._running = None
-            self._changed.wait_for(lambda: self._waiting or self.state == "draining")
-            if not self._waiting:
-                return None
-            self._running = self._waiting.popleft()
-            return self._running
+            return self._waiting.popleft() if self._waiting and len(self._running) < self.max_running else None
 
-    def _run(self, job: Job, model: PreTrainedModel) -> None:
-        started = time.perf_counter()
+    def _begin(self, job: Job, batch: Batch) -> None:
+        """Let a job join the others; its own failure ends it alone."""
         try:
-            outcome: Written | BaseException = job.run(model)
-        except Exception as error:  # this request's alone: the next one finds the model as it was
+            if job.num_prompt_logprobs is not None:
+                batch.outside()
+                job.prompt_logprobs = prompt_logprobs(batch.model, job.prompt, job.num_prompt_logprobs)
+            if job.options["max_new_tokens"] == 0:
+                job.finish(Written("length", SpeculationStats(), speculated=False))
+                return
+            call = join(
+                batch, job.prompt, job.transcript, seed=job.seed, speculate=job.speculate, processors=job.processors,
+                **job.options,
+            )  # fmt: skip
+        except Exception as error:
             logger.exception("a request failed")
-            outcome = error
-        self._usual_seconds += 0.3 * (time.perf_counter() - started - self._usual_seconds)
-        job.finish(outcome)
+            job.finish(error)
+            return
+        self._running[call] = job
+
+    def _end(self, call: Call, result: Written | BaseException) -> None:
+        """Tell a job what came of it."""
+        job = self._running.pop(call)
+        if isinstance(result, BaseException):
+            logger.error("a request failed", exc_info=result)
+        self._usual_seconds += 0.3 * (time.perf_counter() - call.added - self._usual_seconds)
+        job.finish(result)

@@ -39,6 +39,8 @@ def join(
 
 def outcome(batch: Batch, call: Call, transcript: Transcript) -> Written:
     """What `write` returns, of a call that has ended without an error."""
-    speculated = call.stats is not None
-    stats = call.stats or SpeculationStats(emitted=len(transcript.ids), seconds=time.perf_counter() - call.added)
-    return Written(finish_reason(batch.model, transcript), stats, speculated and call.speculate)
+    reason = finish_reason(batch.model, transcript)
+    if call.stats is not None and call.speculate:
+        return Written(reason, call.stats, True)
+    seconds = time.perf_counter() - call.added
+    return Written(reason, SpeculationStats(emitted=len(transcript.ids), seconds=seconds), False)

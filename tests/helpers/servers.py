@@ -27,7 +27,7 @@ PROMPT = [20, 63, 6]
 TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
 MESSAGES: Any = [{"role": "system", "content": "w5 w9"}, {"role": "user", "content": "w17 w60 w3"}]
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "seed": 11}
-LIMITS = Limits(max_tokens=200, max_body_bytes=20_000, max_waiting=2)
+LIMITS = Limits(max_tokens=200, max_body_bytes=20_000, max_waiting=2, max_running=1)
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def running(
         options: of `make_app`.
     """
     limits = options.setdefault("limits", Limits())
-    worker = Worker(load, max_waiting=limits.max_waiting)
+    worker = Worker(load, max_waiting=limits.max_waiting, max_running=limits.max_running)
     app = make_app(worker, names=[MODEL_ID, *aliases], **options)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=5))
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -1,12 +1,113 @@
-// A product by a team of threads.
+// A product by a team of threads; on CPUs with AMX by their tiles, which take 32 numbers along K at a time, of up to 16 rows
+// and 16 outputs: even and odd numbers are summed apart, from zero, and both sums are then added to the output's.
 #pragma once
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdint>
 
 #include "products.h"
-#include "tiles.h"
 
 namespace {
+
+constexpr int TILE_ROWS = 16, TILE_PAIRS = 16, TILE_BYTES = 64;
+// Registers: sums of two parts, then the input and both parts' weights, then the same where K ends within a tile.
+constexpr int SUM = 0, INPUT = 2, WEIGHT = 3, LAST_INPUT = 5, LAST_WEIGHT = 6;
+
+// Asks the system for the tiles, once in a process; whether it gives them.
+inline bool ask_for_tiles() {
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA of the Linux kernel
+  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+
+// The tiles of one thread: given back at the end.
+class Tiles {
+ public:
+  ~Tiles() {
+    if (shaped_) _tile_release();
+  }
+
+  // All rows of B registers of outputs.
+  template <int B>
+  void rows(const Product& p, int64_t part) {
+    for (int64_t row = 0; row < p.rows; row += TILE_ROWS) {
+      const int64_t count = std::min<int64_t>(TILE_ROWS, p.rows - row);
+      shape(count, p.pairs % TILE_PAIRS);
+      tile<B>(p, row, count, part);
+    }
+  }
+
+ private:
+  int64_t shaped_ = 0;  // rows
+
+  void shape(int64_t rows, int64_t last) {
+    if (rows == shaped_) return;
+    shaped_ = rows;
+    alignas(64) struct {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } shapes;
+    auto set = [&](int tile, int64_t rows, int64_t words) {
+      shapes.rows[tile] = (uint8_t)rows;
+      shapes.bytes[tile] = (uint16_t)(4 * words);
+    };
+    for (int b = 0; b < TILE; b++) {
+      set(SUM + b, rows, LANES);
+      set(WEIGHT + b, TILE_PAIRS, LANES);
+      if (last) set(LAST_WEIGHT + b, last, LANES);
+    }
+    set(INPUT, rows, TILE_PAIRS);
+    if (last) set(LAST_INPUT, rows, last);
+    asm volatile("" ::: "memory");
+    _tile_loadconfig(&shapes);
+  }
+
+  template <int B>
+  void tile(const Product& p, int64_t row, int64_t count, int64_t part) {
+    alignas(64) float sums[B][TILE_ROWS][LANES];
+    __m512 total[TILE_ROWS][B];
+    const uint32_t *weight = p.weight + part * p.pairs * LANES, *input = p.input + row * p.pairs;
+    for (int64_t start = 0; start < p.pairs; start += p.along.block) {
+      add<B>(weight, input, start, std::min(start + p.along.block, p.pairs), apart_of(p), p.pairs);
+      _tile_stored(0, sums[0], TILE_BYTES);
+      if (B == 2) _tile_stored(1, sums[B - 1], TILE_BYTES);
+      for (int64_t m = 0; m < count; m++)
+        for (int b = 0; b < B; b++) {
+          const __m512 sum = _mm512_load_ps(sums[b][m]);
+          total[m][b] = start == 0 ? sum : _mm512_add_ps(total[m][b], sum);
+        }
+    }
+    for (int64_t m = 0; m < count; m++) finish<B>(p, row + m, part, total[m]);
+  }
+
+  // Pairs `k` to `stop` along K. Numbers of registers are literals: the compiler's intrinsics paste them.
+  template <int B>
+  static void add(const uint32_t* weight, const uint32_t* input, int64_t k, int64_t stop, int64_t apart, int64_t stride) {
+    asm volatile("" ::: "memory");
+    _tile_zero(0);
+    if (B == 2) _tile_zero(1);
+    for (; k + TILE_PAIRS <= stop; k += TILE_PAIRS) {
+      const uint32_t* from = weight + k * LANES;
+      _tile_loadd(2, input + k, 4 * stride);
+      _tile_loadd(3, from, TILE_BYTES);
+      _tile_dpbf16ps(0, 2, 3);
+      if (B == 1) continue;
+      _tile_loadd(4, from + apart, TILE_BYTES);
+      _tile_dpbf16ps(1, 2, 4);
+    }
+    if (k == stop) return;
+    const uint32_t* from = weight + k * LANES;
+    _tile_loadd(5, input + k, 4 * stride);
+    _tile_loadd(6, from, TILE_BYTES);
+    _tile_dpbf16ps(0, 5, 6);
+    if (B == 1) return;
+    _tile_loadd(7, from + apart, TILE_BYTES);
+    _tile_dpbf16ps(1, 5, 7);
+  }
+};
 
 // All rows of B registers of outputs; the weight stays in the cache for further rows.
 template <int B>

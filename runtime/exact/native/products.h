@@ -1,5 +1,5 @@
 // Products of bfloat16 rows with a bfloat16 weight, in the order in which oneDNN adds for one row: with AVX512-BF16 one
-// output a lane, pairs along K in order; with AMX by its tiles (`tiles.h`). Blocks along K are summed apart and then added
+// output a lane, pairs along K in order; with AMX by its tiles (`multiply.h`). Blocks along K are summed apart and then added
 // in order. The order does not depend on the number of rows.
 #pragma once
 #include <immintrin.h>

@@ -14,12 +14,14 @@ class Limits:
         max_tokens: of an answer; None for as many as the context has room for.
         max_body_bytes: of a request.
         max_waiting: answers in the queue.
+        max_running: answers that are made together.
         seconds: from a request's arrival to its end, the queue included; None sets no limit.
     """
 
     max_tokens: int | None = None
     max_body_bytes: int = 1 << 20
     max_waiting: int = 16
+    max_running: int = 8
     seconds: float | None = None
 
     def tokens(self, body: ChatRequest | CompletionRequest, prompt_tokens: int, context: int) -> int:
@@ -50,8 +52,9 @@ class Limits:
         Raises:
             ApiError: they never have places in the queue all at once.
         """
-        if count > self.max_waiting + 1:
-            said = f"n times the prompts is {count} answers: this server takes at most {self.max_waiting + 1} at once"
+        most = self.max_waiting + self.max_running
+        if count > most:
+            said = f"n times the prompts is {count} answers: this server takes at most {most} at once"
             raise ApiError(400, said, param="n")
 
 
