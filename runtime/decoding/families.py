@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from runtime.decoding.missing import missing_part
 from runtime.errors import UnsupportedModel
 
 
@@ -129,29 +130,25 @@ def check_supported(model: Any) -> Family:
     Raises:
         UnsupportedModel: naming the architecture and the reason, where its layers cannot be driven one by one.
     """
-    family = check_config(model.config, type(model).__name__)
+    kind = type(model).__name__
+    family = check_config(model.config, kind)
     if not hasattr(model, family.body) or model.get_output_embeddings() is None:
-        name = f"{type(model).__name__} (model_type {model.config.model_type!r})"
-        raise UnsupportedModel(f"{name} is not a causal language model: load it with AutoModelForCausalLM")
+        raise _unsupported(model.config, kind, "it is no causal language model: load it with AutoModelForCausalLM")
     return family
 
 
-def check_config(config: Any, kind: str) -> Family:
+def check_config(config: Any, kind: str | None = None) -> Family:
     """The family of a model, from its config alone: no weights are needed.
 
     Args:
-        kind: what to call it in a message.
+        kind: what to call it in a message; by default what its config says.
 
     Raises:
         UnsupportedModel: as `check_supported`.
     """
-    name = f"{kind} (model_type {config.model_type!r})"
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise UnsupportedModel(
-            f"{name} is not supported: expected one of {', '.join(sorted(FAMILIES))};"
-            " without an adapter it generates as always"
-        )
+        raise _unsupported(config, kind, missing_part(config))
     if not _has_full_attention(config):
         window = getattr(config, "sliding_window", None)
         whole = copy.deepcopy(config)
@@ -162,14 +159,20 @@ def check_config(config: Any, kind: str) -> Family:
                 f"load it with sliding_window=None (as AutoModelForCausalLM.from_pretrained takes it) and pass the"
                 f" model; for texts shorter than its window of {window} tokens it computes the same"
             )
-        raise UnsupportedModel(f"{name} has sliding or mixed attention: {hint}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind not in STEADY_ROPE:
-        raise UnsupportedModel(f"{name} has {kind!r} rotary positions, which change with the length of the text")
+        raise _unsupported(config, kind, f"it has sliding or mixed attention: {hint}")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in STEADY_ROPE:
+        raise _unsupported(config, kind, f"its {rope!r} rotary positions change with the length of the text")
     if getattr(config, "add_cross_attention", False) or getattr(config, "reorder_and_upcast_attn", False):
-        raise UnsupportedModel(f"{name} has cross-attention or upcast attention, which is not supported")
+        raise _unsupported(config, kind, "it has cross-attention or upcast attention")
     return family
+
+
+def _unsupported(config: Any, kind: str | None, why: str) -> UnsupportedModel:
+    kind = kind or next(iter(getattr(config, "architectures", None) or []), type(config).__name__)
+    return UnsupportedModel(
+        f"{kind} (model_type {config.model_type!r}) is not supported, because {why}; plain decoding works"
+    )
 
 
 def _has_full_attention(config: Any) -> bool:
