@@ -18,8 +18,12 @@ from runtime.errors import UnsupportedModel
 class Family:
     """Where a model family keeps the parts that generation runs through.
 
-    `llama_kind` says that a layer is what `LlamaParts` takes apart: norm, attention with rotary positions, residual,
-    norm, gated SiLU, residual.
+    Attributes:
+        llama_kind: a layer is what `LlamaParts` takes apart: norm, attention with rotary positions, residual, norm,
+            gated SiLU, residual.
+        by_layer: each layer reads in the config's `layer_types` whether it has a window; others ask `sliding_window`.
+        rotary_by_layer: there is a rotary table for each kind of layer.
+        factor: field of the config by which logits are multiplied; without it `logits_scaling` divides them.
     """
 
     body: str = "model"
@@ -30,14 +34,17 @@ class Family:
     positions: str | None = None
     cache_argument: str = "past_key_values"
     llama_kind: bool = False
+    by_layer: bool = False
+    rotary_by_layer: bool = False
+    factor: str | None = None
 
 
 FAMILIES = {
     "llama": Family(llama_kind=True),
     "mistral": Family(llama_kind=True),
-    "qwen2": Family(llama_kind=True),
-    "qwen3": Family(llama_kind=True),
-    "smollm3": Family(llama_kind=True),
+    "qwen2": Family(llama_kind=True, by_layer=True),
+    "qwen3": Family(llama_kind=True, by_layer=True),
+    "smollm3": Family(llama_kind=True, by_layer=True),
     "granite": Family(llama_kind=True),
     "olmo2": Family(),
     "phi3": Family(),
@@ -47,15 +54,23 @@ FAMILIES = {
     "bitnet": Family(),
     "diffllama": Family(),
     "ernie4_5": Family(),
-    "exaone4": Family(),
+    "cohere": Family(factor="logit_scale"),
+    "cohere2": Family(by_layer=True, factor="logit_scale"),
+    "cwm": Family(by_layer=True),
+    "exaone4": Family(by_layer=True),
+    "gemma2": Family(by_layer=True),
     "glm": Family(),
     "glm4": Family(),
+    "granitemoehybrid": Family(by_layer=True),
     "helium": Family(),
     "hunyuan_v1_dense": Family(),
+    "hyperclovax": Family(factor="logits_scaling"),
     "jais2": Family(),
+    "ministral": Family(by_layer=True),
     "ministral3": Family(),
     "nemotron": Family(),
     "olmo": Family(),
+    "olmo3": Family(by_layer=True, rotary_by_layer=True),
     "seed_oss": Family(),
     "stablelm": Family(),
     "starcoder2": Family(),
@@ -149,20 +164,26 @@ def check_config(config: Any, kind: str | None = None) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise _unsupported(config, kind, missing_part(config))
-    if not _has_full_attention(config):
+    if _has_experts(config):
+        raise _unsupported(config, kind, "it has mixtures of experts")
+    if not _has_full_attention(config, family):
         window = getattr(config, "sliding_window", None)
         whole = copy.deepcopy(config)
         whole.sliding_window = None
         hint = "only full attention in every layer is supported"
-        if window is not None and _has_full_attention(whole):
+        if window is not None and _has_full_attention(whole, family):
             hint = (
                 f"load it with sliding_window=None (as AutoModelForCausalLM.from_pretrained takes it) and pass the"
                 f" model; for texts shorter than its window of {window} tokens it computes the same"
             )
         raise _unsupported(config, kind, f"it has sliding or mixed attention: {hint}")
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in STEADY_ROPE:
-        raise _unsupported(config, kind, f"its {rope!r} rotary positions change with the length of the text")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for table in rope.values() if family.rotary_by_layer else [rope]:
+        if table.get("rope_type", "default") not in STEADY_ROPE:
+            name = table["rope_type"]
+            raise _unsupported(config, kind, f"its {name!r} rotary positions change with the length of the text")
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+        raise _unsupported(config, kind, "its tokens see those after them")
     if getattr(config, "add_cross_attention", False) or getattr(config, "reorder_and_upcast_attn", False):
         raise _unsupported(config, kind, "it has cross-attention or upcast attention")
     return family
@@ -175,8 +196,16 @@ def _unsupported(config: Any, kind: str | None, why: str) -> UnsupportedModel:
     )
 
 
-def _has_full_attention(config: Any) -> bool:
+def _has_experts(config: Any) -> bool:
+    """Whether tokens are sent to some of many experts (Granite 4, whose dense models have none)."""
+    return bool(getattr(config, "num_local_experts", 0))
+
+
+def _has_full_attention(config: Any, family: Family) -> bool:
     """Whether every layer sees all of the text."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    return kinds == {"full_attention"} and not sliding
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and set(kinds) != {"full_attention"}:
+        return False
+    if kinds is not None and family.by_layer:
+        return True
+    return getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True)

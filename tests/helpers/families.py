@@ -53,19 +53,40 @@ FAMILIES: dict[str, Any] = {
         pad_token_id=0, bos_token_id=1,
     ),
 }  # fmt: skip
+# Without a window in any layer; the window that is named beside is nobody's.
+FULL: dict[str, Any] = {"layer_types": ["full_attention"] * LAYERS, "sliding_window": 8}
+# Those that attend in eager mode alone.
+EAGER = ("gemma2",)
 # Families whose layers run as they are, with what their configurations need besides `SHAPE`.
 FURTHER: dict[str, dict[str, Any]] = {
     "apertus": {},
     "arcee": {},
     "bitnet": {},
+    "cohere": {"logit_scale": 0.3},
+    "cohere2": {"logit_scale": 0.3, **FULL},
+    "cwm": {"head_dim": 12, **FULL},
     "diffllama": {},
     "ernie4_5": {"head_dim": 12},
-    "exaone4": {"layer_types": ["full_attention"] * LAYERS, "sliding_window": None},
+    "exaone4": FULL | {"sliding_window": None},
+    "gemma2": {"head_dim": 12, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, **FULL},
     "glm": {"head_dim": 12},
     "glm4": {"head_dim": 12},
+    "granitemoehybrid": {
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 96,
+        "position_embedding_type": "rope",
+        "mamba_n_heads": 8,
+        "layer_types": FULL["layer_types"],
+    },
     "helium": {"head_dim": 12},
     "hunyuan_v1_dense": {"head_dim": 12},
+    "hyperclovax": {"embedding_multiplier": 2.0, "logits_scaling": 0.3, "residual_multiplier": 0.5},
     "jais2": {},
+    "ministral": {"head_dim": 12, **FULL},
     "ministral3": {
         "rope_parameters": {
             "rope_type": "yarn",
@@ -78,6 +99,7 @@ FURTHER: dict[str, dict[str, Any]] = {
     },
     "nemotron": {"hidden_act": "relu2"},
     "olmo": {"clip_qkv": 2.0},
+    "olmo3": FULL,
     "persimmon": {"hidden_size": 64},
     "phi": {"hidden_size": 64, "qk_layernorm": True},
     "seed_oss": {"head_dim": 12},
@@ -86,9 +108,10 @@ FURTHER: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny(family: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
+def tiny(family: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None) -> PreTrainedModel:
     """A random model whose greedy output wanders; biases, norms and scales are random too."""
     torch.manual_seed(0)
+    attention = attention or ("eager" if family in EAGER else "sdpa")
     config = FAMILIES.get(family) or AutoConfig.for_model(family, **SHAPE | FURTHER[family])
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, attn_implementation=attention, dtype=dtype

@@ -1,12 +1,16 @@
 """Families whose layers run as they are: layer by layer the model itself, and ids whatever is drafted."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, DynamicCache
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from runtime import SpeculationBounds, UnsupportedModel, detach
 from runtime.decoding import families
+from runtime.decoding.cache import KVCache
 from runtime.decoding.layers import DecoderLayers
+from runtime.exact.attention import block_attention
 from runtime.generate import attach
 from runtime.handle import SpecBound
 from tests.helpers.fake_heads import FakeHeads
@@ -27,19 +31,16 @@ def require(family: str) -> None:
         pytest.skip(f"this transformers has no {family}")
 
 
-def states(layers: DecoderLayers, ids: torch.Tensor) -> list[torch.Tensor]:
+def states(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
     """Hidden states below each layer, and the logits, by the parts that decoding uses."""
-    position_ids = torch.arange(ids.shape[1])[None]
-    hidden, cache = layers.embed(ids, 0), DynamicCache(config=layers.config)
-    arguments = {"position_ids": position_ids, layers.cache_argument: cache, "use_cache": True}
-    if layers.rotary is not None:
-        arguments["position_embeddings"] = layers.rotary(hidden, position_ids=position_ids)
-    found = []
-    for layer in layers.layers:
-        found.append(hidden)
-        above = layer(hidden, attention_mask=None, **arguments)
-        hidden = above[0] if isinstance(above, tuple) else above
-    return [*found, layers.logits(hidden)]
+    layers = DecoderLayers(model)
+    found, cache = [layers.embed(ids, 0)], KVCache(layers.num_layers, ids.shape[1])
+    # sdpa hides later keys of a whole text by itself; eager attention needs a mask
+    eager = model.config._attn_implementation == "eager"
+    with block_attention(model, "batched") if eager else nullcontext():
+        for depth in range(layers.num_layers):
+            found.append(layers.run(found[-1], depth, depth + 1, 0, cache))
+    return [*found[:-1], layers.logits(found[-1])]
 
 
 def test_every_family_is_tried() -> None:
@@ -56,7 +57,7 @@ def test_parts_are_the_model_s_own_forward(family: str, dtype: torch.dtype) -> N
     require(family)
     model, ids = tiny(family, dtype=dtype), prompt(20)
     expected = model(ids, output_hidden_states=True)
-    found = states(DecoderLayers(model), ids)
+    found = states(model, ids)
     for own, stock in zip(found, [*expected.hidden_states[:-1], expected.logits], strict=True):
         assert torch.equal(own, stock)
 
@@ -66,7 +67,7 @@ def test_a_part_too_few_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: another module in the place of the final norm is seen in the logits."""
     monkeypatch.setitem(families.FAMILIES, "phi", families.Family(norm="embed_dropout"))
     model, ids = tiny("phi"), prompt(20)
-    assert not torch.equal(states(DecoderLayers(model), ids)[-1], model(ids).logits)
+    assert not torch.equal(states(model, ids)[-1], model(ids).logits)
 
 
 @pytest.mark.parametrize(("dtype", "options", "bounds"), RUNS, ids=["greedy", "sampled"])
@@ -93,11 +94,15 @@ def test_ids_are_stock_s(
     ("family", "options", "reason"),
     [
         ("starcoder2", {"sliding_window": 8}, "sliding_window=None"),
-        ("exaone4", {"layer_types": None, "sliding_window": 8}, "sliding or mixed attention"),
+        ("exaone4", {"layer_types": ["sliding_attention"] * 4}, "sliding or mixed attention"),
+        ("mistral", {"layer_types": ["full_attention"] * 4, "sliding_window": 8}, "sliding_window=None"),
+        ("granitemoehybrid", {"num_local_experts": 2}, "mixtures of experts"),
+        ("gemma2", {"use_bidirectional_attention": True}, "tokens see those after them"),
+        ("olmo3", {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "'dynamic' rotary"),
     ],
 )
-def test_windows_are_refused_by_name(family: str, options: dict[str, object], reason: str) -> None:
-    """Of families that have layers with and without."""
+def test_what_a_family_may_have_besides_is_refused(family: str, options: dict[str, object], reason: str) -> None:
+    """By name."""
     model = tiny(family)
     for name, value in options.items():
         setattr(model.config, name, value)
