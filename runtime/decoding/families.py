@@ -46,38 +46,51 @@ FAMILIES = {
     "qwen3": Family(llama_kind=True, by_layer=True),
     "smollm3": Family(llama_kind=True, by_layer=True),
     "granite": Family(llama_kind=True),
-    "olmo2": Family(),
-    "phi3": Family(),
-    "gemma": Family(),
     "apertus": Family(),
     "arcee": Family(),
     "bitnet": Family(),
-    "diffllama": Family(),
-    "ernie4_5": Family(),
     "cohere": Family(factor="logit_scale"),
     "cohere2": Family(by_layer=True, factor="logit_scale"),
     "cwm": Family(by_layer=True),
+    "diffllama": Family(),
+    "dots1": Family(by_layer=True),
+    "ernie4_5": Family(),
+    "ernie4_5_moe": Family(),
     "exaone4": Family(by_layer=True),
+    "flex_olmo": Family(),
+    "gemma": Family(),
     "gemma2": Family(by_layer=True),
     "glm": Family(),
     "glm4": Family(),
+    "glm4_moe": Family(),
+    "gpt2": Family(body="transformer", embedding="wte", layers="h", norm="ln_f", rotary=None, positions="wpe"),
+    "gpt_neox": Family(body="gpt_neox", embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past"),
+    "granitemoe": Family(),
     "granitemoehybrid": Family(by_layer=True),
+    "granitemoeshared": Family(),
     "helium": Family(),
     "hunyuan_v1_dense": Family(),
+    "hunyuan_v1_moe": Family(),
     "hyperclovax": Family(factor="logits_scaling"),
     "jais2": Family(),
+    "minimax_m2": Family(),
     "ministral": Family(by_layer=True),
     "ministral3": Family(),
+    "mixtral": Family(),
     "nemotron": Family(),
     "olmo": Family(),
+    "olmo2": Family(),
     "olmo3": Family(by_layer=True, rotary_by_layer=True),
-    "seed_oss": Family(),
-    "stablelm": Family(),
-    "starcoder2": Family(),
+    "olmoe": Family(),
     "persimmon": Family(norm="final_layernorm"),
     "phi": Family(norm="final_layernorm"),
-    "gpt_neox": Family(body="gpt_neox", embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past"),
-    "gpt2": Family(body="transformer", embedding="wte", layers="h", norm="ln_f", rotary=None, positions="wpe"),
+    "phi3": Family(),
+    "qwen2_moe": Family(by_layer=True),
+    "qwen3_moe": Family(by_layer=True),
+    "seed_oss": Family(),
+    "solar_open": Family(),
+    "stablelm": Family(),
+    "starcoder2": Family(),
 }
 # Rotary tables of these kinds depend on the position alone, so a block's rows equal one-by-one rows.
 STEADY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
@@ -164,8 +177,6 @@ def check_config(config: Any, kind: str | None = None) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise _unsupported(config, kind, missing_part(config))
-    if _has_experts(config):
-        raise _unsupported(config, kind, "it has mixtures of experts")
     if not _has_full_attention(config, family):
         window = getattr(config, "sliding_window", None)
         whole = copy.deepcopy(config)
@@ -194,11 +205,6 @@ def _unsupported(config: Any, kind: str | None, why: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"{kind} (model_type {config.model_type!r}) is not supported, because {why}; plain decoding works"
     )
-
-
-def _has_experts(config: Any) -> bool:
-    """Whether tokens are sent to some of many experts (Granite 4, whose dense models have none)."""
-    return bool(getattr(config, "num_local_experts", 0))
 
 
 def _has_full_attention(config: Any, family: Family) -> bool:

@@ -42,7 +42,7 @@ class DecoderLayers:
         self.positions: nn.Module | None = getattr(body, family.positions) if family.positions else None
         self.cache_argument = family.cache_argument
         self.embedding_multiplier = float(getattr(model.config, "embedding_multiplier", 1.0))
-        factor = family.factor and getattr(model.config, family.factor)
+        factor = None if family.factor is None else getattr(model.config, family.factor)
         self.logits_factor: float | None = factor
         self.logits_scaling = 1 / factor if factor else float(getattr(model.config, "logits_scaling", 1.0))
         self.logits_cap: float | None = getattr(model.config, "final_logit_softcapping", None)

@@ -6,10 +6,6 @@ from typing import Any
 _PARTS = {
     "is_encoder_decoder": "an encoder beside the decoder",
     "kv_lora_rank": "latent attention",
-    "num_local_experts": "mixtures of experts",
-    "num_experts": "mixtures of experts",
-    "n_routed_experts": "mixtures of experts",
-    "moe_num_experts": "mixtures of experts",
     "ssm_cfg": "recurrent layers",
     "state_size": "recurrent layers",
     "mamba_d_state": "recurrent layers",

@@ -35,6 +35,12 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+SCALED: dict[str, Any] = {
+    "embedding_multiplier": 2.0,
+    "logits_scaling": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.3,
+}
 FAMILIES: dict[str, Any] = {
     "llama": LlamaConfig(**SHAPE),
     "mistral": MistralConfig(**SHAPE, sliding_window=None),
@@ -42,9 +48,7 @@ FAMILIES: dict[str, Any] = {
     "qwen3": Qwen3Config(**SHAPE, head_dim=12),
     "smollm3": SmolLM3Config(**SHAPE),
     "olmo2": Olmo2Config(**SHAPE),
-    "granite": GraniteConfig(
-        **SHAPE, embedding_multiplier=2.0, logits_scaling=3.0, residual_multiplier=0.5, attention_multiplier=0.3
-    ),
+    "granite": GraniteConfig(**SHAPE, **SCALED),
     "phi3": Phi3Config(**SHAPE),
     "gemma": GemmaConfig(**SHAPE, head_dim=12),
     "gpt_neox": GPTNeoXConfig(**{key: value for key, value in SHAPE.items() if key != "num_key_value_heads"}),
@@ -57,6 +61,23 @@ FAMILIES: dict[str, Any] = {
 FULL: dict[str, Any] = {"layer_types": ["full_attention"] * LAYERS, "sliding_window": 8}
 # Those that attend in eager mode alone.
 EAGER = ("gemma2",)
+# Two of four experts a token, in the words of each kind of configuration.
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+# With attention in every layer: sizes of the layers that it might have instead are checked all the same.
+GRANITE_4: dict[str, Any] = SCALED | {
+    "shared_intermediate_size": 96,
+    "position_embedding_type": "rope",
+    "mamba_n_heads": 8,
+    "layer_types": FULL["layer_types"],
+}
 # Families whose layers run as they are, with what their configurations need besides `SHAPE`.
 FURTHER: dict[str, dict[str, Any]] = {
     "apertus": {},
@@ -71,20 +92,10 @@ FURTHER: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 12, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, **FULL},
     "glm": {"head_dim": 12},
     "glm4": {"head_dim": 12},
-    "granitemoehybrid": {
-        "embedding_multiplier": 2.0,
-        "logits_scaling": 3.0,
-        "residual_multiplier": 0.5,
-        "attention_multiplier": 0.3,
-        "num_local_experts": 0,
-        "shared_intermediate_size": 96,
-        "position_embedding_type": "rope",
-        "mamba_n_heads": 8,
-        "layer_types": FULL["layer_types"],
-    },
+    "granitemoehybrid": GRANITE_4 | {"num_local_experts": 0},
     "helium": {"head_dim": 12},
     "hunyuan_v1_dense": {"head_dim": 12},
-    "hyperclovax": {"embedding_multiplier": 2.0, "logits_scaling": 0.3, "residual_multiplier": 0.5},
+    "hyperclovax": SCALED | {"logits_scaling": 0.3},
     "jais2": {},
     "ministral": {"head_dim": 12, **FULL},
     "ministral3": {
@@ -106,19 +117,46 @@ FURTHER: dict[str, dict[str, Any]] = {
     "stablelm": {"hidden_size": 64, "use_qkv_bias": True},
     "starcoder2": {"sliding_window": None},
 }
+# Mixtures of experts: two of four experts a token, and what else their configurations name.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "dots1": FULL | ROUTED | {"norm_topk_prob": True},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1},
+    "flex_olmo": EXPERTS,
+    "glm4_moe": ROUTED | {"head_dim": 12},
+    "granitemoe": LOCAL | SCALED,
+    "granitemoehybrid with experts": GRANITE_4 | LOCAL,
+    "granitemoeshared": LOCAL | SCALED | {"shared_intermediate_size": 32},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 12},
+    "minimax_m2": LOCAL | {"head_dim": 12},
+    "mixtral": LOCAL,
+    "olmoe": EXPERTS,
+    "qwen2_moe": EXPERTS | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": EXPERTS | {"moe_intermediate_size": 32, "head_dim": 12, "mlp_only_layers": [1]},
+    "solar_open": ROUTED | {"head_dim": 12},
+}
 
 
 def tiny(family: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None) -> PreTrainedModel:
     """A random model whose greedy output wanders; biases, norms and scales are random too."""
-    torch.manual_seed(0)
     attention = attention or ("eager" if family in EAGER else "sdpa")
-    config = FAMILIES.get(family) or AutoConfig.for_model(family, **SHAPE | FURTHER[family])
+    config = FAMILIES.get(family)
+    if config is None:
+        config = AutoConfig.for_model(model_type(family), **SHAPE | (FURTHER | MIXTURES)[family])
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    assert size < 1e6, f"{family} has {size:,} parameters: a size was left at its default"
+    torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, attn_implementation=attention, dtype=dtype
     ).eval()
     randomise(model)
     model.generation_config.pad_token_id = 0
     return model
+
+
+def model_type(family: str) -> str:
+    """The first word; others tell apart what one type has several of."""
+    return family.partition(" ")[0]
 
 
 def randomise(model: nn.Module) -> None:

@@ -1,20 +1,26 @@
 """Families whose layers run as they are: layer by layer the model itself, and ids whatever is drafted."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from runtime import SpeculationBounds, UnsupportedModel, detach
 from runtime.decoding import families
 from runtime.decoding.cache import KVCache
 from runtime.decoding.layers import DecoderLayers
 from runtime.exact.attention import block_attention
+from runtime.exact.execution import ExecutionPolicy
+from runtime.exact.probe import compare
+from runtime.exact.reference import Reference
+from runtime.exact.running import why_stock
 from runtime.generate import attach
 from runtime.handle import SpecBound
 from tests.helpers.fake_heads import FakeHeads
-from tests.helpers.families import FAMILIES, FURTHER, VOCABULARY, prompt, tiny
+from tests.helpers.families import FAMILIES, FURTHER, MIXTURES, VOCABULARY, model_type, prompt, tiny
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Greedy trees and sampled chains; the prompt and its answer go past the 16 positions of Ministral 3's yarn.
@@ -27,7 +33,7 @@ NEW = 40
 
 def require(family: str) -> None:
     """Skip where this transformers has no such family."""
-    if family not in CONFIG_MAPPING:
+    if model_type(family) not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {family}")
 
 
@@ -45,12 +51,12 @@ def states(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
 
 def test_every_family_is_tried() -> None:
     """A family that is accepted has a tiny model here."""
-    assert set(families.FAMILIES) == set(FAMILIES) | set(FURTHER)
-    assert len(families.FAMILIES) >= 30
+    assert set(families.FAMILIES) == set(map(model_type, [*FAMILIES, *FURTHER, *MIXTURES]))
+    assert len(families.FAMILIES) >= 50
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", sorted(FURTHER))
+@pytest.mark.parametrize("family", sorted(FURTHER | MIXTURES))
 @torch.inference_mode()
 def test_parts_are_the_model_s_own_forward(family: str, dtype: torch.dtype) -> None:
     """Every bit below every layer, and of the logits."""
@@ -62,16 +68,53 @@ def test_parts_are_the_model_s_own_forward(family: str, dtype: torch.dtype) -> N
         assert torch.equal(own, stock)
 
 
+@pytest.mark.parametrize(
+    ("family", "line", "settings"),
+    [
+        ("phi", families.Family(norm="embed_dropout"), {}),
+        ("cohere", families.Family(), {}),
+        ("hyperclovax", families.Family(), {}),
+        ("gemma2", families.Family(by_layer=True), {"final_logit_softcapping": None}),
+    ],
+)
 @torch.inference_mode()
-def test_a_part_too_few_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: another module in the place of the final norm is seen in the logits."""
-    monkeypatch.setitem(families.FAMILIES, "phi", families.Family(norm="embed_dropout"))
-    model, ids = tiny("phi"), prompt(20)
-    assert not torch.equal(states(model, ids)[-1], model(ids).logits)
+def test_a_part_too_few_shows(
+    family: str, line: families.Family, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: another module in the place of the final norm, and logits without their scale or cap."""
+    monkeypatch.setitem(families.FAMILIES, family, line)
+    model, ids = tiny(family), prompt(20)
+    stock = model(ids).logits
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    assert not torch.equal(states(model, ids)[-1], stock)
+
+
+@pytest.mark.parametrize("family", sorted(MIXTURES))
+@torch.inference_mode()
+def test_experts_take_one_row_at_a_time(family: str) -> None:
+    """Negative control: with the rows of a block together they add in another order."""
+    require(family)
+    model = tiny(family)
+    reference = Reference.near(model)
+    assert compare(model, reference, ExecutionPolicy.rowwise(), [3]).differing == 0
+    assert compare(model, reference, replace(ExecutionPolicy.rowwise(), expert_rows=None), [3]).differing > 0
+
+
+def test_experts_that_change_after_the_prompt_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off the CPU plain decoding takes another kernel than the prompt; ones that nobody knows may do anything."""
+    model = tiny("mixtral")
+    assert why_stock(model) is None
+    model.set_experts_implementation("batched_mm")
+    assert why_stock(model) is None
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "batched_mm", lambda *args: args)
+    assert "experts implementation is 'batched_mm'" in str(why_stock(model))
+    meta = tiny("mixtral").to("meta")
+    assert "changes after the prompt" in str(why_stock(meta))
 
 
 @pytest.mark.parametrize(("dtype", "options", "bounds"), RUNS, ids=["greedy", "sampled"])
-@pytest.mark.parametrize("family", sorted(FURTHER))
+@pytest.mark.parametrize("family", sorted(FURTHER | MIXTURES))
 def test_ids_are_stock_s(
     family: str, dtype: torch.dtype, options: dict[str, object], bounds: SpeculationBounds
 ) -> None:
@@ -96,7 +139,7 @@ def test_ids_are_stock_s(
         ("starcoder2", {"sliding_window": 8}, "sliding_window=None"),
         ("exaone4", {"layer_types": ["sliding_attention"] * 4}, "sliding or mixed attention"),
         ("mistral", {"layer_types": ["full_attention"] * 4, "sliding_window": 8}, "sliding_window=None"),
-        ("granitemoehybrid", {"num_local_experts": 2}, "mixtures of experts"),
+        ("granitemoehybrid", {"layer_types": ["linear_attention"] * 4}, "sliding or mixed attention"),
         ("gemma2", {"use_bidirectional_attention": True}, "tokens see those after them"),
         ("olmo3", {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "'dynamic' rotary"),
     ],
