@@ -22,14 +22,17 @@ model, a config, a folder or a Hub id, and loads no adapter. `specbound plan --m
 Whatever is refused decodes plainly, as always. The attention implementation is `sdpa` or `eager`.
 
 This table is made by `python scripts/models.py`. "Native" layers run in kernels of our own, in bfloat16 on CPUs that
-have the instructions for it; all others run as transformers wrote them, and have the same bits. "Tests" are those that
-compare a tiny random model with transformers' own forward, layer by layer, and with its `generate`, every bit and every
-id: in float32 and bfloat16, greedy and sampled, chains and trees of drafts. "Fitted" names the real bases that an
-adapter in this repository is for.
+have the instructions for it; all others run as transformers wrote them, and have the same bits. "Tests" compare a tiny
+random model with transformers' own forward, layer by layer, and with its `generate`, every bit and every id: in float32
+and bfloat16, greedy and sampled, chains and trees of drafts. "Fitted" names the real bases that an adapter in this
+repository is for.
 
-Mixtures of experts compute the tokens of a block one by one: an expert that gets several at once adds in another order.
-That is exact, and gains less than a dense model does. `specbound plan` counts all experts for each token: its hours are
-then too many.
+Mixtures of experts compute the tokens of a block one by one: an expert that gets several at once adds in another
+order. That is exact, and gains less than a dense model does. `specbound plan` counts all experts for each token: its
+hours are then too many.
+
+Layers with windows attend row by row once the window is full, and no layer of such a model runs natively. A Mistral
+whose texts stay shorter than its window computes the same, and faster, when it is loaded with `sliding_window=None`.
 
 | `model_type` | parts | native | tests | fitted |
 |---|---|---|---|---|
@@ -56,6 +59,7 @@ def page() -> str:
 def line(model_type: str, models: list[Any], *, first: bool) -> str:
     """Of tiny models of one type; the first families have more tests than those that came later."""
     tests = "`test_generate.py`, `test_trees.py`" if first else "`test_families.py`"
+    tests += ", `test_windows.py`" if FAMILIES[model_type].windows else ""
     native = "yes" if FAMILIES[model_type].llama_kind else "no"
     return f"| `{model_type}` | {parts(models)} | {native} | {tests} | {fitted(model_type)} |\n"
 
@@ -64,7 +68,8 @@ def parts(models: list[Any]) -> str:
     """What the layers are made of, in a few words."""
     model, layers = models[0], DecoderLayers(models[0])
     kinds = ["mixture of experts" if mixtures(each) else "dense" for each in models]
-    found = [" or ".join(dict.fromkeys(kinds)), "full attention"]
+    windows = FAMILIES[model.config.model_type].windows
+    found = [" or ".join(dict.fromkeys(kinds)), "full attention or windows" if windows else "full attention"]
     found.append("learned positions" if layers.positions is not None else "rotary positions")
     if layers.logits_factor is not None or layers.logits_scaling != 1.0:
         found.append("scaled logits")

@@ -4,7 +4,6 @@ No modeling code is copied: a family is a line that says where its modules are a
 Knows nothing of drafting, exits or files.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ class Family:
         llama_kind: a layer is what `LlamaParts` takes apart: norm, attention with rotary positions, residual, norm,
             gated SiLU, residual.
         by_layer: each layer reads in the config's `layer_types` whether it has a window; others ask `sliding_window`.
+        windows: its layers may have windows; they tell their attention, and tests go beyond them.
         rotary_by_layer: there is a rotary table for each kind of layer.
         factor: field of the config by which logits are multiplied; without it `logits_scaling` divides them.
     """
@@ -35,31 +35,33 @@ class Family:
     cache_argument: str = "past_key_values"
     llama_kind: bool = False
     by_layer: bool = False
+    windows: bool = False
     rotary_by_layer: bool = False
     factor: str | None = None
 
 
 FAMILIES = {
     "llama": Family(llama_kind=True),
-    "mistral": Family(llama_kind=True),
-    "qwen2": Family(llama_kind=True, by_layer=True),
-    "qwen3": Family(llama_kind=True, by_layer=True),
-    "smollm3": Family(llama_kind=True, by_layer=True),
+    "mistral": Family(llama_kind=True, windows=True),
+    "qwen2": Family(llama_kind=True, by_layer=True, windows=True),
+    "qwen3": Family(llama_kind=True, by_layer=True, windows=True),
+    "smollm3": Family(llama_kind=True, by_layer=True, windows=True),
     "granite": Family(llama_kind=True),
     "apertus": Family(),
     "arcee": Family(),
     "bitnet": Family(),
     "cohere": Family(factor="logit_scale"),
-    "cohere2": Family(by_layer=True, factor="logit_scale"),
-    "cwm": Family(by_layer=True),
+    "cohere2": Family(by_layer=True, windows=True, factor="logit_scale"),
+    "cwm": Family(by_layer=True, windows=True),
     "diffllama": Family(),
-    "dots1": Family(by_layer=True),
+    "dots1": Family(by_layer=True, windows=True),
     "ernie4_5": Family(),
     "ernie4_5_moe": Family(),
-    "exaone4": Family(by_layer=True),
+    "exaone4": Family(by_layer=True, windows=True),
     "flex_olmo": Family(),
     "gemma": Family(),
-    "gemma2": Family(by_layer=True),
+    "gemma2": Family(by_layer=True, windows=True),
+    "gemma3_text": Family(by_layer=True, windows=True, rotary_by_layer=True),
     "glm": Family(),
     "glm4": Family(),
     "glm4_moe": Family(),
@@ -74,23 +76,23 @@ FAMILIES = {
     "hyperclovax": Family(factor="logits_scaling"),
     "jais2": Family(),
     "minimax_m2": Family(),
-    "ministral": Family(by_layer=True),
-    "ministral3": Family(),
-    "mixtral": Family(),
+    "ministral": Family(by_layer=True, windows=True),
+    "ministral3": Family(windows=True),
+    "mixtral": Family(windows=True),
     "nemotron": Family(),
     "olmo": Family(),
     "olmo2": Family(),
-    "olmo3": Family(by_layer=True, rotary_by_layer=True),
+    "olmo3": Family(by_layer=True, windows=True, rotary_by_layer=True),
     "olmoe": Family(),
     "persimmon": Family(norm="final_layernorm"),
     "phi": Family(norm="final_layernorm"),
-    "phi3": Family(),
+    "phi3": Family(windows=True),
     "qwen2_moe": Family(by_layer=True),
-    "qwen3_moe": Family(by_layer=True),
+    "qwen3_moe": Family(),
     "seed_oss": Family(),
     "solar_open": Family(),
     "stablelm": Family(),
-    "starcoder2": Family(),
+    "starcoder2": Family(windows=True),
 }
 # Rotary tables of these kinds depend on the position alone, so a block's rows equal one-by-one rows.
 STEADY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
@@ -177,17 +179,13 @@ def check_config(config: Any, kind: str | None = None) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise _unsupported(config, kind, missing_part(config))
-    if not _has_full_attention(config, family):
-        window = getattr(config, "sliding_window", None)
-        whole = copy.deepcopy(config)
-        whole.sliding_window = None
-        hint = "only full attention in every layer is supported"
-        if window is not None and _has_full_attention(whole, family):
-            hint = (
-                f"load it with sliding_window=None (as AutoModelForCausalLM.from_pretrained takes it) and pass the"
-                f" model; for texts shorter than its window of {window} tokens it computes the same"
-            )
-        raise _unsupported(config, kind, f"it has sliding or mixed attention: {hint}")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not kinds <= ({"full_attention", "sliding_attention"} if family.by_layer else {"full_attention"}):
+        raise _unsupported(config, kind, f"it has layers of the kinds {', '.join(sorted(kinds))}")
+    if has_windows(config) and not family.windows:
+        raise _unsupported(config, kind, "its layers have windows, which nobody has tried in this family")
+    if has_windows(config) and not (config.sliding_window and getattr(config, "use_sliding_window", True)):
+        raise _unsupported(config, kind, "its layer_types name windows, and its other settings none")
     rope = getattr(config, "rope_parameters", None) or {}
     for table in rope.values() if family.rotary_by_layer else [rope]:
         if table.get("rope_type", "default") not in STEADY_ROPE:
@@ -207,11 +205,9 @@ def _unsupported(config: Any, kind: str | None, why: str) -> UnsupportedModel:
     )
 
 
-def _has_full_attention(config: Any, family: Family) -> bool:
-    """Whether every layer sees all of the text."""
+def has_windows(config: Any) -> bool:
+    """Whether some layer sees the last tokens alone, as many as the config's `sliding_window`."""
     kinds = getattr(config, "layer_types", None)
-    if kinds is not None and set(kinds) != {"full_attention"}:
-        return False
-    if kinds is not None and family.by_layer:
-        return True
-    return getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True)
+    if kinds is not None and FAMILIES[config.model_type].by_layer:
+        return "sliding_attention" in kinds
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from runtime.decoding.families import FAMILIES
+from runtime.decoding.families import FAMILIES, has_windows
 from runtime.decoding.layers import NATIVE
 from runtime.exact.attention import BlockAttention, block_attention
 from runtime.exact.fused import fused_layers
@@ -130,7 +130,7 @@ def native_layers(
 ) -> NativeLayers | None:
     """The model's layers as runs in our own kernel; None where it does not take all of them under this policy."""
     family = FAMILIES[model.config.model_type]
-    if packed is None or not family.llama_kind or attention.stock == "eager":
+    if packed is None or not family.llama_kind or attention.stock == "eager" or has_windows(model.config):
         return None
     joint = {
         joint.modules: joint

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     GemmaConfig,
@@ -90,6 +92,7 @@ FURTHER: dict[str, dict[str, Any]] = {
     "ernie4_5": {"head_dim": 12},
     "exaone4": FULL | {"sliding_window": None},
     "gemma2": {"head_dim": 12, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, **FULL},
+    "gemma3_text": FULL | {"head_dim": 12, "final_logit_softcapping": 3.0},
     "glm": {"head_dim": 12},
     "glm4": {"head_dim": 12},
     "granitemoehybrid": GRANITE_4 | {"num_local_experts": 0},
@@ -134,12 +137,36 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS | {"moe_intermediate_size": 32, "head_dim": 12, "mlp_only_layers": [1]},
     "solar_open": ROUTED | {"head_dim": 12},
 }
+# Windows, in half of the layers where a family can have both.
+HALF: dict[str, Any] = {"layer_types": ["full_attention", "sliding_attention"] * (LAYERS // 2)}
+WINDOWS: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "ministral3": FURTHER["ministral3"],
+    "mixtral": LOCAL,
+    "phi3": {},
+    "starcoder2": {},
+    "cohere2": HALF | {"logit_scale": 0.3},
+    "cwm": HALF | {"head_dim": 12},
+    "dots1": MIXTURES["dots1"] | HALF,
+    "exaone4": HALF,
+    "gemma2": FURTHER["gemma2"] | HALF,
+    "gemma3_text": HALF | {"head_dim": 12},
+    "ministral": HALF | {"head_dim": 12},
+    "olmo3": HALF,
+    "qwen2": HALF | {"use_sliding_window": True},
+    "qwen3": HALF | {"use_sliding_window": True, "head_dim": 12},
+    "smollm3": HALF | {"use_sliding_window": True},
+}
 
 
-def tiny(family: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None) -> PreTrainedModel:
+def tiny(
+    family: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None, window: int | None = None
+) -> PreTrainedModel:
     """A random model whose greedy output wanders; biases, norms and scales are random too."""
     attention = attention or ("eager" if family in EAGER else "sdpa")
     config = FAMILIES.get(family)
+    if window is not None:
+        config = AutoConfig.for_model(family, **SHAPE | WINDOWS[family] | {"sliding_window": window})
     if config is None:
         config = AutoConfig.for_model(model_type(family), **SHAPE | (FURTHER | MIXTURES)[family])
     with torch.device("meta"):
@@ -152,6 +179,12 @@ def tiny(family: str, *, dtype: torch.dtype = torch.float32, attention: str | No
     randomise(model)
     model.generation_config.pad_token_id = 0
     return model
+
+
+def require(family: str) -> None:
+    """Skip where this transformers has no such family."""
+    if model_type(family) not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {family}")
 
 
 def model_type(family: str) -> str:
