@@ -22,10 +22,10 @@ model, a config, a folder or a Hub id, and loads no adapter. `specbound plan --m
 Whatever is refused decodes plainly, as always. The attention implementation is `sdpa` or `eager`.
 
 This table is made by `python scripts/models.py`. "Native" layers run in kernels of our own, in bfloat16 on CPUs that
-have the instructions for it; all others run as transformers wrote them, and have the same bits. "Tests" compare a tiny
-random model with transformers' own forward, layer by layer, and with its `generate`, every bit and every id: in float32
-and bfloat16, greedy and sampled, chains and trees of drafts. "Fitted" names the real bases that an adapter in this
-repository is for.
+have the instructions for it; all others run as transformers wrote them, and have the same bits. "Tests" compare a
+tiny random model with transformers' own forward, layer by layer, and with its `generate`, every bit and every id: in
+float32 and bfloat16, greedy and sampled, chains and trees of drafts. "Fitted" names the real bases that an adapter in
+this repository is for.
 
 Mixtures of experts compute the tokens of a block one by one: an expert that gets several at once adds in another
 order. That is exact, and gains less than a dense model does. `specbound plan` counts all experts for each token: its
