@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from runtime.handle import SpecBound
     from runtime.loading import load_specbound
     from runtime.stats import SpeculationStats
+    from runtime.support import supports
 
 __all__ = [
     "AdapterError",
@@ -40,6 +41,7 @@ __all__ = [
     "load_adapter",
     "load_specbound",
     "save_adapter",
+    "supports",
 ]
 _MODULES = {
     "SpecBound": "handle",
@@ -51,6 +53,7 @@ _MODULES = {
     "load_adapter": "adapter.folder",
     "load_specbound": "loading",
     "save_adapter": "adapter.folder",
+    "supports": "support",
 }
 
 

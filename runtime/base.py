@@ -69,7 +69,7 @@ def check_base_config(name: str, options: dict[str, Any]) -> None:
         ):
             return  # an adapter of PEFT's: it has no config, and transformers finds its base
         raise
-    check_config(config, next(iter(getattr(config, "architectures", None) or []), type(config).__name__))
+    check_config(config)
 
 
 def from_pretrained(auto: Any, name: str, options: dict[str, Any]) -> Any:

@@ -20,10 +20,11 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from runtime.decoding.emitter import TargetEmitter
+from runtime.decoding.families import has_windows
 from runtime.decoding.rounds import run_to_end
 from runtime.errors import SpecBoundError
 from runtime.exact.fingerprint import STOCK
@@ -213,8 +214,10 @@ def _plain_reason(
         return f"it passes {', '.join(sorted(unknown))} to the model"
     if not model_kwargs.get("use_cache") or type(cache) is not DynamicCache or cache.offloading:
         return "it does not use the default dynamic cache"
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return "its cache is not of full attention in every layer"
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return "its cache has layers that are not of attention"
+    if has_windows(model.config) != any(cache.is_sliding):
+        return "its cache has other windows than the model"
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return "it asks for attentions or hidden states"
     if synced_gpus:

@@ -16,7 +16,7 @@ ROOMS = [
     ["runtime.adapter"],
     ["runtime.conditions", "runtime.decoding"],
     ["runtime.base", "runtime.exact", "runtime.text"],
-    ["runtime.handle"],
+    ["runtime.handle", "runtime.support"],
     ["runtime.generate"],
     ["runtime.loading"],
     ["runtime.custom_generate", "runtime"],

@@ -60,6 +60,7 @@ def test_the_public_names():
         "load_adapter",
         "load_specbound",
         "save_adapter",
+        "supports",
     ]
     for public in runtime.__all__:
         documentation = getattr(runtime, public).__doc__

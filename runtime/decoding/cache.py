@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from runtime.decoding.rows import TreeRows
 
@@ -59,10 +60,15 @@ class KVCache:
 
     @classmethod
     def from_dynamic(cls, cache: Any, capacity: int) -> "KVCache":
-        """Copy what the prompt's own forward left in a transformers `DynamicCache` of batch size 1."""
+        """Copy what the prompt's own forward left in a transformers `DynamicCache` of batch size 1.
+
+        A layer with a window has dropped its first rows, which nobody will read: zeros stand for them.
+        """
         kv = cls(len(cache.layers), capacity)
         for index, layer in enumerate(cache.layers):
-            kv.update(layer.keys, layer.values, index)
+            dropped = layer.get_seq_length() - layer.keys.shape[2]
+            keys, values = (functional.pad(rows, (0, 0, dropped, 0)) for rows in (layer.keys, layer.values))
+            kv.update(keys, values, index)
         return kv
 
     def copy_to(self, cache: Any) -> None:
@@ -70,8 +76,13 @@ class KVCache:
         for index, layer in enumerate(cache.layers):
             keys, values = self._keys[index], self._values[index]
             assert keys is not None and values is not None
-            layer.keys = keys[:, :, : self.lengths[index]].clone()
-            layer.values = values[:, :, : self.lengths[index]].clone()
+            length = self.lengths[index]
+            first = 0
+            if layer.is_sliding:
+                first = max(0, length - layer.sliding_window + 1)
+                layer.cumulative_length = length
+            layer.keys = keys[:, :, first:length].clone()
+            layer.values = values[:, :, first:length].clone()
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append rows to a layer; called by the base's attention modules.

@@ -4,12 +4,12 @@ No modeling code is copied: a family is a line that says where its modules are a
 Knows nothing of drafting, exits or files.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from runtime.decoding.missing import missing_part
 from runtime.errors import UnsupportedModel
 
 
@@ -17,8 +17,13 @@ from runtime.errors import UnsupportedModel
 class Family:
     """Where a model family keeps the parts that generation runs through.
 
-    `llama_kind` says that a layer is what `LlamaParts` takes apart: norm, attention with rotary positions, residual,
-    norm, gated SiLU, residual.
+    Attributes:
+        llama_kind: a layer is what `LlamaParts` takes apart: norm, attention with rotary positions, residual, norm,
+            gated SiLU, residual.
+        by_layer: each layer reads in the config's `layer_types` whether it has a window; others ask `sliding_window`.
+        windows: its layers may have windows; they tell their attention, and tests go beyond them.
+        rotary_by_layer: there is a rotary table for each kind of layer.
+        factor: field of the config by which logits are multiplied; without it `logits_scaling` divides them.
     """
 
     body: str = "model"
@@ -29,39 +34,65 @@ class Family:
     positions: str | None = None
     cache_argument: str = "past_key_values"
     llama_kind: bool = False
+    by_layer: bool = False
+    windows: bool = False
+    rotary_by_layer: bool = False
+    factor: str | None = None
 
 
 FAMILIES = {
     "llama": Family(llama_kind=True),
-    "mistral": Family(llama_kind=True),
-    "qwen2": Family(llama_kind=True),
-    "qwen3": Family(llama_kind=True),
-    "smollm3": Family(llama_kind=True),
+    "mistral": Family(llama_kind=True, windows=True),
+    "qwen2": Family(llama_kind=True, by_layer=True, windows=True),
+    "qwen3": Family(llama_kind=True, by_layer=True, windows=True),
+    "smollm3": Family(llama_kind=True, by_layer=True, windows=True),
     "granite": Family(llama_kind=True),
-    "olmo2": Family(),
-    "phi3": Family(),
-    "gemma": Family(),
     "apertus": Family(),
     "arcee": Family(),
     "bitnet": Family(),
+    "cohere": Family(factor="logit_scale"),
+    "cohere2": Family(by_layer=True, windows=True, factor="logit_scale"),
+    "cwm": Family(by_layer=True, windows=True),
     "diffllama": Family(),
+    "dots1": Family(by_layer=True, windows=True),
     "ernie4_5": Family(),
-    "exaone4": Family(),
+    "ernie4_5_moe": Family(),
+    "exaone4": Family(by_layer=True, windows=True),
+    "flex_olmo": Family(),
+    "gemma": Family(),
+    "gemma2": Family(by_layer=True, windows=True),
+    "gemma3_text": Family(by_layer=True, windows=True, rotary_by_layer=True),
     "glm": Family(),
     "glm4": Family(),
+    "glm4_moe": Family(),
+    "gpt2": Family(body="transformer", embedding="wte", layers="h", norm="ln_f", rotary=None, positions="wpe"),
+    "gpt_neox": Family(body="gpt_neox", embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past"),
+    "granitemoe": Family(),
+    "granitemoehybrid": Family(by_layer=True),
+    "granitemoeshared": Family(),
     "helium": Family(),
     "hunyuan_v1_dense": Family(),
+    "hunyuan_v1_moe": Family(),
+    "hyperclovax": Family(factor="logits_scaling"),
     "jais2": Family(),
-    "ministral3": Family(),
+    "minimax_m2": Family(),
+    "ministral": Family(by_layer=True, windows=True),
+    "ministral3": Family(windows=True),
+    "mixtral": Family(windows=True),
     "nemotron": Family(),
     "olmo": Family(),
-    "seed_oss": Family(),
-    "stablelm": Family(),
-    "starcoder2": Family(),
+    "olmo2": Family(),
+    "olmo3": Family(by_layer=True, windows=True, rotary_by_layer=True),
+    "olmoe": Family(),
     "persimmon": Family(norm="final_layernorm"),
     "phi": Family(norm="final_layernorm"),
-    "gpt_neox": Family(body="gpt_neox", embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past"),
-    "gpt2": Family(body="transformer", embedding="wte", layers="h", norm="ln_f", rotary=None, positions="wpe"),
+    "phi3": Family(windows=True),
+    "qwen2_moe": Family(by_layer=True),
+    "qwen3_moe": Family(),
+    "seed_oss": Family(),
+    "solar_open": Family(),
+    "stablelm": Family(),
+    "starcoder2": Family(windows=True),
 }
 # Rotary tables of these kinds depend on the position alone, so a block's rows equal one-by-one rows.
 STEADY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
@@ -129,51 +160,54 @@ def check_supported(model: Any) -> Family:
     Raises:
         UnsupportedModel: naming the architecture and the reason, where its layers cannot be driven one by one.
     """
-    family = check_config(model.config, type(model).__name__)
+    kind = type(model).__name__
+    family = check_config(model.config, kind)
     if not hasattr(model, family.body) or model.get_output_embeddings() is None:
-        name = f"{type(model).__name__} (model_type {model.config.model_type!r})"
-        raise UnsupportedModel(f"{name} is not a causal language model: load it with AutoModelForCausalLM")
+        raise _unsupported(model.config, kind, "it is no causal language model: load it with AutoModelForCausalLM")
     return family
 
 
-def check_config(config: Any, kind: str) -> Family:
+def check_config(config: Any, kind: str | None = None) -> Family:
     """The family of a model, from its config alone: no weights are needed.
 
     Args:
-        kind: what to call it in a message.
+        kind: what to call it in a message; by default what its config says.
 
     Raises:
         UnsupportedModel: as `check_supported`.
     """
-    name = f"{kind} (model_type {config.model_type!r})"
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise UnsupportedModel(
-            f"{name} is not supported: expected one of {', '.join(sorted(FAMILIES))};"
-            " without an adapter it generates as always"
-        )
-    if not _has_full_attention(config):
-        window = getattr(config, "sliding_window", None)
-        whole = copy.deepcopy(config)
-        whole.sliding_window = None
-        hint = "only full attention in every layer is supported"
-        if window is not None and _has_full_attention(whole):
-            hint = (
-                f"load it with sliding_window=None (as AutoModelForCausalLM.from_pretrained takes it) and pass the"
-                f" model; for texts shorter than its window of {window} tokens it computes the same"
-            )
-        raise UnsupportedModel(f"{name} has sliding or mixed attention: {hint}")
+        raise _unsupported(config, kind, missing_part(config))
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not kinds <= ({"full_attention", "sliding_attention"} if family.by_layer else {"full_attention"}):
+        raise _unsupported(config, kind, f"it has layers of the kinds {', '.join(sorted(kinds))}")
+    if has_windows(config) and not family.windows:
+        raise _unsupported(config, kind, "its layers have windows, which nobody has tried in this family")
+    if has_windows(config) and not (config.sliding_window and getattr(config, "use_sliding_window", True)):
+        raise _unsupported(config, kind, "its layer_types name windows, and its other settings none")
     rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind not in STEADY_ROPE:
-        raise UnsupportedModel(f"{name} has {kind!r} rotary positions, which change with the length of the text")
+    for table in rope.values() if family.rotary_by_layer else [rope]:
+        if table.get("rope_type", "default") not in STEADY_ROPE:
+            name = table["rope_type"]
+            raise _unsupported(config, kind, f"its {name!r} rotary positions change with the length of the text")
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+        raise _unsupported(config, kind, "its tokens see those after them")
     if getattr(config, "add_cross_attention", False) or getattr(config, "reorder_and_upcast_attn", False):
-        raise UnsupportedModel(f"{name} has cross-attention or upcast attention, which is not supported")
+        raise _unsupported(config, kind, "it has cross-attention or upcast attention")
     return family
 
 
-def _has_full_attention(config: Any) -> bool:
-    """Whether every layer sees all of the text."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    return kinds == {"full_attention"} and not sliding
+def _unsupported(config: Any, kind: str | None, why: str) -> UnsupportedModel:
+    kind = kind or next(iter(getattr(config, "architectures", None) or []), type(config).__name__)
+    return UnsupportedModel(
+        f"{kind} (model_type {config.model_type!r}) is not supported, because {why}; plain decoding works"
+    )
+
+
+def has_windows(config: Any) -> bool:
+    """Whether some layer sees the last tokens alone, as many as the config's `sliding_window`."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and FAMILIES[config.model_type].by_layer:
+        return "sliding_attention" in kinds
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)

@@ -42,7 +42,11 @@ class DecoderLayers:
         self.positions: nn.Module | None = getattr(body, family.positions) if family.positions else None
         self.cache_argument = family.cache_argument
         self.embedding_multiplier = float(getattr(model.config, "embedding_multiplier", 1.0))
-        self.logits_scaling = float(getattr(model.config, "logits_scaling", 1.0))
+        factor = None if family.factor is None else getattr(model.config, family.factor)
+        self.logits_factor: float | None = factor
+        self.logits_scaling = 1 / factor if factor else float(getattr(model.config, "logits_scaling", 1.0))
+        self.logits_cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.kinds: list[str] | None = model.config.layer_types if family.rotary_by_layer else None
 
     @property
     def num_layers(self) -> int:
@@ -127,12 +131,19 @@ class DecoderLayers:
             self.cache_argument: cache,
             "use_cache": True,
         }
-        if self.rotary is not None:
-            arguments["position_embeddings"] = self.rotary(hidden, position_ids=position_ids)
-        for layer in self.layers[start:stop]:
-            above = layer(hidden, attention_mask=mask, **arguments)
+        kinds = [""] * (stop - start) if self.kinds is None else self.kinds[start:stop]
+        tables = {kind: self._table(hidden, position_ids, kind) for kind in set(kinds)}
+        for layer, kind in zip(self.layers[start:stop], kinds, strict=True):
+            above = layer(hidden, attention_mask=mask, **arguments, **tables[kind])
             hidden = above[0] if isinstance(above, tuple) else above
         return hidden
+
+    def _table(self, hidden: Tensor, position_ids: Tensor, kind: str) -> dict[str, Any]:
+        """Rotary angles of positions [1, T], as layers of a kind take them."""
+        if self.rotary is None:
+            return {}
+        which = {"layer_type": kind} if kind else {}
+        return {"position_embeddings": self.rotary(hidden, position_ids=position_ids, **which)}
 
     def keep(self, cache: KVCache, settled: int, places: Sequence[int]) -> None:
         """As `KVCache.keep`, in one call where the layers run natively."""
@@ -149,7 +160,13 @@ class DecoderLayers:
     def unembed(self, normed: Tensor) -> Tensor:
         """Target logits, shape [1, T, V], of normed top states, shape [1, T, D]."""
         logits: Tensor = self.unembedding(normed)
-        return logits / self.logits_scaling if self.logits_scaling != 1.0 else logits
+        if self.logits_factor is not None:
+            logits = logits * self.logits_factor
+        elif self.logits_scaling != 1.0:
+            logits = logits / self.logits_scaling
+        if self.logits_cap is None:
+            return logits
+        return torch.tanh(logits / self.logits_cap) * self.logits_cap
 
     def tops(self, hidden: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Normed top states [1, T, D] and target logits [1, T, V] of blocks at the top, one of each request."""

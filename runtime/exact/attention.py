@@ -70,6 +70,9 @@ class BlockAttention:
             Shape [1, T, H, E], and None, as transformers' own functions.
         """
         tree = mask if isinstance(mask, TreeRows) else None
+        window: int | None = kwargs.get("sliding_window")
+        if window is not None and key.shape[2] >= window:
+            return self.in_window(module, query, key, value, tree, scaling, **kwargs), None
         if self.order is not None and not isinstance(mask, Tensor) and can_attend(query, key, value):
             output = attend(query, key, value, scaling, self.order, tree)
             if output is not None:
@@ -88,6 +91,30 @@ class BlockAttention:
             for row, keys, values in _rows(query, key, value, tree)
         ]
         return torch.cat(rows, dim=1), None
+
+    def in_window(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tree: TreeRows | None,
+        scaling: float | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As a call, [1, T, H, E], of a layer with a window: each row on the last keys of those that it sees.
+
+        Transformers gives sdpa a mask, with nothing hidden, from the token on that fills the window; then the kernel
+        is another one.
+        """
+        window: int = kwargs["sliding_window"]
+        rows = []
+        for row, keys, values in _rows(query, key, value, tree):
+            full = self.stock == "sdpa" and keys.shape[2] >= window
+            mask = torch.ones(1, 1, 1, window, dtype=torch.bool, device=query.device) if full else None
+            last = keys[:, :, -window:], values[:, :, -window:]
+            rows.append(_stock_attention(self.stock, module)(module, row, *last, mask, scaling=scaling, **kwargs)[0])
+        return torch.cat(rows, dim=1)
 
     def in_groups(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
         """As a call, [1, H, T, E] and no mask: rows whose keys end in the same vector go together."""

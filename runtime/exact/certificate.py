@@ -139,6 +139,7 @@ def read_certificate(path: Path) -> Certificate | None:
             stored["fused"],
             stored["native"],
             stored["static"],
+            stored["expert_rows"],
         )
         fields["policy"] = ExecutionPolicy(*how)
         fields["native"] = [tuple(shape) for shape in fields["native"]]
@@ -159,6 +160,7 @@ def write_certificate(path: Path, certificate: Certificate) -> None:
         "fused": policy.fused,
         "native": policy.native,
         "static": policy.static,
+        "expert_rows": policy.expert_rows,
     }
     try:
         write_atomic(path, json.dumps(fields).encode())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from runtime.decoding.families import FAMILIES
+from runtime.decoding.families import FAMILIES, has_windows
 from runtime.decoding.layers import NATIVE
 from runtime.exact.attention import BlockAttention, block_attention
 from runtime.exact.fused import fused_layers
@@ -41,6 +41,7 @@ class ExecutionPolicy:
         fused: layers of the Llama kind whose Linears all run packed run as one function.
         native: these layers run several at a time in our own kernel, where it takes all of them.
         static: layers run over a `StaticCache`, in calls of fixed shapes; `attention` is `batched` then.
+        expert_rows: rows in one call of a mixture of experts, which sorts them by expert; None for the whole block.
     """
 
     attention: str
@@ -50,6 +51,7 @@ class ExecutionPolicy:
     fused: bool = False
     native: bool = False
     static: bool = False
+    expert_rows: int | None = 1
 
     @classmethod
     def rowwise(cls) -> "ExecutionPolicy":
@@ -59,7 +61,7 @@ class ExecutionPolicy:
     @classmethod
     def batched(cls) -> "ExecutionPolicy":
         """Every operation sees the whole block."""
-        return cls("batched")
+        return cls("batched", expert_rows=None)
 
     def rows_of(self, module: nn.Module) -> int | None:
         """Rows in one call of this Linear; None for the whole block."""
@@ -112,8 +114,15 @@ def _forwards(
     for module in linears(model):
         rows = policy.rows_of(module)
         if rows is not None and module not in taken:
-            # another library's hook, where there is one, runs in each call
-            yield module, in_rows(module.__dict__.get("forward") or partial(type(module).forward, module), rows)
+            yield module, in_rows(_own_forward(module), rows)
+    if policy.expert_rows is not None:
+        for module in mixtures(model):
+            yield module, in_rows(_own_forward(module), policy.expert_rows)
+
+
+def _own_forward(module: nn.Module) -> Callable[..., Tensor]:
+    """The module's; another library's hook, where there is one, runs in each call."""
+    return module.__dict__.get("forward") or partial(type(module).forward, module)
 
 
 def native_layers(
@@ -121,7 +130,7 @@ def native_layers(
 ) -> NativeLayers | None:
     """The model's layers as runs in our own kernel; None where it does not take all of them under this policy."""
     family = FAMILIES[model.config.model_type]
-    if packed is None or not family.llama_kind or attention.stock == "eager":
+    if packed is None or not family.llama_kind or attention.stock == "eager" or has_windows(model.config):
         return None
     joint = {
         joint.modules: joint
@@ -135,6 +144,11 @@ def native_layers(
 def linears(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that multiply by a weight matrix, in the model's order."""
     return [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def mixtures(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that send each row to some of many experts, and add up what these make of it."""
+    return [module for module in model.modules() if "experts" in module._modules]
 
 
 def in_rows(forward: Callable[..., Tensor], rows: int | None) -> Callable[..., Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from runtime.decoding.families import FAMILIES, LlamaParts
+from runtime.decoding.families import FAMILIES, LlamaParts, has_windows
 from runtime.decoding.rows import TreeRows
 from runtime.exact.attention import BlockAttention
 from runtime.exact.packed import Forward
@@ -124,7 +124,7 @@ def fused_layers(
     Args:
         joint: the Linears that run packed, by the modules that each stands for.
     """
-    if not FAMILIES[model.config.model_type].llama_kind or attention.stock == "eager":
+    if not FAMILIES[model.config.model_type].llama_kind or attention.stock == "eager" or has_windows(model.config):
         return
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     weight: Tensor = decoder.norm.weight

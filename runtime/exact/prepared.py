@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from runtime.decoding.cache import KVCache
+from runtime.decoding.families import has_windows
 from runtime.decoding.layers import DecoderLayers
 from runtime.errors import SpecBoundError
 from runtime.exact.certificate import Certificate
@@ -123,7 +124,7 @@ class PreparedModel:
         """Whether graphs are asked for and possible; drops those recorded where the weights no longer are."""
         if not self.graphs:
             return False
-        reason = why_not(self.layers.layers)
+        reason = "its layers have windows" if has_windows(model.config) else why_not(self.layers.layers)
         if reason is not None:
             self.warn(f"no graphs, because {reason}")
         now = addresses(model) if reason is None else ()

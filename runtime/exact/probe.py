@@ -36,7 +36,7 @@ from runtime.exact.reference import Reference
 from runtime.exact.static import StaticCache
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 20
+PROBE_FORMAT = 21
 
 
 def certify(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from runtime.decoding.families import has_windows
 from runtime.exact.execution import linears
 
 PROMPT_TOKENS = 24
@@ -19,6 +20,7 @@ TEXT_TEMPERATURE = 0.6
 # Attention splits its work by the number of keys: rows far into a text are compared too.
 FAR_CONTEXT = 2048
 FAR_TOKENS = 16
+FAR_WINDOW = 8192  # windows up to here are filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Reference:
         first: cache rows before the tokens compared.
         token_ids: the tokens compared, shape [1, N], int64.
         logits: at each of them, [1, V].
-        cache: keys and values of all positions.
+        cache: keys and values of all positions, also of layers that read no more than a window of them.
         rows: each Linear's inputs at those positions, [1, in] each, and outputs.
     """
 
@@ -47,9 +49,9 @@ class Reference:
     @classmethod
     def near(cls, model: PreTrainedModel) -> "Reference":
         """A text of the base's own, from the token that begins one."""
-        cache = DynamicCache()
+        cache, running = DynamicCache(), DynamicCache(config=model.config)
         start = torch.tensor([[model.config.bos_token_id or 0]], device=model.device)
-        prompt, _ = _write(model, cache, start, PROMPT_TOKENS)
+        prompt, _ = _write(model, cache, running, start, PROMPT_TOKENS)
         rows: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {module: [] for module in linears(model)}
 
         def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -57,7 +59,7 @@ class Reference:
 
         hooks = [module.register_forward_hook(record) for module in rows]
         try:
-            token_ids, logits = _write(model, cache, prompt[:, -1:], PROBE_TOKENS)
+            token_ids, logits = _write(model, cache, running, prompt[:, -1:], PROBE_TOKENS)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -67,24 +69,36 @@ class Reference:
     def far(cls, model: PreTrainedModel, near: "Reference") -> "Reference | None":
         """More of that text after its own cache rows many times over; None where the model takes no long text."""
         longest = getattr(model.config, "max_position_embeddings", None) or FAR_CONTEXT + FAR_TOKENS
-        first = min(FAR_CONTEXT, longest - FAR_TOKENS)
+        window = min(model.config.sliding_window, FAR_WINDOW) if has_windows(model.config) else 0
+        first = min(max(FAR_CONTEXT, window), longest - FAR_TOKENS)
         if first <= near.length:
             return None
-        cache = DynamicCache()
+        cache, running = DynamicCache(), DynamicCache(config=model.config)
         for index, layer in enumerate(near.cache.layers):
             repeats = [1, 1, -(-first // near.length), 1]
             keys, values = (rows.repeat(repeats)[:, :, :first].clone() for rows in (layer.keys, layer.values))
             cache.update(keys, values, index)
-        token_ids, logits = _write(model, cache, near.token_ids[:, -1:], FAR_TOKENS)
+            running.update(keys, values, index)
+        token_ids, logits = _write(model, cache, running, near.token_ids[:, -1:], FAR_TOKENS)
         return cls(first, token_ids[:, :-1], logits, cache, {})
 
 
-def _write(model: PreTrainedModel, cache: DynamicCache, newest: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
-    """Decode `count` tokens from `newest` [1, 1], one forward each: ids [1, count + 1] and logits, each [1, V]."""
+def _write(
+    model: PreTrainedModel, cache: DynamicCache, running: DynamicCache, newest: Tensor, count: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Decode `count` tokens from `newest` [1, 1], one forward each: ids [1, count + 1] and logits, each [1, V].
+
+    Args:
+        cache: gets every row that is written, and drops none.
+        running: as `generate` makes it, for the model to read.
+    """
     generator = torch.Generator().manual_seed(0)
     token_ids, logits = newest, []
+    layers: list[Any] = running.layers
     for _ in range(count):
-        output = model(input_ids=token_ids[:, -1:], past_key_values=cache, use_cache=True)
+        output = model(input_ids=token_ids[:, -1:], past_key_values=running, use_cache=True)
+        for index, layer in enumerate(layers):
+            cache.update(layer.keys[:, :, -1:], layer.values[:, :, -1:], index)
         logits.append(output.logits[:, -1])
         # Drawn, and not too wildly: neither a loop of one phrase nor noise has the activations of text.
         probs = (logits[-1].float().cpu() / TEXT_TEMPERATURE).softmax(-1)

@@ -11,14 +11,18 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from runtime.decoding.families import check_supported
 from runtime.decoding.layers import DecoderLayers
 from runtime.errors import UnsupportedModel
 from runtime.exact.attention import SUPPORTED
+from runtime.exact.execution import mixtures
 from runtime.exact.fingerprint import INTERNAL, STOCK, hooks_of
 
+# How mixtures of experts may compute.
+EXPERTS = ("eager", "batched_mm", "grouped_mm")
 # Whose modules may run on a block; the probe then decides whether each row keeps its bits.
 KNOWN = ("torch", "transformers", "peft", "torchao", "bitsandbytes")
 # Of these packages, what runs a module in another way than its `forward` says.
@@ -59,6 +63,9 @@ def why_stock(model: Any) -> str | None:
     attention = model.config._attn_implementation
     if attention not in SUPPORTED or not _is_stock(ALL_ATTENTION_FUNCTIONS.get(attention)):
         return f"its attention implementation is {attention!r}: load it with attn_implementation='sdpa'"
+    experts = _why_not_experts(model)
+    if experts is not None:
+        return experts
     if any(torch_module.__dict__[name] for name in ("_global_forward_hooks", "_global_forward_pre_hooks")):
         return "a hook on all modules of the process is set"
     whole = _own_code(model)
@@ -73,6 +80,18 @@ def why_stock(model: Any) -> str | None:
         reason = _why_not_module(module)
         if reason is not None:
             return f"{name or 'the model'} {reason}"
+    return None
+
+
+def _why_not_experts(model: Any) -> str | None:
+    """Why its mixtures of experts, if it has any, may compute otherwise row by row; None where they do not."""
+    kind = model.config._experts_implementation
+    if not mixtures(model):
+        return None
+    if kind not in EXPERTS or not (kind == "eager" or _is_stock(ALL_EXPERTS_FUNCTIONS.get(kind))):
+        return f"its experts implementation is {kind!r}: load it with experts_implementation='batched_mm'"
+    if kind == "grouped_mm" and model.device.type != "cpu":  # transformers' loop takes another one after the prompt
+        return "its experts implementation changes after the prompt: load it with experts_implementation='batched_mm'"
     return None
 
 

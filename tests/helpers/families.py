@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     GemmaConfig,
@@ -35,6 +37,12 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+SCALED: dict[str, Any] = {
+    "embedding_multiplier": 2.0,
+    "logits_scaling": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.3,
+}
 FAMILIES: dict[str, Any] = {
     "llama": LlamaConfig(**SHAPE),
     "mistral": MistralConfig(**SHAPE, sliding_window=None),
@@ -42,9 +50,7 @@ FAMILIES: dict[str, Any] = {
     "qwen3": Qwen3Config(**SHAPE, head_dim=12),
     "smollm3": SmolLM3Config(**SHAPE),
     "olmo2": Olmo2Config(**SHAPE),
-    "granite": GraniteConfig(
-        **SHAPE, embedding_multiplier=2.0, logits_scaling=3.0, residual_multiplier=0.5, attention_multiplier=0.3
-    ),
+    "granite": GraniteConfig(**SHAPE, **SCALED),
     "phi3": Phi3Config(**SHAPE),
     "gemma": GemmaConfig(**SHAPE, head_dim=12),
     "gpt_neox": GPTNeoXConfig(**{key: value for key, value in SHAPE.items() if key != "num_key_value_heads"}),
@@ -53,19 +59,48 @@ FAMILIES: dict[str, Any] = {
         pad_token_id=0, bos_token_id=1,
     ),
 }  # fmt: skip
+# Without a window in any layer; the window that is named beside is nobody's.
+FULL: dict[str, Any] = {"layer_types": ["full_attention"] * LAYERS, "sliding_window": 8}
+# Those that attend in eager mode alone.
+EAGER = ("gemma2",)
+# Two of four experts a token, in the words of each kind of configuration.
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+# With attention in every layer: sizes of the layers that it might have instead are checked all the same.
+GRANITE_4: dict[str, Any] = SCALED | {
+    "shared_intermediate_size": 96,
+    "position_embedding_type": "rope",
+    "mamba_n_heads": 8,
+    "layer_types": FULL["layer_types"],
+}
 # Families whose layers run as they are, with what their configurations need besides `SHAPE`.
 FURTHER: dict[str, dict[str, Any]] = {
     "apertus": {},
     "arcee": {},
     "bitnet": {},
+    "cohere": {"logit_scale": 0.3},
+    "cohere2": {"logit_scale": 0.3, **FULL},
+    "cwm": {"head_dim": 12, **FULL},
     "diffllama": {},
     "ernie4_5": {"head_dim": 12},
-    "exaone4": {"layer_types": ["full_attention"] * LAYERS, "sliding_window": None},
+    "exaone4": FULL | {"sliding_window": None},
+    "gemma2": {"head_dim": 12, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, **FULL},
+    "gemma3_text": FULL | {"head_dim": 12, "final_logit_softcapping": 3.0},
     "glm": {"head_dim": 12},
     "glm4": {"head_dim": 12},
+    "granitemoehybrid": GRANITE_4 | {"num_local_experts": 0},
     "helium": {"head_dim": 12},
     "hunyuan_v1_dense": {"head_dim": 12},
+    "hyperclovax": SCALED | {"logits_scaling": 0.3},
     "jais2": {},
+    "ministral": {"head_dim": 12, **FULL},
     "ministral3": {
         "rope_parameters": {
             "rope_type": "yarn",
@@ -78,24 +113,83 @@ FURTHER: dict[str, dict[str, Any]] = {
     },
     "nemotron": {"hidden_act": "relu2"},
     "olmo": {"clip_qkv": 2.0},
+    "olmo3": FULL,
     "persimmon": {"hidden_size": 64},
     "phi": {"hidden_size": 64, "qk_layernorm": True},
     "seed_oss": {"head_dim": 12},
     "stablelm": {"hidden_size": 64, "use_qkv_bias": True},
     "starcoder2": {"sliding_window": None},
 }
+# Mixtures of experts: two of four experts a token, and what else their configurations name.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "dots1": FULL | ROUTED | {"norm_topk_prob": True},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1},
+    "flex_olmo": EXPERTS,
+    "glm4_moe": ROUTED | {"head_dim": 12},
+    "granitemoe": LOCAL | SCALED,
+    "granitemoehybrid with experts": GRANITE_4 | LOCAL,
+    "granitemoeshared": LOCAL | SCALED | {"shared_intermediate_size": 32},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 12},
+    "minimax_m2": LOCAL | {"head_dim": 12},
+    "mixtral": LOCAL,
+    "olmoe": EXPERTS,
+    "qwen2_moe": EXPERTS | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": EXPERTS | {"moe_intermediate_size": 32, "head_dim": 12, "mlp_only_layers": [1]},
+    "solar_open": ROUTED | {"head_dim": 12},
+}
+# Windows, in half of the layers where a family can have both.
+HALF: dict[str, Any] = {"layer_types": ["full_attention", "sliding_attention"] * (LAYERS // 2)}
+WINDOWS: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "ministral3": FURTHER["ministral3"],
+    "mixtral": LOCAL,
+    "phi3": {},
+    "starcoder2": {},
+    "cohere2": HALF | {"logit_scale": 0.3},
+    "cwm": HALF | {"head_dim": 12},
+    "dots1": MIXTURES["dots1"] | HALF,
+    "exaone4": HALF,
+    "gemma2": FURTHER["gemma2"] | HALF,
+    "gemma3_text": HALF | {"head_dim": 12},
+    "ministral": HALF | {"head_dim": 12},
+    "olmo3": HALF,
+    "qwen2": HALF | {"use_sliding_window": True},
+    "qwen3": HALF | {"use_sliding_window": True, "head_dim": 12},
+    "smollm3": HALF | {"use_sliding_window": True},
+}
 
 
-def tiny(family: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
+def tiny(
+    family: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None, window: int | None = None
+) -> PreTrainedModel:
     """A random model whose greedy output wanders; biases, norms and scales are random too."""
+    attention = attention or ("eager" if family in EAGER else "sdpa")
+    config = FAMILIES.get(family)
+    if window is not None:
+        config = AutoConfig.for_model(family, **SHAPE | WINDOWS[family] | {"sliding_window": window})
+    if config is None:
+        config = AutoConfig.for_model(model_type(family), **SHAPE | (FURTHER | MIXTURES)[family])
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    assert size < 1e6, f"{family} has {size:,} parameters: a size was left at its default"
     torch.manual_seed(0)
-    config = FAMILIES.get(family) or AutoConfig.for_model(family, **SHAPE | FURTHER[family])
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, attn_implementation=attention, dtype=dtype
     ).eval()
     randomise(model)
     model.generation_config.pad_token_id = 0
     return model
+
+
+def require(family: str) -> None:
+    """Skip where this transformers has no such family."""
+    if model_type(family) not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {family}")
+
+
+def model_type(family: str) -> str:
+    """The first word; others tell apart what one type has several of."""
+    return family.partition(" ")[0]
 
 
 def randomise(model: nn.Module) -> None:

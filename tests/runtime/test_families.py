@@ -1,16 +1,26 @@
 """Families whose layers run as they are: layer by layer the model itself, and ids whatever is drafted."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, DynamicCache
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from runtime import SpeculationBounds, UnsupportedModel, detach
 from runtime.decoding import families
+from runtime.decoding.cache import KVCache
 from runtime.decoding.layers import DecoderLayers
+from runtime.exact.attention import block_attention
+from runtime.exact.execution import ExecutionPolicy
+from runtime.exact.probe import compare
+from runtime.exact.reference import Reference
+from runtime.exact.running import why_stock
 from runtime.generate import attach
 from runtime.handle import SpecBound
 from tests.helpers.fake_heads import FakeHeads
-from tests.helpers.families import FAMILIES, FURTHER, VOCABULARY, prompt, tiny
+from tests.helpers.families import FAMILIES, FURTHER, MIXTURES, VOCABULARY, model_type, prompt, require, tiny
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Greedy trees and sampled chains; the prompt and its answer go past the 16 positions of Ministral 3's yarn.
@@ -21,56 +31,84 @@ RUNS = [
 NEW = 40
 
 
-def require(family: str) -> None:
-    """Skip where this transformers has no such family."""
-    if family not in CONFIG_MAPPING:
-        pytest.skip(f"this transformers has no {family}")
-
-
-def states(layers: DecoderLayers, ids: torch.Tensor) -> list[torch.Tensor]:
+def states(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
     """Hidden states below each layer, and the logits, by the parts that decoding uses."""
-    position_ids = torch.arange(ids.shape[1])[None]
-    hidden, cache = layers.embed(ids, 0), DynamicCache(config=layers.config)
-    arguments = {"position_ids": position_ids, layers.cache_argument: cache, "use_cache": True}
-    if layers.rotary is not None:
-        arguments["position_embeddings"] = layers.rotary(hidden, position_ids=position_ids)
-    found = []
-    for layer in layers.layers:
-        found.append(hidden)
-        above = layer(hidden, attention_mask=None, **arguments)
-        hidden = above[0] if isinstance(above, tuple) else above
-    return [*found, layers.logits(hidden)]
+    layers = DecoderLayers(model)
+    found, cache = [layers.embed(ids, 0)], KVCache(layers.num_layers, ids.shape[1])
+    # sdpa hides later keys of a whole text by itself; eager attention needs a mask
+    eager = model.config._attn_implementation == "eager"
+    with block_attention(model, "batched") if eager else nullcontext():
+        for depth in range(layers.num_layers):
+            found.append(layers.run(found[-1], depth, depth + 1, 0, cache))
+    return [*found[:-1], layers.logits(found[-1])]
 
 
 def test_every_family_is_tried() -> None:
     """A family that is accepted has a tiny model here."""
-    assert set(families.FAMILIES) == set(FAMILIES) | set(FURTHER)
-    assert len(families.FAMILIES) >= 30
+    assert set(families.FAMILIES) == set(map(model_type, [*FAMILIES, *FURTHER, *MIXTURES]))
+    assert len(families.FAMILIES) >= 50
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", sorted(FURTHER))
+@pytest.mark.parametrize("family", sorted(FURTHER | MIXTURES))
 @torch.inference_mode()
 def test_parts_are_the_model_s_own_forward(family: str, dtype: torch.dtype) -> None:
     """Every bit below every layer, and of the logits."""
     require(family)
     model, ids = tiny(family, dtype=dtype), prompt(20)
     expected = model(ids, output_hidden_states=True)
-    found = states(DecoderLayers(model), ids)
+    found = states(model, ids)
     for own, stock in zip(found, [*expected.hidden_states[:-1], expected.logits], strict=True):
         assert torch.equal(own, stock)
 
 
+@pytest.mark.parametrize(
+    ("family", "line", "settings"),
+    [
+        ("phi", families.Family(norm="embed_dropout"), {}),
+        ("cohere", families.Family(), {}),
+        ("hyperclovax", families.Family(), {}),
+        ("gemma2", families.Family(by_layer=True), {"final_logit_softcapping": None}),
+    ],
+)
 @torch.inference_mode()
-def test_a_part_too_few_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: another module in the place of the final norm is seen in the logits."""
-    monkeypatch.setitem(families.FAMILIES, "phi", families.Family(norm="embed_dropout"))
-    model, ids = tiny("phi"), prompt(20)
-    assert not torch.equal(states(DecoderLayers(model), ids)[-1], model(ids).logits)
+def test_a_part_too_few_shows(
+    family: str, line: families.Family, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: another module in the place of the final norm, and logits without their scale or cap."""
+    monkeypatch.setitem(families.FAMILIES, family, line)
+    model, ids = tiny(family), prompt(20)
+    stock = model(ids).logits
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    assert not torch.equal(states(model, ids)[-1], stock)
+
+
+@pytest.mark.parametrize("family", sorted(MIXTURES))
+@torch.inference_mode()
+def test_experts_take_one_row_at_a_time(family: str) -> None:
+    """Negative control: with the rows of a block together they add in another order."""
+    require(family)
+    model = tiny(family)
+    reference = Reference.near(model)
+    assert compare(model, reference, ExecutionPolicy.rowwise(), [3]).differing == 0
+    assert compare(model, reference, replace(ExecutionPolicy.rowwise(), expert_rows=None), [3]).differing > 0
+
+
+def test_experts_that_change_after_the_prompt_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off the CPU plain decoding takes another kernel than the prompt; ones that nobody knows may do anything."""
+    model = tiny("mixtral")
+    assert why_stock(model) is None
+    model.set_experts_implementation("batched_mm")
+    assert why_stock(model) is None
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "batched_mm", lambda *args: args)
+    assert "experts implementation is 'batched_mm'" in str(why_stock(model))
+    meta = tiny("mixtral").to("meta")
+    assert "changes after the prompt" in str(why_stock(meta))
 
 
 @pytest.mark.parametrize(("dtype", "options", "bounds"), RUNS, ids=["greedy", "sampled"])
-@pytest.mark.parametrize("family", sorted(FURTHER))
+@pytest.mark.parametrize("family", sorted(FURTHER | MIXTURES))
 def test_ids_are_stock_s(
     family: str, dtype: torch.dtype, options: dict[str, object], bounds: SpeculationBounds
 ) -> None:
@@ -92,12 +130,14 @@ def test_ids_are_stock_s(
 @pytest.mark.parametrize(
     ("family", "options", "reason"),
     [
-        ("starcoder2", {"sliding_window": 8}, "sliding_window=None"),
-        ("exaone4", {"layer_types": None, "sliding_window": 8}, "sliding or mixed attention"),
+        ("minimax_m2", {"sliding_window": 8}, "windows, which nobody has tried"),
+        ("granitemoehybrid", {"layer_types": ["linear_attention"] * 4}, "layers of the kinds linear_attention"),
+        ("gemma2", {"use_bidirectional_attention": True}, "tokens see those after them"),
+        ("olmo3", {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "'dynamic' rotary"),
     ],
 )
-def test_windows_are_refused_by_name(family: str, options: dict[str, object], reason: str) -> None:
-    """Of families that have layers with and without."""
+def test_what_a_family_may_have_besides_is_refused(family: str, options: dict[str, object], reason: str) -> None:
+    """By name."""
     model = tiny(family)
     for name, value in options.items():
         setattr(model.config, name, value)

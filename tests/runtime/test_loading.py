@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM
 
 from runtime import (
     AdapterError,
@@ -156,13 +156,6 @@ def test_a_device_map_without_accelerate_is_refused(monkeypatch: pytest.MonkeyPa
 def test_every_wrong_argument_is_told_in_one_line(folder, base, options, said):
     given = {"adapter": folder, "base_model": base} | options
     assert said in refusal(ConfigError, **given)
-
-
-def test_mistral_is_told_how_to_do_without_its_window(folder):
-    config = MistralConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4, vocab_size=128
-    )
-    assert "sliding_window=None" in refusal(UnsupportedModel, folder, AutoModelForCausalLM.from_config(config))
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def step_memory(config: FitConfig, model: Any, heads: ExitHeads, *, length: int,
     prompts = batch * min(PROMPT_TOKENS, length - responses) if heads.one.attends else 0
     kept = (exits + 2) * (positions + prompts) * shape.hidden_size * itemsize
     # In a decoder layer: residual, normed and attended states, and three tensors of a gated MLP.
-    layer = tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size) * itemsize
+    layer = tokens * (4 * shape.hidden_size + 3 * _inner_size(shape)) * itemsize
     choice = min(CHUNK, positions) * shape.vocab_size * 8
     # Forward: logits and log-probabilities of all exits. Backward: only the latter, and three tensors of one exit.
     drafts = exits * (FIT_DRAFTS if heads.one.attends else 1)
@@ -171,6 +171,12 @@ def step_memory(config: FitConfig, model: Any, heads: ExitHeads, *, length: int,
         "features": float(kept + positions * 12 * config.teacher_top_k),
         "largest of layer, choice and logits": float(max(layer, choice, logits + inner)),
     }
+
+
+def _inner_size(shape: Any) -> int:
+    """Size of the inner states of a layer's MLP; GPT-2's config has another name for it, or leaves it to be known."""
+    names = ("intermediate_size", "n_inner", "moe_intermediate_size")
+    return next((size for name in names if (size := getattr(shape, name, None))), 4 * int(shape.hidden_size))
 
 
 def position_bytes(config: FitConfig, model: Any) -> float:

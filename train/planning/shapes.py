@@ -69,6 +69,6 @@ def empty_model(name: str, *, revision: str | None = None) -> Any:
             raise ConfigError(
                 f"no config of {name!r} could be loaded ({error}); these need none: {', '.join(KNOWN)}"
             ) from error
-    check_config(config, type(config).__name__)
+    check_config(config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)

@@ -15,7 +15,8 @@ from runtime.handle import SpecBound
 from tests.helpers.fake_heads import FakeHeads
 from tests.helpers.speculation import NEW_TOKENS
 
-STATIC, ORDINARY = ExecutionPolicy("batched", static=True), ExecutionPolicy("batched")
+STATIC = ExecutionPolicy("batched", static=True, expert_rows=None)
+ORDINARY = ExecutionPolicy("batched", expert_rows=None)
 GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
 
 

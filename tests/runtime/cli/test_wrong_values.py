@@ -49,7 +49,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["tune", "--adapter", ADAPTER, "--costs", "no.json"], "no.json is not a cost table"),
     (["publish", "empty", "org/name"], "config.json"),
     (["publish", "nowhere", "org/name"], "nowhere"),
-    (["plan", "--model", "mixture", "--gpus", "1x80"], "is not supported"),
+    (["plan", "--model", "recurrent", "--gpus", "1x80"], "is not supported"),
     (["plan", "--model", "nowhere/at/all", "--gpus", "1x80"], "nowhere/at/all"),
     (["plan", "--model", "outputs/base/smollm2-135m-instruct", "--gpus", "eight"], "eight"),
 ]
@@ -64,8 +64,8 @@ def here(demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (demo_outputs / PROMPTS).write_text('{"prompt": "w1 w2"}\n')
     (demo_outputs / "bad.jsonl").write_text("{\n")
     (demo_outputs / "empty").mkdir()
-    (demo_outputs / "mixture").mkdir()
-    (demo_outputs / "mixture" / "config.json").write_text('{"model_type": "mixtral", "architectures": ["M"]}')
+    (demo_outputs / "recurrent").mkdir()
+    (demo_outputs / "recurrent" / "config.json").write_text('{"model_type": "mamba", "architectures": ["M"]}')
     return demo_outputs
 
 

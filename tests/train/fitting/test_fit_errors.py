@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
 from tests.helpers.paths import ROOT
 from train.fit_exits import run
@@ -36,15 +36,8 @@ def save_other_base(folder, make_tokenizer, kind: str) -> str:
     if kind == "t5":
         model = T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2, **sizes))
     else:
-        model = MixtralForCausalLM(
-            MixtralConfig(
-                hidden_size=8,
-                intermediate_size=8,
-                num_hidden_layers=5,
-                num_key_value_heads=2,
-                num_local_experts=2,
-                **sizes,
-            )
+        model = OPTForCausalLM(
+            OPTConfig(hidden_size=8, ffn_dim=8, word_embed_proj_dim=8, num_hidden_layers=5, **sizes)
         )
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -136,7 +129,7 @@ def test_each_error_is_one_line_and_leaves_nothing(case, recipe, tmp_path, capsy
     assert not left or whole <= {entry.name for entry in left}
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("t5", "model_type 't5'"), ("mixtral", "MixtralForCausalLM")])
+@pytest.mark.parametrize(("kind", "expected"), [("t5", "model_type 't5'"), ("opt", "OPTForCausalLM")])
 def test_an_unsupported_base_is_named(kind, expected, recipe, tmp_path, make_tokenizer):
     base = save_other_base(tmp_path / kind, make_tokenizer, kind)
     with pytest.raises(SystemExit) as caught:

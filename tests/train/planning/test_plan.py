@@ -13,6 +13,7 @@ from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.attention_head import FIT_DRAFTS
 from runtime.drafting.heads import HEAD_KINDS, attends
 from runtime.errors import ConfigError
+from tests.helpers.families import tiny
 from tests.helpers.paths import ROOT
 from train.cli.app import app
 from train.features.disk import bytes_per_position
@@ -192,3 +193,12 @@ def test_the_command_line(tiny_base):
     assert found["base_parameters"] > 0 and math.isfinite(found["fit_hours"])
     wrong = runner.invoke(app, ["plan", "--model", "no/such", "--gpus", "8x80"])
     assert wrong.exit_code == 1 and "no config of 'no/such'" in wrong.output
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "solar_open"])
+def test_bases_that_name_their_sizes_otherwise(family, tmp_path):
+    model = tiny(family)
+    model.config.save_pretrained(tmp_path)
+    plan = estimate(tiny_config(), empty_model(str(tmp_path)), Devices(1, 80), num_prompts=10, prompt_tokens=8)
+    assert plan.base_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert plan.total_memory > 4 * plan.base_parameters

@@ -1,0 +1,92 @@
+"""Write docs/models.md: the model types that are accelerated, and what is known of each. Read off the code.
+
+Example: python scripts/models.py
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from runtime.decoding.families import FAMILIES
+from runtime.decoding.layers import DecoderLayers
+from runtime.exact.execution import mixtures
+from train.planning.shapes import KNOWN
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "models.md"
+HEADING = """# Models
+
+`runtime.supports(model)` says whether a model can be accelerated, and if not, which part is missing; it takes a loaded
+model, a config, a folder or a Hub id, and loads no adapter. `specbound plan --model MODEL` says it before you fit.
+Whatever is refused decodes plainly, as always. The attention implementation is `sdpa` or `eager`.
+
+This table is made by `python scripts/models.py`. "Native" layers run in kernels of our own, in bfloat16 on CPUs that
+have the instructions for it; all others run as transformers wrote them, and have the same bits. "Tests" compare a
+tiny random model with transformers' own forward, layer by layer, and with its `generate`, every bit and every id: in
+float32 and bfloat16, greedy and sampled, chains and trees of drafts. "Fitted" names the real bases that an adapter in
+this repository is for.
+
+Mixtures of experts compute the tokens of a block one by one: an expert that gets several at once adds in another
+order. That is exact, and gains less than a dense model does. `specbound plan` counts all experts for each token: its
+hours are then too many.
+
+Layers with windows attend row by row once the window is full, and no layer of such a model runs natively. A Mistral
+whose texts stay shorter than its window computes the same, and faster, when it is loaded with `sliding_window=None`.
+
+| `model_type` | parts | native | tests | fitted |
+|---|---|---|---|---|
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """The whole page, with one line of its table a model type."""
+    sys.path.insert(0, str(ROOT))
+    from tests.helpers.families import FAMILIES as FIRST
+    from tests.helpers.families import FURTHER, MIXTURES, model_type, tiny
+
+    by_type: dict[str, list[Any]] = {}
+    for name in sorted([*FIRST, *FURTHER, *MIXTURES]):
+        by_type.setdefault(model_type(name), []).append(tiny(name))
+    return HEADING + "".join(line(name, models, first=name in FIRST) for name, models in by_type.items())
+
+
+def line(model_type: str, models: list[Any], *, first: bool) -> str:
+    """Of tiny models of one type; the first families have more tests than those that came later."""
+    tests = "`test_generate.py`, `test_trees.py`" if first else "`test_families.py`"
+    tests += ", `test_windows.py`" if FAMILIES[model_type].windows else ""
+    native = "yes" if FAMILIES[model_type].llama_kind else "no"
+    return f"| `{model_type}` | {parts(models)} | {native} | {tests} | {fitted(model_type)} |\n"
+
+
+def parts(models: list[Any]) -> str:
+    """What the layers are made of, in a few words."""
+    model, layers = models[0], DecoderLayers(models[0])
+    kinds = ["mixture of experts" if mixtures(each) else "dense" for each in models]
+    windows = FAMILIES[model.config.model_type].windows
+    found = [" or ".join(dict.fromkeys(kinds)), "full attention or windows" if windows else "full attention"]
+    found.append("learned positions" if layers.positions is not None else "rotary positions")
+    if layers.logits_factor is not None or layers.logits_scaling != 1.0:
+        found.append("scaled logits")
+    if layers.logits_cap is not None:
+        found.append("capped logits")
+    if model.config._attn_implementation == "eager":
+        found.append("`eager` alone")
+    return ", ".join(found)
+
+
+def fitted(model_type: str) -> str:
+    """The real bases of this type that adapters in this repository are for."""
+    configs = [json.loads(path.read_text(encoding="utf-8")) for path in ROOT.glob("adapters/*/config.json")]
+    names = {config["base_model_name_or_path"] for config in configs}
+    mine = sorted(name for name in names if KNOWN[name]["model_type"] == model_type)
+    return ", ".join(name.partition("/")[2] for name in mine) or "tiny only"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Layers that see a window of the last tokens: ids of plain decoding before, at and beyond its edge."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from runtime import SpeculationBounds, UnsupportedModel, detach
+from runtime.decoding import families
+from runtime.exact.attention import BlockAttention
+from runtime.exact.execution import ExecutionPolicy
+from runtime.exact.probe import compare
+from runtime.exact.reference import Reference
+from runtime.generate import attach
+from runtime.handle import SpecBound
+from tests.helpers.fake_heads import FakeHeads
+from tests.helpers.families import VOCABULARY, WINDOWS, prompt, require, tiny
+
+WINDOW, NEW = 16, 40
+GREEDY: dict[str, Any] = {"do_sample": False}
+SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
+TREES, CHAINS = SpeculationBounds(0.2, 1, 8, max_branches=3, max_depth=4), SpeculationBounds(0.2, 1, 5)
+
+
+def both(model: PreTrainedModel, ids: Tensor, bounds: SpeculationBounds, **options: Any) -> tuple[Any, Any]:
+    """What plain decoding gives, and what comes of drafts that are right two times of three, and others beside."""
+    options = {"max_new_tokens": NEW, "return_dict_in_generate": True} | options
+    torch.manual_seed(3)
+    stock = model.generate(ids, **options)
+    attach(model, SpecBound(model, FakeHeads("mixed", [1], stock.sequences[0].tolist(), VOCABULARY), bounds))
+    torch.manual_seed(3)
+    found = model.generate(ids, **options)
+    stats, certificate = model.specbound.stats, model.specbound.certificate
+    detach(model)
+    assert certificate.bitwise and stats.accepted.total() > 5 and stats.drafted.total() > stats.accepted.total()
+    return stock, found
+
+
+def test_every_family_with_windows_is_tried() -> None:
+    """Of those that are accepted with them."""
+    assert set(WINDOWS) == {name for name, family in families.FAMILIES.items() if family.windows}
+
+
+@pytest.mark.parametrize("family", sorted(WINDOWS))
+def test_from_before_the_edge_to_beyond_it(family: str) -> None:
+    """Greedy trees in float32 whose text fills the window on the way; the cache is the one that stock leaves."""
+    require(family)
+    stock, found = both(tiny(family, window=WINDOW), prompt(7), TREES, **GREEDY)
+    assert torch.equal(found.sequences, stock.sequences) and len(set(stock.sequences[0].tolist())) > 3
+    for own, other in zip(found.past_key_values.layers, stock.past_key_values.layers, strict=True):
+        assert torch.equal(own.keys, other.keys) and torch.equal(own.values, other.values)
+        assert own.get_seq_length() == other.get_seq_length() and own.is_sliding == other.is_sliding
+
+
+@pytest.mark.parametrize("family", sorted(WINDOWS))
+def test_beyond_the_edge_from_the_start(family: str) -> None:
+    """Sampled chains in bfloat16 after a prompt that is longer than the window."""
+    require(family)
+    stock, found = both(tiny(family, window=WINDOW, dtype=torch.bfloat16), prompt(30), CHAINS, **SAMPLED)
+    assert torch.equal(found.sequences, stock.sequences)
+
+
+@pytest.mark.parametrize("length", [WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_prompts_that_end_at_the_edge(length: int, attention: str) -> None:
+    """One token before, at it, and one after."""
+    stock, found = both(tiny("mistral", window=WINDOW, attention=attention), prompt(length), TREES, **GREEDY)
+    assert torch.equal(found.sequences, stock.sequences)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_window_that_is_never_filled(dtype: torch.dtype) -> None:
+    """The text stays shorter."""
+    stock, found = both(tiny("mistral", window=256, dtype=dtype), prompt(7), TREES, **GREEDY)
+    assert torch.equal(found.sequences, stock.sequences)
+
+
+def test_a_second_call_goes_on_with_the_cache_of_the_first() -> None:
+    """Beyond the window, where the cache has dropped rows."""
+    model = tiny("mistral", window=WINDOW)
+    stock, found = both(model, prompt(7), TREES, **GREEDY)
+    again = torch.cat([stock.sequences, prompt(3)], dim=1)
+    first = model.generate(again, past_key_values=stock.past_key_values, max_new_tokens=9, **GREEDY)
+    assert torch.equal(first, model.generate(again, past_key_values=found.past_key_values, max_new_tokens=9, **GREEDY))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", sorted(WINDOWS))
+def test_every_bit_of_a_block(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits and the cache of every layer; negative control: with the window overlooked they differ."""
+    require(family)
+    model = tiny(family, window=WINDOW, dtype=dtype)
+    reference = Reference.near(model)
+    assert reference.length > 3 * WINDOW
+    policy = ExecutionPolicy.rowwise()
+    assert compare(model, reference, policy, [2, 5]).differing == 0
+    whole = BlockAttention.__call__
+
+    def overlook(self: BlockAttention, *args: Any, **kwargs: Any) -> Any:
+        return whole(self, *args, **(kwargs | {"sliding_window": None}))
+
+    monkeypatch.setattr(BlockAttention, "__call__", overlook)
+    assert compare(model, reference, policy, [2, 5]).differing > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("smollm3", {"use_sliding_window": False}),
+        ("qwen3", {"sliding_window": None}),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 4}),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(family: str, settings: dict[str, Any]) -> None:
+    """And windows of other kinds."""
+    model = tiny(family, window=WINDOW)
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    with pytest.raises(UnsupportedModel, match=r"layer_types name windows|layers of the kinds"):
+        families.check_config(model.config)
