@@ -23,14 +23,14 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from runtime.batch.generation import Generation
+from runtime.batch.waiting import Waiting, stock_class
 from runtime.decoding.emitter import TargetEmitter
 from runtime.decoding.families import has_windows
 from runtime.decoding.rounds import run_to_end
 from runtime.errors import SpecBoundError
 from runtime.exact.fingerprint import STOCK
-from runtime.generation import Generation
 from runtime.handle import SpecBound
-from runtime.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +72,6 @@ def speculating(stock: type) -> type:
     namespace |= {STOCK: stock, "_sample": _sample, "__reduce_ex__": _reduce, "generate_batch": _generate_batch}
     namespace |= {name: _plain_mode(name, mode) for name, mode in PLAIN_MODES.items()}
     return type(stock.__name__, (stock,), namespace)
-
-
-def stock_class(model: Any) -> Any:
-    """The class that a model with an adapter had before."""
-    return next(kind.__dict__[STOCK] for kind in type(model).__mro__ if STOCK in kind.__dict__)
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
@@ -143,19 +138,11 @@ def _sample(
         return stock(**model_kwargs)  # type: ignore[no-any-return]
 
 
-def run_plain(model: Any, waiting: Waiting) -> Any:
-    """Run a call that waited, by stock's own loop; what `generate` returns."""
-    with torch.random.fork_rng(devices=[], enabled=waiting.generator is not None):
-        if waiting.generator is not None:
-            torch.set_rng_state(waiting.generator.get_state())
-        return stock_class(model)._sample(model, *waiting.given, **waiting.model_kwargs)
-
-
 def _generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Transformers' own continuous batching, run by ours: see `runtime.generate_batch`."""
+    """Transformers' own continuous batching, run by ours: see `runtime.batch.many`."""
     if getattr(self, "specbound", None) is None:
         return stock_class(self).generate_batch(self, *args, **kwargs)
-    from runtime.generate_batch import generate_batch  # it imports this file
+    from runtime.batch.many import generate_batch  # it imports this file
 
     return generate_batch(self, *args, **kwargs)
 

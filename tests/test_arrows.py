@@ -17,6 +17,7 @@ ROOMS = [
     ["runtime.conditions", "runtime.decoding"],
     ["runtime.base", "runtime.exact", "runtime.text"],
     ["runtime.handle", "runtime.support"],
+    ["runtime.batch"],
     ["runtime.generate"],
     ["runtime.loading"],
     ["runtime.custom_generate", "runtime"],

@@ -8,16 +8,16 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from runtime.batch import Batch, Call
+from runtime.batch.texts import join, outcome
 from runtime.cli.speaker import Speaker
 from runtime.errors import ConfigError, DataError
 from runtime.text.prompts import Prompt, read_prompts
-from runtime.text.together import join, outcome
 from runtime.text.transcript import Transcript
 
 
 def answer_file(
     speaker: Speaker, source: str, output: Path, *, concurrency: int, raw: bool, max_new_tokens: int, **ask: Any
-) -> int:
+) -> None:
     """Answer the prompts of a file; each line of the output is one answer, as soon as it is there.
 
     Prompts that are answered in the output already are left out. Where a seed is given, each prompt's is that plus its
@@ -25,9 +25,6 @@ def answer_file(
 
     Args:
         ask: `seed`, `stop` and options of `generate`.
-
-    Returns:
-        How many were answered now.
 
     Raises:
         DataError: the file holds no prompts, one of several turns, or one too long; the output is of other prompts.
@@ -61,7 +58,7 @@ def answer_file(
                 file.flush()
                 bar.update()
         os.fsync(file.fileno())
-    return len(left)
+    print(f"{len(left)} answers added to {output}")
 
 
 def answered(output: Path, prompts: list[Prompt]) -> set[int]:

@@ -57,33 +57,44 @@ def generate_command(
     Example: specbound generate --adapter outputs/demo/adapter --file prompts.jsonl --output answers.jsonl
     """
     from runtime.cli.speaker import Speaker
-    from runtime.cli.view import TextView
-    from runtime.errors import ConfigError, DataError, SpecBoundError
+    from runtime.errors import ConfigError, SpecBoundError
 
     try:
         options = sampling(sample, temperature, top_p)
         if stop and not all(stop):
             raise ConfigError("--stop is empty: give the string that ends the text, or leave it out")
-        load = {"dtype": dtype, "threads": threads, "device": device, "exactness": exactness}
+        if (file is None) != (output is None) or (file is not None and (prompt is not None or as_json)):
+            raise ConfigError("--file goes with --output FILE.jsonl, and with no prompt and no --json")
+        text = _text(prompt) if file is None else ""
+        speaker = Speaker.load(adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness)
         ask: dict[str, Any] = {"seed": seed, "stop": stop or (), "max_new_tokens": max_new_tokens} | options
-        if file is not None:
-            if output is None or prompt is not None or as_json:
-                raise ConfigError("--file goes with --output FILE.jsonl, and with no prompt and no --json")
+        if file is not None and output is not None:
             from runtime.cli.answers import answer_file
 
-            speaker = Speaker.load(adapter, model, **load)
-            number = answer_file(speaker, file, output, concurrency=concurrency, raw=raw, **ask)
-            print(f"{number} answers added to {output}")
-            return
-        text = sys.stdin.read() if prompt in (None, "-") else prompt
-        if not text:
-            raise DataError("the prompt is empty: give it as an argument or on stdin")
-        speaker = Speaker.load(adapter, model, **load)
-        ids = speaker.encode([("user", text)], raw=raw)
-        if as_json:
-            print(json.dumps(speaker.describe(ids, **ask), indent=2))
-            return
-        with TextView() as view:
-            speaker.answer(ids, view.show, **ask)
+            answer_file(speaker, file, output, concurrency=concurrency, raw=raw, **ask)
+        else:
+            _answer(speaker, text, raw, as_json, **ask)
     except (SpecBoundError, OSError) as error:
         fail(error, {"prompt": prompt} if as_json else None)
+
+
+def _text(prompt: str | None) -> str:
+    """The prompt, from the argument or stdin."""
+    from runtime.errors import DataError
+
+    text = sys.stdin.read() if prompt in (None, "-") else prompt
+    if not text:
+        raise DataError("the prompt is empty: give it as an argument or on stdin")
+    return text
+
+
+def _answer(speaker: Any, text: str, raw: bool, as_json: bool, **ask: Any) -> None:
+    """Answer one prompt, as the text comes or as one JSON object."""
+    from runtime.cli.view import TextView
+
+    ids = speaker.encode([("user", text)], raw=raw)
+    if as_json:
+        print(json.dumps(speaker.describe(ids, **ask), indent=2))
+        return
+    with TextView() as view:
+        speaker.answer(ids, view.show, **ask)

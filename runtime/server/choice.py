@@ -4,12 +4,13 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
 
+from runtime.server.job import Job
 from runtime.server.metrics import Metrics
 from runtime.server.penalties import CountPenalties
 from runtime.server.request.prompts import Prompt
 from runtime.server.request.schema import ChatRequest, CompletionRequest
 from runtime.server.top_logprobs import LogprobsForm
-from runtime.server.worker import Job, Worker
+from runtime.server.worker import Worker
 from runtime.text.transcript import Round, Token, Transcript, Written
 
 Event = Token | Round | Written | BaseException

@@ -8,45 +8,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime.batch import Batch, Call
+from runtime.batch.texts import join, outcome
 from runtime.errors import SpecBoundError
+from runtime.server.job import Ended, Job
 from runtime.stats import SpeculationStats
-from runtime.text.logprobs import Logprobs, prompt_logprobs
-from runtime.text.together import join, outcome
-from runtime.text.transcript import Transcript, Written
+from runtime.text.logprobs import prompt_logprobs
+from runtime.text.transcript import Written
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """One request.
-
-    Attributes:
-        prompt: token ids, shape [1, T], int64.
-        options: of `generate`; with a `max_new_tokens` of 0 it is not called.
-        processors: of its scores, before those that it makes of the options of sampling.
-        finish: called once, with what came of it or with the exception that ended it.
-        num_prompt_logprobs: the prompt's tokens are told their probabilities, and those of so many of the likeliest;
-            None tells none.
-        prompt_logprobs: those, from the second token on, before the first token of the answer is.
-    """
-
-    prompt: Tensor
-    transcript: Transcript
-    options: dict[str, Any]
-    seed: int | None
-    speculate: bool
-    finish: Callable[[Written | BaseException], None]
-    processors: Sequence[LogitsProcessor] = ()
-    num_prompt_logprobs: int | None = None
-    prompt_logprobs: list[Logprobs] = field(default_factory=list)
 
 
 class Full(SpecBoundError):
@@ -96,6 +70,7 @@ class Worker:
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
         self._waiting: deque[Job] = deque()
         self._running: dict[Call, Job] = {}
+        self._busy = 0
         self._changed = threading.Condition()
         self._usual_seconds = 1.0
         self._thread = threading.Thread(target=self._work, name="specbound-worker", daemon=True)
@@ -122,8 +97,8 @@ class Worker:
 
     @property
     def num_running(self) -> int:
-        """Requests at which the model works."""
-        return len(self._running)
+        """Requests that have left the queue and were not told what came of them."""
+        return self._busy
 
     def start(self) -> None:
         """Begin to load, then to work."""
@@ -139,7 +114,7 @@ class Worker:
         with self._changed:
             self._checked()
             waiting = len(self._waiting)
-            free = self.max_running - len(self._running)  # the next to run wait no more
+            free = self.max_running - self._busy  # the next to run wait no more
             if waiting + len(jobs) > self.max_waiting + free:
                 seconds = self._usual_seconds * (waiting + 1) / self.max_running
                 raise Full(waiting, len(jobs), max(1, round(seconds)))
@@ -188,11 +163,10 @@ class Worker:
         while self._wait():
             try:
                 with Batch(loaded[0], self.max_running) as batch:
-                    self._run(batch)
+                    last = self._run(batch)
             except Exception as error:  # of the model: these requests fail, the next ones find it as it was
-                logger.exception("the running requests failed")
-                for call in list(self._running):
-                    self._end(call, error)
+                last = [self._end(call, error) for call in list(self._running)]
+            self._tell(last)  # when the model is free again
 
     def _wait(self) -> bool:
         """Wait for a job; False where there will be none."""
@@ -200,45 +174,56 @@ class Worker:
             self._changed.wait_for(lambda: self._waiting or self.state == "draining")
             return bool(self._waiting)
 
-    def _run(self, batch: Batch) -> None:
-        """Rounds until nothing runs and nothing waits; jobs join as there is room."""
+    def _run(self, batch: Batch) -> list[Ended]:
+        """Rounds until nothing runs and nothing waits; jobs join as there is room. The last are not told yet."""
+        ended: list[Ended] = []
         while True:
+            if self._running or self._waiting:
+                self._tell(ended)
+                ended = []
             while (job := self._next()) is not None:
-                self._begin(job, batch)
+                ended += self._begin(job, batch)
             if not self._running:
-                return
+                return ended
             for call in batch.round():
-                failed = call.error
-                self._end(call, failed or outcome(batch, call, self._running[call].transcript))
+                transcript = self._running[call].transcript
+                ended.append(self._end(call, call.error or outcome(batch, call, transcript)))
+
+    def _tell(self, ended: Sequence[Ended]) -> None:
+        for job, result in ended:
+            job.finish(result)
+            self._busy -= 1
 
     def _next(self) -> Job | None:
         """The job that has waited longest, where one more may run."""
         with self._changed:
-            return self._waiting.popleft() if self._waiting and len(self._running) < self.max_running else None
+            if not self._waiting or len(self._running) >= self.max_running:
+                return None
+            self._busy += 1
+            return self._waiting.popleft()
 
-    def _begin(self, job: Job, batch: Batch) -> None:
-        """Let a job join the others; its own failure ends it alone."""
+    def _begin(self, job: Job, batch: Batch) -> list[Ended]:
+        """Let a job join the others; where it ends at once, that."""
         try:
             if job.num_prompt_logprobs is not None:
                 batch.outside()
                 job.prompt_logprobs = prompt_logprobs(batch.model, job.prompt, job.num_prompt_logprobs)
             if job.options["max_new_tokens"] == 0:
-                job.finish(Written("length", SpeculationStats(), speculated=False))
-                return
+                return [(job, Written("length", SpeculationStats(), speculated=False))]
             call = join(
                 batch, job.prompt, job.transcript, seed=job.seed, speculate=job.speculate, processors=job.processors,
                 **job.options,
             )  # fmt: skip
-        except Exception as error:
+        except Exception as error:  # its own: the others go on
             logger.exception("a request failed")
-            job.finish(error)
-            return
+            return [(job, error)]
         self._running[call] = job
+        return []
 
-    def _end(self, call: Call, result: Written | BaseException) -> None:
-        """Tell a job what came of it."""
+    def _end(self, call: Call, result: Written | BaseException) -> Ended:
+        """What is to be told to a job that runs no more."""
         job = self._running.pop(call)
         if isinstance(result, BaseException):
             logger.error("a request failed", exc_info=result)
         self._usual_seconds += 0.3 * (time.perf_counter() - call.added - self._usual_seconds)
-        job.finish(result)
+        return job, result

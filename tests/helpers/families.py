@@ -159,6 +159,23 @@ WINDOWS: dict[str, dict[str, Any]] = {
 }
 
 
+# Sizes that our own kernels take.
+NATIVE_SHAPE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "vocab_size": 96,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+
 def tiny(
     family: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None, window: int | None = None
 ) -> PreTrainedModel:

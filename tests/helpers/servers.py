@@ -98,7 +98,7 @@ class Served:
 
     def idle(self) -> bool:
         """Whether nothing runs and nothing waits."""
-        return self.worker._running is None and not self.worker.num_waiting
+        return not self.worker.num_running and not self.worker.num_waiting
 
     def metrics(self) -> dict[str, float]:
         """All that /metrics tells, by name and labels."""

@@ -22,8 +22,7 @@ from runtime.errors import ConfigError
 from runtime.exact.native.stack import NativeLayers
 from runtime.generate import attach
 from runtime.handle import SpecBound
-from tests.helpers.families import randomise, tiny
-from tests.runtime.exact.test_native_stack import SHAPE
+from tests.helpers.families import NATIVE_SHAPE, randomise, tiny
 
 BOUNDS = SpeculationBounds(0.2, 2, 6, max_branches=2, max_depth=3)
 PROMPTS = [[5 + number, *range(3 + number, 6 + 4 * number), 5 + number] for number in range(6)]
@@ -62,7 +61,7 @@ def base(dtype: torch.dtype) -> Any:
     if dtype == torch.float32:
         return tiny("llama")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE), dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **NATIVE_SHAPE), dtype=dtype).eval()
     randomise(model)
     return model
 
@@ -135,7 +134,7 @@ def test_real_heads_draft_for_several(kind: str) -> None:
     model = base(torch.bfloat16)
     expected = alone(model, GREEDY)
     torch.manual_seed(1)
-    exits = ExitHeads(kind, [1, 2], hidden_size=SHAPE["hidden_size"], draft_vocab_size=96, rank=32)
+    exits = ExitHeads(kind, [1, 2], hidden_size=NATIVE_SHAPE["hidden_size"], draft_vocab_size=96, rank=32)
     for parameter in exits.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     exits.to(torch.bfloat16).requires_grad_(False).eval()

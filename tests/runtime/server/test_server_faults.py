@@ -46,8 +46,7 @@ def test_clients_that_leave(served: Served, text: str, stream: bool) -> None:
     served.hold()
     first = served.send(max_tokens=200, stream=stream)
     until(served.valve.reached.is_set)
-    job = served.worker._running
-    assert job is not None
+    (job,) = served.worker._running.values()
     second = served.send(stream=stream)
     until(lambda: served.worker.num_waiting == 1)
     second.close()
@@ -64,8 +63,7 @@ def test_the_client_closes_a_stream(served: Served) -> None:
     served.hold()
     with served.complete(stream=True, max_tokens=200) as stream:
         assert next(iter(stream)).choices[0].text
-        job = served.worker._running
-    assert job is not None
+        (job,) = served.worker._running.values()
     until(job.transcript.cancelled.is_set)
     served.valve.open.set()
     until(served.idle)

@@ -146,7 +146,7 @@ def test_metrics_of_cancelled_requests(served: Served) -> None:
     with served.send(max_tokens=200, stream=True) as connection:
         until(served.valve.reached.is_set)
         assert served.metrics()["specbound_running_requests"] == 1
-        job = served.worker._running
+        (job,) = served.worker._running.values()
         assert job is not None and connection.recv(12) == b"HTTP/1.1 200"
     until(job.transcript.cancelled.is_set)
     served.valve.open.set()

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from runtime.batch import MAX_REQUESTS, Batch, Call, generated
+from runtime.batch.calls import MAX_REQUESTS, Batch, Call, generated
 from runtime.errors import ConfigError, one_line
 
 
@@ -51,9 +51,11 @@ def generate_batch(
     calls: dict[str, Call] = {}
     with Batch(model, max_requests) as batch, tqdm(total=len(inputs) * count, disable=not progress_bar) as bar:
         for number, (ids, seed) in enumerate(zip(inputs, seeds, strict=True)):
+            mask = torch.ones(1, len(ids), dtype=torch.int64, device=model.device)
             for child in range(count):
                 name = f"req_{number}" + (f"__child#{child - 1}" if child else "")
-                calls[name] = batch.add(ids, seed=seed + child, generation_config=config, **kwargs)
+                own = {"seed": seed + child, "attention_mask": mask, "generation_config": config}
+                calls[name] = batch.add(ids, **own, **kwargs)
         while not all(call.ended for call in calls.values()):
             bar.update(len(batch.round()))
     return {name: _as_output(name, call) for name, call in calls.items()}
@@ -65,9 +67,6 @@ def _as_output(name: str, call: Call) -> GenerationOutput:
     if call.error is not None:
         return GenerationOutput(name, prompt, error=one_line(call.error), status=RequestStatus.FAILED)
     ids, scores = generated(call), getattr(call.output, "scores", None)
-    chances = (
-        []
-        if scores is None
-        else [float(row[0].log_softmax(-1)[token]) for row, token in zip(scores, ids, strict=True)]
-    )
+    pairs = zip(scores or (), ids, strict=scores is not None)
+    chances = [float(row[0].log_softmax(-1)[token]) for row, token in pairs]
     return GenerationOutput(name, prompt, ids, chances, status=RequestStatus.FINISHED)

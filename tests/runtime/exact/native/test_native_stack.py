@@ -18,22 +18,8 @@ from runtime.exact.native.library import why_not_native
 from runtime.exact.order import same_norm
 from runtime.exact.packed import PackedLinears
 from runtime.exact.probe import probe
-from tests.helpers.families import randomise
+from tests.helpers.families import NATIVE_SHAPE, randomise
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 256,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "vocab_size": 96,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
 OWN: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
@@ -47,7 +33,7 @@ OWN: dict[str, dict[str, Any]] = {
 def base(family: str, **own: Any) -> PreTrainedModel:
     """A random model of sizes that the kernel takes."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(SHAPE | OWN[family] | own))
+    config = AutoConfig.for_model(family, **(NATIVE_SHAPE | OWN[family] | own))
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     randomise(model)
     return model

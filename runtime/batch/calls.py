@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.batch.generation import Generation
+from runtime.batch.waiting import Waiting, run_plain
 from runtime.decoding.emitter import TargetEmitter
 from runtime.decoding.engine import Engine
 from runtime.errors import ConfigError
-from runtime.generate import run_plain
-from runtime.generation import Generation
 from runtime.handle import SpecBound
 from runtime.stats import SpeculationStats
-from runtime.waiting import Waiting
 
 MAX_REQUESTS = 8
 
@@ -103,14 +102,18 @@ class Batch:
             kwargs: as `generate` takes them.
 
         Raises:
+            ConfigError: it is for beam search or assisted decoding.
             ValueError: what `generate` itself refuses.
         """
         ids = torch.as_tensor(input_ids, device=self.model.device)
         ids = ids[None] if ids.dim() == 1 else ids
         waiting = Waiting(streamer, seed)
         self.outside()
-        if self.model.generate(ids, streamer=waiting, **{"num_beams": 1, **kwargs}) is not waiting:
-            raise ConfigError("a batch takes greedy decoding and sampling, no beam search and no assisted decoding")
+        config = kwargs.get("generation_config") or self.model.generation_config
+        if (kwargs.get("num_beams") or config.num_beams or 1) > 1:
+            raise ConfigError("a batch takes greedy decoding and sampling: call generate itself for beam search")
+        if self.model.generate(ids, streamer=waiting, **kwargs) is not waiting:
+            raise ConfigError("a batch takes greedy decoding and sampling: call generate itself for other modes")
         call = Call(waiting, speculate, time.perf_counter())
         self.calls.append(call)
         return call
@@ -172,6 +175,7 @@ class Batch:
         generation.leave_cache()
         if call.error is None:
             call.output = generation.finish()
+        self.specbound.stats = generation.request.stats
 
     def _inside(self) -> None:
         """The model computes blocks."""

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from runtime.exact.fingerprint import STOCK
+
 
 class Waiting(BaseStreamer):
     """Stands in the place of a call's streamer, and takes what stock's `generate` hands to its loop.
@@ -38,3 +40,16 @@ class Waiting(BaseStreamer):
         """
         self.given, self.model_kwargs, self.reason = (*given[:-1], self.streamer), model_kwargs, reason
         return self
+
+
+def stock_class(model: Any) -> Any:
+    """The class that a model with an adapter had before."""
+    return next(kind.__dict__[STOCK] for kind in type(model).__mro__ if STOCK in kind.__dict__)
+
+
+def run_plain(model: Any, waiting: Waiting) -> Any:
+    """Run a call that waited, by stock's own loop; what `generate` returns."""
+    with torch.random.fork_rng(devices=[], enabled=waiting.generator is not None):
+        if waiting.generator is not None:
+            torch.set_rng_state(waiting.generator.get_state())
+        return stock_class(model)._sample(model, *waiting.given, **waiting.model_kwargs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from runtime.batch import Batch, Call
+from runtime.batch.calls import Batch, Call
 from runtime.stats import SpeculationStats
 from runtime.text.transcript import Transcript, Written, finish_reason
 
