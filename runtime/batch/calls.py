@@ -30,7 +30,7 @@ class Call:
 
     Attributes:
         waiting: what stock has prepared.
-        output: what `generate` returns; None until it has ended.
+        output: what `generate` returns; None until it has ended, and where it was cancelled before it began.
         error: what its streamer, processor or criterion raised.
         speculate: False where it is to draft nothing.
         added: when, by `time.perf_counter`.
@@ -45,12 +45,8 @@ class Call:
     error: BaseException | None = None
     stats: SpeculationStats | None = None
     cancelled: bool = False
+    ended: bool = False
     generation: Generation | None = None
-
-    @property
-    def ended(self) -> bool:
-        """Whether it has an output or an error."""
-        return self.output is not None or self.error is not None
 
 
 class Batch:
@@ -77,6 +73,9 @@ class Batch:
         self._held.enter_context(self.specbound.prepared.exclusive(speculating=True))
         self._reason = self.specbound.why_stock(self.model) if self.specbound.enabled else "speculation is disabled"
         self._engine = Engine(self.specbound.drafter)
+        certificate = self.specbound.certificate
+        if certificate is not None and certificate.policy.static:  # there is one static cache
+            self.max_requests = 1
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -107,7 +106,7 @@ class Batch:
         """
         ids = torch.as_tensor(input_ids, device=self.model.device)
         ids = ids[None] if ids.dim() == 1 else ids
-        waiting = Waiting(streamer, seed)
+        waiting = Waiting(streamer, seed, ids.device)
         self.outside()
         config = kwargs.get("generation_config") or self.model.generation_config
         if (kwargs.get("num_beams") or config.num_beams or 1) > 1:
@@ -148,6 +147,7 @@ class Batch:
             if reason is not None:
                 self.specbound.warn_plain(reason)
                 call.output = run_plain(self.model, call.waiting)
+                call.ended = True
                 return
             emitter = TargetEmitter(input_ids, processors, criteria, config, streamer, call.waiting.generator)
             kwargs = call.waiting.model_kwargs
@@ -160,9 +160,11 @@ class Batch:
             self._engine.join(request)
         except Exception as error:  # of the call's own streamer, processor or prompt: the others go on
             call.error = error
+            self._leave(call)
 
     def _leave(self, call: Call) -> None:
         """End a call: its cache and output, as `generate` leaves and returns them."""
+        call.ended = True
         if call in self.calls:
             self.calls.remove(call)
         if call in self.running:
@@ -174,7 +176,10 @@ class Batch:
             self._engine.running.remove(generation.request)
         generation.leave_cache()
         if call.error is None:
-            call.output = generation.finish()
+            try:
+                call.output = generation.finish()
+            except Exception as error:  # of the call's own streamer
+                call.error = error
         self.specbound.stats = generation.request.stats
 
     def _inside(self) -> None:
@@ -192,5 +197,7 @@ def generated(call: Call) -> list[int]:
     """The ids that a call generated, its prompt left out; raises what the call raised."""
     if call.error is not None:
         raise call.error
+    if call.output is None:
+        return []
     sequences: Tensor = getattr(call.output, "sequences", call.output)
     return sequences[0, call.waiting.given[0].shape[1] :].tolist()

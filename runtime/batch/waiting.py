@@ -14,11 +14,12 @@ class Waiting(BaseStreamer):
     Args:
         streamer: the call's own, told the prompt.
         seed: of the call's own random numbers; None where it draws from torch's.
+        device: on which it samples.
     """
 
-    def __init__(self, streamer: Any = None, seed: int | None = None) -> None:
-        self.streamer = streamer
-        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+    def __init__(self, streamer: Any, seed: int | None, device: torch.device) -> None:
+        self.streamer, self.seed, self.device = streamer, seed, device
+        self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         self.given: tuple[Any, ...] = ()
         self.model_kwargs: dict[str, Any] = {}
         self.reason: str | None = None
@@ -49,7 +50,8 @@ def stock_class(model: Any) -> Any:
 
 def run_plain(model: Any, waiting: Waiting) -> Any:
     """Run a call that waited, by stock's own loop; what `generate` returns."""
-    with torch.random.fork_rng(devices=[], enabled=waiting.generator is not None):
-        if waiting.generator is not None:
-            torch.set_rng_state(waiting.generator.get_state())
+    devices = [waiting.device] if waiting.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices, enabled=waiting.seed is not None):
+        if waiting.seed is not None:
+            torch.manual_seed(waiting.seed)
         return stock_class(model)._sample(model, *waiting.given, **waiting.model_kwargs)

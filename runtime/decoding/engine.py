@@ -38,6 +38,9 @@ class Engine:
             for request in going:
                 request.bounds = shared(request.bounds, len(going))
             speculate_round(going, self.drafter)
+            for request in going:
+                if request.error is not None and not isinstance(request.error, Exception):
+                    raise request.error  # the user wants all of it to stop
             for request, bounds in zip(going, own, strict=True):
                 request.bounds = bounds
         ended = [request for request in self.running if request.stopped or request.error is not None]

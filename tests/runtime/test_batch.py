@@ -169,6 +169,9 @@ def test_one_that_fails_or_is_cancelled_leaves_the_others_alone() -> None:
         calls[2].cancelled = True
         while not all(call.ended for call in calls):
             batch.round()
+        late = batch.add(PROMPTS[0], **GREEDY)
+        late.cancelled = True
+        assert batch.round() == [late] and late.ended and generated(late) == []
     assert str(calls[1].error) == "mine"
     cut = generated(calls[2])
     assert 0 < len(cut) < 24 and cut == expected[2][: len(cut)]
@@ -237,3 +240,20 @@ def test_generate_batch_is_transformers_call() -> None:
     assert found["req_0"].logprobs == chances
     with pytest.raises(ConfigError, match="2 seeds for 1 prompt"):
         made.generate_batch(PROMPTS[:1], seeds=[7, 8], **GREEDY)
+
+
+def test_ctrl_c_stops_all_of_it() -> None:
+    """It comes out of the round, whichever call it met."""
+
+    class Stopping(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+            if input_ids.shape[1] > len(PROMPTS[1]) + 5:
+                raise KeyboardInterrupt
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    model = base(torch.float32)
+    with Batch(adapted(model, alone(model, GREEDY))) as batch, pytest.raises(KeyboardInterrupt):
+        calls = [batch.add(PROMPTS[0], **GREEDY)]
+        calls.append(batch.add(PROMPTS[1], stopping_criteria=StoppingCriteriaList([Stopping()]), **GREEDY))
+        while not all(call.ended for call in calls):
+            batch.round()
