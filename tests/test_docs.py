@@ -109,6 +109,9 @@ def shlex_words(words: list[str]) -> list[str]:
 def test_commands_run(demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder that looks like the repository after the demo, with a tiny base in the real one's place."""
     monkeypatch.chdir(demo_outputs)
+    prompts = demo_outputs / "configs" / "data" / "demo_prompts.jsonl"
+    prompts.parent.mkdir(parents=True, exist_ok=True)
+    prompts.write_text('{"prompt": "w5 w9"}\n{"prompt": "w3"}\n', encoding="utf-8")
     chosen = quick_commands()
     assert len(chosen) >= 4
     for words in chosen:

@@ -41,9 +41,13 @@ def generate_batch(
     Raises:
         ConfigError: seeds and prompts differ in number.
     """
-    config = copy.deepcopy(generation_config or model.generation_config)
+    config = generation_config or model.generation_config
     count = kwargs.pop("num_return_sequences", None) or config.num_return_sequences or 1
-    config.num_return_sequences = 1
+    if generation_config is not None:
+        kwargs["generation_config"] = copy.deepcopy(generation_config)
+        kwargs["generation_config"].num_return_sequences = 1
+    elif (config.num_return_sequences or 1) > 1:
+        kwargs["num_return_sequences"] = 1
     if seeds is None:
         seeds = torch.randint(2**31, (len(inputs),)).tolist()
     if len(seeds) != len(inputs):
@@ -54,7 +58,7 @@ def generate_batch(
             mask = torch.ones(1, len(ids), dtype=torch.int64, device=model.device)
             for child in range(count):
                 name = f"req_{number}" + (f"__child#{child - 1}" if child else "")
-                own = {"seed": seed + child, "attention_mask": mask, "generation_config": config}
+                own = {"seed": seed + child, "attention_mask": mask}
                 calls[name] = batch.add(ids, **own, **kwargs)
         while not all(call.ended for call in calls.values()):
             bar.update(len(batch.round()))

@@ -1,19 +1,16 @@
 """Calls that run together: each has the ids, scores and cache that stock's `generate` gives it alone."""
 
-import copy
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from runtime import SpeculationBounds
 from runtime.batch import Batch, Call, generated
 from runtime.decoding.drafter import HeadDrafter
 from runtime.decoding.layers import DecoderLayers
-from runtime.decoding.state import DecodeState
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.heads import ExitHeads
 from runtime.drafting.lookup import MAX_MATCH, NUM_SUPPORTS, LookupTable
@@ -22,64 +19,10 @@ from runtime.errors import ConfigError
 from runtime.exact.native.stack import NativeLayers
 from runtime.generate import attach
 from runtime.handle import SpecBound
-from tests.helpers.families import NATIVE_SHAPE, randomise, tiny
+from tests.helpers.families import NATIVE_SHAPE
+from tests.helpers.speculation import GREEDY, PROMPTS, SAMPLED, adapted, alone, base
 
-BOUNDS = SpeculationBounds(0.2, 2, 6, max_branches=2, max_depth=3)
-PROMPTS = [[5 + number, *range(3 + number, 6 + 4 * number), 5 + number] for number in range(6)]
-GREEDY = {"do_sample": False, "max_new_tokens": 24}
-SAMPLED = {"do_sample": True, "temperature": 0.9, "top_k": 20, "max_new_tokens": 24}
 TABLE = LookupTable(((0.7,) * NUM_SUPPORTS,) * MAX_MATCH)
-
-
-class Told:
-    """Proposes the next token of the text that a request's prompt begins, twice of three times, and another one."""
-
-    modules, watched, exit_layers = (), (), (1, 2)
-
-    def __init__(self, texts: list[list[int]]) -> None:
-        self.texts = {text[0]: text for text in texts}
-        self.first: dict[int, int] = {}  # state -> its prompt's first token
-
-    def on(self, layers: DecoderLayers) -> "Told":
-        """Nothing to move."""
-        return self
-
-    def propose(self, layer: int, state: DecodeState, nodes: Sequence[int], count: int) -> Any:
-        """As the kind of position says; layer 1 is not sure of every third one."""
-        text = next(text for text in self.texts.values() if state.lookup._tail == text[: state.length][-MAX_MATCH:])
-        proposed = []
-        for node in nodes:
-            position = state.length + len(state.paths[node])
-            right = text[position] if position < len(text) else 1
-            token = (right + position % 2) % 90
-            proposed.append([(token, 0.1 if layer == 1 and position % 3 == 0 else 0.9), ((token + 1) % 90, 0.3)])
-        return proposed
-
-
-def base(dtype: torch.dtype) -> Any:
-    """A random model: in bfloat16 of sizes that our kernels take."""
-    if dtype == torch.float32:
-        return tiny("llama")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **NATIVE_SHAPE), dtype=dtype).eval()
-    randomise(model)
-    return model
-
-
-def alone(model: Any, options: dict[str, Any], prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
-    """What stock generates of each prompt, the seed that of its place."""
-    found = []
-    for seed, prompt in enumerate(prompts):
-        torch.manual_seed(seed)
-        found.append(model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist())
-    return found
-
-
-def adapted(model: Any, texts: list[list[int]], bounds: SpeculationBounds = BOUNDS) -> Any:
-    """A copy that speculates on texts it knows, two drafts of three right."""
-    made = copy.deepcopy(model)
-    whole = [prompt + text for prompt, text in zip(PROMPTS, texts, strict=True)]
-    return attach(made, SpecBound(made, Told(whole), bounds))
 
 
 def together(model: Any, options: dict[str, Any], limit: int) -> list[Call]:
@@ -221,25 +164,6 @@ def test_what_cannot_speculate_runs_plain_and_is_the_same() -> None:
         batch.add(PROMPTS[0], num_beams=2, **GREEDY)
     with pytest.raises(ConfigError, match="max_requests is 0"):
         Batch(made, 0)
-
-
-def test_generate_batch_is_transformers_call() -> None:
-    """Its arguments and results; several sequences of a prompt have seeds one after the other."""
-    model = base(torch.bfloat16)
-    texts = alone(model, GREEDY)
-    made = adapted(model, texts)
-    found = made.generate_batch(PROMPTS, GenerationConfig(pad_token_id=0, **GREEDY), max_requests=3)
-    assert list(found) == [f"req_{number}" for number in range(6)]
-    assert [one.generated_tokens for one in found.values()] == texts
-    assert [one.prompt_ids for one in found.values()] == PROMPTS and all(one.is_finished() for one in found.values())
-    options = GREEDY | {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": 2}
-    found = made.generate_batch(PROMPTS[:1], seeds=[7], **options)
-    assert list(found) == ["req_0", "req_0__child#0"]
-    stock = model.generate(torch.tensor(PROMPTS[:1]), **(options | {"num_return_sequences": 1}))
-    chances = [float(row.log_softmax(-1).max()) for row in stock.scores]
-    assert found["req_0"].logprobs == chances
-    with pytest.raises(ConfigError, match="2 seeds for 1 prompt"):
-        made.generate_batch(PROMPTS[:1], seeds=[7, 8], **GREEDY)
 
 
 def test_ctrl_c_stops_all_of_it() -> None:

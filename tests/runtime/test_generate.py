@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
 
 import runtime.decoding.rounds
 from runtime import SpeculationBounds, UnsupportedModel, detach
@@ -190,7 +190,6 @@ def test_rejected_rows_are_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (MistralConfig(**SHAPE, sliding_window=16), "sliding"),
         (
             LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
             "rotary",

@@ -82,9 +82,13 @@ def test_negative_control_a_biased_acceptance_is_seen(
     drafted = [-1]
     draw = torch.multinomial
 
-    def likely_enough(probs: torch.Tensor, num_samples: int) -> torch.Tensor:
+    def likely_enough(probs: torch.Tensor, num_samples: int, generator: Any) -> torch.Tensor:
         wanted = drafted[-1]
-        return torch.tensor([[wanted]]) if wanted >= 0 and probs[0, wanted] > 0.05 else draw(probs, num_samples)
+        return (
+            torch.tensor([[wanted]])
+            if wanted >= 0 and probs[0, wanted] > 0.05
+            else draw(probs, num_samples, generator=generator)
+        )
 
     monkeypatch.setattr(runtime.decoding.rounds, "accept", biased)
     monkeypatch.setattr(torch, "multinomial", likely_enough)

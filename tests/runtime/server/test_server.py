@@ -126,8 +126,8 @@ def test_many_at_once_are_answered_alike(served: Any, client: openai.OpenAI) -> 
 
 
 def test_the_documented_snippet(served: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """docs/serving.md, at this server's address."""
+    """The first of docs/serving.md, at this server's address; test_batch.py has the others."""
     text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    snippet = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     exec(compile(snippet.replace("http://127.0.0.1:8000", served[0]), "serving.md", "exec"), {})
     assert "mean_accepted_length" in capsys.readouterr().out
