@@ -11,8 +11,9 @@ from runtime.decoding.request import Request
 from runtime.decoding.rounds import speculate_round
 from runtime.drafting.policy import SpeculationBounds
 
-# Rows of a round, of all requests together: beyond these a further row costs about what a round of its own would.
-MAX_ROWS = 64
+# Rows of a round that drafts, of all requests together, and of one request at least. Beyond, asking the heads costs more
+# than their drafts give: docs/benchmark.md, several requests.
+MAX_ROWS, FEWEST = 16, 3
 
 
 class Engine:
@@ -49,5 +50,8 @@ class Engine:
 
 
 def shared(bounds: SpeculationBounds, requests: int) -> SpeculationBounds:
-    """A request's bounds where so many run together: its share of the rows that pay."""
-    return replace(bounds, max_draft_tokens=min(bounds.max_draft_tokens, max(1, MAX_ROWS // requests) - 1))
+    """A request's bounds where so many run together: its share of the rows that pay; alone it has what they say."""
+    if requests == 1:
+        return bounds
+    share = MAX_ROWS // requests
+    return replace(bounds, max_draft_tokens=min(bounds.max_draft_tokens, share - 1 if share >= FEWEST else 0))

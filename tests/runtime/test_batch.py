@@ -9,6 +9,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from runtime import SpeculationBounds
 from runtime.batch import Batch, Call, generated
+from runtime.decoding import engine
 from runtime.decoding.drafter import HeadDrafter
 from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.draft_heads import DraftHeads
@@ -23,6 +24,12 @@ from tests.helpers.families import NATIVE_SHAPE
 from tests.helpers.speculation import GREEDY, PROMPTS, SAMPLED, adapted, alone, base
 
 TABLE = LookupTable(((0.7,) * NUM_SUPPORTS,) * MAX_MATCH)
+
+
+@pytest.fixture(autouse=True)
+def many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All requests draft, however many there are."""
+    monkeypatch.setattr(engine, "MAX_ROWS", 64)
 
 
 def together(model: Any, options: dict[str, Any], limit: int) -> list[Call]:
@@ -181,3 +188,10 @@ def test_ctrl_c_stops_all_of_it() -> None:
         calls.append(batch.add(PROMPTS[1], stopping_criteria=StoppingCriteriaList([Stopping()]), **GREEDY))
         while not all(call.ended for call in calls):
             batch.round()
+
+
+def test_drafts_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer for each where more run together, none where few would be left."""
+    monkeypatch.setattr(engine, "MAX_ROWS", 16)
+    bounds = SpeculationBounds(0.2, 2, 20)
+    assert [engine.shared(bounds, number).max_draft_tokens for number in (1, 2, 4, 5, 6, 16)] == [20, 7, 3, 2, 0, 0]
