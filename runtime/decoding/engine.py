@@ -11,8 +11,8 @@ from runtime.decoding.request import Request
 from runtime.decoding.rounds import speculate_round
 from runtime.drafting.policy import SpeculationBounds
 
-# Rows of a round that drafts, of all requests together, and of one request at least. Beyond, asking the heads costs more
-# than their drafts give: docs/benchmark.md, several requests.
+# Rows of a round that drafts, of all requests together, and of one request at least. Beyond, asking the heads costs
+# more than their drafts give: docs/benchmark.md, several requests.
 MAX_ROWS, FEWEST = 16, 3
 
 
