@@ -142,7 +142,7 @@ def _generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Transformers' own continuous batching, run by ours: see `runtime.batch.many`."""
     if getattr(self, "specbound", None) is None:
         return stock_class(self).generate_batch(self, *args, **kwargs)
-    from runtime.batch.many import generate_batch  # it imports this file
+    from runtime.batch.many import generate_batch  # with it comes transformers' own continuous batching
 
     return generate_batch(self, *args, **kwargs)
 

@@ -36,6 +36,8 @@ class Call:
         added: when, by `time.perf_counter`.
         stats: counts of its rounds; None where it ran by stock's loop.
         cancelled: set by whoever no longer wants it: it ends with the next round.
+        ended: whether it has an output or an error, or was cancelled.
+        generation: while it decodes.
     """
 
     waiting: Waiting
@@ -67,12 +69,17 @@ class Batch:
         self.specbound: SpecBound = model.specbound
         self.calls: deque[Call] = deque()  # that have not begun
         self.running: list[Call] = []
+        self._engine = Engine(self.specbound.drafter)
+        self._reason: str | None = None  # why none of them can speculate
         self._held, self._blocks = ExitStack(), ExitStack()
 
     def __enter__(self) -> "Batch":
-        self._held.enter_context(self.specbound.prepared.exclusive(speculating=True))
-        self._reason = self.specbound.why_stock(self.model) if self.specbound.enabled else "speculation is disabled"
-        self._engine = Engine(self.specbound.drafter)
+        with ExitStack() as held:  # given back where the probe fails or is interrupted
+            held.enter_context(self.specbound.prepared.exclusive(speculating=True))
+            if self.specbound.enabled:
+                self._reason = self.specbound.why_stock(self.model)
+            self._held = held.pop_all()
+        self._engine.drafter = self.specbound.drafter  # made ready for the model as it is
         certificate = self.specbound.certificate
         if certificate is not None and certificate.policy.static:  # there is one static cache
             self.max_requests = 1
@@ -144,8 +151,9 @@ class Batch:
         self.outside()
         reason = self._reason or call.waiting.reason
         try:
-            if reason is not None:
-                self.specbound.warn_plain(reason)
+            if reason is not None or not self.specbound.enabled:
+                if self.specbound.enabled:
+                    self.specbound.warn_plain(str(reason))
                 call.output = run_plain(self.model, call.waiting)
                 call.ended = True
                 return

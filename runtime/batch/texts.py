@@ -5,9 +5,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessor
 
 from runtime.batch.calls import Batch, Call
 from runtime.stats import SpeculationStats
@@ -29,12 +28,7 @@ def join(
     Without a seed it has one of its own, so that nobody's numbers depend on who runs beside it.
     """
     seed = secrets.randbits(63) if seed is None else seed
-    recorder = [transcript.recorder] if transcript.recorder else []
-    return batch.add(
-        prompt, streamer=transcript, seed=seed, speculate=speculate, attention_mask=torch.ones_like(prompt),
-        logits_processor=LogitsProcessorList([*processors, *recorder]),
-        stopping_criteria=StoppingCriteriaList([transcript]), **options,
-    )  # fmt: skip
+    return batch.add(prompt, seed=seed, speculate=speculate, **transcript.arguments(prompt, processors), **options)
 
 
 def outcome(batch: Batch, call: Call, transcript: Transcript) -> Written:

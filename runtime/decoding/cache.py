@@ -67,7 +67,9 @@ class KVCache:
         kv = cls(len(cache.layers), capacity)
         for index, layer in enumerate(cache.layers):
             dropped = layer.get_seq_length() - layer.keys.shape[2]
-            keys, values = (functional.pad(rows, (0, 0, dropped, 0)) for rows in (layer.keys, layer.values))
+            keys, values = layer.keys, layer.values
+            if dropped:
+                keys, values = (functional.pad(rows, (0, 0, dropped, 0)) for rows in (keys, values))
             kv.update(keys, values, index)
         return kv
 

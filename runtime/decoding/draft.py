@@ -72,7 +72,7 @@ def draft_all(trees: Sequence[Drafting], drafter: Drafter) -> list[Draft]:
 
 def _propose(drafter: Drafter, layer: int, asks: Sequence[Ask]) -> list[list[Proposals]]:
     """What an exit proposes to several requests."""
-    if isinstance(drafter, HeadDrafter) and len(asks) > 1:
+    if isinstance(drafter, HeadDrafter):
         return drafter.propose_all(layer, asks)
     return [drafter.propose(layer, ask.state, ask.nodes, ask.count) for ask in asks]
 

@@ -90,18 +90,15 @@ class HeadDrafter:
         """The heads in the base's device and dtype, the borrowed rows taken anew."""
         return replace(self, heads=self.heads.on(layers, device=layers.device, dtype=layers.dtype))
 
-    @torch.inference_mode()
     def propose(self, layer: int, state: DecodeState, nodes: Sequence[int], count: int) -> list[Proposals]:
-        """What the lookup proposes at depth 0; elsewhere the head's likeliest tokens, at its exit's temperature."""
-        if layer == 0:
-            return [self._look_up(state, node) for node in nodes]
+        """As `propose_all`, for one request."""
         return self.propose_all(layer, [Ask(state, layer, nodes, count)])[0]
 
     @torch.inference_mode()
     def propose_all(self, layer: int, asks: Sequence[Ask]) -> list[list[Proposals]]:
-        """As `propose`, for several requests."""
+        """What the lookup proposes at depth 0; elsewhere the head's likeliest tokens, at its exit's temperature."""
         if layer == 0:
-            return [self.propose(0, ask.state, ask.nodes, ask.count) for ask in asks]
+            return [[self._look_up(ask.state, node) for node in ask.nodes] for ask in asks]
         temperature, most = self.temperatures[layer], max(ask.count for ask in asks)
         if self.heads.attends:
             found = self.heads.of_states(layer, self._attend(layer, asks), temperature, most)
@@ -124,7 +121,7 @@ class HeadDrafter:
         while any(levels):  # a child reads what its parent became
             group = [(memories[index], asks[index].state, own.pop(0)) for index, own in enumerate(levels) if own]
             readings = [
-                memory.read(nodes, state.paths, (state.at_exit(layer, nodes), state.embeddings(nodes)), state.deep)
+                memory.reading(nodes, state.paths, (state.at_exit(layer, nodes), state.embeddings(nodes)), state.deep)
                 for memory, state, nodes in group
             ]
             made = read_all([memory for memory, _, _ in group], readings)

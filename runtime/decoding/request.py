@@ -28,7 +28,7 @@ class Emitter(Protocol):
         """Ids that end the text."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """One text being generated.
 

@@ -5,19 +5,16 @@ text.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
-from runtime.decoding.accept import Accepted, accept
+from runtime.decoding.accept import accept
 from runtime.decoding.draft import Draft, draft_all, draft_tree, judged
 from runtime.decoding.drafter import Drafter
-from runtime.decoding.request import Emitter, Request
-from runtime.decoding.state import DecodeState, verify_all
-from runtime.drafting.controller import Controller
-from runtime.drafting.policy import SpeculationBounds
-from runtime.stats import SpeculationStats
+from runtime.decoding.request import Request
+from runtime.decoding.state import verify_all
 
 
 def speculate_round(requests: Sequence[Request], drafter: Drafter) -> None:
@@ -28,12 +25,11 @@ def speculate_round(requests: Sequence[Request], drafter: Drafter) -> None:
     with _timing(requests, "draft"):
         trees = []
         for request in requests:
-            bounds, controller, emitter = request.bounds, request.controller, request.emitter
+            bounds, controller, emitter = request.bounds.among(len(requests)), request.controller, request.emitter
             bounds = bounds if controller is None else controller.begin(bounds)
             request.state.push(request.newest)
-            remaining, stop_tokens = emitter.remaining, emitter.stop_tokens
-            exits = drafter.exit_layers
-            trees.append(draft_tree(request.state, exits, bounds, remaining=remaining, stop_tokens=stop_tokens))
+            given = request.state, drafter.exit_layers, bounds
+            trees.append(draft_tree(*given, remaining=emitter.remaining, stop_tokens=emitter.stop_tokens))
         drafts = draft_all(trees, drafter)
     with _timing(requests, "verify"):
         logits = verify_all([request.state for request in requests])
@@ -77,28 +73,12 @@ def _timing(requests: Sequence[Request], part: str) -> Iterator[None]:
         request.stats.parts[part] += share  # type: ignore[assignment]
 
 
-def decode(
-    state: DecodeState,
-    prompt_logits: Tensor,
-    drafter: Drafter,
-    bounds: SpeculationBounds,
-    emitter: Emitter,
-    stats: SpeculationStats,
-    controller: Controller | None = None,
-    on_round: Callable[[Draft, Accepted], None] | None = None,
-) -> None:
-    """Emit tokens of one request until its emitter stops.
+def run_to_end(request: Request, prompt_logits: Tensor, drafter: Drafter) -> None:
+    """Emit tokens of one request until its emitter stops; raises what that raises.
 
     Args:
-        state: holds the prompt.
-        prompt_logits: target logits [1, V] after the prompt.
-        controller, on_round: as `Request` has them.
+        prompt_logits: target logits [1, V] after the prompt, which its state holds.
     """
-    run_to_end(Request(state, bounds, emitter, stats, controller, on_round), prompt_logits, drafter)
-
-
-def run_to_end(request: Request, prompt_logits: Tensor, drafter: Drafter) -> None:
-    """Emit tokens of one request until its emitter stops; raises what that raises."""
     request.begin(prompt_logits)
     while not request.stopped:
         speculate_round([request], drafter)

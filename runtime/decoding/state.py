@@ -152,10 +152,9 @@ class DecodeState:
         """Bring all pending tokens to the top; target logits of each of them, shape [1, T, V]."""
         return verify_all([self])[0]
 
-    def top(self, normed: Tensor | None = None) -> Tensor:
-        """Hidden states [1, T, D] of all pending tokens, which are at the top; what the norm makes of them is kept."""
+    def top(self) -> Tensor:
+        """Hidden states [1, T, D] of all pending tokens, which are at the top."""
         assert len(self.segments) == 1
-        self._top = normed
         return self.segments[0].hidden
 
     def settle(self, nodes: Sequence[int]) -> None:
@@ -219,7 +218,7 @@ def verify_all(states: Sequence[DecodeState]) -> list[Tensor]:
     advance_all(states, layers.num_layers)
     normed, logits = layers.tops([state.top() for state in states])
     for state, one in zip(states, normed, strict=True):
-        state.top(one)
+        state._top = one
     return logits
 
 

@@ -79,7 +79,7 @@ class HeadMemory:
         """States [N, D] of pending tokens that were read, normed as the base's top states are."""
         return torch.stack([self._states[self._places[node]] for node in nodes])
 
-    def read(
+    def reading(
         self,
         nodes: Sequence[int],
         paths: Sequence[tuple[int, ...]],

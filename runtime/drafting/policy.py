@@ -5,11 +5,15 @@ is predicted is what happens. Knows no tensors and no model.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runtime.errors import ConfigError
 from runtime.fields import shown
+
+# Rows of a round that drafts, of all requests together, and of one request at least. Beyond, asking the heads costs
+# more than their drafts give: docs/benchmark.md, several requests.
+MAX_ROWS, FEWEST_ROWS = 16, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,14 @@ class SpeculationBounds:
         for name, share in (("min_survival", self.min_survival), ("min_draft_survival", self.min_draft_survival)):
             if not 0.0 <= share <= 1.0:
                 raise ConfigError(f"{name} is {share}: expected a number from 0 to 1")
+
+    def among(self, requests: int) -> "SpeculationBounds":
+        """A request's bounds where so many decode together: its share of the rows that pay; alone these."""
+        if requests == 1:
+            return self
+        share = MAX_ROWS // requests
+        most = share - 1 if share >= FEWEST_ROWS else 0
+        return replace(self, max_draft_tokens=min(self.max_draft_tokens, most))
 
     def threshold(self, layer: int) -> float:
         """Tau of an exit."""

@@ -46,7 +46,7 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)})
     if isinstance(error, Unavailable):
         return ApiError(503, str(error), code="unavailable", headers={"Retry-After": "5"})
-    return ApiError(500, f"the request failed ({type(error).__name__}); others are not affected", code="failed")
+    return ApiError(500, f"the request failed ({type(error).__name__})", code="failed")
 
 
 def add_error_forms(app: FastAPI) -> None:

@@ -112,6 +112,20 @@ class Transcript(StoppingCriteria):
         done = self.stopped or self.cancelled.is_set()
         return torch.tensor([done], device=input_ids.device)
 
+    def arguments(self, prompt: Tensor, processors: Sequence[LogitsProcessor]) -> dict[str, Any]:
+        """What `generate` is to be given beside the prompt [1, T], so that its text comes here.
+
+        Args:
+            processors: of the scores, before the probabilities are noted.
+        """
+        recorder = [] if self.recorder is None else [self.recorder]
+        return {
+            "attention_mask": torch.ones_like(prompt),
+            "logits_processor": LogitsProcessorList([*processors, *recorder]),
+            "stopping_criteria": StoppingCriteriaList([self]),
+            "streamer": self,
+        }
+
     def put(self, value: Tensor) -> None:
         """As a streamer: nothing, the tokens come as a criterion."""
 
@@ -198,15 +212,10 @@ def write(
         torch.seed()  # or the numbers would go on from the last call's seed
     else:
         torch.manual_seed(seed)
-    criteria, mask = StoppingCriteriaList([transcript]), torch.ones_like(prompt)
-    recorder = [transcript.recorder] if transcript.recorder else []
     generate: Any = model.generate
     started = time.perf_counter()
     with nullcontext() if speculate else handle.disabled():
-        generate(
-            prompt, attention_mask=mask, logits_processor=LogitsProcessorList([*processors, *recorder]),
-            stopping_criteria=criteria, streamer=transcript, **options,
-        )  # fmt: skip
+        generate(prompt, **transcript.arguments(prompt, processors), **options)
     seconds = time.perf_counter() - started
     speculated = handle.stats is not before  # some calls run plainly all the same
     stats = handle.stats if speculated else SpeculationStats(emitted=len(transcript.ids), seconds=seconds)

@@ -9,9 +9,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from runtime import SpeculationBounds
 from runtime.batch import Batch, Call, generated
-from runtime.decoding import engine
 from runtime.decoding.drafter import HeadDrafter
 from runtime.decoding.layers import DecoderLayers
+from runtime.drafting import policy
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.heads import ExitHeads
 from runtime.drafting.lookup import MAX_MATCH, NUM_SUPPORTS, LookupTable
@@ -29,7 +29,7 @@ TABLE = LookupTable(((0.7,) * NUM_SUPPORTS,) * MAX_MATCH)
 @pytest.fixture(autouse=True)
 def many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """All requests draft, however many there are."""
-    monkeypatch.setattr(engine, "MAX_ROWS", 64)
+    monkeypatch.setattr(policy, "MAX_ROWS", 64)
 
 
 def together(model: Any, options: dict[str, Any], limit: int) -> list[Call]:
@@ -192,6 +192,33 @@ def test_ctrl_c_stops_all_of_it() -> None:
 
 def test_drafts_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer for each where more run together, none where few would be left."""
-    monkeypatch.setattr(engine, "MAX_ROWS", 16)
+    monkeypatch.setattr(policy, "MAX_ROWS", 16)
     bounds = SpeculationBounds(0.2, 2, 20)
-    assert [engine.shared(bounds, number).max_draft_tokens for number in (1, 2, 4, 5, 6, 16)] == [20, 7, 3, 2, 0, 0]
+    assert [bounds.among(number).max_draft_tokens for number in (1, 2, 4, 5, 6, 16)] == [20, 7, 3, 2, 0, 0]
+
+
+def test_a_batch_that_cannot_begin_leaves_the_model_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted while it is probed; the next call speculates."""
+    model = base(torch.float32)
+    expected = alone(model, GREEDY)
+    made = adapted(model, expected)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SpecBound, "why_stock", interrupted)
+        with pytest.raises(KeyboardInterrupt), Batch(made):
+            pass
+    assert [generated(call) for call in together(made, GREEDY, 2)] == expected
+
+
+def test_disabled_speculation_is_plain_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    """As `generate` has it."""
+    model = base(torch.float32)
+    expected = alone(model, SAMPLED)
+    made = adapted(model, expected)
+    with made.specbound.disabled():
+        calls = together(made, SAMPLED, 2)
+    assert [generated(call) for call in calls] == expected and not caplog.records
+    assert all(call.stats is None for call in calls)

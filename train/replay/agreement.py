@@ -14,7 +14,8 @@ from transformers import DynamicCache
 from runtime.decoding.cache import KVCache
 from runtime.decoding.drafter import Drafter
 from runtime.decoding.layers import DecoderLayers
-from runtime.decoding.rounds import decode
+from runtime.decoding.request import Request
+from runtime.decoding.rounds import run_to_end
 from runtime.decoding.state import DecodeState
 from runtime.drafting.policy import SpeculationBounds
 from runtime.errors import SpecBoundError
@@ -96,7 +97,7 @@ def run_on(
         cache = KVCache.from_dynamic(prefix, len(prompt) + len(response) + bounds.max_draft_tokens)
         state = DecodeState(layers, cache, list(prompt), prompt=seen)
         with execution(model, ExecutionPolicy.batched()):
-            decode(state, logits, drafter, bounds, Told(response), stats)
+            run_to_end(Request(state, bounds, Told(response), stats), logits, drafter)
     return stats
 
 

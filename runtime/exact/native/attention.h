@@ -1,6 +1,6 @@
 // Attention of one query row in bfloat16, with the order of additions of torch's kernel for one row (flash attention on
-// a CPU with AVX512-BF16): keys in blocks of 512, a running maximum, weights rounded to bfloat16, sums in an `Order`. Query heads that share keys, and rows, go through the keys together. Each row sees its own keys, and reads no
-// others.
+// a CPU with AVX512-BF16): keys in blocks of 512, a running maximum, weights rounded to bfloat16, sums in an `Order`. Query
+// heads that share keys, and rows, go through the keys together. Each row sees its own keys, and reads no others.
 #pragma once
 #include <immintrin.h>
 

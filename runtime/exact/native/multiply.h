@@ -13,8 +13,8 @@
 namespace {
 
 constexpr int TILE_ROWS = 16, TILE_PAIRS = 16, TILE_BYTES = 64;
-// Registers: sums of two parts, then the input and both parts' weights, then the same where K ends within a tile.
-constexpr int SUM = 0, INPUT = 2, WEIGHT = 3, LAST_INPUT = 5, LAST_WEIGHT = 6;
+// Registers: sums of two parts, the input, and both parts' weights.
+constexpr int SUM = 0, INPUT = 2, WEIGHT = 3;
 
 // Asks the system for the tiles, once in a process; whether it gives them.
 inline bool ask_for_tiles() {
@@ -22,7 +22,7 @@ inline bool ask_for_tiles() {
   return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
 
-// The tiles of one thread: given back at the end.
+// The tiles of one thread: given back at the end. `pairs` is a multiple of `TILE_PAIRS`.
 class Tiles {
  public:
   ~Tiles() {
@@ -34,7 +34,7 @@ class Tiles {
   void rows(const Product& p, int64_t part) {
     for (int64_t row = 0; row < p.rows; row += TILE_ROWS) {
       const int64_t count = std::min<int64_t>(TILE_ROWS, p.rows - row);
-      shape(count, p.pairs % TILE_PAIRS);
+      shape(count);
       tile<B>(p, row, count, part);
     }
   }
@@ -42,7 +42,7 @@ class Tiles {
  private:
   int64_t shaped_ = 0;  // rows
 
-  void shape(int64_t rows, int64_t last) {
+  void shape(int64_t rows) {
     if (rows == shaped_) return;
     shaped_ = rows;
     alignas(64) struct {
@@ -50,17 +50,10 @@ class Tiles {
       uint16_t bytes[16] = {};
       uint8_t rows[16] = {};
     } shapes;
-    auto set = [&](int tile, int64_t rows, int64_t words) {
-      shapes.rows[tile] = (uint8_t)rows;
-      shapes.bytes[tile] = (uint16_t)(4 * words);
-    };
-    for (int b = 0; b < TILE; b++) {
-      set(SUM + b, rows, LANES);
-      set(WEIGHT + b, TILE_PAIRS, LANES);
-      if (last) set(LAST_WEIGHT + b, last, LANES);
+    for (int tile = SUM; tile < WEIGHT + TILE; tile++) {
+      shapes.rows[tile] = (uint8_t)(tile < WEIGHT ? rows : TILE_PAIRS);
+      shapes.bytes[tile] = TILE_BYTES;
     }
-    set(INPUT, rows, TILE_PAIRS);
-    if (last) set(LAST_INPUT, rows, last);
     asm volatile("" ::: "memory");
     _tile_loadconfig(&shapes);
   }
@@ -89,7 +82,7 @@ class Tiles {
     asm volatile("" ::: "memory");
     _tile_zero(0);
     if (B == 2) _tile_zero(1);
-    for (; k + TILE_PAIRS <= stop; k += TILE_PAIRS) {
+    for (; k < stop; k += TILE_PAIRS) {
       const uint32_t* from = weight + k * LANES;
       _tile_loadd(2, input + k, 4 * stride);
       _tile_loadd(3, from, TILE_BYTES);
@@ -98,14 +91,6 @@ class Tiles {
       _tile_loadd(4, from + apart, TILE_BYTES);
       _tile_dpbf16ps(1, 2, 4);
     }
-    if (k == stop) return;
-    const uint32_t* from = weight + k * LANES;
-    _tile_loadd(5, input + k, 4 * stride);
-    _tile_loadd(6, from, TILE_BYTES);
-    _tile_dpbf16ps(0, 5, 6);
-    if (B == 1) return;
-    _tile_loadd(7, from + apart, TILE_BYTES);
-    _tile_dpbf16ps(1, 5, 7);
   }
 };
 

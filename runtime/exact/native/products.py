@@ -30,7 +30,7 @@ class Order:
 def orders(inputs: int) -> list[Order]:
     """Orders in which oneDNN was seen to add for one row of so many numbers; which of them it is here, is probed."""
     found = [Order(False, 512)]
-    if has_tiles():
+    if inputs % TILE == 0 and has_tiles():
         found += [Order(True, -(-inputs // (parts * TILE)) * TILE) for parts in (1, 2, 4)]
     return found
 
@@ -54,7 +54,7 @@ def products(hidden: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, 
     Args:
         weight: as `pack_for_products` gives it.
         bias: shape [outputs], bfloat16.
-        order: tiles only where the CPU has them.
+        order: tiles only where the CPU has them, and K is a multiple of `TILE`.
     """
     library = native_library()
     assert library is not None

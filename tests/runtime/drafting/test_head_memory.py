@@ -87,14 +87,14 @@ def test_long_texts_are_forgotten_in_part(make_model: Any, monkeypatch: pytest.M
     model = make_model()
     stock = model.generate(PROMPT, max_new_tokens=NEW, do_sample=False)[0].tolist()
     kept = []
-    read = head_memory.HeadMemory.read
+    reading = head_memory.HeadMemory.reading
 
     def watched(self: Any, *args: Any) -> Any:
-        reading = read(self, *args)
+        found = reading(self, *args)
         kept.append(self._settled)
-        return reading
+        return found
 
-    monkeypatch.setattr(head_memory.HeadMemory, "read", watched)
+    monkeypatch.setattr(head_memory.HeadMemory, "reading", watched)
     attach(model, SpecBound(model, drafting(model), SpeculationBounds(0.0, 4, 3)))
     assert model.generate(PROMPT, max_new_tokens=NEW, do_sample=False)[0].tolist() == stock
     assert 8 <= max(kept) <= 16

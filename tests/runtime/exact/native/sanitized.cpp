@@ -23,10 +23,10 @@ int main() {
   const int64_t has_tiles = specbound_tiles();
   for (int64_t rows : {1, 2, 7, 8, 9, 64})
     for (int64_t outputs : {1, 15, 16, 17, 33, 100})
-      for (int64_t pairs : {1, 255, 256, 257, 600}) {
+      for (int64_t pairs : {1, 255, 256, 257, 608}) {
         auto weight = numbers((outputs + 15) / 16 * pairs * 32), input = numbers(rows * pairs * 2), bias = numbers(outputs);
         std::vector<uint16_t> output(rows * outputs);
-        for (int64_t tiles = 0; tiles <= has_tiles; tiles++)
+        for (int64_t tiles = 0; tiles <= (has_tiles && pairs % 16 == 0); tiles++)
           specbound_products(weight.data(), input.data(), bias.data(), output.data(), rows, outputs, pairs, 256, tiles, 2);
       }
   for (int64_t rows : {1, 3, 64})
@@ -48,8 +48,9 @@ int main() {
         }
   for (int64_t rows : {1, 3, 17})
     for (int64_t held : {0, 1, 600})
-      for (int64_t size : {32, 96}) {
-        const int64_t hidden = 50, queries = 4, keys = 2, inner = 64, capacity = held + rows;
+      for (int64_t size : {32, 96})
+      for (int64_t hidden : {50, 64}) {
+        const int64_t queries = 4, keys = 2, inner = 64, capacity = held + rows;
         auto packed = [](int64_t outputs, int64_t inputs) { return numbers((outputs + 15) / 16 * 16 * inputs); };
         auto wide = packed((queries + 2 * keys) * size, hidden), output = packed(hidden, queries * size);
         auto gate_up = packed(2 * inner, hidden), down = packed(hidden, inner), norm = numbers(hidden), head = numbers(size);
@@ -61,7 +62,7 @@ int main() {
                                norm.data(), norm.data(), head.data(), head.data(), (const void*)1};
         const void* parts[] = {(const void*)rows, (const void*)held, (const void*)held, nullptr, (const void*)further, nullptr, nullptr, nullptr};
         const void* caches[] = {key.data(), value.data(), (const void*)capacity, other_key.data(), other_value.data(), (const void*)further};
-        const int64_t sizes[] = {1, 2, rows + further, hidden, queries, keys, size, inner, 1, has_tiles, 256, 256, 256, 256};
+        const int64_t sizes[] = {1, 2, rows + further, hidden, queries, keys, size, inner, 1, has_tiles && hidden % 32 == 0, 256, 256, 256, 256};
         const float floats[] = {1e-5f, 0.1f, 0.5f};
         if (!specbound_layers(layer, parts, caches, sizes, floats, angles.data(), angles.data(), table.data(), state.data(), 2)) return 2;
       }

@@ -36,7 +36,7 @@ def made(
 
 def read(memory: HeadMemory, nodes: list[int], *given: Any) -> None:
     """Read pending tokens of one request."""
-    memory.take(nodes, *read_all([memory], [memory.read(nodes, *given)]))
+    memory.take(nodes, *read_all([memory], [memory.reading(nodes, *given)]))
 
 
 @torch.inference_mode()
@@ -196,7 +196,7 @@ def test_several_requests_are_each_what_they_are_alone() -> None:
         memory.settle([SettledStates(*texts[index], False)])
         nodes = list(range(pending[index].shape[1]))
         paths = [(node,) for node in nodes]
-        return memory, memory.read(nodes, paths, (pending[index][0], pending[index][1]), texts[index][2, -1])
+        return memory, memory.reading(nodes, paths, (pending[index][0], pending[index][1]), texts[index][2, -1])
 
     alone = [read_all([memory], [reading])[0] for memory, reading in map(begun, range(3))]
     memories, readings = zip(*map(begun, range(3)), strict=True)
