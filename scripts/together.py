@@ -1,12 +1,13 @@
 """Many prompts: tokens a second of requests together, beside one after the other and beside stock's padded batches.
 
-All in one process, in turn; ids are compared with stock's of each prompt alone. The time to the first token is that of
-the last of the requests that arrive together. Example:
+All in one process, in turn, several times; medians. Ids are compared with stock's of each prompt alone. The time to the
+first token is that of the last of the requests that arrive together. Example:
 python scripts/together.py adapters/smollm2-135m-instruct configs/data/demo_prompts.jsonl --threads 2 \\
     --json together.json
 """
 
 import json
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -52,6 +53,7 @@ def main(
     prompts: Annotated[str, typer.Argument(help="A file of prompts.")],
     limit: Annotated[int, typer.Option(min=1, help="Prompts, at even distances.")] = 16,
     at_once: Annotated[list[int], typer.Option(help="Requests together; may be given several times.")] = [1, 4, 8, 16],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 3,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the figures in this file.")] = None,
 ) -> None:
@@ -63,6 +65,17 @@ def main(
     for prompt in spread(read_prompts(prompts), limit):
         ids.append(encode(tokenizer, [{"role": one.role, "content": one.content} for one in prompt.messages]))
     rows: dict[str, dict[str, Any]] = {}
+    for _ in range(repeats):
+        measure(model, tokenizer, ids, at_once, rows)
+    show(rows)
+    if json_file is not None:
+        figures = conditions(model.device, model.dtype)
+        figures |= {"prompts": len(ids), "new_tokens": NEW_TOKENS, "repeats": repeats, "rows": rows}
+        write_atomic(json_file, (json.dumps(figures, indent=1) + "\n").encode())
+
+
+def measure(model: Any, tokenizer: Any, ids: Texts, at_once: list[int], rows: dict[str, Any]) -> None:
+    """Every way once."""
     truth = timed(rows, "stock, one by one", lambda: [alone(model, each, False) for each in ids])
     timed(rows, "SpecBound, one by one", lambda: [alone(model, each, True) for each in ids], truth)
     for number in at_once:
@@ -71,20 +84,17 @@ def main(
             name = f"{way}, {number} together"
             row = rows.setdefault(name, {})
             timed(rows, name, partial(together, model, ids, number, speculate, row), truth)
-    show(rows)
-    if json_file is not None:
-        figures = conditions(model.device, model.dtype) | {"prompts": len(ids), "new_tokens": NEW_TOKENS, "rows": rows}
-        write_atomic(json_file, (json.dumps(figures, indent=1) + "\n").encode())
 
 
 def timed(rows: dict[str, Any], name: str, run: Callable[[], Texts], truth: Texts | None = None) -> Texts:
-    """Run it, and keep tokens a second and how many texts are stock's."""
+    """Run it, and keep tokens a second of each run and how many texts are stock's in all of them."""
     row = rows.setdefault(name, {})
     started = time.perf_counter()
     found = run()
     seconds = time.perf_counter() - started
-    row |= {"tokens_per_second": round(sum(map(len, found)) / seconds, 1), "seconds": round(seconds, 2)}
-    row["identical"] = sum(a == b for a, b in zip(found, truth or found, strict=True))
+    row.setdefault("tokens_per_second", []).append(round(sum(map(len, found)) / seconds, 1))
+    same = sum(a == b for a, b in zip(found, truth or found, strict=True))
+    row["identical"] = min(same, row.get("identical", same))
     return found
 
 
@@ -126,7 +136,8 @@ def together(model: Any, ids: Texts, number: int, speculate: bool, row: dict[str
         started = time.perf_counter()
         while not all(call.ended for call in calls):
             batch.round()
-    row["last_first_token_seconds"] = round(max(stream.seen[1] for stream in streams[:number]) - started, 3)
+    last = max(stream.seen[1] for stream in streams[:number]) - started
+    row.setdefault("last_first_token_seconds", []).append(round(last, 3))
     return [generated(call) for call in calls]
 
 
@@ -134,8 +145,9 @@ def show(rows: dict[str, Any]) -> None:
     """A table."""
     table = Table("", "tokens/s", "identical to stock alone", "last first token, s")
     for name, row in rows.items():
-        first = row.get("last_first_token_seconds", "")
-        table.add_row(name, str(row["tokens_per_second"]), str(row["identical"]), str(first))
+        first = row.get("last_first_token_seconds")
+        speed = f"{statistics.median(row['tokens_per_second']):.1f}"
+        table.add_row(name, speed, str(row["identical"]), "" if first is None else f"{statistics.median(first):.2f}")
     Console().print(table)
 
 
