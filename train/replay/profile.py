@@ -158,7 +158,8 @@ class _Bench:
             model.device
         )
         stock = DynamicCache()
-        model(input_ids=self.token_ids[:, :length], past_key_values=stock, use_cache=True)
+        with self.layers.watching(self.specbound.drafter.watched) as self.prompt:
+            model(input_ids=self.token_ids[:, :length], past_key_values=stock, use_cache=True)
         certificate = self.specbound.certificate
         kind = StaticCache if certificate is not None and certificate.policy.static else KVCache
         self.cache = kind.from_dynamic(stock, length + max_width + 1)
@@ -182,11 +183,17 @@ class _Bench:
 
     def sources(self) -> dict[Any, float]:
         """Time asking each source for drafts, of one token and of several."""
-        state = DecodeState(self.layers, self.cache, self.token_ids[0, : self.length].tolist())
+        ids = self.token_ids[0, : self.length].tolist()
+        state = DecodeState(self.layers, self.cache, ids, prompt=self.prompt)
         drafter, newest = self.specbound.drafter, int(self.token_ids[0, self.length])
         seconds: dict[Any, float] = {}
         count = self.specbound.bounds.max_branches
         for layer in drafter.exit_layers:
+            if layer in drafter.watched:  # its head reads the prompt, once
+                state.push(newest)
+                state.advance(layer)
+                drafter.propose(layer, state, [0], count)
+                state.settle([])
             state.push(newest)
             state.advance(layer)
             ask, _ = self._timed(partial(drafter.propose, layer, state, [0], count))

@@ -28,10 +28,10 @@ from train.settings.fit_config import FitConfig
 
 
 @pytest.fixture
-def fitted(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An adapter folder, its base, and the corpus it was fitted on."""
+def fitted(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
+    """An adapter folder, its base, and the corpus it was fitted on; heads of the kind that the test asks for."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    recipe = make_recipe(tmp_path)
+    recipe = make_recipe(tmp_path, head=getattr(request, "param", "deep"))
     main(FitConfig(**recipe))
     yield tmp_path / "adapter", recipe["model_name_or_path"], Path(recipe["corpus_dir"])
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -65,6 +65,19 @@ def test_from_profile_to_tuned_bounds(fitted: Any, tmp_path: Path, caplog: pytes
     assert calibrated["replay"]["costs"]["threads"] == 1
     assert Traces.read(folder / "traces.safetensors", weights_sha256=tuned.weights_sha256).layers[0] == 0
     load_specbound(folder, base)
+
+
+@pytest.mark.parametrize("fitted", ["attention"], indirect=True)
+def test_heads_that_attend_are_measured(fitted: Any) -> None:
+    """After a prompt that they have read; the state of a measurement holds it."""
+    folder, base, _ = fitted
+    model: Any = load_specbound(folder, base)
+    model.specbound.prepare(model)
+    assert model.specbound.drafter.watched
+    with model.specbound.prepared.running(model):
+        seconds = _Bench(model, 40, 10, 4).sources()
+    assert {name for name, *_ in seconds} >= {"head", "head_row"}
+    assert all(taken > 0 for (name, *_), taken in seconds.items() if name == "head")
 
 
 def test_a_slow_base_is_measured_in_fewer_rounds(fitted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
