@@ -14,6 +14,7 @@ from transformers import LogitsProcessorList
 from runtime.errors import SpecBoundError
 from runtime.server.dialect import HERMES, Dialect
 from runtime.server.grammar import Grammar, GrammarMask, grammar_of, lark_of, special_literals
+from runtime.server.penalties import CountPenalties
 from runtime.server.request.schema import ChatRequest
 from tests.helpers.fake_heads import FakeHeads
 from tests.helpers.paths import ROOT
@@ -96,13 +97,22 @@ def test_json_of_a_schema(
 
 
 def test_several_answers_and_penalties(served: Any, client: openai.OpenAI) -> None:
-    """Each has a matcher of its own; other processors go with it."""
+    """Made together, each with a matcher of its own, they are stock's of the same seeds and processors."""
+    _, model, tokenizer = served
     found = client.chat.completions.create(
         model=MODEL_ID, messages=MESSAGES, max_tokens=200, response_format=FORMAT, n=3, temperature=1, seed=5,
         frequency_penalty=0.5, logprobs=True, top_logprobs=3,
     )  # fmt: skip
-    texts = [choice.message.content for choice in found.choices]
-    assert all(fits(str(text)) for text in texts) and len(set(texts)) > 1
+    texts = [str(choice.message.content) for choice in found.choices]
+    ids = ids_of(tokenizer)
+    grammar = grammar_of(model, tokenizer, asked(response_format=FORMAT), Dialect.of(tokenizer), "")
+    assert grammar is not None
+    expected = []
+    for seed in (5, 6, 7):
+        both = [CountPenalties(len(ids), presence=0, frequency=0.5), GrammarMask(grammar, len(ids))]
+        options = {"max_new_tokens": 200, "do_sample": True, "logits_processor": LogitsProcessorList(both)}
+        expected.append(tokenizer.decode(stock(served, ids, seed=seed, **options), skip_special_tokens=True))
+    assert texts == expected and all(fits(text) for text in texts) and len(set(texts)) > 1
     assert found.choices[0].logprobs is not None and found.choices[0].logprobs.content
 
 
