@@ -9,15 +9,19 @@ from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from pydantic import ValidationError
 from starlette.background import BackgroundTask
 
-from runtime.server.errors import ApiError, add_error_forms
+from runtime.server.answer.answer import Answer, Form
+from runtime.server.answer.chunks import Chunks
+from runtime.server.answer.items import Items
+from runtime.server.errors import ApiError, add_error_forms, first_of
 from runtime.server.gate import Gate
 from runtime.server.metrics import Metrics
 from runtime.server.request.limits import Limits, check_bias
 from runtime.server.request.prompts import prompts_of, tokenized
+from runtime.server.request.responses import ResponsesRequest
 from runtime.server.request.schema import ChatRequest, CompletionRequest, TokenizeRequest
-from runtime.server.response import Answer
 from runtime.server.tally import ADMITTED, Tally
 from runtime.server.worker import Worker
 
@@ -51,32 +55,8 @@ def make_app(
     add_error_forms(app)
     _add_looks(app, worker, metrics)
     _add_models(app, names)
-
-    @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        return await respond(body, request)
-
-    @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await respond(body, request)
-
-    @app.post("/tokenize")
-    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        _check_name(body.model or names[0], names)
-        return tokenized(worker, body)
-
-    async def respond(body: ChatRequest | CompletionRequest, request: Request) -> Response:
-        _check_name(body.model, names)
-        prompts = await run_in_threadpool(prompts_of, worker, body)
-        config = worker.model.config
-        limits.check_answers(body.n * len(prompts))
-        check_bias(body, int(config.get_text_config().vocab_size))
-        context = int(config.max_position_embeddings)
-        tokens = [limits.tokens(body, prompt.num_tokens, context) for prompt in prompts]
-        answer = Answer(body, worker, metrics, names[0], prompts, tokens, limits.seconds)
-        answer.submit()
-        setattr(request.state, ADMITTED, True)
-        return await (_streamed(request, answer) if body.stream else _whole(request, answer))
+    _add_tokenize(app, worker, names)
+    _add_answers(app, worker, metrics, names, limits)
 
     # From the inside out: a preflight needs no key, and what is refused is counted.
     app.add_middleware(Gate, api_keys=api_keys, max_body_bytes=limits.max_body_bytes)
@@ -87,6 +67,48 @@ def make_app(
             expose_headers=["Retry-After"],
         )  # fmt: skip
     return app
+
+
+def _add_answers(app: FastAPI, worker: Worker, metrics: Metrics, names: Sequence[str], limits: Limits) -> None:
+    """What is answered by the model, in the forms of OpenAI's three routes."""
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await respond(body, request, Chunks(body, names[0]))
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await respond(body, request, Chunks(body, names[0]))
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        try:
+            chat = body.as_chat()
+        except ValidationError as error:
+            raise first_of(error.errors(), ()) from None
+        return await respond(chat, request, Items(body, names[0]))
+
+    async def respond(body: ChatRequest | CompletionRequest, request: Request, form: Form) -> Response:
+        _check_name(body.model, names)
+        prompts = await run_in_threadpool(prompts_of, worker, body)
+        config = worker.model.config
+        limits.check_answers(body.n * len(prompts))
+        check_bias(body, int(config.get_text_config().vocab_size))
+        context = int(config.max_position_embeddings)
+        tokens = [limits.tokens(body, prompt.num_tokens, context) for prompt in prompts]
+        answer = Answer(body, worker, metrics, form, prompts, tokens, limits.seconds)
+        answer.submit()
+        setattr(request.state, ADMITTED, True)
+        return await (_streamed(request, answer) if body.stream else _whole(request, answer))
+
+
+def _add_tokenize(app: FastAPI, worker: Worker, names: Sequence[str]) -> None:
+    """Prompts as token ids."""
+
+    @app.post("/tokenize")
+    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        _check_name(body.model or names[0], names)
+        return tokenized(worker, body)
 
 
 def _add_models(app: FastAPI, names: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """`ApiError`: an error in OpenAI's form, and what of other errors a client is told. Knows no routes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -66,7 +67,7 @@ def add_error_forms(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(_first_of(error))
+        return answer(first_of(error.errors(), ("body",)))
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> JSONResponse:
@@ -78,10 +79,15 @@ def add_error_forms(app: FastAPI) -> None:
         return answer(as_api_error(error))
 
 
-def _first_of(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a body, in a sentence that begins with its place."""
-    first = error.errors()[0]
-    path = [] if first["type"] == "json_invalid" else first["loc"][1:]
+def first_of(errors: Sequence[Any], above: tuple[str, ...]) -> ApiError:
+    """The first thing that is wrong with a body, in a sentence that begins with its place.
+
+    Args:
+        errors: of pydantic.
+        above: what stands before each place.
+    """
+    first = errors[0]
+    path = [] if first["type"] == "json_invalid" else first["loc"][len(above) :]
     place = ".".join(str(part) for part in path)
     said = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":

@@ -1,6 +1,6 @@
 """`Job`: one call of `generate` that the worker is to make. Knows no HTTP."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ class Job:
     seed: int | None
     speculate: bool
     finish: Callable[[Written | BaseException], None]
-    processors: Sequence[LogitsProcessor] = ()
+    processors: list[LogitsProcessor] = field(default_factory=list)
     num_prompt_logprobs: int | None = None
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
 

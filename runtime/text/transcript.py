@@ -6,7 +6,7 @@ with speculation and without, and the second is told of the rounds. Knows no ser
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +73,7 @@ class Transcript(StoppingCriteria):
             is complete first ends it; of those that are at the same character, the longest.
         num_logprobs: each Token tells its probability, and those of so many of the likeliest; None tells none.
         listener: called with each Token and Round, in the thread that generates.
+        hidden: ids that are no text; without any told, the tokenizer's special ones.
 
     Attributes:
         ids: tokens so far, those of a stop string included.
@@ -88,11 +89,12 @@ class Transcript(StoppingCriteria):
         stop: Sequence[str] = (),
         num_logprobs: int | None = None,
         listener: Callable[[Token | Round], None] = lambda event: None,
+        hidden: Container[int] | None = None,
     ) -> None:
         assert all(stop)
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
-        self.listener = listener
+        self.listener, self.hidden = listener, hidden
         self.recorder = None if num_logprobs is None else LogprobRecorder(num_logprobs)
         self.ids: list[int] = []
         self.text = ""
@@ -150,7 +152,10 @@ class Transcript(StoppingCriteria):
         return text[len(known) :]
 
     def _decode(self, ids: list[int]) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        if self.hidden is None:
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        else:
+            text = self.tokenizer.decode([id for id in ids if id not in self.hidden])
         assert isinstance(text, str)
         return text
 

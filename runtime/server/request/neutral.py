@@ -5,17 +5,19 @@ from typing import Any
 
 from runtime.server.errors import ApiError
 
-# Whatever they say, the answer is the same: of keeping, accounting, caching, and of tools that nobody can give.
+# Whatever they say, the answer is the same: of keeping, accounting and caching.
 INERT = {
-    "cache_prompt", "keep_alive", "metadata", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key",
+    "cache_prompt", "keep_alive", "metadata", "prediction", "priority", "prompt_cache_key",
     "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
 }  # fmt: skip
 # What changes nothing, by field; any other value is refused. Null always passes.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "audio": (),
+    "background": (False,),
     "bad_words": ([],),
     "best_of": (1,),
+    "conversation": (),
     "early_stopping": (False,),
     "echo": (False,),
     "function_call": ("none", "auto"),
@@ -25,12 +27,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_json": (),
     "guided_regex": (),
     "ignore_eos": (False,),
+    "include": ([],),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
+    "max_tool_calls": (),
     "min_tokens": (0,),
     "mirostat": (0,),
     "modalities": (["text"],),
     "no_repeat_ngram_size": (0,),
+    "parallel_tool_calls": (True, False),
+    "previous_response_id": (),
+    "prompt": (),
+    "reasoning": ({},),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
@@ -39,8 +47,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "top_logprobs": (0,),
     "top_a": (0,),
     "truncate_prompt_tokens": (),
+    "truncation": ("disabled",),
     "typical_p": (1,),
     "use_beam_search": (False,),
     "verbosity": ("medium",),

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.server.dialect import TEXT, Dialect
 from runtime.server.errors import ApiError
+from runtime.server.grammar import Grammar, grammar_of
 from runtime.server.request.messages import Conversation
 from runtime.server.request.schema import ChatRequest, CompletionRequest, TokenizeRequest
 from runtime.server.worker import Worker
@@ -21,10 +23,16 @@ class Prompt:
     Attributes:
         ids: shape [1, T], int64.
         text: as it is echoed; empty for a chat.
+        dialect: how the model writes what is not text.
+        opening: what of the answer the prompt holds already.
+        grammar: what binds the answer.
     """
 
     ids: Tensor
     text: str
+    dialect: Dialect = TEXT
+    opening: str = ""
+    grammar: Grammar | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -40,22 +48,37 @@ def prompts_of(worker: Worker, body: ChatRequest | CompletionRequest) -> list[Pr
     """
     tokenizer: Any = worker.tokenizer
     if isinstance(body, ChatRequest):
-        pairs: list[tuple[list[int], str | None]] = [(chat_ids(tokenizer, body), "")]
-    else:
-        pairs = [(tokenizer(one)["input_ids"], one) if isinstance(one, str) else (one, None) for one in body.prompt]
-    known = worker.model.get_input_embeddings().weight.shape[0]
+        return [_chat_prompt(worker.model, tokenizer, body)]
+    pairs = [(tokenizer(one)["input_ids"], one) if isinstance(one, str) else (one, None) for one in body.prompt]
     for ids, _ in pairs:
-        if not ids or not all(0 <= token < known for token in ids):
-            said = f"the prompt must be at least one token, each from 0 to {known - 1}"
-            raise ApiError(400, said, param="messages" if isinstance(body, ChatRequest) else "prompt")
+        _check_ids(worker.model, ids, "prompt")
     return [Prompt(torch.tensor([ids]), tokenizer.decode(ids) if text is None else text) for ids, text in pairs]
+
+
+def _chat_prompt(model: Any, tokenizer: Any, body: ChatRequest) -> Prompt:
+    """That of a chat, and what its answer is to be."""
+    ids = chat_ids(tokenizer, body)
+    _check_ids(model, ids, "messages")
+    dialect = Dialect.of(tokenizer, tools=bool(body.tools))
+    if body.called and dialect.calls is None and dialect.own is None:
+        said = "tools: the form in which this model calls them is not known to this server: leave them out"
+        raise ApiError(400, said, param="tools")
+    opening = dialect.opening(tokenizer, ids, body.messages[-1].content if body.continue_final_message else None)
+    grammar = grammar_of(model, tokenizer, body, dialect, opening)
+    return Prompt(torch.tensor([ids]), "", dialect, opening, grammar)
+
+
+def _check_ids(model: Any, ids: list[int], param: str) -> None:
+    known = model.get_input_embeddings().weight.shape[0]
+    if not ids or not all(0 <= token < known for token in ids):
+        raise ApiError(400, f"the prompt must be at least one token, each from 0 to {known - 1}", param=param)
 
 
 def chat_ids(tokenizer: Any, chat: Conversation) -> list[int]:
     """Token ids of a conversation in the chat template.
 
     Raises:
-        ApiError: the model has no template, or it refuses the conversation.
+        ApiError: the model has no template, or it refuses the conversation, or has no place for tools.
     """
     if tokenizer.chat_template is None:
         raise ApiError(400, "this model has no chat template: use /v1/completions", param="messages")
@@ -63,9 +86,13 @@ def chat_ids(tokenizer: Any, chat: Conversation) -> list[int]:
     if ours:  # `tools`, `chat_template`, ...: arguments of the call, not variables
         said = f"chat_template_kwargs: {min(ours)} is not a variable of the template: leave it out"
         raise ApiError(400, said, param="chat_template_kwargs")
+    tools = chat.tools_of_template
+    if tools and not Dialect.of(tokenizer, tools=True).takes_tools:
+        raise ApiError(400, "tools: this model's chat template has no place for them: leave them out", param="tools")
     messages = [message.for_template() for message in chat.messages]
+    options = chat.template_variables | chat.template_options | ({"tools": tools} if tools else {})
     try:
-        return encode(tokenizer, messages, options=chat.template_variables | chat.template_options)
+        return encode(tokenizer, messages, options=options)
     except Exception as error:  # templates raise what they like on roles that they do not take
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ApiError(400, f"the model's chat template refuses this: {first}", param="messages") from None

@@ -7,8 +7,10 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from runtime.server.request.messages import Conversation, Message, Strict
+from runtime.server.request.messages import Conversation, Message
 from runtime.server.request.neutral import without_neutral
+from runtime.server.request.strict import Strict
+from runtime.server.request.tools import ResponseFormat
 
 # A number so small that scores divided by it are no longer finite.
 MIN_TEMPERATURE = 1e-6
@@ -131,15 +133,24 @@ class Request(Strict):
 
 
 class ChatRequest(Request, Conversation):
-    """Body of /v1/chat/completions."""
+    """Body of /v1/chat/completions.
+
+    Attributes:
+        response_format: what the answer's text is to be.
+        parallel_tool_calls: False tells the first call of an answer alone.
+    """
 
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    response_format: ResponseFormat = ResponseFormat(type="text")
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _asked(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        if self.response_format.binding is not None and self.called:
+            raise ValueError("response_format and tools bind one answer twice: leave one of them out")
         return self
 
     @property

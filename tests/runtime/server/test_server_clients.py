@@ -9,7 +9,7 @@ from tests.helpers.servers import MESSAGES, MODEL_ID, chat_ids, stock
 
 SILENT: list[dict[str, Any]] = [
     {"store": False, "metadata": {"a": "b"}, "user": "me", "safety_identifier": "x", "prompt_cache_key": "y"},
-    {"parallel_tool_calls": True, "tools": [], "tool_choice": "auto", "functions": [], "function_call": "none"},
+    {"parallel_tool_calls": False, "tools": [], "tool_choice": "auto", "functions": [], "function_call": "none"},
     {"service_tier": "auto", "modalities": ["text"], "response_format": {"type": "text"}, "verbosity": "medium"},
     {"prediction": {"type": "content", "content": "w1 w2"}},
     {
@@ -26,13 +26,10 @@ SILENT: list[dict[str, Any]] = [
     {"stream_options": {"include_obfuscation": False, "include_usage": None}, "seed": None, "specbound": None},
 ]
 LOUD: list[tuple[str, Any]] = [
-    ("tools", [{"type": "function"}]),
-    ("tool_choice", "required"),
     ("functions", [{"name": "f"}]),
     ("modalities", ["text", "audio"]),
     ("audio", {"voice": "alloy", "format": "wav"}),
     ("web_search_options", {}),
-    ("response_format", {"type": "json_object"}),
     ("reasoning_effort", "high"),
     ("ignore_eos", True),
     ("min_tokens", 5),

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from runtime.server.response import Answer
+from runtime.server.answer.answer import Answer
 from tests.helpers.servers import Served, held, stock_text, until
 
 

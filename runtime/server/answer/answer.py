@@ -1,14 +1,13 @@
-"""`Answer`: one request from its prompts to OpenAI's response bodies, whole or streamed. Knows no routes."""
+"""`Answer`: one request from its prompts to its response, whole or streamed. Knows no routes."""
 
 import asyncio
-import json
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from runtime.server.choice import Choice
+from runtime.server.answer.choice import Choice
+from runtime.server.answer.reader import Delta
 from runtime.server.errors import ApiError, as_api_error
 from runtime.server.metrics import Metrics
 from runtime.server.request.prompts import Prompt
@@ -18,12 +17,43 @@ from runtime.stats import SpeculationStats
 from runtime.text.transcript import Round, Token, Written
 
 
+class Form(Protocol):
+    """How an answer looks to its client: `Chunks` or `Items`.
+
+    Attributes:
+        last: what a stream ends with.
+    """
+
+    last: str
+
+    def line(self, event: dict[str, Any]) -> str:
+        """An event of a stream, as it is sent."""
+
+    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+        """The response, when all of it is there."""
+
+    def opening(self, choice: Choice) -> list[dict[str, Any]]:
+        """What a stream has of a choice before its first token."""
+
+    def part(self, choice: Choice, deltas: Sequence[Delta], about: dict[str, Any]) -> list[dict[str, Any]]:
+        """What is new of a choice, and fields of our own beside it."""
+
+    def closing(self, choice: Choice) -> list[dict[str, Any]]:
+        """The end of a choice."""
+
+    def end(self, choices: Sequence[Choice], usage: dict[str, Any]) -> list[dict[str, Any]]:
+        """The end of all."""
+
+    def failure(self, error: dict[str, Any]) -> dict[str, Any]:
+        """What goes wrong when the status is sent already."""
+
+
 @dataclass(slots=True)
 class Answer:
     """One request at work. Its choices are written one after another: `n` to the first prompt, then to the next.
 
     Attributes:
-        model_id: the name the model is served under.
+        form: what its client reads.
         max_new_tokens: of the answers to each prompt.
         seconds: until it must be written; None for as long as it takes.
     """
@@ -31,13 +61,11 @@ class Answer:
     body: ChatRequest | CompletionRequest
     worker: Worker
     metrics: Metrics
-    model_id: str
+    form: Form
     prompts: list[Prompt]
     max_new_tokens: list[int]
     seconds: float | None = None
-    created: int = field(default_factory=lambda: int(time.time()))
     started: float = field(default_factory=time.perf_counter)
-    _id: str = ""
     _choices: list[Choice] = field(default_factory=list)
     _feed: AsyncGenerator[tuple[Choice, Token | Round | Written | None], None] = field(init=False)
     _told: bool = False
@@ -55,7 +83,6 @@ class Answer:
             Choice.of(self.body, prompt, limit, index, self.worker, self.metrics)
             for index, (prompt, limit) in enumerate(each)
         ]
-        self._id = ("chatcmpl-" if self._is_chat else "cmpl-") + uuid.uuid4().hex
         self.worker.submit(*(choice.job for choice in self._choices))
         self._feed = self._events()
 
@@ -76,7 +103,7 @@ class Answer:
         """
         async for _ in self._feed:
             pass
-        return self._envelope([self._whole(choice) for choice in self._choices], chunk=False) | self._usage()
+        return self.form.whole(self._choices, self._usage())
 
     async def begin(self) -> bool:
         """Wait until there is something to stream; before, an error has a status of its own. Always true.
@@ -90,32 +117,31 @@ class Answer:
     async def stream(self) -> AsyncIterator[str]:
         """The response as server-sent events, after `begin`; closing it cancels the calls."""
         try:
-            async for chunk in self._chunks():
-                yield f"data: {json.dumps(chunk)}\n\n"
-            yield "data: [DONE]\n\n"
+            for event in self.form.opening(self._choices[0]):  # `begin` took what tells of it
+                yield self.form.line(event)
+            async for choice, told in self._feed:
+                for event in self._parts_of(choice, told):
+                    yield self.form.line(event)
+            for event in self.form.end(self._choices, self._usage()):
+                yield self.form.line(event)
+            yield self.form.last
         except ApiError as error:  # the status is sent already
-            yield f"data: {json.dumps(error.body())}\n\n"
+            yield self.form.line(self.form.failure(error.body()))
         finally:
             self.end()
 
-    async def _chunks(self) -> AsyncIterator[dict[str, Any]]:
-        options = self.body.stream_options
-        usage: dict[str, Any] = {"usage": None} if options and options.include_usage else {}
+    def _parts_of(self, choice: Choice, told: Token | Round | Written | None) -> list[dict[str, Any]]:
+        """What a stream has of something that happened to a choice."""
         show = self.body.specbound.rounds
-        if (opening := self._opening(self._choices[0])) is not None:  # `begin` took what tells of it
-            yield opening | usage
-        async for choice, event in self._feed:
-            if event is None and (opening := self._opening(choice)) is not None:
-                yield opening | usage
-            elif isinstance(event, Token) and (event.text or show):
-                about = {"specbound": {"token": event.id}} if show else {}
-                yield self._chunk(choice, {"content": event.text}) | about | usage
-            elif isinstance(event, Round) and show:
-                yield self._chunk(choice, {}) | {"specbound": {"round": self._describe(choice, event)}} | usage
-            elif isinstance(event, Written):
-                yield self._chunk(choice, {}, event.finish_reason) | usage
-        if usage:
-            yield self._envelope([], chunk=True) | self._usage()
+        if told is None:
+            return self.form.opening(choice)
+        about: dict[str, Any] = {}
+        if show and isinstance(told, Round):
+            about = {"specbound": {"round": self._describe(choice, told)}}
+        elif show and isinstance(told, Token):
+            about = {"specbound": {"token": told.id}}
+        parts = self.form.part(choice, choice.take_deltas(), about)
+        return parts + self.form.closing(choice) if isinstance(told, Written) else parts
 
     async def _events(self) -> AsyncGenerator[tuple[Choice, Token | Round | Written | None], None]:
         """Of each choice in turn: None when the first event is there, then events up to and with the last."""
@@ -157,31 +183,6 @@ class Answer:
         reasons = [choice.written.finish_reason for choice in self._choices if choice.written]
         return next((reason for reason in ("cancelled", "length") if reason in reasons), "stop")
 
-    @property
-    def _is_chat(self) -> bool:
-        return isinstance(self.body, ChatRequest)
-
-    def _envelope(self, choices: list[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
-        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self._is_chat else "text_completion"
-        return {"id": self._id, "object": kind, "created": self.created, "model": self.model_id, "choices": choices}
-
-    def _whole(self, choice: Choice) -> dict[str, Any]:
-        assert choice.written is not None
-        body = {"message": {"role": "assistant", "content": choice.text}} if self._is_chat else {"text": choice.text}
-        reason = choice.written.finish_reason
-        return {"index": choice.index, "logprobs": choice.form.take(), "finish_reason": reason} | body
-
-    def _opening(self, choice: Choice) -> dict[str, Any] | None:
-        """What a stream has of a choice before its first token."""
-        if self._is_chat:
-            return self._chunk(choice, {"role": "assistant", "content": ""})
-        return self._chunk(choice, {"content": choice.echo}) if choice.echo else None
-
-    def _chunk(self, choice: Choice, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-        body = {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
-        about = {"index": choice.index, "logprobs": choice.form.take(), "finish_reason": finish_reason}
-        return self._envelope([about | body], chunk=True)
-
     def _describe(self, choice: Choice, one: Round) -> dict[str, Any]:
         """A round in words that a page can show: every draft's text, exit and fate."""
         tokenizer: Any = choice.job.transcript.tokenizer  # which the worker has not while it is draining
@@ -196,7 +197,7 @@ class Answer:
         }
 
     def _usage(self) -> dict[str, Any]:
-        """Of all choices; each prompt counts once."""
+        """Tokens of all choices; each prompt counts once."""
         stats, speculated = SpeculationStats(), False
         for choice in self._choices:
             assert choice.written is not None
@@ -204,4 +205,4 @@ class Answer:
             speculated |= choice.written.speculated
         prompt = sum(one.num_tokens for one in self.prompts)
         total = {"prompt_tokens": prompt, "completion_tokens": stats.emitted, "total_tokens": prompt + stats.emitted}
-        return {"usage": total | {"specbound": {"speculated": speculated} | stats.to_dict()}}
+        return total | {"specbound": {"speculated": speculated} | stats.to_dict()}

@@ -1,15 +1,18 @@
-"""`Choice`: one of the answers to a request: its job, and what the worker tells of it. Knows no response bodies."""
+"""`Choice`: one of the answers to a request: its job, and what came of it so far. Knows no response bodies."""
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+from runtime.server.answer.reader import Delta, Reader
+from runtime.server.answer.top_logprobs import LogprobsForm
+from runtime.server.grammar import GrammarMask
 from runtime.server.job import Job
 from runtime.server.metrics import Metrics
 from runtime.server.penalties import CountPenalties
 from runtime.server.request.prompts import Prompt
 from runtime.server.request.schema import ChatRequest, CompletionRequest
-from runtime.server.top_logprobs import LogprobsForm
 from runtime.server.worker import Worker
 from runtime.text.transcript import Round, Token, Transcript, Written
 
@@ -25,6 +28,8 @@ class Choice:
         echo: text that comes before the answer's own.
         events: what the worker told and nobody has taken yet.
         form: the tokens' probabilities.
+        reader: what of its text is content, reasoning and calls.
+        deltas: what the reader found and nobody has taken yet.
         written: what came of it.
     """
 
@@ -34,6 +39,8 @@ class Choice:
     job: Job
     events: "asyncio.Queue[Event]"
     form: LogprobsForm
+    reader: Reader
+    deltas: list[Delta] = field(default_factory=list)
     written: Written | None = None
 
     @classmethod
@@ -60,20 +67,28 @@ class Choice:
 
         options = body.sampling() | {"max_new_tokens": max_new_tokens}
         seed = None if body.seed is None else body.seed + index % body.n
-        transcript = Transcript(worker.tokenizer, stop=body.stop, num_logprobs=body.num_logprobs, listener=tell)
+        reader, hidden = _reader(body, prompt, worker.tokenizer)
+        transcript = Transcript(
+            worker.tokenizer, stop=body.stop, num_logprobs=body.num_logprobs, listener=tell, hidden=hidden
+        )
         job = Job(prompt.ids.to(worker.model.device), transcript, options, seed, body.specbound.enabled, finish)
         if body.presence_penalty or body.frequency_penalty:
             presence, frequency = body.presence_penalty, body.frequency_penalty
-            job.processors = [CountPenalties(prompt.num_tokens, presence=presence, frequency=frequency)]
+            job.processors.append(CountPenalties(prompt.num_tokens, presence=presence, frequency=frequency))
+        if prompt.grammar is not None:
+            job.processors.append(GrammarMask(prompt.grammar, prompt.num_tokens))
         if body.echo:
             job.num_prompt_logprobs = body.num_logprobs
         form = LogprobsForm(worker.tokenizer, chat=isinstance(body, ChatRequest))
-        return cls(index, prompt, prompt.text if body.echo else "", job, events, form)
+        return cls(index, prompt, prompt.text if body.echo else "", job, events, form, reader)
 
     @property
-    def text(self) -> str:
-        """All of it so far."""
-        return self.echo + self.job.transcript.text
+    def finish_reason(self) -> str | None:
+        """Why it has ended, in OpenAI's words."""
+        if self.written is None:
+            return None
+        called = self.reader.calls and self.written.finish_reason == "stop"
+        return "tool_calls" if called else self.written.finish_reason
 
     def begin(self) -> None:
         """The first event has come, none is taken yet; the prompt's probabilities are there, if they were wanted."""
@@ -89,5 +104,22 @@ class Choice:
         """Keep what an event tells."""
         if isinstance(event, Token):
             self.form.add(event)
+            self.deltas += self.reader.feed(event.text)
         elif isinstance(event, Written):
+            self.deltas += self.reader.finish()
             self.written = event
+
+    def take_deltas(self) -> list[Delta]:
+        """What is new since the last call."""
+        deltas, self.deltas = self.deltas, []
+        return deltas
+
+
+def _reader(body: ChatRequest | CompletionRequest, prompt: Prompt, tokenizer: Any) -> tuple[Reader, set[int] | None]:
+    """What reads an answer, and the ids that are no text of it; None where those are all special ones."""
+    if not isinstance(body, ChatRequest):
+        return Reader(prompt.dialect), None
+    tools = [tool.for_template() for tool in body.called]
+    reader = Reader(prompt.dialect, prompt.opening, tools, single=not body.parallel_tool_calls)
+    parsed = prompt.dialect.template(calls=bool(tools)) is not None
+    return reader, prompt.dialect.hidden(tokenizer) if parsed else None

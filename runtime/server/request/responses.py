@@ -1,0 +1,138 @@
+"""Body of /v1/responses, for text. Knows no model.
+
+It asks what a chat asks, in other words: it is answered as that chat.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from runtime.server.request.neutral import without_neutral
+from runtime.server.request.schema import ChatRequest, Speculation
+from runtime.server.request.strict import Strict
+from runtime.server.request.tools import NamedSchema
+
+TEXTS = ("input_text", "output_text", "text", "reasoning_text")
+
+
+class TextFormat(Strict):
+    """What the text is to be; a schema stands here without the chats' further level."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "TextFormat":
+        if (self.type == "json_schema") != (self.schema_ is not None):
+            raise ValueError("type json_schema needs a schema, and no other type has one")
+        return self
+
+
+class TextOptions(Strict):
+    """What the answer's text is to be."""
+
+    format: TextFormat = TextFormat()
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponsesRequest(Strict):
+    """Body of /v1/responses.
+
+    Attributes:
+        input: the user's message, or messages.
+        instructions: of the system, before the messages.
+        max_output_tokens: of the answer, its reasoning included.
+        top_k, min_p, seed, stop, chat_template_kwargs, enable_thinking, specbound: not OpenAI's; as chats have them.
+    """
+
+    model: str
+    input: list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = None
+    stream: bool = False
+    text: TextOptions = TextOptions()
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: list[str] | str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+    specbound: Speculation = Speculation()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, fields: Any) -> Any:
+        if type(fields) is not dict:
+            raise ValueError("must be a JSON object")
+        return without_neutral(fields, cls.model_fields)
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _messages(cls, given: Any) -> Any:
+        items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+        if not isinstance(items, list) or not all(isinstance(one, dict) for one in items):
+            raise ValueError("must be a text, or a list of messages")
+        messages: list[dict[str, Any]] = []
+        reasoning = ""
+        for item in items:
+            kind = item.get("type", "message")
+            if kind == "reasoning":  # it goes back to the message that it led to
+                reasoning += _text(item.get("content") or [])
+            elif kind == "message":
+                message = {"role": item.get("role"), "content": _text(item.get("content"))}
+                messages.append(message | ({"reasoning_content": reasoning} if reasoning else {}))
+                reasoning = ""
+            else:
+                raise ValueError(f"an item of type {kind:.40} is not supported by this server: send messages of text")
+        return messages
+
+    def as_chat(self) -> ChatRequest:
+        """The chat that asks the same.
+
+        Raises:
+            ValidationError: a value is out of its range.
+        """
+        system = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        own = {"input", "instructions", "max_output_tokens", "text"}
+        same = self.model_dump(exclude=own, exclude_none=True)
+        return ChatRequest.model_validate(
+            same
+            | {"messages": [*system, *self.input], "max_completion_tokens": self.max_output_tokens}
+            | {"response_format": self._format()}
+        )
+
+    def _format(self) -> dict[str, Any]:
+        """As chats have it."""
+        asked = self.text.format
+        if asked.schema_ is None:
+            return {"type": asked.type}
+        schema = NamedSchema(name=asked.name, schema=asked.schema_).model_dump(by_alias=True, exclude_none=True)
+        return {"type": "json_schema", "json_schema": schema}
+
+    def echoed(self) -> dict[str, Any]:
+        """What a response tells of its request."""
+        text = self.text.model_dump(by_alias=True, exclude_none=True)
+        kept = ("instructions", "max_output_tokens", "temperature", "top_p")
+        return {name: getattr(self, name) for name in kept} | {"text": text, "metadata": {}}
+
+
+def _text(content: Any) -> str:
+    """Text of a message's parts.
+
+    Raises:
+        ValueError: there are others.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError("a message's content must be text, or a list of parts of text")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in TEXTS or not isinstance(part.get("text"), str):
+            raise ValueError(f"a part of type {kind!s:.40} is not supported by this server: send parts of text only")
+    return "".join(part["text"] for part in content)
