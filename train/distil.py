@@ -17,9 +17,9 @@ from runtime.adapter.identity import base_fingerprint
 from runtime.base import check_base_config, find_base, load_model, load_tokenizer
 from runtime.decoding.layers import settle_kernels
 from runtime.errors import AdapterError, ConfigError, SpecBoundError
+from train.corpus.collection import Collection
 from train.corpus.corpus import distil
 from train.corpus.options import CorpusOptions
-from train.corpus.prompts import read_prompts
 from train.features.spread import is_spread, load_spread, whole_parameters
 from train.settings.fit_config import FitConfig, parse_config, validate
 
@@ -34,7 +34,7 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
         model: the base, on this process's device.
 
     Raises:
-        ConfigError, DataError: see `read_prompts` and `distil`.
+        ConfigError, DataError: see `Collection.mix` and `distil`.
     """
     if state.is_main_process and (longest := config.max_prompt_tokens + config.max_new_tokens) > config.longest:
         logger.warning(
@@ -45,8 +45,28 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
             max(1, config.longest - config.max_new_tokens),
         )
     with state.main_process_first():  # the other processes then read data sets from the cache
-        sources = [read_prompts(source, limit=config.prompt_limit) for source in config.prompts]
-    options = CorpusOptions(
+        keep, quiet = config.answers == "keep", not state.is_main_process
+        read = Collection.mix(config.prompts, limit=config.prompt_limit, keep=keep, quiet=quiet)
+    return distil(
+        model,
+        tokenizer,
+        read.prompts,
+        config.corpus_path,
+        corpus_options(config),
+        fingerprint=base_fingerprint(model, whole_parameters(model)),
+        rank=state.process_index,
+        world_size=state.num_processes,
+        barrier=state.wait_for_everyone,
+        generator=config.generator,
+        given=read.conversations if keep else None,
+        skipped=read.skipped,
+        together=is_spread(model),
+    )
+
+
+def corpus_options(config: FitConfig) -> CorpusOptions:
+    """What of the recipe decides the text of its corpus."""
+    return CorpusOptions(
         max_new_tokens=config.max_new_tokens,
         max_prompt_tokens=config.max_prompt_tokens,
         batch_size=config.generation_batch_size,
@@ -58,19 +78,6 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
         held_out_fraction=config.held_out_fraction,
         evaluation_files=tuple(config.evaluation_files),
         seed=config.seed,
-    )
-    return distil(
-        model,
-        tokenizer,
-        [prompt for source in sources for prompt in source],
-        config.corpus_path,
-        options,
-        fingerprint=base_fingerprint(model, whole_parameters(model)),
-        rank=state.process_index,
-        world_size=state.num_processes,
-        barrier=state.wait_for_everyone,
-        generator=config.generator,
-        together=is_spread(model),
     )
 
 

@@ -5,7 +5,6 @@ Run it as `accelerate launch train/fit_exits.py --config configs/fit/NAME.yaml`,
 no corpus yet, it is made first.
 """
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -20,8 +19,10 @@ from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.heads import ExitHeads
 from runtime.errors import DataError, SpecBoundError
+from train.calibration.calibration import unseen_rows
 from train.calibration.temperatures import require_positions
-from train.distil import load_base, make_corpus
+from train.corpus.corpus import counts_of
+from train.distil import corpus_options, load_base, make_corpus
 from train.features.disk import bytes_per_position, require_disk
 from train.features.split import Split
 from train.features.spread import decoder_layers, is_spread, take_from_launcher, whole_parameters
@@ -38,6 +39,7 @@ from train.fitting.launch import (
 )
 from train.fitting.loop import fit
 from train.fitting.lora import use_peft, without_peft
+from train.planning.rehearsal import rehearse
 from train.publishing.assembly import write_adapter
 from train.publishing.publish import check_can_push, publish
 from train.settings.fit_config import FitConfig, parse_config, validate, validate_against_model
@@ -46,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: FitConfig) -> None:
-    """Fit, calibrate and write `output_dir/adapter`.
+    """Fit, calibrate and write `output_dir/adapter`; with `dry_run` only say what that takes.
 
     Raises:
         SpecBoundError: settings, prompts, base or output folder cannot be used. No unfinished adapter is left.
@@ -69,6 +71,9 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     layers, tokenizer = _load(config, accelerator, spread)
     model, vocab_size = layers.model, cast(Tensor, layers.unembedding.weight).shape[0]
     validate_against_model(config, num_hidden_layers=layers.num_layers, vocab_size=vocab_size)
+    if config.dry_run:
+        accelerator.print(rehearse(config, layers, tokenizer, corpus_options(config), accelerator.num_processes))
+        return
     before = weights_sha256(model, whole_parameters(model))
     then = ", with another corpus_dir"
     with memory_for("answering prompts", "generation_batch_size", config.generation_batch_size, then=then):
@@ -94,13 +99,9 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
             model,
             tokenizer,
             heads.with_exits(heads.exits.to(model.dtype)),
-            calibration=splits["calibration"],
+            splits=splits,
             write=accelerator.is_main_process,
-            evidence={
-                "corpus": json.loads((corpus / "corpus.json").read_text(encoding="utf-8"))["counts"],
-                "held_out_coverage": covered,
-                "base_weights_sha256": before,
-            },
+            evidence={"corpus": counts_of(corpus), "held_out_coverage": covered, "base_weights_sha256": before},
         )
         accelerator.print(f"adapter: {folder} (base unchanged, sha256 {before[:16]})")
     accelerator.wait_for_everyone()
@@ -131,6 +132,7 @@ def _load_splits(config: FitConfig, accelerator: Accelerator, layers: DecoderLay
     """Load the three splits; raises DataError if calibration has too few positions or shares prompts with the fit."""
     splits = {name: Split.load(config, layers, name) for name in ("fit", "calibration", "held_out")}
     require_positions(sum(len(response) for _, response in splits["calibration"].sequences.rows))
+    unseen_rows(splits["held_out"])
     seen = {tuple(prompt) for prompt, _ in splits["fit"].sequences.rows}
     shared = sum(tuple(prompt) in seen for prompt, _ in splits["calibration"].sequences.rows)
     if shared:

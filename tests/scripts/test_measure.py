@@ -20,11 +20,11 @@ from runtime.drafting.heads import ExitHeads
 from runtime.exact.native.library import why_not_native
 from runtime.generate import attach
 from runtime.loading import make_specbound
+from runtime.text.prompts import read_prompts
 from tests.helpers.families import tiny
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import script
 from train.calibration.traces import TRACES_FILE, Traces
-from train.corpus.prompts import read_prompts
 from train.features.extractor import Sequences
 from train.replay.costs import CostTable
 from train.replay.variants import FULL, UNCALIBRATED

@@ -4,6 +4,7 @@ Tokens of one text depend on each other, so intervals resample whole texts. Need
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,22 +83,32 @@ def _quantiles(values: NDArray[np.float64]) -> list[float]:
     return [float(low), float(high)]
 
 
-def report(confidences: Confidences, schedule: TemperatureSchedule) -> dict[str, Any]:
-    """Figures for `calibration.json`: reliability of each exit before and after calibration, with intervals."""
-    before = confidences.at(TemperatureSchedule.none(sorted(confidences.grid)))
-    after = confidences.at(schedule)
-    texts = Texts.of(confidences.sequence)
+def report(
+    before: Mapping[int, Floats],
+    after: Mapping[int, Floats],
+    correct: Mapping[int, Flags],
+    sequence: NDArray[np.int64],
+    schedule: TemperatureSchedule,
+) -> dict[str, Any]:
+    """Figures for `calibration.json`: reliability of each exit before and after calibration, with intervals.
+
+    Args:
+        before, after: exit layer -> confidence at T = 1, and at the temperatures deployed, shape [N].
+        correct: exit layer -> whether the draft is the base's choice, shape [N].
+        sequence: index of each position's text, shape [N], not decreasing.
+        schedule: the temperatures deployed.
+    """
+    texts = Texts.of(sequence)
     exits = {
-        str(layer): {"temperature": schedule[layer]} | describe_exit(before[layer], after[layer], correct, texts)
-        for layer, correct in sorted(confidences.correct.items())
+        str(layer): {"temperature": schedule[layer]}
+        | describe_exit(before[layer], after[layer], correct[layer], texts)
+        for layer in sorted(correct)
     }
-    layers = sorted(confidences.correct)
-    pooled = [
-        np.concatenate([by_layer[layer] for layer in layers]) for by_layer in (before, after, confidences.correct)
-    ]
+    layers = sorted(correct)
+    pooled = [np.concatenate([by_layer[layer] for layer in layers]) for by_layer in (before, after, correct)]
     return {
-        "positions": len(confidences.sequence),
-        "sequences": int(confidences.sequence[-1]) + 1,
+        "positions": len(sequence),
+        "sequences": int(sequence[-1]) + 1,
         "schedule": {"kind": schedule.kind, "alpha": schedule.alpha},
         "exits": exits,
         "overall": {
@@ -109,19 +120,24 @@ def report(confidences: Confidences, schedule: TemperatureSchedule) -> dict[str,
     }
 
 
-def compare_schedules(confidences: Confidences, num_hidden_layers: int) -> dict[str, Any]:
-    """Compare the kinds of schedule: temperature, calibration error and Brier score of each exit under each kind."""
+def compare_schedules(fitted_on: Confidences, unseen: Confidences, num_hidden_layers: int) -> dict[str, Any]:
+    """Compare the kinds of schedule: temperature, calibration error and Brier score of each exit under each kind.
+
+    Args:
+        fitted_on: text that each kind is fitted on.
+        unseen: other text, which the errors are of.
+    """
     compared = {}
     for kind in SCHEDULE_KINDS:
-        schedule, _ = fit_schedule(confidences, kind, num_hidden_layers)
-        confidence = confidences.at(schedule)
+        schedule, _ = fit_schedule(fitted_on, kind, num_hidden_layers)
+        confidence = unseen.at(schedule)
         compared[kind] = {
             str(layer): {
                 "temperature": schedule[layer],
-                "ece": expected_calibration_error(confidence[layer], confidences.correct[layer]),
-                "brier": brier(confidence[layer], confidences.correct[layer]),
+                "ece": expected_calibration_error(confidence[layer], unseen.correct[layer]),
+                "brier": brier(confidence[layer], unseen.correct[layer]),
             }
-            for layer in sorted(confidences.grid)
+            for layer in sorted(unseen.grid)
         }
     return compared
 

@@ -6,25 +6,30 @@ exit, and the monotone schedule temperatures that never rise with depth. The kin
 T = 1 that is likeliest on sequences not used to fit it.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.interpolate import CubicSpline
+from scipy.optimize import minimize_scalar
 
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.temperature import SCHEDULE_KINDS, TemperatureSchedule, linear_temperature
 from runtime.errors import DataError
 from train.features.extractor import Features
 
-# 5 % apart: finer than the data can distinguish.
+# 5 % apart; what lies between is interpolated.
 TEMPERATURES = np.geomspace(0.2, 10.0, 81)
+LOGS = np.log(TEMPERATURES)
 SLOPES = np.linspace(-0.95, 9.0, 399)
 MIN_POSITIONS = 200
 CACHED_ROWS = 32
 
 Floats = NDArray[np.float32]
+Curves = Mapping[int, CubicSpline]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +49,25 @@ class Confidences:
     targets: NDArray[np.int64]
 
     def at(self, schedule: TemperatureSchedule) -> dict[int, Floats]:
-        """Exit layer -> confidence [N] at the schedule's temperatures."""
-        return {layer: grid[:, _nearest(schedule[layer])] for layer, grid in self.grid.items()}
+        """Exit layer -> confidence [N] at the schedule's very temperatures, to about six digits."""
+        return {layer: _interpolated(grid, schedule[layer]) for layer, grid in self.grid.items()}
+
+
+def _interpolated(grid: Floats, temperature: float) -> Floats:
+    """The cubic through the four nearest columns, in the logarithm of the temperature; shape [N]."""
+    place = float(np.clip(np.log(temperature), LOGS[0], LOGS[-1]))
+    first = int(np.clip(np.searchsorted(LOGS, place) - 2, 0, len(LOGS) - 4))
+    near = LOGS[first : first + 4]
+    weights = [np.prod([(place - other) / (one - other) for other in near if other != one]) for one in near]
+    return np.clip(grid[:, first : first + 4].astype(np.float64) @ np.array(weights), 0, 1).astype(np.float32)
 
 
 @torch.no_grad()
-def collect(batches: Iterable[Features], heads: DraftHeads) -> Confidences:
+def collect(batches: Iterable[Features], heads: DraftHeads, *, age: int | None = None) -> Confidences:
     """Run the heads over features.
+
+    Args:
+        age: of the verified state; by default the mixture that heads are fitted on.
 
     Raises:
         DataError: logits are not finite; the message names the exit layer.
@@ -63,7 +80,7 @@ def collect(batches: Iterable[Features], heads: DraftHeads) -> Confidences:
         lengths += batch.lengths
         targets += batch.target.tolist()
         choice = heads.target_to_draft[batch.target]
-        for layer, logits in heads(batch.hidden, batch.context()).items():
+        for layer, logits in heads(batch.hidden, batch.context(age)).items():
             if not bool(torch.isfinite(logits).all()):
                 raise DataError(f"the head of exit layer {layer} gives logits that are not finite: fit it again")
             grids.setdefault(layer, []).append(_confidence_grid(logits))
@@ -109,64 +126,64 @@ def fit_schedule(
         kind: one of `SCHEDULE_KINDS`, or `auto` for the likeliest of them (the simplest in a tie).
     """
     odd = confidences.sequence % 2 == 1
+    curves = [_curves(confidences, part) for part in (odd, ~odd)]
     scores = {
         name: float(
-            np.mean(
-                [_score(confidences, _fit(confidences, name, num_hidden_layers, part), ~part) for part in (odd, ~odd)]
-            )
+            np.mean([_score(_fit(mine, name, num_hidden_layers), other) for mine, other in (curves, curves[::-1])])
         )
         for name in SCHEDULE_KINDS
     }
     chosen = min(scores, key=lambda name: scores[name]) if kind == "auto" else kind
-    return _fit(confidences, chosen, num_hidden_layers, np.ones_like(odd)), scores
+    return _fit(_curves(confidences, np.ones_like(odd)), chosen, num_hidden_layers), scores
 
 
-def _fit(confidences: Confidences, kind: str, num_hidden_layers: int, part: NDArray[np.bool_]) -> TemperatureSchedule:
-    losses = {layer: _losses(confidences, layer, part) for layer in confidences.grid}
-    layers = sorted(losses)
+def _curves(confidences: Confidences, part: NDArray[np.bool_]) -> Curves:
+    """Exit layer -> mean negative log-likelihood of the outcomes (correct or not), over log temperature."""
+    curves = {}
+    for layer, grid in confidences.grid.items():
+        confidence = np.clip(grid[part].astype(np.float64), 1e-6, 1 - 1e-6)
+        correct = confidences.correct[layer][part][:, None]
+        losses = -np.where(correct, np.log(confidence), np.log1p(-confidence)).mean(axis=0)
+        curves[layer] = CubicSpline(LOGS, losses)
+    return curves
+
+
+def _fit(curves: Curves, kind: str, num_hidden_layers: int) -> TemperatureSchedule:
+    layers = sorted(curves)
     if kind == "none":
         return TemperatureSchedule.none(layers)
-    if kind == "fitted":
-        return TemperatureSchedule(kind, {layer: float(TEMPERATURES[losses[layer].argmin()]) for layer in layers})
-    if kind == "monotone":
-        chosen = _non_increasing([losses[layer] for layer in layers])
-        return TemperatureSchedule(
-            kind, {layer: float(TEMPERATURES[i]) for layer, i in zip(layers, chosen, strict=True)}
-        )
-    totals = [
-        sum(losses[layer][_nearest(linear_temperature(slope, layer, num_hidden_layers))] for layer in layers)
-        for slope in SLOPES
-    ]
-    return TemperatureSchedule.linear(round(float(SLOPES[int(np.argmin(totals))]), 6), layers, num_hidden_layers)
+    if kind == "linear":
+
+        def total(slope: float) -> float:
+            return sum(_loss(curves[layer], linear_temperature(slope, layer, num_hidden_layers)) for layer in layers)
+
+        return TemperatureSchedule.linear(round(_lowest(total, SLOPES), 6), layers, num_hidden_layers)
+
+    def best(block: Sequence[int]) -> float:
+        """The one temperature that is likeliest for some exits together."""
+        return round(math.exp(_lowest(lambda place: sum(float(curves[layer](place)) for layer in block), LOGS)), 6)
+
+    blocks: list[list[int]] = []
+    for layer in layers:
+        blocks.append([layer])
+        # Neighbours that rise with depth get one temperature together, until none rises (pool adjacent violators).
+        while kind == "monotone" and len(blocks) > 1 and best(blocks[-2]) < best(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    return TemperatureSchedule(kind, {layer: best(block) for block in blocks for layer in block})
 
 
-def _non_increasing(losses: list[NDArray[np.float64]]) -> list[int]:
-    """Temperature index of each exit, shallowest first: the least total loss with none rising with depth."""
-    total = np.zeros(len(TEMPERATURES))
-    steps = []
-    for loss in losses:
-        # For each index of this exit, the best index of the shallower exit, which must not be lower.
-        steps.append(np.array([i + int(total[i:].argmin()) for i in range(len(total))]))
-        total = loss + total[steps[-1]]
-    index = int(total.argmin())
-    chosen = [index]
-    for before in reversed(steps[1:]):
-        index = int(before[index])
-        chosen.append(index)
-    return chosen[::-1]
+def _lowest(function: Callable[[float], float], points: NDArray[np.float64]) -> float:
+    """Where a function is lowest: near the best of some points, between its neighbours."""
+    values = [function(float(point)) for point in points]
+    index = int(np.argmin(values))
+    around = points[max(0, index - 1)], points[min(len(points) - 1, index + 1)]
+    found = minimize_scalar(function, bounds=around, method="bounded", options={"xatol": 1e-6})
+    return float(found.x if found.fun < values[index] else points[index])
 
 
-def _score(confidences: Confidences, schedule: TemperatureSchedule, part: NDArray[np.bool_]) -> float:
-    return float(np.mean([_losses(confidences, layer, part)[_nearest(schedule[layer])] for layer in confidences.grid]))
+def _loss(curve: CubicSpline, temperature: float) -> float:
+    return float(curve(np.clip(math.log(temperature), LOGS[0], LOGS[-1])))
 
 
-def _losses(confidences: Confidences, layer: int, part: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Mean negative log-likelihood of the outcomes (correct or not) at each of `TEMPERATURES`."""
-    confidence = np.clip(confidences.grid[layer][part].astype(np.float64), 1e-6, 1 - 1e-6)
-    correct = confidences.correct[layer][part][:, None]
-    losses: NDArray[np.float64] = -np.where(correct, np.log(confidence), np.log1p(-confidence)).mean(axis=0)
-    return losses
-
-
-def _nearest(temperature: float) -> int:
-    return int(np.abs(np.log(TEMPERATURES / temperature)).argmin())
+def _score(schedule: TemperatureSchedule, curves: Curves) -> float:
+    return float(np.mean([_loss(curve, schedule[layer]) for layer, curve in curves.items()]))

@@ -19,7 +19,8 @@ from runtime.errors import DataError
 from train.calibration.exit_log import ExitLog
 from train.calibration.lookup_traces import LookupTraces
 
-TRACES_FILE = "traces.safetensors"
+TRACES_FILE = "traces.safetensors"  # of the text that temperatures and bounds are chosen on
+HELD_OUT_FILE = "held_out.safetensors"  # of text that nothing is chosen on, which the card's figures are of
 LOOKUP_LAYER = 0  # the lookup needs no decoder layer
 NOTHING = -2  # as a token: no draft is it
 
@@ -39,8 +40,7 @@ class Traces:
         context: number of tokens before each position, the prompt included, shape [N], int64.
         uncalibrated: `confidence` with every exit temperature 1; None if not logged.
         after_wrong: confidence of the lookup's next F drafts if its draft at the position is wrong, shape [F, N],
-            float32; the first is for the next position. None if not logged. The lookup keeps copying from where the
-            wrong draft came from.
+            float32; the first is for the next position. None if not logged.
     """
 
     layers: tuple[int, ...]
@@ -101,15 +101,18 @@ class Traces:
         rows: Sequence[tuple[Sequence[int], Sequence[int]]],
         exits: ExitLog,
         lookup: tuple[LookupTraces, LookupTable] | None,
+        *,
+        targets: NDArray[np.int64] | None = None,
     ) -> "Traces":
         """Build traces from the logs of the exits and of the lookup over the same texts.
 
         Args:
             rows: prompt ids and response ids of each text.
             lookup: its log and its confidence table; None if the lookup is off.
+            targets: the tokens that drafts are to be, shape [N]; by default the base's choices.
         """
         confidence, uncalibrated = exits.confidence, exits.uncalibrated
-        tokens, targets = exits.tokens, exits.targets
+        tokens, targets = exits.tokens, exits.targets if targets is None else targets
         after_wrong = looked_up = None
         if lookup is not None:
             log, table = lookup

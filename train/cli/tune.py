@@ -45,10 +45,10 @@ def tune_command(
         if prompts is not None:
             from runtime.cli.options import load_with_adapter, to_ids
             from runtime.text.prompts import spread
-            from train.corpus.prompts import read_prompts
+            from train.corpus.collection import Collection
             from train.replay.workload import log_workload
 
-            chosen = spread(read_prompts(prompts), limit)
+            chosen = spread(Collection.read(prompts).prompts, limit)
             threads = table.conditions.get("threads")
             attached = load_with_adapter(str(adapter), model, dtype=dtype, threads=threads, device=device)
             traces = log_workload(attached, to_ids(attached, chosen), max_new_tokens=max_new_tokens)

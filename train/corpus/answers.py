@@ -18,7 +18,7 @@ from runtime.text.prompts import Message, Prompt
 from train.corpus.options import CorpusOptions
 from train.corpus.prompts import hash_fraction
 
-Conversation = tuple[Prompt, tuple[Message, ...]]  # a prompt, and its messages up to a user turn
+Pending = tuple[Prompt, tuple[Message, ...]]  # a prompt, and its messages up to a user turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,14 @@ class Turn:
     sampled: bool
 
 
+def check_template(tokenizer: Any, options: CorpusOptions) -> None:
+    """Raise a ConfigError for an unknown way to write chats, a DataError where the tokenizer has no template."""
+    if options.chat_template not in ("auto", "none"):
+        raise ConfigError(f"chat_template {options.chat_template!r}: expected auto or none")
+    if options.chat_template == "auto" and not tokenizer.chat_template:
+        raise DataError("the tokenizer has no chat template; set `chat_template: none` to use plain text")
+
+
 class Answerer:
     """Turns conversations into batches of token ids, and batches into answers, with a model and its tokenizer.
 
@@ -39,10 +47,7 @@ class Answerer:
     """
 
     def __init__(self, model: Any, tokenizer: Any, options: CorpusOptions, *, together: bool = False) -> None:
-        if options.chat_template not in ("auto", "none"):
-            raise ConfigError(f"chat_template {options.chat_template!r}: expected auto or none")
-        if options.chat_template == "auto" and not tokenizer.chat_template:
-            raise DataError("the tokenizer has no chat template; set `chat_template: none` to use plain text")
+        check_template(tokenizer, options)
         self.model, self.tokenizer, self.options, self.together = model, tokenizer, options, together
         positions = getattr(model.config, "max_position_embeddings", None)
         room = options.max_prompt_tokens if positions is None else positions - options.max_new_tokens
@@ -58,7 +63,7 @@ class Answerer:
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else (self.eos_ids or [0])[0]
 
-    def batches(self, pending: Sequence[Conversation]) -> list[list[Turn]]:
+    def batches(self, pending: Sequence[Pending]) -> list[list[Turn]]:
         """Batch the turns that are short enough, sorted by length; each batch is all greedy or all sampled."""
         turns = []
         for prompt, messages in pending:
@@ -101,6 +106,19 @@ class Answerer:
                 output = self.model.generate(input_ids=input_ids, attention_mask=mask, **how)
         return [self._until_eos(row) for row in output[:, width:].tolist()]
 
+    def next_turns(self, batch: Sequence[Turn], responses: Sequence[Sequence[int]], *, wave: int) -> Iterator[Pending]:
+        """The conversations that have a turn after this wave, with the answer and the next question added."""
+        for turn, response_ids in zip(batch, responses, strict=True):
+            if len(turn.prompt.later_turns) > wave:
+                answer = Message("assistant", self.reply(turn, response_ids))
+                question = Message("user", turn.prompt.later_turns[wave])
+                yield turn.prompt, (*turn.messages, answer, question)
+
+    def reply(self, turn: Turn, response_ids: Sequence[int]) -> str:
+        """The text of an answer, as the next turn's prompt holds it."""
+        text: str = self.tokenizer.decode(response_ids, skip_special_tokens=True)
+        return text
+
     def _until_eos(self, row: list[int]) -> list[int]:
         return row[: next((end for end, token in enumerate(row, start=1) if token in self.eos_ids), len(row))]
 
@@ -137,14 +155,3 @@ def _dense_unembedding(model: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def next_turns(
-    batch: Sequence[Turn], responses: Sequence[Sequence[int]], *, wave: int, tokenizer: Any
-) -> Iterator[Conversation]:
-    """The conversations that have a turn after this wave, with the answer and the next question added."""
-    for turn, response_ids in zip(batch, responses, strict=True):
-        if len(turn.prompt.later_turns) > wave:
-            answer = Message("assistant", tokenizer.decode(response_ids, skip_special_tokens=True))
-            question = Message("user", turn.prompt.later_turns[wave])
-            yield turn.prompt, (*turn.messages, answer, question)

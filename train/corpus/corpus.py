@@ -1,4 +1,4 @@
-"""The corpus: prompts answered by the base model itself, as token ids, in three splits.
+"""The corpus: prompts answered by the base model itself, or as the data does, as token ids, in three splits.
 
 Each finished batch is a shard on disk, so a run that was killed repeats no finished batch when it is resumed.
 Multi-turn prompts are answered wave by wave: wave 1 asks the second turns, after the model's own first answers. On one
@@ -7,7 +7,8 @@ machine and one set of versions a resumed run gives the same corpus.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,20 @@ from runtime.errors import ConfigError, DataError
 from runtime.files import write_atomic
 from runtime.text.prompts import Prompt
 from train.corpus.answers import Answerer
+from train.corpus.conversation import Conversation
+from train.corpus.given import GivenAnswerer
+from train.corpus.on_policy import own_tokens
 from train.corpus.options import CorpusOptions
-from train.corpus.prompts import SPLITS, assign_split, deduplicate, ngram_filter, warn_of_tokens
+from train.corpus.prompts import SPLITS, assign_split, deduplicate, ngram_filter, special_tokens, warn_of_tokens
 from train.corpus.remote import RemoteAnswerer
 from train.corpus.shards import Shards
 from train.corpus.waves import Waves
+
+logger = logging.getLogger(__name__)
+
+SAMPLE = 64  # rows of given answers that the base looks at
+# Below this given answers are told to be foreign to the base: its own, sampled at temperature 1, are above.
+LOW_SHARE = 0.7
 
 
 def distil(
@@ -40,6 +50,8 @@ def distil(
     barrier: Callable[[], object] = lambda: None,
     progress: bool = True,
     generator: str | None = None,
+    given: Sequence[Conversation] | None = None,
+    skipped: Mapping[str, int] | None = None,
     together: bool = False,
 ) -> Path:
     """Answer the prompts with the model and write the corpus; returns its folder, at once if it is complete.
@@ -52,6 +64,8 @@ def distil(
         rank, world_size: this process answers the batches whose index modulo `world_size` is `rank`.
         barrier: waits for all processes.
         generator: URL of an engine that serves the same model and answers in its place, see `RemoteAnswerer`.
+        given: the prompts' conversations, whose answers are kept: nothing is generated, see `GivenAnswerer`.
+        skipped: for the record: rows of the sources that could not be understood, by reason.
         together: the model is sharded over the processes, so all must run it equally often.
 
     Raises:
@@ -61,25 +75,33 @@ def distil(
     folder, (unique, num_duplicates) = Path(output_dir), deduplicate(prompts)
     kept, dropped = ngram_filter(unique, evaluation_files=options.evaluation_files)
     settings = _settings(model, tokenizer, kept, options=options, fingerprint=fingerprint)
-    if generator is not None:
-        settings["external"] = True
+    settings |= {} if generator is None else {"external": True}
+    settings |= {} if given is None else {"answers": _digest(sorted((one.prompt.hash, one.answers) for one in given))}
     if _is_complete(folder, settings=settings):
         return folder
-    answerer = Answerer(model.eval(), tokenizer, options, together=together)
+    parts: tuple[Any, Any, CorpusOptions] = (model.eval(), tokenizer, options)
     if generator is not None:
-        answerer = RemoteAnswerer(answerer.model, tokenizer, options, generator, together=together)
+        answerer: Answerer = RemoteAnswerer(*parts, generator, together=together)
         world_size = 1 if together else world_size  # all check the same answers, which the first process writes
+    elif given is not None:
+        answerer = GivenAnswerer(*parts, given, together=together)
+    else:
+        answerer = Answerer(*parts, together=together)
     shards = Shards(folder / "shards", hashlib.sha256(json.dumps(settings).encode()).hexdigest())
     barrier()  # rank 0 writes nothing before all have read what was there
     if rank == 0:
         _write_record(folder, {"settings": settings, "complete": False})
         if options.chat_template != "none":  # plain text may be written with them on purpose
-            warn_of_tokens(kept, [token.content for token in tokenizer.added_tokens_decoder.values() if token.special])
-    waves = Waves(answerer, shards, rank, world_size, barrier, progress)
-    tables, num_too_long = waves.run(kept)
+            warn_of_tokens(kept, special_tokens(tokenizer))
+    tables, num_too_long = Waves(answerer, shards, rank, world_size, barrier, progress).run(kept)
+    counts: dict[str, Any] = {"prompts": len(kept), "duplicates": num_duplicates, "sharing_13_words": len(dropped)}
+    counts |= {"too_long": num_too_long} | ({"skipped": dict(skipped)} if skipped else {})
     if rank == 0:
-        counts = {"prompts": len(kept), "duplicates": num_duplicates, "sharing_13_words": len(dropped)}
-        counts |= {"too_long": num_too_long, **_write_splits(folder, tables, options=options)}
+        counts |= _write_splits(folder, tables, options=options)
+    barrier()  # all read the splits
+    if given is not None and (rank == 0 or together):
+        counts["greedy_agreement"] = _own_share(folder, model)
+    if rank == 0:
         _write_record(folder, {"settings": settings, "counts": counts, "complete": True})
     barrier()  # no process returns before the corpus is complete
     return folder
@@ -115,6 +137,12 @@ def load_split(corpus_dir: str | Path, split: str) -> datasets.Dataset:
     return datasets.Dataset(table)
 
 
+def counts_of(corpus_dir: Path) -> dict[str, Any]:
+    """What a complete corpus says of its rows and of what was left out."""
+    counts: dict[str, Any] = _read_record(corpus_dir)["counts"]
+    return counts
+
+
 def _left(counts: dict[str, int]) -> str:
     """How many prompts were left, and what became of the others, in words."""
     lost = {
@@ -131,17 +159,38 @@ def _settings(
 ) -> dict[str, Any]:
     """What the rows depend on, as JSON; evaluation files matter only through the prompts that they leave."""
 
-    def digest(value: object) -> str:
-        return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
     generation = model.generation_config.to_diff_dict()
     generation.pop("transformers_version", None)
-    settings = {"model": fingerprint, "dtype": str(model.dtype), "generation_config": digest(generation)}
-    settings["tokenizer"] = digest([tokenizer.chat_template, tokenizer.get_vocab()])
-    settings["prompts"] = digest(sorted(prompt.hash for prompt in prompts))
+    settings = {"model": fingerprint, "dtype": str(model.dtype), "generation_config": _digest(generation)}
+    settings["tokenizer"] = _digest([tokenizer.chat_template, tokenizer.get_vocab()])
+    settings["prompts"] = _digest(sorted(prompt.hash for prompt in prompts))
     chosen = asdict(options)
     del chosen["evaluation_files"]
     return {**settings, **chosen}
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _own_share(folder: Path, model: Any) -> float:
+    """Share of the tokens of some given answers that the base would choose; warns where it is low."""
+    tables = [pq.read_table(folder / f"{split}.parquet") for split in SPLITS]
+    table = pa.concat_tables(table for table in tables if table.num_rows)
+    number = min(SAMPLE, table.num_rows)
+    rows = table.take([index * table.num_rows // number for index in range(number)]).to_pylist()
+    own, total = own_tokens(model, [(row["prompt_ids"], row["response_ids"]) for row in rows])
+    share = round(own / max(1, total), 4)
+    low = share < LOW_SHARE
+    logger.log(
+        logging.WARNING if low else logging.INFO,
+        "of %d tokens of the given answers the base would choose %.0f %% itself%s",
+        total,
+        100 * share,
+        ": heads learn on text that it does not write, so expect fewer accepted drafts when it does; `answers: distil`"
+        " lets it answer the prompts itself" if low else "",
+    )  # fmt: skip
+    return share
 
 
 def _is_complete(folder: Path, *, settings: dict[str, Any]) -> bool:

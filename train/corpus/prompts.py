@@ -1,4 +1,4 @@
-"""Prompts: read from files or data sets, hashed, split, and kept apart from the evaluation texts.
+"""Prompts: hashed, split, and kept apart from the evaluation texts.
 
 A prompt is the messages to send first and the user turns that follow, each asked after the model's own answer
 to the one before. Needs no model and no tokenizer.
@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from runtime.adapter.hub import patiently
-from runtime.errors import DataError
-from runtime.text.prompts import FILES, Prompt, to_prompts
-from runtime.text.prompts import read_prompts as read_file
+from runtime.text.prompts import Prompt
+from train.corpus.collection import Collection
 
 logger = logging.getLogger(__name__)
 
@@ -23,22 +20,6 @@ SPLITS = ("fit", "calibration", "held_out")
 _WORD = re.compile(r"[^\W_]+")
 # 13 hexadecimal digits are 52 bits: a float64 holds the fraction exactly and never rounds it up to 1.
 _HEX_DIGITS = 13
-
-
-def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
-    """Read the prompts of a file, like `runtime.text.prompts.read_prompts`, or of a data set with the same rows.
-
-    Args:
-        source: a `.jsonl` or `.json` file, or a data set as `name` or `name:split` (split `train` unless given).
-        limit: read at most this many rows.
-
-    Raises:
-        DataError: the source cannot be read, holds no prompt, or a row is not a prompt; it names the file and line.
-    """
-    path = Path(source)
-    if path.suffix in FILES or path.is_file():
-        return read_file(source, limit=limit)
-    return to_prompts(_dataset_rows(source), source, limit)
 
 
 def hash_fraction(digest: str, *, offset: int = 0) -> float:
@@ -65,13 +46,17 @@ def deduplicate(prompts: Sequence[Prompt]) -> tuple[list[Prompt], int]:
     return list(unique.values()), len(prompts) - len(unique)
 
 
-def warn_of_tokens(prompts: Sequence[Prompt], tokens: Collection[str]) -> None:
-    """Warn of prompts that hold these tokens in their text: the tokenizer makes real ones of them."""
+def with_tokens(prompts: Sequence[Prompt], tokens: Sequence[str]) -> list[tuple[str, Prompt]]:
+    """The prompts that hold one of these tokens in their text, each with the first that it holds."""
     if not tokens:
-        return
+        return []
     pattern = re.compile("|".join(map(re.escape, tokens)))
-    found = [(match[0], prompt) for prompt in prompts if (match := pattern.search("\n".join(prompt.texts)))]
-    if found:
+    return [(match[0], prompt) for prompt in prompts if (match := pattern.search("\n".join(prompt.texts)))]
+
+
+def warn_of_tokens(prompts: Sequence[Prompt], tokens: Sequence[str]) -> None:
+    """Warn of prompts that hold these tokens in their text: the tokenizer makes real ones of them."""
+    if found := with_tokens(prompts, tokens):
         token, prompt = found[0]
         logger.warning(
             "%d of %d prompts hold special tokens in their text, which become real ones, such as a turn's end: %s in"
@@ -83,13 +68,18 @@ def warn_of_tokens(prompts: Sequence[Prompt], tokens: Collection[str]) -> None:
         )
 
 
+def special_tokens(tokenizer: Any) -> list[str]:
+    """The texts of a tokenizer's special tokens."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
 def ngram_filter(
     prompts: Iterable[Prompt], *, evaluation_files: Sequence[str], n: int = 13
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Divide the prompts into those to keep and those that share a run of `n` words with an evaluation text.
 
     Words are lower-cased runs of letters and digits. A text of fewer than `n` words is one run: it is dropped
-    only if it equals a whole evaluation text. `evaluation_files` are sources for `read_prompts`, such as a
+    only if it equals a whole evaluation text. `evaluation_files` are sources, see `Collection.read`, such as a
     benchmark's `question.jsonl`. Returns the kept and the dropped prompts, each in order.
 
     Raises:
@@ -97,7 +87,7 @@ def ngram_filter(
     """
     forbidden: set[tuple[str, ...]] = set()
     for source in evaluation_files:
-        for prompt in read_prompts(source):
+        for prompt in Collection.read(source).prompts:
             forbidden.update(*(_ngrams(text, n=n) for text in prompt.texts))
     kept: list[Prompt] = []
     dropped: list[Prompt] = []
@@ -111,18 +101,3 @@ def _ngrams(text: str, *, n: int) -> Iterator[tuple[str, ...]]:
     words = _WORD.findall(text.lower())
     for start in range(max(len(words) - n, 0) + 1 if words else 0):
         yield tuple(words[start : start + n])
-
-
-def _dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
-    import datasets  # slow to import, and files do not need it
-
-    name, split = source.split(":", 1) if ":" in source else (source, "train")
-    try:
-        rows = patiently(lambda: datasets.load_dataset(name, split=split))
-    except Exception as error:  # the loader raises many kinds; the user needs one line
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise DataError(
-            f"{source}: no such file, and split {split!r} of data set {name!r} could not be loaded"
-            f" ({reason}); give a .jsonl or .json file, `name` or `name:split`"
-        ) from error
-    return ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))

@@ -13,12 +13,12 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from runtime.errors import ConfigError, DataError
 from train.corpus.answers import Answerer, Turn
+from train.corpus.on_policy import own_tokens
 from train.corpus.options import CorpusOptions
 
 ATTEMPTS = 5
@@ -87,17 +87,10 @@ class RemoteAnswerer(Answerer):
         ended = choice.get("finish_reason") == "stop" and len(ids) < self.options.max_new_tokens
         return [*ids[: self.options.max_new_tokens], *(self.eos_ids[:1] if ended else [])]
 
-    @torch.no_grad()
     def _check(self, batch: Sequence[Turn], responses: Sequence[list[int]], *, sampled: bool) -> None:
         """Compare each token with the base's choice at its position or, if sampled, with the base's likely tokens."""
-        correct = total = 0
-        for turn, response in zip(batch, responses, strict=True):
-            if response:
-                ids = torch.tensor([turn.prompt_ids + response], device=self.model.device)
-                logits = self.model(ids).logits[0, len(turn.prompt_ids) - 1 : -1]
-                likely = logits.topk(min(LIKELY, logits.shape[-1]) if sampled else 1).indices
-                correct += int((likely == ids[0, len(turn.prompt_ids) :, None]).any(-1).sum())
-                total += len(response)
+        rows = [(turn.prompt_ids, response) for turn, response in zip(batch, responses, strict=True)]
+        correct, total = own_tokens(self.model, rows, among=LIKELY if sampled else 1)
         if correct < LEAST_SHARE * total:
             raise DataError(
                 f"generator {self.url} (model {self.served!r}): {100 * correct / total:.0f} % of {total} tokens are"

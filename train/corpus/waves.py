@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from runtime.errors import DataError
 from runtime.text.prompts import Prompt
-from train.corpus.answers import Answerer, Conversation, Turn, next_turns
+from train.corpus.answers import Answerer, Pending, Turn
 from train.corpus.shards import Shards
 
 
@@ -29,7 +29,7 @@ class Waves:
 
     def run(self, prompts: Sequence[Prompt]) -> tuple[list[pa.Table], int]:
         """Answer every turn. Returns the rows (all of them on rank 0) and the number of turns that are too long."""
-        pending: list[Conversation] = [(prompt, prompt.messages) for prompt in prompts]
+        pending: list[Pending] = [(prompt, prompt.messages) for prompt in prompts]
         tables: list[pa.Table] = []
         num_too_long = wave = 0
         while pending:
@@ -50,7 +50,7 @@ class Waves:
                     )
                 tables.append(table)
                 responses = table["response_ids"].to_pylist()
-                pending += next_turns(batch, responses, wave=wave, tokenizer=self.answerer.tokenizer)
+                pending += self.answerer.next_turns(batch, responses, wave=wave)
             wave += 1
         return tables, num_too_long
 

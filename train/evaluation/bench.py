@@ -17,7 +17,7 @@ from runtime.audit.record import earlier_entries, write_report
 from runtime.cli.options import load_with_adapter, to_ids
 from runtime.conditions import conditions
 from runtime.text.prompts import Prompt, spread
-from train.corpus.prompts import read_prompts
+from train.corpus.collection import Collection
 from train.evaluation.methods import Method, make_methods, require_known
 from train.evaluation.prediction import predict
 from train.evaluation.report import summarize
@@ -67,7 +67,7 @@ def run_bench(settings: BenchSettings, *, path: Path | None = None, resume: bool
         KeyboardInterrupt: only before the first prompt is done; later it ends the run and the report is kept.
     """
     require_known(settings.methods)
-    prompts = choose(read_prompts(settings.prompts), settings.limit, settings.per_task)
+    prompts = choose(Collection.read(settings.prompts).prompts, settings.limit, settings.per_task)
     costs = None if settings.costs is None else CostTable.read(settings.costs)
     started = time.perf_counter()
     model = load_with_adapter(

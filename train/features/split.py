@@ -19,6 +19,9 @@ from train.settings.fit_config import FitConfig
 
 logger = logging.getLogger(__name__)
 
+# Texts of the held-out split that judge checkpoints while a fit runs, at most half of them.
+JUDGES = 64
+
 
 @dataclass(slots=True)
 class Split:
@@ -67,14 +70,19 @@ class Split:
                 bar.update(done - bar.n)
         accelerator.wait_for_everyone()
 
+    @property
+    def num_judges(self) -> int:
+        """How many of the first texts may judge checkpoints; figures are told of the others alone."""
+        return min(JUDGES, len(self.sequences) // 2)
+
     def features(self, indices: list[int]) -> Features:
         """Features of some sequences on the device, from the cache or from a forward of the base."""
         if self.cache is None:
             return self.extract([self.sequences[index] for index in indices])
         return Features.join([self.cache[index] for index in indices]).to(self.extract.layers.device)
 
-    def batches(self, batch_size: int, *, limit: int | None = None) -> Iterator[Features]:
-        """Features of all sequences in order, batch by batch, up to `limit` sequences."""
-        number = len(self.sequences) if limit is None else min(limit, len(self.sequences))
-        for start in range(0, number, batch_size):
+    def batches(self, batch_size: int, *, first: int = 0, end: int | None = None) -> Iterator[Features]:
+        """Features of the sequences from `first` up to `end`, in order, batch by batch; by default of all."""
+        number = len(self.sequences) if end is None else min(end, len(self.sequences))
+        for start in range(first, number, batch_size):
             yield self.features(list(range(start, min(start + batch_size, number))))

@@ -31,11 +31,10 @@ from train.settings.fit_config import FitConfig
 # Settings that may differ between a run and its continuation: they do not change what is learnt.
 FREE_TO_CHANGE = {
     "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to", "max_skipped_batches",
-    "load_best_model_at_end", "generator",
+    "load_best_model_at_end", "generator", "dry_run",
     "license", "schedule", "exit_threshold", "max_exit_layer", "max_draft_tokens", "sources", "output_dir",
-    "corpus_dir", "features", "push_to_hub", "hub_model_id",
+    "corpus_dir", "answers", "features", "push_to_hub", "hub_model_id",
 }  # fmt: skip
-EVALUATION_SEQUENCES = 64
 
 
 def fit(
@@ -148,11 +147,12 @@ class _Judge:
         self, config: FitConfig, learner: Learner, split: Split, costs: CostTable, ages: Sequence[int]
     ) -> None:
         self.config, self.learner, self.split, self.ages = config, learner, split, ages
-        self.simulation = Simulation(split.sequences.rows[:EVALUATION_SEQUENCES], costs)
+        self.number = max(1, split.num_judges)
+        self.simulation = Simulation(split.sequences.rows[: self.number], costs)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Agreement, acceptance and what replay says, with an alarm for each head that is no better than chance."""
-        batches = self.split.batches(self.config.per_device_train_batch_size, limit=EVALUATION_SEQUENCES)
+        batches = self.split.batches(self.config.per_device_train_batch_size, end=self.number)
         learner = self.learner
         learner.wrapped.eval()  # on its own line: DeepSpeed's engine returns None
         values = evaluate(

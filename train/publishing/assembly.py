@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from runtime.base import find_base
 from runtime.decoding.drafter import HeadDrafter
 from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.draft_heads import DraftHeads
+from runtime.drafting.policy import SpeculationBounds
 from runtime.files import write_atomic
-from train.calibration.calibration import calibrate
-from train.calibration.traces import TRACES_FILE, Traces
+from train.calibration.calibration import Calibration, calibrate
+from train.calibration.traces import HELD_OUT_FILE, TRACES_FILE, Traces
 from train.features.split import Split
 from train.features.spread import whole_parameters
 from train.publishing.card import card
@@ -37,6 +39,7 @@ from train.replay.replay import Replayer
 from train.replay.search import Held, tune
 from train.replay.variants import ablate
 from train.settings.fit_config import FitConfig
+from train.settings.source import Source
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "specbound")
 
@@ -47,13 +50,14 @@ def write_adapter(
     tokenizer: Any,
     heads: DraftHeads,
     *,
-    calibration: Split,
+    splits: Mapping[str, Split],
     evidence: dict[str, Any],
     write: bool = True,
 ) -> Path:
     """Calibrate the heads and write `output_dir/adapter`; returns the folder.
 
     Args:
+        splits: `calibration` and `held_out`.
         write: whether this process writes the files. With a sharded base all processes calibrate and one writes.
 
     Raises:
@@ -61,15 +65,44 @@ def write_adapter(
         SpecBoundError: replay and runtime accept different drafts on the same text.
         AdapterError: the folder cannot be written.
     """
-    calibrated = calibrate(config, model, heads, calibration)
-    traces, costs = calibrated.traces, counted_costs(model, heads)
-    bounds, replayed = tune(traces, costs, Held(config.exit_threshold, config.max_exit_layer, config.max_draft_tokens))
+    calibrated = calibrate(config, model, heads, splits["calibration"], splits["held_out"])
+    unseen, costs = calibrated.unseen, counted_costs(model, heads)
+    bounds, _ = tune(
+        calibrated.traces, costs, Held(config.exit_threshold, config.max_exit_layer, config.max_draft_tokens)
+    )
     drafter = HeadDrafter(heads, calibrated.schedule, calibrated.lookup)
-    rows, choices = calibration.sequences.rows, calibrated.confidences.targets
-    agreement = check_agreement(DecoderLayers(model), drafter, bounds, rows, traces, choices)
-    figures = calibrated.figures | {"replay": replayed.describe(costs), "ablations": ablate(traces, bounds, costs)}
+    agreement = check_agreement(DecoderLayers(model), drafter, bounds, calibrated.rows, calibrated.told)
+    replayed = Replayer(unseen, costs).run(bounds).describe(costs)
+    figures = calibrated.figures | {"replay": replayed, "ablations": ablate(unseen, bounds, costs)}
     figures |= {"agreement": agreement, "datasets": _datasets(config)} | evidence
-    adapter_config = SpecBoundConfig(
+    adapter_config = _adapter_config(config, model, tokenizer, heads, calibrated, bounds)
+    folder = Path(config.output_dir) / "adapter"
+    adapter = Adapter(adapter_config, heads.exits, heads.draft_to_target)
+
+    def evidence_files(path: Path) -> None:
+        (path / RUN_FILE).write_text(yaml.safe_dump(_provenance(config), sort_keys=True), encoding="utf-8")
+        write_custom_generate(path)
+        reliability_plot(unseen, calibrated.schedule, path / "reliability.png")
+        weights = file_sha256(path / WEIGHTS_FILE)
+        calibrated.traces.write(path / TRACES_FILE, weights_sha256=weights)
+        unseen.write(path / HELD_OUT_FILE, weights_sha256=weights)
+        write_replayed(path, unseen, costs, adapter_config, figures)
+
+    if write:
+        save_adapter(adapter, folder, extra=evidence_files)
+    return folder
+
+
+def _adapter_config(
+    config: FitConfig,
+    model: Any,
+    tokenizer: Any,
+    heads: DraftHeads,
+    calibrated: Calibration,
+    bounds: SpeculationBounds,
+) -> SpecBoundConfig:
+    """Put together what the adapter says of itself; the hash of its weights is added where it is saved."""
+    return SpecBoundConfig(
         base_model_name_or_path=findable(config.model_name_or_path),
         base_model_revision=base_commit(config.model_name_or_path, config.model_revision),
         base_model_fingerprint=base_fingerprint(model, whole_parameters(model)),
@@ -87,19 +120,6 @@ def write_adapter(
         license=config.license,
         lookup=calibrated.lookup,
     )
-    folder = Path(config.output_dir) / "adapter"
-    adapter = Adapter(adapter_config, heads.exits, heads.draft_to_target)
-
-    def evidence_files(path: Path) -> None:
-        (path / RUN_FILE).write_text(yaml.safe_dump(_provenance(config), sort_keys=True), encoding="utf-8")
-        write_custom_generate(path)
-        reliability_plot(calibrated.confidences, calibrated.schedule, path / "reliability.png")
-        traces.write(path / TRACES_FILE, weights_sha256=file_sha256(path / WEIGHTS_FILE))
-        write_replayed(path, traces, costs, adapter_config, figures)
-
-    if write:
-        save_adapter(adapter, folder, extra=evidence_files)
-    return folder
 
 
 def write_replayed(
@@ -142,8 +162,8 @@ def base_commit(name: str, revision: str | None) -> str | None:
 
 def _datasets(config: FitConfig) -> list[str]:
     """List the prompts' data sets on the Hub, without splits. Local files are left out."""
-    names = [source.split(":")[0] for source in config.prompts if not source.endswith((".json", ".jsonl"))]
-    return [name for name in names if not Path(name).exists()]
+    sources = [Source.parse(text) for text in config.prompts]
+    return [source.path for source in sources if not source.is_file and not Path(source.path).exists()]
 
 
 def _provenance(config: FitConfig) -> dict[str, Any]:

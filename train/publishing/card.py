@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from runtime.adapter.config import SpecBoundConfig
 from runtime.drafting.policy import SpeculationBounds
 from train.evaluation.report import markdown
+from train.publishing.results import answers, evaluation_results
 
 TAGS = ["self-speculative-decoding", "speculative-decoding", "early-exit", "custom_generate"]
 
@@ -30,7 +31,7 @@ def card(
     """
     name = repo_id or "THIS_ADAPTER"
     sections = [
-        f"---\n{_metadata(config, calibrated, _results(calibrated, speed, bench), repo_id)}\n---",
+        f"---\n{_metadata(config, calibrated, evaluation_results(calibrated, speed, bench), repo_id)}\n---",
         f"# SpecBound exit heads for {config.base_model_name_or_path}",
         "Exit heads that let the base model draft with its own shallow layers. The output is the base "
         "model's own, token for token; only the speed changes.",
@@ -39,22 +40,21 @@ def card(
         "## Calibration\n\n" + _exits(calibrated),
         f"Schedule `{config.temperatures.kind}`"
         + (f" with alpha {config.temperatures.alpha:.2f}" if config.temperatures.alpha is not None else "")
-        + f", chosen on {calibrated['positions']} tokens of {calibrated['sequences']} texts kept out of "
-        "the fit; ECE over 15 bins of equal mass, on the same text.\n\n"
+        + f", chosen on {_chosen_on(calibrated)}\n\n"
         "![Reliability of each exit before and after calibration](reliability.png)",
         _lookup(calibrated),
         "![Share of right drafts by share of positions drafted at, for each source](precision.png)",
         "## Bounds\n\n" + _bounds(config.bounds),
-        _replay(calibrated["replay"]),
+        _replay(calibrated),
         _ablations(calibrated["ablations"]),
         "![Predicted speed-up by threshold and width](speed.png)\n\n"
         "![Drafted and accepted by source, per 100 tokens](sources.png)",
         f"Draft vocabulary: {config.draft_vocab_size} of "
         f"{config.vocab_size} tokens, {100 * calibrated['held_out_coverage']:.1f} % of held-out text.",
         _provenance(config, calibrated),
-        "## Limits\n\nFitted for this base (checked by fingerprint) and text like its own answers to the "
-        "prompts in `run.yaml`. Other text costs speed, never correctness. Batches, beam search and other "
-        "modes run as plain decoding.",
+        "## Limits\n\nFitted for this base (checked by fingerprint) and text like "
+        f"{answers(calibrated, 'its own answers')} to the prompts in `run.yaml`. Other text costs speed, never "
+        "correctness. Batches, beam search and other modes run as plain decoding.",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -75,48 +75,6 @@ def _metadata(
         eval_results=results,
     )
     return data.to_yaml()
-
-
-def _results(
-    calibrated: dict[str, Any], speed: dict[str, Any] | None, bench: dict[str, Any] | None
-) -> list[EvalResult]:
-    """Return the card's figures as the Hub's evaluation results; names of replayed figures say 'replayed'."""
-
-    def result(kind: str, value: float, name: str, text: str, subset: str | None = None) -> EvalResult:
-        # The Hub groups results by type and subset of the data set and ignores its name.
-        return EvalResult(
-            task_type="text-generation",
-            dataset_type="text",
-            dataset_name=text,
-            dataset_config=subset,
-            metric_type=kind,
-            metric_name=name,
-            metric_value=round(float(value), 4),
-        )
-
-    held_out = f"the base's own answers, {calibrated['positions']} tokens kept out of the fit"
-    replay = calibrated["replay"]
-    results = [
-        result("mean_accepted_length", replay["mean_accepted_length"], "mean accepted length, replayed", held_out),
-        result("acceptance_rate", replay["acceptance_rate"], "acceptance rate, replayed", held_out),
-    ]
-    for layer, exit_ in sorted(calibrated["exits"].items(), key=lambda item: int(item[0])):
-        results.append(result("agreement", exit_["agreement"], f"agreement with the base, layer {layer}", held_out))
-        results.append(result("ece", exit_["ece_after"], f"calibration error, layer {layer}", held_out))
-    if bench is not None:
-        on = f"{bench['hardware']}, {bench['dtype']}, {bench['threads']} threads, batch 1, greedy"
-        for task, methods in {**bench["by_task"], "all": bench["methods"]}.items():
-            ours = methods["specbound"]
-            where = f"{bench['settings']['prompts']}, {task}, {ours['prompts']} prompts on {on}"
-            share = ours["identical_prompts"] / ours["prompts"]
-            results.append(result("speedup", ours["speedup_over_stock"], "times stock generate", where, task))
-            results.append(result("exact_match", share, "prompts with ids identical to stock generate", where, task))
-    elif speed is not None:
-        where = f"{speed['prompts']} held-out prompts on {speed['hardware']}, {speed['dtype']}, batch 1, greedy"
-        share = speed["identical_prompts"] / speed["prompts"]
-        results.append(result("speedup", speed["speedup"], "times stock generate", where, "all"))
-        results.append(result("exact_match", share, "prompts with ids identical to stock generate", where, "all"))
-    return results
 
 
 def _use(name: str, base: str) -> str:
@@ -145,11 +103,25 @@ def _bounds(bounds: SpeculationBounds) -> str:
     )
 
 
-def _replay(replayed: dict[str, Any]) -> str:
+def _chosen_on(calibrated: dict[str, Any]) -> str:
+    """Say which text temperatures come from, and which the figures; in an adapter of before it is the same."""
+    told, bins = f"{calibrated['positions']} tokens of {calibrated['sequences']}", "ECE over 15 bins of equal mass"
+    if (fitted_on := calibrated.get("fitted_on")) is None:
+        return f"{told} texts kept out of the fit; {bins}, on the same text."
+    return (
+        f"{fitted_on['positions']} tokens of {fitted_on['sequences']} texts kept out of the fit. All figures are of "
+        f"{told} other texts, on which nothing was chosen, at the temperatures of the table; {bins}."
+    )
+
+
+def _replay(calibrated: dict[str, Any]) -> str:
+    replayed = calibrated["replay"]
+    text = "these texts" if "fitted_on" in calibrated else "the logged calibration text"
+    text = calibrated.get("tuned", {}).get("replayed_on", text)
     costs, (low, high) = replayed["costs"], replayed["predicted_speedup_interval"]
     where = costs if isinstance(costs, str) else ", ".join(f"{name} {value}" for name, value in sorted(costs.items()))
     return (
-        f"Replay of the logged calibration text with them: mean accepted length "
+        f"Replay of {text} with them: mean accepted length "
         f"{replayed['mean_accepted_length']:.2f}, acceptance rate {replayed['acceptance_rate']:.2f}, predicted "
         f"{replayed['predicted_speedup']:.2f}x stock `generate` ({low:.2f} to {high:.2f} over texts; costs: {where})."
     )
@@ -198,7 +170,7 @@ def _lookup(calibrated: dict[str, Any]) -> str:
     return (
         "Depth 0, a lookup of the longest suffix seen before, costs no layer: it proposes a token at "
         f"{100 * lookup['proposed']:.0f} % of positions, {100 * lookup['precision']:.0f} % of them right, ECE "
-        f"{lookup['ece']:.3f} on the text its table was fitted on."
+        f"{lookup['ece']:.3f}" + ("." if "fitted_on" in calibrated else " on the text its table was fitted on.")
     )
 
 

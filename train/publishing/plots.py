@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from runtime.drafting.policy import SpeculationBounds
 from runtime.drafting.temperature import TemperatureSchedule
 from train.calibration.reliability import expected_calibration_error
-from train.calibration.temperatures import Confidences
-from train.calibration.traces import Traces
+from train.calibration.traces import LOOKUP_LAYER, Traces
 from train.replay.replay import Replayer, Totals
 
 matplotlib.use("agg")
@@ -20,25 +19,22 @@ from matplotlib import pyplot as plt
 BINS = 12
 
 
-def reliability_plot(confidences: Confidences, schedule: TemperatureSchedule, path: Path) -> None:
+def reliability_plot(traces: Traces, schedule: TemperatureSchedule, path: Path) -> None:
     """Plot the share of right drafts against confidence, before (T = 1) and after calibration, one panel per exit."""
-    layers = sorted(confidences.grid)
-    before = confidences.at(TemperatureSchedule.none(layers))
-    after = confidences.at(schedule)
-    figure, panels = plt.subplots(1, len(layers), figsize=(3.4 * len(layers), 3.6), sharey=True, squeeze=False)
-    for panel, layer in zip(panels[0], layers, strict=True):
+    assert traces.uncalibrated is not None
+    exits = [(row, layer) for row, layer in enumerate(traces.layers) if layer != LOOKUP_LAYER]
+    figure, panels = plt.subplots(1, len(exits), figsize=(3.4 * len(exits), 3.6), sharey=True, squeeze=False)
+    for panel, (row, layer) in zip(panels[0], exits, strict=True):
         panel.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
-        for confidence, label, color in (
-            (before[layer], "T = 1", "tab:orange"),
-            (after[layer], "calibrated", "tab:blue"),
+        correct = traces.correct[row, 0]
+        for confidences, label, color in (
+            (traces.uncalibrated, "T = 1", "tab:orange"),
+            (traces.confidence, "calibrated", "tab:blue"),
         ):
-            error = expected_calibration_error(confidence, confidences.correct[layer])
+            confidence = confidences[row, 0, 0]
+            error = expected_calibration_error(confidence, correct)
             panel.plot(
-                *_points(confidence, confidences.correct[layer]),
-                "o-",
-                markersize=3,
-                color=color,
-                label=f"{label}, ECE {error:.3f}",
+                *_points(confidence, correct), "o-", markersize=3, color=color, label=f"{label}, ECE {error:.3f}"
             )
         panel.set(
             title=f"exit after layer {layer}, T = {schedule[layer]:.2f}",

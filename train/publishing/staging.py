@@ -23,7 +23,7 @@ from runtime.adapter.config import SpecBoundConfig
 from runtime.adapter.folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from runtime.errors import AdapterError
 from runtime.fields import parse_object
-from train.calibration.traces import TRACES_FILE
+from train.calibration.traces import HELD_OUT_FILE, TRACES_FILE
 from train.evaluation.report import markdown
 from train.publishing.card import card
 from train.publishing.contents import (
@@ -36,9 +36,10 @@ from train.publishing.contents import (
     write_custom_generate,
 )
 from train.replay.agreement import agrees
+from train.settings.source import ENDINGS
 
 # Files that are copied unchanged, if they exist.
-COPIED = [WEIGHTS_FILE, CALIBRATION_FILE, SPEED_FILE, TRACES_FILE, "costs.json"]
+COPIED = [WEIGHTS_FILE, CALIBRATION_FILE, SPEED_FILE, TRACES_FILE, HELD_OUT_FILE, "costs.json"]
 COPIED += [f"{name}.png" for name in ("reliability", "precision", "speed", "sources")]
 
 OURS = {*COPIED, BENCH_FILE, CONFIG_FILE, RUN_FILE, CARD_FILE, CUSTOM_GENERATE.as_posix()}
@@ -206,7 +207,8 @@ def _public_run(text: str, base: str) -> str:
 
 
 def _file_name(source: str) -> str:
-    is_file = source.endswith((".json", ".jsonl")) or "\\" in source or source.count("/") > 1
+    path = source.partition("?")[0]
+    is_file = path.removesuffix(".gz").endswith(ENDINGS) or "\\" in path or path.count("/") > 1
     return re.split(r"[/\\]", source)[-1] if is_file else source
 
 

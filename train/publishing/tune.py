@@ -13,7 +13,7 @@ from typing import Any
 from runtime import DataError
 from runtime.adapter.folder import Adapter, load_adapter, save_adapter
 from runtime.drafting.policy import SpeculationBounds
-from train.calibration.traces import TRACES_FILE, Traces
+from train.calibration.traces import HELD_OUT_FILE, TRACES_FILE, Traces
 from train.publishing.assembly import write_replayed
 from train.publishing.contents import BENCH_FILE, CALIBRATION_FILE, SPEED_FILE, write_custom_generate
 from train.replay.costs import CostTable
@@ -27,7 +27,8 @@ COSTS_FILE = "costs.json"
 def tune_adapter(folder: Path, costs: CostTable, held: Held, *, traces: Traces | None = None) -> dict[str, Any]:
     """Choose bounds for these costs and write them, the evidence and the card into an adapter's folder.
 
-    The bounds that the adapter has are kept where none are found that beat them.
+    The bounds that the adapter has are kept where none are found that beat them. What is told of them is of the
+    held-out text that the adapter carries, or of the workload.
 
     Args:
         traces: traces of a workload; by default those logged when the adapter was fitted.
@@ -43,8 +44,12 @@ def tune_adapter(folder: Path, costs: CostTable, held: Held, *, traces: Traces |
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: give a local copy of the adapter that can be written")
     adapter = load_adapter(folder)
+    workload, reported = traces, traces
     if traces is None:
         traces = Traces.read(folder / TRACES_FILE, weights_sha256=adapter.config.weights_sha256)
+    if reported is None:  # an adapter of before has no other text
+        path = folder / HELD_OUT_FILE
+        reported = Traces.read(path, weights_sha256=adapter.config.weights_sha256) if path.exists() else traces
     if set(traces.layers) - {0} != set(adapter.config.exit_layers) or costs.num_hidden_layers != (
         adapter.config.num_hidden_layers
     ):
@@ -53,14 +58,17 @@ def tune_adapter(folder: Path, costs: CostTable, held: Held, *, traces: Traces |
     as_before = Replayer(traces, costs).run(before)
     after, replayed = tune(traces, costs, held)
     if held == Held() and as_before.speedup > replayed.speedup:
-        after, replayed = before, as_before
+        after = before
+    on = Replayer(reported, costs)
     summary = {
-        "before": _described(before, as_before.describe(costs)),
-        "after": _described(after, replayed.describe(costs)),
+        "before": _described(before, on.run(before).describe(costs)),
+        "after": _described(after, on.run(after).describe(costs)),
         "cross_fitted_speedup": cross_fitted(traces, costs, held),
-        "sources": _sources(traces, costs, after),
+        "sources": _sources(reported, costs, after),
     }
-    _rewrite(folder, replace(adapter, config=replace(adapter.config, bounds=after)), traces, costs, summary)
+    if workload is not None:
+        summary["replayed_on"] = "the prompts that the bounds were chosen on"
+    _rewrite(folder, replace(adapter, config=replace(adapter.config, bounds=after)), reported, costs, summary)
     return summary
 
 

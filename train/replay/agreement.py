@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from runtime.decoding.cache import KVCache
@@ -36,31 +35,24 @@ def check_agreement(
     drafter: Drafter,
     bounds: SpeculationBounds,
     rows: Sequence[Any],
-    traces: Traces,
-    choices: NDArray[np.int64],
+    told: Traces,
 ) -> dict[str, Any]:
     """Compare mean accepted length by replay and by a run on the first texts; returns both as JSON values.
 
-    A draft is right in the log where it is the base's choice, and in the run where it is the text's token. A text that
-    was sampled, or written in batches that round otherwise, leaves the base's choice somewhere: there it is cut.
-
     Args:
         rows: (prompt ids, response ids) of every traced text, in order.
-        choices: the base's choice at every traced position, shape [N].
+        told: traces of them whose drafts are right where they are the text's own token, as they are in the run.
 
     Raises:
         SpecBoundError: the two differ by more than 2 %.
     """
-    ends = np.cumsum([len(response) for _, response in rows])
-    by_text = zip(rows, np.split(choices, ends[:-1]), strict=True)
-    kept = [int((np.array(response) == chosen).cumprod().sum()) for (_, response), chosen in by_text]
-    tokens = np.cumsum(kept)
+    lengths = np.array([len(response) for _, response in rows])
+    tokens = np.cumsum(lengths)
     number = min(len(rows), int(np.searchsorted(tokens, TOKENS)) + 1)
-    cut = [(prompt, response[:length]) for (prompt, response), length in zip(rows[:number], kept, strict=False)]
-    measured = run_on(layers, drafter, bounds, [row for row in cut if row[1]])
-    lengths = np.where(np.arange(len(rows)) < number, kept, 0)
+    measured = run_on(layers, drafter, bounds, rows[:number])
     counted = CostTable.layer_passes(layers.num_layers)
-    replayed = Replayer(traces.beginnings(lengths), counted).run(bounds).mean_accepted_length
+    first = told.beginnings(np.where(np.arange(len(rows)) < number, lengths, 0))
+    replayed = Replayer(first, counted).run(bounds).mean_accepted_length
     ran = measured.mean_accepted_length
     compared = {"tokens": int(tokens[number - 1]), "by_replay": round(replayed, 4), "by_run": round(ran, 4)}
     if not agrees(compared):

@@ -17,9 +17,11 @@ from runtime.drafting.heads import HEAD_KINDS
 from runtime.drafting.temperature import SCHEDULE_KINDS
 from runtime.errors import ConfigError
 from train.settings.recipe import nearest, read_recipe, refuse_unknown
+from train.settings.source import Source
 
 CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
+    "answers": ("distil", "keep"),
     "chat_template": ("auto", "none"),
     "head": HEAD_KINDS,
     "features": ("online", "cache"),
@@ -52,8 +54,11 @@ class FitConfig:
     model_name_or_path: str = field(metadata=_help("base model: Hub id or folder"))
     model_revision: str | None = field(default=None, metadata=_help("branch, tag or commit of the base"))
     dtype: str = field(default="bfloat16", metadata=_help("dtype of the base: float32, bfloat16 or float16"))
-    prompts: list[str] = field(metadata=_help("files (.jsonl, .json) or data sets (name or name:split)"))
+    prompts: list[str] = field(metadata=_help("files or data sets (name or name:split), see docs/fitting.md"))
     prompt_limit: int | None = field(default=None, metadata=_help("read at most this many prompts from each source"))
+    answers: str = field(
+        default="distil", metadata=_help("distil (the base answers the prompts) or keep (those of the data)")
+    )
     generator: str | None = field(
         default=None, metadata=_help("URL of an OpenAI-compatible engine that answers prompts")
     )
@@ -75,6 +80,7 @@ class FitConfig:
     draft_vocab_size: int = field(default=8192, metadata=_help("tokens a head can draft; 0: all"))
 
     output_dir: str = field(metadata=_help("folder of the adapter, checkpoints and logs"))
+    dry_run: bool = field(default=False, metadata=_help("go up to the first step, say what the fit takes, and stop"))
     features: str = field(
         default="online", metadata=_help("hidden states: online (computed each time) or cache (on disk)")
     )
@@ -189,6 +195,10 @@ def validate(config: FitConfig) -> None:
     _require(config.max_steps == -1 or config.max_steps > 0, "max_steps", config.max_steps, "-1 or above 0")
     for name in ("model_name_or_path", "output_dir", "prompts"):
         _require(bool(getattr(config, name)), name, getattr(config, name), "a value that is not empty")
+    for source in (*config.prompts, *config.evaluation_files):
+        Source.parse(source)
+    given = config.answers == "keep"
+    _require(not (given and config.generator), "generator", config.generator, "none, since answers: keep asks nobody")
     for name in ("top_p", "learning_rate"):
         _require(getattr(config, name) <= 1, name, getattr(config, name), "at most 1")
     parts = (config.calibration_fraction, config.held_out_fraction)

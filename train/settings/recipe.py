@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
+from urllib.parse import urlencode
 
 import yaml
 
@@ -42,7 +43,7 @@ def read_recipe(path: Path, *, types: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{path}, line {key.start_mark.line + 1}: {key.value} is given twice; delete one")
         seen.add(key.value)
     refuse_unknown([str(key) for key in content], known=types, where=str(path))
-    return {key: _convert(value, types[key], where=f"{path}: {key}") for key, value in content.items()}
+    return {key: convert(value, types[key], where=f"{path}: {key}") for key, value in content.items()}
 
 
 def refuse_unknown(given: Collection[str], *, known: Collection[str], where: str, prefix: str = "") -> None:
@@ -59,15 +60,18 @@ def nearest(name: str, names: Collection[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _convert(value: Any, kind: Any, *, where: str) -> Any:
+def convert(value: Any, kind: Any, *, where: str) -> Any:
+    """A value of a recipe as its type, one of those of `read_recipe`; a ConfigError where it cannot be one."""
     if type(None) in get_args(kind):
-        return None if value is None else _convert(value, get_args(kind)[0], where=where)
+        return None if value is None else convert(value, get_args(kind)[0], where=where)
     if get_origin(kind) is list:
         if not isinstance(value, list):
             raise ConfigError(f"{where}: expected a list, such as [{value!r}]; got {value!r}")
-        return [_convert(entry, get_args(kind)[0], where=where) for entry in value]
+        return [convert(entry, get_args(kind)[0], where=where) for entry in value]
     if kind is bool and isinstance(value, bool):
         return value
+    if kind is str and isinstance(value, dict) and value.get("path"):
+        return _as_text(value)
     # YAML reads 1e-4 as text, so numbers may be given as text. A bool is True, False or what YAML reads as one.
     allowed = {str: (str,), int: (int, str), float: (int, float, str), bool: ()}[kind]
     if isinstance(value, allowed) and not isinstance(value, bool):
@@ -77,3 +81,11 @@ def _convert(value: Any, kind: Any, *, where: str) -> Any:
             pass
     hint = "; put it in quotes" if kind is str and value is not None else ""
     raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r} ({type(value).__name__}){hint}")
+
+
+def _as_text(mapping: Mapping[str, Any]) -> str:
+    """A mapping of a path and settings in the form of the command line, see `train.settings.source`."""
+    rest = {name: str(value).lower() if isinstance(value, bool) else value for name, value in mapping.items()}
+    path = rest.pop("path")
+    query = urlencode({name: value for name, value in rest.items() if value is not None})
+    return f"{path}?{query}" if query else str(path)

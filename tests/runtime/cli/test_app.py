@@ -15,7 +15,7 @@ from tests.helpers.paths import ROOT
 from train.cli.app import app
 
 ADAPTER = "outputs/demo/adapter"
-VERBS = ("generate", "chat", "serve", "inspect", "audit", "profile", "tune", "bench", "publish", "plan")
+VERBS = ("generate", "chat", "serve", "inspect", "audit", "profile", "tune", "bench", "publish", "plan", "data")
 TRAIN_EXTRA = ("accelerate", "datasets", "deepspeed", "matplotlib", "peft", "pyarrow", "scipy", "gguf")
 # Of the runtime: not needed before a verb runs.
 SLOW = ("torch", "transformers", "huggingface_hub", "safetensors", "numpy", "tqdm", "yaml")

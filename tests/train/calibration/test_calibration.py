@@ -1,16 +1,20 @@
-"""`calibrate` as a whole: one pass of the base over the calibration split gives temperatures, table and traces."""
+"""`calibrate` as a whole: what is chosen comes from one split, what is told of it from another."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from runtime.decoding.drafter import HeadDrafter
 from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.heads import ExitHeads
-from train.calibration.calibration import calibrate
+from runtime.drafting.policy import SpeculationBounds
+from runtime.errors import DataError
+from train.calibration.calibration import calibrate, unseen_rows
 from train.features.extractor import FeatureExtractor, Sequences
 from train.features.split import Split
+from train.replay.agreement import check_agreement
 
 TEXTS, LENGTH, EXITS = 12, 30, [2, 4]
 
@@ -30,19 +34,83 @@ def heads(model) -> DraftHeads:
     return DraftHeads.of(exits, DecoderLayers(model), torch.arange(model.config.vocab_size))
 
 
-def test_the_base_reads_each_text_once(model, heads):
-    """Heads run over the features as often as they need; the base does not."""
-    torch.manual_seed(0)
-    ids = torch.randint(3, model.config.vocab_size, (TEXTS, LENGTH)).tolist()
-    extract, read = FeatureExtractor(DecoderLayers(model), EXITS, top_k=2), []
+@pytest.fixture
+def read() -> list[tuple[int, ...]]:
+    """Texts that the base has read."""
+    return []
+
+
+@pytest.fixture
+def split(model, read):
+    """`split(seed)`: random texts."""
+    extract = FeatureExtractor(DecoderLayers(model), EXITS, top_k=2)
 
     def counted(rows):
         read.extend(tuple(prompt + response) for prompt, response in rows)
         return extract(rows)
 
     counted.layers = extract.layers
-    split = Split(Sequences([(row[:5], row[5:]) for row in ids], 0), counted)
-    calibration = calibrate(SimpleNamespace(per_device_train_batch_size=5, schedule="auto"), model, heads, split)
-    assert read == [tuple(row) for row in ids]
-    assert calibration.traces.layers == (0, *EXITS)
-    assert len(calibration.traces) == TEXTS * (LENGTH - 5)
+
+    def make(seed: int, number: int = TEXTS) -> Split:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, model.config.vocab_size, (number, LENGTH), generator=generator).tolist()
+        return Split(Sequences([(row[:5], row[5:]) for row in ids], 0), counted)
+
+    return make
+
+
+CONFIG = SimpleNamespace(per_device_train_batch_size=5, schedule="auto")
+
+
+def test_the_base_reads_each_text_once(model, heads, split, read):
+    """Heads run over the features as often as they need; the base does not. Texts that judged checkpoints are left."""
+    mine, others = split(0), split(1)
+    found = calibrate(CONFIG, model, heads, mine, others)
+    rows = mine.sequences.rows + others.sequences.rows[TEXTS // 2 :]
+    assert read == [tuple(prompt + response) for prompt, response in rows]
+    assert found.traces.layers == found.unseen.layers == (0, *EXITS)
+    assert len(found.traces) == TEXTS * (LENGTH - 5) == 2 * len(found.unseen)
+    assert found.rows == others.sequences.rows[TEXTS // 2 :]
+
+
+def test_figures_are_of_text_that_nothing_was_chosen_on(model, heads, split):
+    """Other held-out text changes the figures alone; other calibration text changes what is chosen."""
+    first, second, third = (
+        calibrate(CONFIG, model, heads, split(mine), split(others)) for mine, others in ((0, 1), (0, 2), (3, 1))
+    )
+    assert first.schedule == second.schedule and first.lookup == second.lookup
+    assert first.figures["exits"] != second.figures["exits"]
+    assert first.figures["negative_log_likelihood"] == second.figures["negative_log_likelihood"]
+    assert first.schedule != third.schedule
+    assert first.figures["fitted_on"] == {"positions": TEXTS * (LENGTH - 5), "sequences": TEXTS}
+    assert first.figures["positions"] == len(first.unseen)
+
+
+def test_kinds_are_compared_at_their_own_temperatures(model, heads, split):
+    """The chosen kind has the figures of the exits, to the precision of a file of traces."""
+    found = calibrate(CONFIG, model, heads, split(0), split(1)).figures
+    for layer, figures in found["schedules"][found["schedule"]["kind"]].items():
+        assert figures["brier"] == pytest.approx(found["exits"][layer]["brier_after"], abs=1e-4)
+        assert figures["temperature"] == found["exits"][layer]["temperature"]
+
+
+def test_without_two_tokens_nothing_can_be_told(split):
+    short = split(1, 4)
+    short.sequences.rows[:] = [(prompt, response[:1]) for prompt, response in short.sequences.rows]
+    with pytest.raises(DataError, match="raise held_out_fraction"):
+        unseen_rows(short)
+
+
+def test_a_run_on_foreign_text_is_what_replay_says(model, heads, split):
+    """Random text, of which the base would say next to nothing: replay and runtime count the same rounds."""
+    found = calibrate(CONFIG, model, heads, split(0), split(1))
+    drafter = HeadDrafter(heads, found.schedule, found.lookup)
+    bounds = SpeculationBounds(0.02, 4, 4)
+    compared = check_agreement(DecoderLayers(model), drafter, bounds, found.rows, found.told)
+    assert compared["tokens"] == len(found.unseen) and compared["by_run"] == compared["by_replay"]
+    copying = SpeculationBounds(0.0, 4, 4)
+    mixed = split(5)  # texts that repeat themselves, which the lookup drafts
+    mixed.sequences.rows[:] = [(prompt, (response[:6] * 5)[:25]) for prompt, response in mixed.sequences.rows]
+    found = calibrate(CONFIG, model, heads, split(0), mixed)
+    compared = check_agreement(DecoderLayers(model), drafter, copying, found.rows, found.told)
+    assert compared["by_run"] > 1.3

@@ -66,6 +66,11 @@ def made(correct: np.ndarray, grid_value: float = 0.7) -> Confidences:
     return Confidences({3: confidences.astype(np.float32)}, {3: correct}, sequence, np.zeros(len(correct), np.int64))
 
 
+def figures_of(found: Confidences, schedule: TemperatureSchedule) -> dict:
+    plain = found.at(TemperatureSchedule.none(sorted(found.grid)))
+    return report(plain, found.at(schedule), found.correct, found.sequence, schedule)
+
+
 def test_known_temperatures_are_recovered_within_five_percent():
     schedule, _ = fit_schedule(collected(), "fitted", NUM_HIDDEN_LAYERS)
     for layer in LAYERS:
@@ -87,7 +92,7 @@ def test_auto_takes_the_likeliest_and_calibration_error_falls():
     schedule, scores = fit_schedule(found, "auto", NUM_HIDDEN_LAYERS)
     assert schedule.kind == min(scores, key=scores.get) == "fitted"
     fresh = collected(seed=5)
-    for layer, figures in report(fresh, schedule)["exits"].items():
+    for layer, figures in figures_of(fresh, schedule)["exits"].items():
         assert figures["ece_after"] < 0.02 < figures["ece_before"], layer
 
 
@@ -125,7 +130,7 @@ def test_a_single_class_is_always_sure_and_works():
     found = collect([one], SameHeads())
     schedule, _ = fit_schedule(found, "auto", NUM_HIDDEN_LAYERS)
     assert found.at(schedule)[2].min() == 1.0
-    assert report(found, schedule)["exits"]["2"]["agreement"] == 1.0
+    assert figures_of(found, schedule)["exits"]["2"]["agreement"] == 1.0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -161,7 +166,7 @@ def test_calibration_error_of_known_numbers():
 
 def test_report_counts_positions_sequences_and_thresholds():
     found = made(np.arange(400) % 2 == 0, grid_value=0.65)
-    figures = report(found, TemperatureSchedule.none([3]))
+    figures = figures_of(found, TemperatureSchedule.none([3]))
     assert (figures["positions"], figures["sequences"]) == (400, 10)
     by_threshold = {row["threshold"]: row for row in figures["exits"]["3"]["thresholds"]}
     found = by_threshold[0.6]
@@ -176,6 +181,19 @@ def test_the_grid_is_the_runtimes_confidence():
     for index in (0, 40, 80):
         expected = confidence(logits, float(TEMPERATURES[index])).numpy()
         assert grid[:, index] == pytest.approx(expected, rel=1e-5)
+
+
+def test_temperatures_are_not_those_of_a_grid():
+    """What is fitted is what is deployed: confidences between the grid's columns are those of the logits."""
+    found = collected()
+    fitted = fit_schedule(found, "fitted", NUM_HIDDEN_LAYERS)[0]
+    linear = fit_schedule(found, "linear", NUM_HIDDEN_LAYERS)[0]
+    assert all(np.abs(np.log(TEMPERATURES / fitted[layer])).min() > 1e-4 for layer in LAYERS)
+    whole, draws = features(20_000, torch.Generator().manual_seed(0))
+    logits = FakeHeads(draws)(whole.hidden, whole.context())
+    for schedule in (fitted, linear, TemperatureSchedule.none(list(LAYERS))):
+        for layer, values in found.at(schedule).items():
+            assert values == pytest.approx(confidence(logits[layer], schedule[layer]).numpy(), abs=2e-5)
 
 
 def test_monotone_temperatures_never_rise_with_depth():
@@ -197,7 +215,7 @@ def test_monotone_temperatures_never_rise_with_depth():
 
 def test_intervals_are_of_texts_and_hold_the_estimate():
     """Each has the figure inside; copies of the same few texts do not make it narrower than texts are different."""
-    described = report(collected(number=4000), TemperatureSchedule.none(list(LAYERS)))["exits"]["2"]
+    described = figures_of(collected(number=4000), TemperatureSchedule.none(list(LAYERS)))["exits"]["2"]
     low, high = described["agreement_interval"]
     assert low <= described["agreement"] <= high and high - low < 0.2
     assert described["ece_before_interval"][0] <= described["ece_before"] <= described["ece_before_interval"][1] + 0.02

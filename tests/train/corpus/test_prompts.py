@@ -4,14 +4,12 @@ import json
 import logging
 from pathlib import Path
 
-import datasets
 import pytest
 
-from runtime.adapter.hub import WAITS
 from runtime.errors import DataError
-from runtime.text.prompts import Message, Prompt, prompt_hash
+from runtime.text.prompts import Message, Prompt, prompt_hash, read_prompts
 from tests.helpers.paths import ROOT
-from train.corpus.prompts import SPLITS, assign_split, deduplicate, hash_fraction, ngram_filter, read_prompts
+from train.corpus.prompts import SPLITS, assign_split, deduplicate, hash_fraction, ngram_filter
 
 DATA = ROOT / ".." / "shared" / "data"
 
@@ -130,32 +128,6 @@ def test_a_missing_file_is_named(tmp_path):
         read_prompts(str(tmp_path / "absent.jsonl"))
 
 
-def test_a_data_set_is_loaded_by_name_and_split(monkeypatch):
-    import datasets
-
-    asked = []
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return datasets.Dataset.from_list([{"prompt": "a", "turns": None}, {"prompt": None, "turns": ["b", "c"]}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read_prompts("some/set:test") == read_prompts("some/set") == [user("a"), user("b", "c")]
-    assert asked == [("some/set", "test"), ("some/set", "train")]
-
-
-def test_a_data_set_that_fails_to_load_is_one_line_of_error(monkeypatch):
-    import datasets
-
-    def load_dataset(name, split):
-        raise ValueError("Unknown split\nmore")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"'test' of data set 'some/set'.*Unknown split") as caught:
-        read_prompts("some/set:test")
-    assert "\n" not in str(caught.value)
-
-
 def test_hash_tells_prompts_apart():
     prompts = [
         user("a"),
@@ -212,14 +184,3 @@ def test_real_files_read_and_filter():
     assert len(questions) == 480 and sum(len(prompt.later_turns) for prompt in questions) == 80
     assert len(read_prompts(str(DATA / "train" / "gpteacher" / "codegen-instruct.json"))) == 4535
     assert ngram_filter(questions, evaluation_files=[bench])[0] == []
-
-
-def test_a_data_set_is_asked_for_again_where_the_connection_drops(hub, monkeypatch):
-    """What is there at last is said in one line; the Hub of the tests holds no data sets."""
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    hub.faults = {1: "drop", 2: "drop"}  # the library may ask first for something that it can do without
-    with pytest.raises(DataError, match="of data set 'some-org/set' could not be loaded") as caught:
-        read_prompts("some-org/set")
-    assert "\n" not in str(caught.value)
-    assert WAITS[0] in hub.slept

@@ -68,8 +68,8 @@ CASES = {
     ),
     "empty prompts": (lambda tmp: {"prompts": [write(tmp / "p.jsonl", "\n")]}, "p.jsonl: no prompts in it"),
     "broken line": (
-        lambda tmp: {"prompts": [write(tmp / "p.jsonl", PROMPT + PROMPT + '{"prompt": "w1"\n')]},
-        "p.jsonl, line 3: not valid JSON",
+        lambda tmp: {"prompts": [write(tmp / "p.jsonl", '\n{"prompt": "w1"\n')]},
+        "p.jsonl: no prompts in it: 1 of 1 rows skipped: 1 not valid JSON (the first: line 2)",
     ),
     "missing prompts": (lambda tmp: {"prompts": [str(tmp / "no.jsonl")]}, "no.jsonl: cannot be read"),
     "no text left": (

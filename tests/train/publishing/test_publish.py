@@ -32,10 +32,11 @@ def test_one_private_commit_holds_all_and_nothing_else(hub, folder):
     files = hub.files(NAME)
     files.pop(".gitattributes")
     assert sorted(files) == [
-        "README.md", "calibration.json", "config.json", "custom_generate/generate.py", "model.safetensors",
+        "README.md", "calibration.json", "config.json", "custom_generate/generate.py",
+        "held_out.safetensors", "model.safetensors",
         "precision.png", "reliability.png", "run.yaml", "sources.png", "speed.png", "traces.safetensors",
     ]  # fmt: skip
-    for name in ("model.safetensors", "calibration.json", "traces.safetensors", "speed.png"):
+    for name in ("model.safetensors", "calibration.json", "traces.safetensors", "held_out.safetensors", "speed.png"):
         assert files[name] == (folder / name).read_bytes()
     assert hashes(folder) == before
 

@@ -143,22 +143,18 @@ def test_replay_and_run_accept_alike(fitted: Any) -> None:
 
 
 def test_an_adapter_that_replay_misjudges_is_not_published(fitted: Any) -> None:
-    """On forced text the two agree, also where a text leaves the base's choice; with other traces they do not."""
+    """On forced text the two agree, on foreign text too (test_calibration.py); with other traces they do not."""
     folder, base, corpus = fitted
     model: Any = load_specbound(folder, base, adaptive=False)
     specbound, bounds = model.specbound, SpeculationBounds(0.05, 99, 4)
     rows = [(row["prompt_ids"], row["response_ids"]) for row in load_split(corpus, "calibration")]
     traces = Traces.read(folder / "traces.safetensors", weights_sha256=specbound.config.weights_sha256)
     parts = specbound.prepared.layers, specbound.drafter, bounds
-    choices = np.concatenate([response for _, response in rows])
-    found = check_agreement(*parts, rows, traces, choices)
+    found = check_agreement(*parts, rows, traces)  # what the base said itself is its choice everywhere
     assert found["by_run"] == pytest.approx(found["by_replay"], rel=0.02) and found["by_run"] > 1.02
     assert json.loads((folder / "calibration.json").read_text())["agreement"]["tokens"] > 0
-    left = [(prompt, [*response[:-4], *[token ^ 1 for token in response[-4:]]]) for prompt, response in rows]
-    cut = check_agreement(*parts, left, traces, choices)
-    assert cut["tokens"] < found["tokens"] and cut["by_run"] == pytest.approx(cut["by_replay"], rel=0.02)
     with pytest.raises(SpecBoundError, match="not published"):
-        check_agreement(*parts, rows, replace(traces, rank=np.where(traces.rank == 0, -1, 0).astype(np.int8)), choices)
+        check_agreement(*parts, rows, replace(traces, rank=np.where(traces.rank == 0, -1, 0).astype(np.int8)))
 
 
 def test_bounds_for_a_workload(fitted: Any, tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""`specbound data`: look at prompts and answers before they are fitted on. Slow libraries are imported inside."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from runtime.cli.failure import fail
+
+ROLES = {"system": "magenta", "developer": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}
+SHOWN = 600  # characters of a message in an example
+
+
+def data_command(
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Files or data sets, as a recipe's prompts list them.", show_default=False),
+    ],
+    model: Annotated[str, typer.Option(help="The base's folder or Hub id. Only its tokenizer is loaded.")],
+    answers: Annotated[str, typer.Option(help="Look at them as a fit would: distil or keep.")] = "distil",
+    limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many rows of each source.")] = None,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longer prompts are skipped by the fit.")] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longer answers are cut by the fit.")] = 128,
+    chat_template: Annotated[str, typer.Option(help="The tokenizer's (auto) or plain text (none).")] = "auto",
+    examples: Annotated[int, typer.Option(min=0, help="Show this many conversations.")] = 2,
+    picture: Annotated[Path | None, typer.Option(help="Draw the lengths into this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a fit would make of a file: rows, turns, lengths in tokens, what is skipped and why, and examples.
+
+    Example: specbound data configs/data/demo_prompts.jsonl --model outputs/base/smollm2-135m-instruct
+    """
+    from runtime.base import find_base, load_tokenizer
+    from runtime.errors import ConfigError, SpecBoundError
+    from train.corpus.answers import check_template
+    from train.corpus.collection import Collection
+    from train.corpus.histogram import histogram
+    from train.corpus.options import CorpusOptions
+    from train.corpus.prompts import special_tokens
+    from train.corpus.survey import Survey
+
+    options = CorpusOptions(
+        max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens, chat_template=chat_template
+    )
+    try:
+        if answers not in ("distil", "keep"):
+            raise ConfigError(f"answers {answers!r}: expected distil or keep")
+        tokenizer = load_tokenizer(find_base(model), {"revision": None})
+        check_template(tokenizer, options)
+        read = Collection.mix(sources, limit=limit, keep=answers == "keep", quiet=True)
+        survey = Survey.of(read, tokenizer, options, num_examples=examples)
+        if picture is not None:
+            histogram(survey, options, picture)
+    except (SpecBoundError, OSError) as error:
+        fail(error, {"sources": sources} if as_json else None)
+    if as_json:
+        print(json.dumps(survey.as_json(), indent=2))
+    else:
+        show(survey, options, special_tokens(tokenizer))
+
+
+def show(survey: Any, options: Any, special: list[str]) -> None:
+    """Print the figures as tables and the examples in colour."""
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in _facts(survey, options):
+        table.add_row(Text(name, style="bold"), Text(value))
+    console.print(table)
+    lengths = Table("tokens of", "all", "mean", "least", "10 %", "median", "90 %", "99 %", "most", box=None)
+    for name, numbers in (("prompts", survey.as_json()["prompts"]), ("answers", survey.as_json()["answers"])):
+        if numbers is not None:
+            lengths.add_row(name, *(f"{value:,.0f}" for value in numbers.values()))
+    console.print(lengths)
+    for example in survey.examples:
+        said = Text()
+        for role, content in _messages(example):
+            said.append(f"{role}: ", style=f"bold {ROLES[role]}").append(content[:SHOWN], style=ROLES[role])
+            said.append(" ...\n" if len(content) > SHOWN else "\n")
+        said.highlight_words(special, "bold red reverse")
+        said.rstrip()
+        console.print(Panel(said, border_style="dim"))
+
+
+def _facts(survey: Any, options: Any) -> list[tuple[str, str]]:
+    """The figures that are not lengths, in words."""
+    turns = ", ".join(f"{number:,} with {turns}" for turns, number in survey.turns.items())
+    splits = ", ".join(f"{name} {number:,}" for name, number in sorted(survey.splits.items()))
+    skipped = [f"{number:,} {reason} (first: {survey.first[reason]})" for reason, number in survey.skipped.items()]
+    facts = [
+        ("rows", f"{survey.rows:,}"),
+        ("skipped", "; ".join(skipped) or "none"),
+        ("conversations", f"{survey.conversations:,}, {survey.systems:,} with a system's message"),
+        ("duplicates", f"{survey.duplicates:,}"),
+        ("turns", f"{turns}; by split: {splits}"),
+        ("too long", f"{survey.too_long:,} prompts above max_prompt_tokens {options.max_prompt_tokens}: skipped"),
+    ]
+    if survey.answers:
+        facts.append(("cut", f"{survey.cut:,} of {len(survey.answers):,} answers above max_new_tokens"))
+    if survey.special:
+        told = ", ".join(f"{token} in {number:,}" for token, number in survey.special.items())
+        facts.append(("special tokens", f"as text, which become real ones: {told}"))
+    return facts
+
+
+def _messages(example: Any) -> list[tuple[str, str]]:
+    """Role and text of everything that was said in a conversation, in order."""
+    said = [(message.role, message.content) for message in example.prompt.messages]
+    answers, later = list(example.answers), list(example.prompt.later_turns)
+    while answers or later:
+        said += [("assistant", answers.pop(0))] if answers else []
+        said += [("user", later.pop(0))] if later else []
+    return said

@@ -1,0 +1,128 @@
+"""The rows of a file or a data set as they are, each with words for where it stands. Knows no conversations."""
+
+import csv
+import glob
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from runtime.adapter.hub import patiently
+from runtime.errors import DataError, one_line
+from train.corpus.conversation import Unusable
+from train.settings.source import ENDINGS, Source
+
+LINES = (".jsonl", ".json", ".ndjson")
+TABLES = {".csv": ",", ".tsv": "\t"}
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+FOUND = ", ".join(ENDINGS)
+
+
+def read_rows(source: Source) -> Iterator[tuple[str, Any]]:
+    """Where each row stands, and the row: an object of its columns, or an `Unusable` where it is none.
+
+    Raises:
+        DataError: a file or data set cannot be read.
+    """
+    if not source.is_file:
+        yield from _data_set(source)
+        return
+    paths = sorted(glob.glob(source.path)) if "*" in source.path else [source.path]
+    if not paths:
+        raise DataError(f"{source.path}: no file has such a name")
+    for path in paths:
+        ending = Path(path.removesuffix(".gz")).suffix
+        if ending in BUILDERS:
+            yield from _built(path, ending)
+        elif ending in TABLES or ending in LINES:
+            try:
+                yield from _table(path, TABLES[ending]) if ending in TABLES else _json(path)
+            except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+                reason = getattr(error, "strerror", None) or one_line(error)
+                raise DataError(f"{path}: cannot be read ({reason}); give an existing file") from error
+        else:
+            raise DataError(f"{path}: expected a file that ends in {FOUND}; convert it first")
+
+
+def _json(path: str) -> Iterator[tuple[str, Any]]:
+    """The objects of a file, one a line or in one list."""
+    with _opened(path) as file:
+        first = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+        file.seek(0)
+        if first.startswith(b"[") and ".jsonl" not in path:
+            yield from _list(path, file.read())
+            return
+        # In binary a line ends at a line feed alone; JSON text may hold U+2028, which is another end of a line.
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield f"line {number}", _parsed(line)
+
+
+def _table(path: str, delimiter: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a table with a line of names; every cell is text, also one with a number in it."""
+    csv.field_size_limit(2**31 - 1)
+    with _opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        for number, row in enumerate(csv.DictReader(text, delimiter=delimiter), start=1):
+            yield f"row {number}", row
+
+
+def _opened(path: str) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+
+
+def _list(path: str, data: bytes) -> Iterator[tuple[str, Any]]:
+    rows = _parsed(data)
+    if isinstance(rows, Unusable):
+        raise DataError(f"{path}: {rows}; expected one list of rows, or a row a line")
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return Unusable("not UTF-8 text")
+    except json.JSONDecodeError:
+        return Unusable("not valid JSON")
+    except (ValueError, RecursionError):  # an endless number; brackets nested too deeply
+        return Unusable("not usable JSON")
+
+
+def _built(path: str, ending: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a file that `datasets` reads piece by piece."""
+    import datasets  # slow to import
+
+    try:
+        rows = datasets.load_dataset(BUILDERS[ending], data_files=[path], split="train", streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield f"row {number}", row
+    except Exception as error:  # the builders raise many kinds; the user needs one line
+        raise DataError(f"{path}: cannot be read as {ending[1:]} ({_kind(error)}); give an existing file") from error
+
+
+def _data_set(source: Source) -> Iterator[tuple[str, Any]]:
+    import datasets  # slow to import, and most files do not need it
+
+    where = f"split {source.split!r} of data set {source.path!r}"
+    try:
+        rows = patiently(
+            lambda: datasets.load_dataset(source.path, source.subset, split=source.split, streaming=source.streaming)
+        )
+        for number, row in enumerate(rows, start=1):
+            yield f"row {number}", row
+    except DataError:
+        raise
+    except Exception as error:  # the loader raises many kinds
+        raise DataError(
+            f"{source.path}: no such file, and {where} could not be loaded ({_kind(error)}); give a file that ends in"
+            f" {FOUND}, or `name`, `name:split`"
+        ) from error
+
+
+def _kind(error: Exception) -> str:
+    """The error in one line; that of a builder stands behind its own."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return f"{type(cause).__name__}: {one_line(cause)}"

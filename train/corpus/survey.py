@@ -1,0 +1,129 @@
+"""`Survey`: what a fit would make of a collection of conversations, in tokens. Needs a tokenizer and no model."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from runtime.text.encode import encode
+from runtime.text.prompts import Message, Prompt
+from train.corpus.collection import Collection
+from train.corpus.conversation import Conversation
+from train.corpus.options import CorpusOptions
+from train.corpus.prompts import assign_split, deduplicate, ngram_filter, special_tokens, with_tokens
+
+QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Figures of the conversations of some sources. Lengths are in tokens.
+
+    Attributes:
+        rows: rows read.
+        skipped: reason -> rows that could not be understood.
+        first: reason -> where the first of them stands.
+        conversations: those left, without duplicates and prompts like those of evaluation files.
+        duplicates, sharing_13_words: those taken out.
+        systems: conversations that begin with a system's message.
+        turns: number of turns -> conversations.
+        prompts: length of every turn's prompt; later turns hold the given answers, or none where there are none.
+        answers: length of every given answer.
+        too_long: prompts above `max_prompt_tokens`.
+        cut: given answers above `max_new_tokens`.
+        special: conversations with special tokens of the tokenizer in their text.
+        splits: split -> turns.
+        examples: evenly spaced conversations.
+    """
+
+    rows: int
+    skipped: dict[str, int]
+    first: dict[str, str]
+    conversations: int
+    duplicates: int
+    sharing_13_words: int
+    systems: int
+    turns: dict[int, int]
+    prompts: list[int]
+    answers: list[int]
+    too_long: int
+    cut: int
+    special: dict[str, int]
+    splits: dict[str, int]
+    examples: list[Conversation] = field(repr=False)
+
+    @classmethod
+    def of(cls, collection: Collection, tokenizer: Any, options: CorpusOptions, *, num_examples: int = 0) -> "Survey":
+        """Count; every turn is tokenized as the corpus will be.
+
+        Raises:
+            DataError: the chat template refuses a conversation.
+        """
+        unique, duplicates = deduplicate(collection.prompts)
+        kept, dropped = ngram_filter(unique, evaluation_files=options.evaluation_files)
+        by_hash = {each.prompt.hash: each for each in reversed(collection.conversations)}
+        chosen = [by_hash[prompt.hash] for prompt in kept]
+        template = options.chat_template != "none"
+        prompts, answers = [], []
+        for each in chosen:
+            prompts += [len(encode(tokenizer, turn, template=template)) for turn in _turns(each)]
+            answers += [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in each.answers]
+        fractions = {"calibration_fraction": options.calibration_fraction}
+        fractions["held_out_fraction"] = options.held_out_fraction
+        number = min(num_examples, len(chosen))
+        return cls(
+            rows=collection.rows,
+            skipped=collection.skipped,
+            first=collection.first,
+            conversations=len(chosen),
+            duplicates=duplicates,
+            sharing_13_words=len(dropped),
+            systems=sum(each.prompt.messages[0].role == "system" for each in chosen),
+            turns=dict(sorted(Counter(1 + len(prompt.later_turns) for prompt in kept).items())),
+            prompts=prompts,
+            answers=answers,
+            too_long=sum(length > options.max_prompt_tokens for length in prompts),
+            cut=sum(length > options.max_new_tokens for length in answers),
+            special=_special(kept, tokenizer) if template else {},
+            splits=_turns_by_split(kept, fractions),
+            examples=[chosen[index * len(chosen) // number] for index in range(number)],
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures as JSON values: quantiles in the place of all lengths."""
+        figures = {name: getattr(self, name) for name in self.__slots__}
+        figures |= {"prompts": quantiles(self.prompts), "answers": quantiles(self.answers)}
+        return figures | {"examples": [asdict(each) for each in self.examples]}
+
+
+def quantiles(lengths: Sequence[int]) -> dict[str, float] | None:
+    """Sum, mean and quantiles of lengths; None where there are none."""
+    if not lengths:
+        return None
+    found = {f"{share:.0%}": float(np.quantile(lengths, share)) for share in QUANTILES}
+    return {"tokens": float(sum(lengths)), "mean": round(float(np.mean(lengths)), 1), **found}
+
+
+def _turns_by_split(prompts: Sequence[Prompt], fractions: dict[str, float]) -> dict[str, int]:
+    counted: Counter[str] = Counter()
+    for prompt in prompts:
+        counted[assign_split(prompt.hash, **fractions)] += 1 + len(prompt.later_turns)
+    return dict(counted)
+
+
+def _turns(conversation: Conversation) -> list[list[dict[str, str]]]:
+    """The messages of every turn's prompt, with the given answers before it."""
+    messages = list(conversation.prompt.messages)
+    turns = [[asdict(message) for message in messages]]
+    for question, answer in zip(conversation.prompt.later_turns, conversation.answers, strict=False):
+        messages += [Message("assistant", answer), Message("user", question)]
+        turns.append([asdict(message) for message in messages])
+    return turns
+
+
+def _special(prompts: Sequence[Prompt], tokenizer: Any) -> dict[str, int]:
+    """Special token -> prompts that hold it as text."""
+    found = with_tokens(prompts, special_tokens(tokenizer))
+    return dict(Counter(token for token, _ in found))

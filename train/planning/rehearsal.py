@@ -1,0 +1,141 @@
+"""`rehearse`: what a fit would do on this machine, up to its first step: its data, steps, hours, memory and disk.
+
+One batch of answers is begun and one batch of text read by the base, to time them; nothing is written.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.decoding.layers import DecoderLayers
+from runtime.errors import DataError
+from train.corpus.answers import Answerer, Turn
+from train.corpus.collection import Collection
+from train.corpus.options import CorpusOptions
+from train.corpus.survey import Survey
+from train.features.disk import readable
+from train.features.extractor import FeatureExtractor
+from train.features.spread import is_spread, shaped
+from train.fitting.flops import FitFlops
+from train.fitting.schedule import Plan
+from train.planning.plan import GIB, empty_heads, position_bytes, step_memory
+from train.settings.fit_config import FitConfig
+
+TOKENS = 16  # of the answers that are timed
+
+
+def rehearse(config: FitConfig, layers: DecoderLayers, tokenizer: Any, options: CorpusOptions, processes: int) -> str:
+    """Go as far as the first step and say what the fit takes, a line for each matter.
+
+    All processes must call it where the base is spread over them. Answers count as `max_new_tokens` long, so hours,
+    memory and disk are upper bounds; heads count by their operations.
+
+    Raises:
+        DataError: no prompt is short enough, or one of the splits would be empty.
+    """
+    keep = config.answers == "keep"
+    read = Collection.mix(config.prompts, limit=config.prompt_limit, keep=keep, quiet=True)
+    survey = Survey.of(read, tokenizer, options)
+    turns = _batch(config, layers, tokenizer, options, read)
+    rows = survey.splits.get("fit", 0)
+    total = sum(survey.splits.values())
+    if missing := [name for name in ("fit", "calibration", "held_out") if not survey.splits.get(name)]:
+        raise DataError(f"the {' and '.join(missing)} split would be empty: give more prompts or other fractions")
+    plan = Plan(config, [config.max_new_tokens] * rows, world_size=processes)
+    splits = ", ".join(f"{name} {number}" for name, number in survey.splits.items())
+    lines = [
+        f"data        {survey.conversations} conversations, {total} turns ({splits});"
+        f" {survey.duplicates} duplicates, {survey.too_long} too long",
+        f"steps       {plan.total}, {plan.steps_per_epoch} an epoch; a checkpoint every {config.save_steps}",
+    ]
+    lines += [f"skipped     {read.reasons()}"] if read.skipped else []
+    lines += [_corpus_hours(config, layers, tokenizer, options, turns, total / processes)] if not keep else []
+    lines += [_fit_hours(config, layers, turns, plan, rows / processes)]
+    lines += [_memory(config, layers, turns), _disk(config, layers, total)]
+    return "\n".join([*lines, "dry run: nothing was written; leave --dry_run out to fit"])
+
+
+def _batch(
+    config: FitConfig, layers: DecoderLayers, tokenizer: Any, options: CorpusOptions, read: Collection
+) -> list[Turn]:
+    """The first prompts as one batch of turns."""
+    answerer = Answerer(layers.model, tokenizer, options, together=is_spread(layers.model))
+    first = read.prompts[: 4 * config.generation_batch_size]
+    batches = answerer.batches([(prompt, prompt.messages) for prompt in first])
+    if not batches:
+        raise DataError("none of the first prompts is short enough: raise max_prompt_tokens")
+    return max(batches, key=len)
+
+
+def _corpus_hours(
+    config: FitConfig, layers: DecoderLayers, tokenizer: Any, options: CorpusOptions, turns: list[Turn], number: float
+) -> str:
+    """Time the first tokens of a batch of answers."""
+    if config.generator is not None:
+        return f"corpus      {number:.0f} answers by {config.generator}"
+    short = replace(options, max_new_tokens=min(TOKENS, options.max_new_tokens))
+    answerer = Answerer(layers.model, tokenizer, short, together=is_spread(layers.model))
+    seconds = _seconds(lambda: answerer.answer(turns, name="rehearsal"), layers.device) / short.max_new_tokens
+    hours = number / len(turns) * config.max_new_tokens * seconds / 3600
+    return f"corpus      at most {hours:.1f} h, {len(turns) / seconds:.0f} tokens/s by process; none if it is there"
+
+
+def _fit_hours(config: FitConfig, layers: DecoderLayers, turns: Sequence[Turn], plan: Plan, rows: float) -> str:
+    """Time the base's forward on a batch; the heads' part follows from their operations."""
+    batch = [(turn.prompt_ids, [0] * config.max_new_tokens) for turn in turns[: config.per_device_train_batch_size]]
+    extract = FeatureExtractor(layers, config.exit_layers, top_k=config.teacher_top_k)
+    seconds = _seconds(lambda: extract(batch), layers.device)
+    tokens, positions = sum(len(prompt) + len(answer) for prompt, answer in batch), len(batch) * config.max_new_tokens
+    flops = FitFlops.of(shaped(layers.model), empty_heads(config, layers.model))
+    share = flops.heads(positions) / flops.base(tokens, positions, tokens * (tokens // len(batch) + 1) // 2)
+    steps = plan.total * config.gradient_accumulation_steps
+    forwards = rows / len(batch) if config.features == "cache" else steps
+    hours = seconds * (forwards + steps * share) / 3600
+    return f"fit         about {hours:.1f} h, {positions / seconds / (1 + share):.0f} answer tokens/s by process"
+
+
+def _memory(config: FitConfig, layers: DecoderLayers, turns: Sequence[Turn]) -> str:
+    """Sum up what a step holds, beside what the device has."""
+    heads = empty_heads(config, layers.model)
+    learned = sum(parameter.numel() for parameter in heads.parameters())
+    base = sum(parameter.numel() * parameter.element_size() for parameter in layers.model.parameters())
+    length = min(config.longest, max(len(turn.prompt_ids) for turn in turns) + config.max_new_tokens)
+    step = step_memory(config, layers.model, heads, length=length, responses=config.max_new_tokens)
+    needed = base + 16 * learned + sum(step.values())
+    if layers.device.type == "cuda":
+        there, where = torch.cuda.get_device_properties(layers.device).total_memory, "the GPU"
+    else:
+        there, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
+    warning = ": too much, see specbound plan" if needed > 0.95 * there else ""
+    return f"memory      {needed / GIB:.1f} of {there / GIB:.1f} GiB of {where}{warning}"
+
+
+def _disk(config: FitConfig, layers: DecoderLayers, answers: int) -> str:
+    """Sum up checkpoints and cached features, beside what is free."""
+    learned = sum(parameter.numel() for parameter in empty_heads(config, layers.model).parameters())
+    kept = 12.0 * learned * (config.save_total_limit + 1)
+    cache = answers * config.max_new_tokens * position_bytes(config, layers.model)
+    cache = cache if config.features == "cache" else 0.0
+    path = Path(config.output_dir).absolute()
+    free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
+    warning = ": too little is free" if kept + cache > free else ""
+    features = f", cached features {readable(cache)}" if cache else ""
+    return f"disk        checkpoints {readable(kept)}{features}; {readable(free)} free{warning}"
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long the second of two runs takes."""
+    took = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took = time.perf_counter() - start
+    return took
