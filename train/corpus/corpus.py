@@ -1,5 +1,7 @@
 """The corpus: prompts answered by the base model itself, as token ids, in three splits.
 
+Where prompts that are answered together share the weights (`EngineAnswerer`), each has the answer that the base alone
+gives it; elsewhere they are padded to one batch, whose rounding is its own, and the record says of what size.
 Each finished batch is a shard on disk, so a run that was killed repeats no finished batch when it is resumed.
 Multi-turn prompts are answered wave by wave: wave 1 asks the second turns, after the model's own first answers. On one
 machine and one set of versions a resumed run gives the same corpus.
@@ -20,6 +22,7 @@ from runtime.errors import ConfigError, DataError
 from runtime.files import write_atomic
 from runtime.text.prompts import Prompt
 from train.corpus.answers import Answerer
+from train.corpus.engine import EngineAnswerer
 from train.corpus.options import CorpusOptions
 from train.corpus.prompts import SPLITS, assign_split, deduplicate, ngram_filter, warn_of_tokens
 from train.corpus.remote import RemoteAnswerer
@@ -65,10 +68,16 @@ def distil(
         settings["external"] = True
     if _is_complete(folder, settings=settings):
         return folder
-    answerer = Answerer(model.eval(), tokenizer, options, together=together)
+    answerer: Answerer | None = None
     if generator is not None:
-        answerer = RemoteAnswerer(answerer.model, tokenizer, options, generator, together=together)
+        answerer = RemoteAnswerer(model.eval(), tokenizer, options, generator, together=together)
         world_size = 1 if together else world_size  # all check the same answers, which the first process writes
+    elif not together and _begun_alone(folder):
+        answerer = EngineAnswerer.of(model.eval(), tokenizer, options, fingerprint=fingerprint)
+    answerer = answerer or Answerer(model.eval(), tokenizer, options, together=together)
+    if isinstance(answerer, EngineAnswerer):
+        del settings["batch_size"]  # no answer depends on it
+    _check_settings(folder, settings)
     shards = Shards(folder / "shards", hashlib.sha256(json.dumps(settings).encode()).hexdigest())
     barrier()  # rank 0 writes nothing before all have read what was there
     if rank == 0:
@@ -145,16 +154,29 @@ def _settings(
 
 
 def _is_complete(folder: Path, *, settings: dict[str, Any]) -> bool:
-    record = _read_record(folder)
-    there = record.get("settings", settings)
-    keys = [key for key in sorted({*there, *settings}) if there.get(key) != settings.get(key)]
+    """Whether the corpus is there: padded or not, in batches of any size, the answers are the base's own."""
+    _check_settings(folder, settings, but=("batch_size",))
+    return bool(_read_record(folder).get("complete")) and all(
+        (folder / f"{split}.parquet").exists() for split in SPLITS
+    )
+
+
+def _begun_alone(folder: Path) -> bool:
+    """Whether no answer of a corpus was made in a padded batch so far; one that was begun so goes on so."""
+    return "batch_size" not in _read_record(folder).get("settings", {})
+
+
+def _check_settings(folder: Path, settings: dict[str, Any], *, but: Sequence[str] = ()) -> None:
+    """Raise ConfigError where the folder holds a corpus of other settings, of whatever names are not left out."""
+    there = _read_record(folder).get("settings", settings)
+    names = sorted({*there, *settings}.difference(but))
+    keys = [key for key in names if there.get(key) != settings.get(key)]
     if keys:
         differing = ", ".join(f"{key} ({there.get(key)!r} there, {settings.get(key)!r} now)" for key in keys)
         raise ConfigError(
             f"{folder} holds a corpus of other settings: {differing};"
             " use those settings or another corpus_dir, or delete the folder"
         )
-    return bool(record.get("complete")) and all((folder / f"{split}.parquet").exists() for split in SPLITS)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
