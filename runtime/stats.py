@@ -21,6 +21,7 @@ class SpeculationStats:
         hard_tokens: rounds that ended at a token no exit was sure of.
         resting_rounds: rounds in which nothing was drafted because it did not pay.
         unpromised: tokens that plain decoding may have chosen otherwise; 0 unless blocks are not exact.
+        reused: tokens of a prompt that was read for another call.
         seconds: wall-clock time of the call, prompt included.
         parts: the same by part: prompt, draft, verify, emit.
     """
@@ -33,6 +34,7 @@ class SpeculationStats:
     hard_tokens: int = 0
     resting_rounds: int = 0
     unpromised: int = 0
+    reused: int = 0
     seconds: float = 0.0
     parts: Counter[str] = field(default_factory=Counter)
 
@@ -63,6 +65,7 @@ class SpeculationStats:
         self.hard_tokens += other.hard_tokens
         self.resting_rounds += other.resting_rounds
         self.unpromised += other.unpromised
+        self.reused += other.reused
         self.seconds += other.seconds
         self.parts += other.parts
         return self

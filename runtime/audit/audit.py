@@ -27,6 +27,7 @@ class AuditSettings:
         prompts: a .jsonl or .json file; the first turn of each is asked.
         limit: this many prompts, spread evenly over the file; None for all.
         options: of `generate`.
+        concurrency: prompts that SpecBound decodes together.
     """
 
     adapter: str
@@ -38,6 +39,7 @@ class AuditSettings:
     seed: int = 0
     exactness: str = "bitwise"
     options: dict[str, Any] = field(default_factory=dict)
+    concurrency: int = 1
 
 
 def run_audit(
@@ -65,7 +67,8 @@ def run_audit(
         findings = earlier_entries(report, "findings", held, under="conditions")
     outcome = summary(findings, len(ids), held, model)
     with tqdm(total=len(ids), initial=len(findings), desc="audit", unit="prompt") as bar:
-        for finding in audit(model, ids[len(findings) :], seed=settings.seed, **settings.options):
+        left, how = ids[len(findings) :], {"seed": settings.seed, "concurrency": settings.concurrency}
+        for finding in audit(model, left, **how, **settings.options):
             findings.append(finding.to_dict())
             outcome = summary(findings, len(ids), held, model)
             if report is not None:

@@ -7,12 +7,13 @@ are equal, no tie can ever be broken another way. Knows no files.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from runtime.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class AuditedPrompt:
         tokens: compared; of the longer output.
         differing: how many of them differ.
         differing_logits: positions up to the first differing token whose logits differ in some bit.
-        stock_seconds, specbound_seconds: wall-clock time of each way, the prompt's own forward included.
+        stock_seconds, specbound_seconds: wall-clock time of each way, the prompt's own forward included; where prompts
+            decode together a like share.
         divergence: the first, if any token differs.
     """
 
@@ -62,25 +64,48 @@ class AuditedPrompt:
         return asdict(self)
 
 
-def audit(model: Any, prompts: Sequence[Tensor], *, seed: int = 0, **options: Any) -> Iterator[AuditedPrompt]:
+def audit(
+    model: Any, prompts: Sequence[Tensor], *, seed: int = 0, concurrency: int = 1, **options: Any
+) -> Iterator[AuditedPrompt]:
     """Generate from every prompt both ways and compare.
 
     Args:
         model: as `load_specbound` returns it.
         prompts: token ids, each of shape [1, T], int64.
         seed: torch seed set before each generation, so that sampling draws the same numbers.
+        concurrency: prompts that SpecBound decodes together; stock has each of them alone.
         options: passed to `generate` both times.
     """
     options = {**options, "return_dict_in_generate": True, "output_logits": True}
-    for prompt in prompts:
-        outputs, seconds = {}, {}
-        for name in ("stock", "specbound"):
-            torch.manual_seed(seed)
-            started = time.perf_counter()
-            with model.specbound.disabled() if name == "stock" else nullcontext():
-                outputs[name] = model.generate(prompt, **options)
-            seconds[name] = round(time.perf_counter() - started, 3)
-        yield _compare(outputs["stock"], outputs["specbound"], prompt.shape[1], seconds)
+    for first in range(0, len(prompts), concurrency):
+        group = prompts[first : first + concurrency]
+        with model.specbound.disabled():
+            stock = [_alone(model, prompt, seed, options) for prompt in group]
+        ours = _together(model, group, seed, options) if concurrency > 1 else [_alone(model, group[0], seed, options)]
+        for prompt, (plain, plain_seconds), (found, seconds) in zip(group, stock, ours, strict=True):
+            yield _compare(plain, found, prompt.shape[1], {"stock": plain_seconds, "specbound": seconds})
+
+
+def _alone(model: Any, prompt: Tensor, seed: int, options: dict[str, Any]) -> tuple[Any, float]:
+    """What `generate` returns, and its seconds."""
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    output = model.generate(prompt, **options)
+    return output, round(time.perf_counter() - started, 3)
+
+
+def _together(model: Any, prompts: Sequence[Tensor], seed: int, options: dict[str, Any]) -> list[tuple[Any, float]]:
+    """The same of prompts that decode together; raises what any of them raised."""
+    started = time.perf_counter()
+    with Batch(model, len(prompts)) as batch:
+        calls = [batch.add(prompt, seed=seed, **options) for prompt in prompts]
+        while not all(call.ended for call in calls):
+            batch.round()
+    share = round((time.perf_counter() - started) / len(prompts), 3)
+    for call in calls:
+        if call.error is not None:
+            raise call.error
+    return [(call.output, share) for call in calls]
 
 
 def _compare(stock: Any, specbound: Any, prompt_length: int, seconds: dict[str, float]) -> AuditedPrompt:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from runtime.batch.generation import Generation
+from runtime.batch.memory import KVMemory, rows_of
 from runtime.batch.waiting import Waiting, run_plain
 from runtime.decoding.emitter import TargetEmitter
 from runtime.decoding.engine import Engine
@@ -38,6 +39,8 @@ class Call:
         cancelled: set by whoever no longer wants it: it ends with the next round.
         ended: whether it has an output or an error, or was cancelled.
         generation: while it decodes.
+        tokens: whose keys and values it needs room for.
+        has_room: whether that is taken.
     """
 
     waiting: Waiting
@@ -49,6 +52,8 @@ class Call:
     cancelled: bool = False
     ended: bool = False
     generation: Generation | None = None
+    tokens: int = 0
+    has_room: bool = False
 
 
 class Batch:
@@ -57,18 +62,24 @@ class Batch:
     Args:
         model: with an adapter.
         max_requests: calls that decode together; further ones wait for their turn, first come, first served.
+        memory: for keys and values, which calls wait for too; by default half of what is free.
+
+    Attributes:
+        rows: of the last round: the newest token of each call, and its drafts.
 
     Raises:
         ConfigError: `max_requests` is below 1.
     """
 
-    def __init__(self, model: Any, max_requests: int = MAX_REQUESTS) -> None:
+    def __init__(self, model: Any, max_requests: int = MAX_REQUESTS, memory: KVMemory | None = None) -> None:
         if max_requests < 1:
             raise ConfigError(f"max_requests is {max_requests}: expected at least 1")
         self.model, self.max_requests = model, max_requests
         self.specbound: SpecBound = model.specbound
+        self.memory = KVMemory.of(model) if memory is None else memory
         self.calls: deque[Call] = deque()  # that have not begun
         self.running: list[Call] = []
+        self.rows = 0
         self._engine = Engine(self.specbound.drafter)
         self._reason: str | None = None  # why none of them can speculate
         self._held, self._blocks = ExitStack(), ExitStack()
@@ -86,6 +97,8 @@ class Batch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for call in (*self.calls, *self.running):
+            self._free(call)
         self._blocks.close()
         self._held.close()
 
@@ -108,7 +121,7 @@ class Batch:
             kwargs: as `generate` takes them.
 
         Raises:
-            ConfigError: it is for beam search or assisted decoding.
+            ConfigError: it is for beam search or assisted decoding, or longer than all keys and values may be.
             ValueError: what `generate` itself refuses.
         """
         ids = torch.as_tensor(input_ids, device=self.model.device)
@@ -120,9 +133,27 @@ class Batch:
             raise ConfigError("a batch takes greedy decoding and sampling: call generate itself for beam search")
         if self.model.generate(ids, streamer=waiting, **kwargs) is not waiting:
             raise ConfigError("a batch takes greedy decoding and sampling: call generate itself for other modes")
-        call = Call(waiting, speculate, time.perf_counter())
+        call = Call(waiting, speculate, time.perf_counter(), tokens=self.tokens_of(waiting.max_length))
+        self.memory.check(call.tokens)
+        if len(self.calls) + len(self.running) < self.max_requests and all(other.has_room for other in self.calls):
+            self._has_room(call)  # at once, so that who asks next is told
         self.calls.append(call)
         return call
+
+    def tokens_of(self, length: int) -> int:
+        """Tokens that a call needs room for, of so many of prompt and answer: as many, and its drafts."""
+        return rows_of(length, self.specbound.bounds.max_draft_tokens)
+
+    def _has_room(self, call: Call) -> bool:
+        """Take room for a call where there is and it has none; whether it has."""
+        call.has_room = call.has_room or self.memory.take(call.tokens)
+        return call.has_room
+
+    def _free(self, call: Call) -> None:
+        """Give back the room that a call has."""
+        if call.has_room:
+            self.memory.give_back(call.tokens)
+            call.has_room = False
 
     @torch.no_grad()
     def round(self) -> list[Call]:
@@ -130,10 +161,13 @@ class Batch:
         ended = [call for call in (*self.calls, *self.running) if call.cancelled]
         for call in ended:
             self._leave(call)
-        while self.calls and len(self.running) < self.max_requests:
+        while self.calls and len(self.running) < self.max_requests and self._has_room(self.calls[0]):
             call = self.calls.popleft()
+            self.running.append(call)
             self._begin(call)
-            (ended if call.ended else self.running).append(call)
+            if call.ended:
+                ended.append(call)
+        self.rows = 0
         if not self.running:
             return ended
         self._inside()
@@ -143,6 +177,7 @@ class Batch:
             call.error = request.error
             self._leave(call)
             ended.append(call)
+        self.rows = self._engine.rows
         return ended
 
     def _begin(self, call: Call) -> None:
@@ -155,11 +190,11 @@ class Batch:
                 if self.specbound.enabled:
                     self.specbound.warn_plain(str(reason))
                 call.output = run_plain(self.model, call.waiting)
-                call.ended = True
+                self._leave(call)
                 return
             emitter = TargetEmitter(input_ids, processors, criteria, config, streamer, call.waiting.generator)
             kwargs = call.waiting.model_kwargs
-            call.generation = Generation.of(self.model, self.specbound, emitter, config, kwargs, None)
+            call.generation = Generation.of(self.model, self.specbound, emitter, config, kwargs, None, self.memory)
             request = call.generation.request
             if not call.speculate:
                 request.bounds = replace(request.bounds, max_draft_tokens=0)
@@ -173,6 +208,7 @@ class Batch:
     def _leave(self, call: Call) -> None:
         """End a call: its cache and output, as `generate` leaves and returns them."""
         call.ended = True
+        self._free(call)
         if call in self.calls:
             self.calls.remove(call)
         if call in self.running:

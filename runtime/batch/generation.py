@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from runtime.batch.memory import KVMemory, rows_of
+from runtime.batch.prompt import ReadPrompt
 from runtime.decoding.cache import KVCache
 from runtime.decoding.emitter import TargetEmitter
 from runtime.decoding.request import Request
@@ -15,6 +17,9 @@ from runtime.decoding.state import DecodeState
 from runtime.drafting.controller import Controller
 from runtime.handle import SpecBound
 from runtime.stats import SpeculationStats
+
+# New tokens that a cache has room for from its start.
+AHEAD = 1024
 
 
 @dataclass(slots=True)
@@ -45,27 +50,35 @@ class Generation:
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         controller: Controller | None,
+        memory: KVMemory | None = None,
     ) -> "Generation":
-        """Run the prompt through the stock forward; `specbound` is ready for the model as it is."""
+        """Run the prompt through the stock forward; `specbound` is ready for the model as it is.
+
+        Args:
+            memory: where prompts are kept; None keeps none.
+        """
         bounds, prepared = specbound.certified_bounds, specbound.prepared
         assert prepared.certificate is not None
         emitter.largest_shift = prepared.certificate.largest_shift
         started, stats = time.perf_counter(), SpeculationStats()
-        with stats.timing("prompt"), prepared.layers.watching(specbound.drafter.watched) as seen:
-            outputs = model._prefill(emitter.input_ids, generation_config, model_kwargs)
-        stock_cache: DynamicCache = outputs.past_key_values
-        capacity = stock_cache.get_seq_length() + min(emitter.remaining, 1024) + bounds.max_draft_tokens
-        kv = prepared.cache_of(stock_cache, capacity)
-        prompt_length = kv.get_seq_length()
+        given, watched = (emitter.input_ids, generation_config, model_kwargs), specbound.drafter.watched
+        with stats.timing("prompt"):
+            read, known = ReadPrompt.of(model, prepared.layers, watched, given, memory)
+        stock_cache: DynamicCache = model_kwargs["past_key_values"]
+        keeps_cache = generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False)
+        stats.reused = emitter.input_ids.shape[1] if known else 0
+        prompt_length, drafts = stock_cache.get_seq_length(), bounds.max_draft_tokens
+        kv = prepared.cache_of(stock_cache, prompt_length + min(emitter.remaining, AHEAD) + drafts)
+        kv.most = rows_of(prompt_length + emitter.remaining, drafts)
+        if not keeps_cache:
+            stock_cache.layers.clear()  # the prompt's rows are copied
         positions = model_kwargs.get("position_ids")
         offset = 0 if positions is None else int(positions[0, -1]) + 1 - prompt_length
-        known = emitter.input_ids[0].tolist()
-        state = DecodeState(prepared.layers, kv, known, prompt=seen, position_offset=offset)
+        ids = emitter.input_ids[0].tolist()
+        state = DecodeState(prepared.layers, kv, ids, prompt=read.states, position_offset=offset)
         on_round = getattr(emitter.streamer, "end_round", None)  # a streamer may ask what became of the drafts
         request = Request(state, bounds, emitter, stats, controller, on_round)
-        keeps_cache = generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False)
-        logits = outputs.logits[:, -1]
-        return cls(request, emitter, logits, started, kv, stock_cache, prompt_length, bool(keeps_cache))
+        return cls(request, emitter, read.logits, started, kv, stock_cache, prompt_length, bool(keeps_cache))
 
     def leave_cache(self) -> None:
         """Leave in the caller's cache the rows that stock would have left, also where the call was interrupted."""

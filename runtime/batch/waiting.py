@@ -24,6 +24,12 @@ class Waiting(BaseStreamer):
         self.model_kwargs: dict[str, Any] = {}
         self.reason: str | None = None
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and answer at most."""
+        _, _, criteria, config, *_ = self.given
+        return int(criteria.max_length or config.max_length)
+
     def put(self, value: Any) -> None:
         """Told the prompt by `generate`, before its loop."""
         if self.streamer is not None:

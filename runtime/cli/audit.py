@@ -33,12 +33,15 @@ def audit_command(
     temperature: Annotated[float | None, typer.Option(min=1e-6, help="Temperature of sampling. By default 1.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of torch before each generation.")] = 0,
     exactness: Exactness = "bitwise",
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="SpecBound decodes this many prompts together. Plainly each is alone.")
+    ] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the findings in this file.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what the --json file holds.")] = False,
 ) -> None:
     """Generate every prompt plainly and with SpecBound, and compare the ids. Exit code 1 if any differ.
 
-    Example: specbound audit --adapter outputs/demo/adapter --prompts prompts.jsonl --limit 16
+    Example: specbound audit --adapter outputs/demo/adapter --prompts prompts.jsonl --limit 16 --concurrency 4
     """
     from runtime.audit.audit import AuditSettings, run_audit
     from runtime.errors import SpecBoundError
@@ -48,7 +51,8 @@ def audit_command(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens} | ({"temperature": 1.0} if sample else {})
     try:
         options |= sampling(sample, temperature, None)
-        settings = AuditSettings(adapter, prompts, model, limit, dtype, threads, seed, exactness, options)
+        how = (limit, dtype, threads, seed, exactness, options, concurrency)
+        settings = AuditSettings(adapter, prompts, model, *how)
         if json_file is not None:
             check_writable(json_file)
         chosen = spread(read_prompts(prompts), limit)  # before the model, which takes longer

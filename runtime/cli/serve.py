@@ -38,6 +38,10 @@ def serve_command(
     cors_origin: Origins = None,
     max_running: Annotated[int, typer.Option(min=1, help="Make this many answers together.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=0, help="This many answers may wait. Others get a 429.")] = 16,
+    kv_memory: Annotated[
+        float | None,
+        typer.Option(min=1e-6, help="GiB for keys and values of running answers. By default half of what is free."),
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Give each answer this many tokens at most. By default what fits.")
     ] = None,
@@ -73,7 +77,10 @@ def serve_command(
             limits = Limits(max_tokens, max_waiting=max_waiting, max_running=running, seconds=seconds)
             print(f"serving {', '.join(names)} on {url_of(listener)}, loading", file=sys.stderr, flush=True)
             origins = cors_origin or []
-            serve(load, listener, names=names, api_keys=keys, cors_origins=origins, limits=limits, grace=grace)
+            serve(
+                load, listener, names=names, api_keys=keys, cors_origins=origins, limits=limits, grace=grace,
+                kv_bytes=None if kv_memory is None else int(kv_memory * 2**30),
+            )  # fmt: skip
     except (SpecBoundError, OSError) as error:
         fail(error, None)
 

@@ -50,13 +50,18 @@ class Block:
 
 
 class KVCache:
-    """Keys and values, one pair of buffers a layer, each of shape [1, KV heads, capacity, head size]."""
+    """Keys and values, one pair of buffers a layer, each of shape [1, KV heads, capacity, head size].
+
+    Attributes:
+        most: rows that will ever be needed: no buffer grows beyond; None where that is not known.
+    """
 
     def __init__(self, num_layers: int, capacity: int) -> None:
         self.lengths = [0] * num_layers
         self._keys: list[Tensor | None] = [None] * num_layers
         self._values: list[Tensor | None] = [None] * num_layers
         self._capacity = max(capacity, MIN_CAPACITY)
+        self.most: int | None = None
 
     @classmethod
     def from_dynamic(cls, cache: Any, capacity: int) -> "KVCache":
@@ -98,8 +103,8 @@ class KVCache:
         """
         start = self.lengths[layer_idx]
         end = start + keys.shape[2]
-        key_buffer = _reserve(self._keys[layer_idx], keys, start, end, self._capacity)
-        value_buffer = _reserve(self._values[layer_idx], values, start, end, self._capacity)
+        key_buffer = self._grown(self._keys[layer_idx], keys, start, end)
+        value_buffer = self._grown(self._values[layer_idx], values, start, end)
         key_buffer.narrow(2, start, end - start).copy_(keys)
         value_buffer.narrow(2, start, end - start).copy_(values)
         self._keys[layer_idx], self._values[layer_idx] = key_buffer, value_buffer
@@ -112,7 +117,7 @@ class KVCache:
         assert keys is not None and values is not None
         held = self.lengths[layer_idx]
         if length > keys.shape[2]:
-            keys, values = (_reserve(buffer, buffer, held, length, self._capacity) for buffer in (keys, values))
+            keys, values = (self._grown(buffer, buffer, held, length) for buffer in (keys, values))
             self._keys[layer_idx], self._values[layer_idx] = keys, values
         return keys, values
 
@@ -162,14 +167,13 @@ class KVCache:
                 buffer[:, :, start:stop] = buffer.index_select(2, old.to(buffer.device))
         self.crop(settled + len(places))
 
-
-def _reserve(buffer: Tensor | None, rows: Tensor, used: int, needed: int, capacity: int) -> Tensor:
-    """A buffer that holds at least `needed` rows, with the first `used` rows of `buffer` kept."""
-    if buffer is not None and needed <= buffer.shape[2]:
-        return buffer
-    held = 0 if buffer is None else buffer.shape[2]
-    size = max(capacity, needed, 2 * held)
-    grown = torch.empty(*rows.shape[:2], size, rows.shape[3], dtype=rows.dtype, device=rows.device)
-    if buffer is not None:
-        grown[:, :, :used] = buffer[:, :, :used]
-    return grown
+    def _grown(self, buffer: Tensor | None, rows: Tensor, used: int, needed: int) -> Tensor:
+        """A buffer that holds at least `needed` rows, with the first `used` rows of `buffer` kept."""
+        if buffer is not None and needed <= buffer.shape[2]:
+            return buffer
+        size = max(self._capacity, 0 if buffer is None else 2 * buffer.shape[2])
+        size = max(needed, size if self.most is None else min(size, self.most))
+        grown = torch.empty(*rows.shape[:2], size, rows.shape[3], dtype=rows.dtype, device=rows.device)
+        if buffer is not None:
+            grown[:, :, :used] = buffer[:, :, :used]
+        return grown

@@ -1,4 +1,4 @@
-"""Who drafts: the exit heads with their temperatures, and the lookup at depth 0. Knows no tree and no target."""
+"""Who drafts: exit heads with their temperatures, the lookup at depth 0, or nobody. Knows no tree and no target."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -134,6 +134,23 @@ class HeadDrafter:
         if proposal is None or self.lookup is None:
             return []
         return [(proposal.token, self.lookup.confidence(proposal))]
+
+
+class NoDrafter:
+    """Nobody: requests decode together without an adapter."""
+
+    def __init__(self) -> None:
+        self.exit_layers: list[int] = []
+        self.watched: list[int] = []
+        self.modules: list[nn.Module] = []
+
+    def on(self, layers: DecoderLayers) -> "NoDrafter":
+        """There is nothing to move."""
+        return self
+
+    def propose(self, layer: int, state: DecodeState, nodes: Sequence[int], count: int) -> list[Proposals]:
+        """Nothing; there is no exit to ask."""
+        return [[] for _ in nodes]
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

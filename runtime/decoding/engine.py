@@ -14,11 +14,13 @@ class Engine:
 
     Attributes:
         running: requests that have begun and not ended.
+        rows: of the last round: the newest token of each request, and its drafts.
     """
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
         self.running: list[Request] = []
+        self.rows = 0
 
     def join(self, request: Request) -> None:
         """Take a request that has begun; where its first token ended it, it leaves in the next round."""
@@ -27,8 +29,7 @@ class Engine:
     def round(self) -> list[Request]:
         """One round of all requests; those that ended, or whose emitter failed, leave and are returned."""
         going = [request for request in self.running if not request.stopped]
-        if going:
-            speculate_round(going, self.drafter)
+        self.rows = speculate_round(going, self.drafter) if going else 0
         for request in going:
             if request.error is not None and not isinstance(request.error, Exception):
                 raise request.error  # the user wants all of it to stop

@@ -17,10 +17,13 @@ from runtime.decoding.request import Request
 from runtime.decoding.state import verify_all
 
 
-def speculate_round(requests: Sequence[Request], drafter: Drafter) -> None:
+def speculate_round(requests: Sequence[Request], drafter: Drafter) -> int:
     """One round of requests on one base: each emits at least one token and leaves nothing pending.
 
     A request's tokens are those of its rounds alone. Where emitting fails, its `error` says so; the others go on.
+
+    Returns:
+        Rows verified.
     """
     with _timing(requests, "draft"):
         trees = []
@@ -39,6 +42,7 @@ def speculate_round(requests: Sequence[Request], drafter: Drafter) -> None:
                 _emit(request, draft, logits_TV)
             except BaseException as error:  # the user's streamer, criterion or key: it ends this text alone
                 request.error = error
+    return sum(logits_1TV.shape[1] for logits_1TV in logits)
 
 
 def _emit(request: Request, draft: Draft, logits_TV: Tensor) -> None:

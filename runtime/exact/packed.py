@@ -96,7 +96,7 @@ class PackedLinears:
         """All Linears of the model that can be packed; None where there are none, or no room for a copy."""
         groups = packable(model)
         needed = sum(module.weight.nbytes for group in groups for module in group)
-        free = _free_memory()
+        free = free_memory()
         if not groups:
             return None
         if needed > MEMORY_SHARE * free:
@@ -185,7 +185,7 @@ def _held(groups: Sequence[Sequence[Any]]) -> list[Tensor]:
     return [tensor for tensor in held if tensor is not None]
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Bytes that can be had; 0 where that is not known."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

@@ -51,7 +51,8 @@ def make_app(
     """
     # No documentation routes: their page would load scripts from elsewhere.
     app = FastAPI(title="SpecBound", docs_url=None, redoc_url=None)
-    metrics = Metrics(lambda: worker.state == "ready", lambda: worker.num_waiting, lambda: worker.num_running)
+    metrics = Metrics(worker)
+    worker.on_round = metrics.rows.observe
     add_error_forms(app)
     _add_looks(app, worker, metrics)
     _add_models(app, names)
@@ -94,8 +95,7 @@ def _add_answers(app: FastAPI, worker: Worker, metrics: Metrics, names: Sequence
         config = worker.model.config
         limits.check_answers(body.n * len(prompts))
         check_bias(body, int(config.get_text_config().vocab_size))
-        context = int(config.max_position_embeddings)
-        tokens = [limits.tokens(body, prompt.num_tokens, context) for prompt in prompts]
+        tokens = [_longest(body, prompt.num_tokens, limits, worker) for prompt in prompts]
         answer = Answer(body, worker, metrics, form, prompts, tokens, limits.seconds)
         answer.submit()
         setattr(request.state, ADMITTED, True)
@@ -135,12 +135,21 @@ def _add_looks(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
     @app.get("/health")
     def health() -> JSONResponse:
         ready = worker.state == "ready"
-        detail = {"certificate": str(worker.model.specbound.certificate)} if ready else {}
+        detail: dict[str, Any] = {}
+        if ready:
+            detail = {"certificate": str(worker.model.specbound.certificate), "kv_tokens": worker.memory.tokens}
         return JSONResponse({"status": "ok" if ready else worker.state} | detail, 200 if ready else 503)
 
     @app.get("/metrics")
     def show_metrics() -> Response:
         return Response(metrics.page(), media_type="text/plain; version=0.0.4")
+
+
+def _longest(body: ChatRequest | CompletionRequest, prompt_tokens: int, limits: Limits, worker: Worker) -> int:
+    """Tokens to generate at most: what the context and the limits allow, and keys and values have room for."""
+    most = limits.tokens(body, prompt_tokens, int(worker.model.config.max_position_embeddings))
+    drafts = worker.model.specbound.bounds.max_draft_tokens
+    return worker.memory.fit(prompt_tokens, most, drafts, shorten=body.limit is None)
 
 
 async def _streamed(request: Request, answer: Answer) -> Response:

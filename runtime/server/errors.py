@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from runtime.batch.memory import TooLong
 from runtime.errors import SpecBoundError
 from runtime.server.worker import Full, Unavailable
 
@@ -47,6 +48,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)})
     if isinstance(error, Unavailable):
         return ApiError(503, str(error), code="unavailable", headers={"Retry-After": "5"})
+    if isinstance(error, TooLong):
+        return ApiError(400, str(error), code="context_length_exceeded", param="max_tokens")
     return ApiError(500, f"the request failed ({type(error).__name__})", code="failed")
 
 
@@ -61,6 +64,7 @@ def add_error_forms(app: FastAPI) -> None:
         return answer(error)
 
     @app.exception_handler(Full)
+    @app.exception_handler(TooLong)
     @app.exception_handler(Unavailable)
     async def not_taken(request: Request, error: SpecBoundError) -> JSONResponse:
         return answer(as_api_error(error))

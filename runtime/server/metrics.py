@@ -1,49 +1,64 @@
-"""`Metrics`: what the server counts, in Prometheus' form. Knows no model."""
+"""`Metrics`: what the server counts, in Prometheus' form, and how it is. Knows no model.
 
-from collections.abc import Callable
+What vLLM counts too has vLLM's name after ours: `specbound_num_requests_running` is its `vllm:num_requests_running`.
+"""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from runtime.server.worker import Worker
 from runtime.stats import SpeculationStats
 
+# Bounds of seconds of a request, and of seconds from token to token; of rows of a round.
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128)
 
 
 class Metrics:
-    """Counts of one server, from its start.
+    """Counts of one server, from its start."""
 
-    Args:
-        ready: whether the model takes requests.
-        waiting: how many answers wait.
-        running: at how many the model works.
-    """
-
-    def __init__(self, ready: Callable[[], bool], waiting: Callable[[], int], running: Callable[[], int]) -> None:
+    def __init__(self, worker: Worker) -> None:
         self.registry = CollectorRegistry()
-        Gauge("specbound_ready", "1 once the exactness probe has passed.", registry=self.registry).set_function(
-            lambda: float(ready())
+        self._gauge("ready", "1 once the exactness probe has passed.").set_function(
+            lambda: float(worker.state == "ready")
         )
-        Gauge("specbound_waiting_requests", "Answers in the queue.", registry=self.registry).set_function(waiting)
-        Gauge("specbound_running_requests", "Answers being made.", registry=self.registry).set_function(running)
+        self._gauge("num_requests_waiting", "Answers in the queue.").set_function(lambda: worker.num_waiting)
+        self._gauge("num_requests_running", "Answers being made.").set_function(lambda: worker.num_running)
+        self._gauge(
+            "kv_cache_usage_perc", "Part of the memory for keys and values that is taken, 0 to 1."
+        ).set_function(lambda: worker.memory.usage)
         self.requests = self._counter("requests", "Requests by how they ended.", "outcome")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
-        self.tokens = self._counter("generated_tokens", "Tokens generated.")
-        self.rounds = self._counter("rounds", "Verification passes of the target.")
+        self.queries = self._counter("prefix_cache_queries", "Tokens of prompts that were looked for.")
+        self.hits = self._counter("prefix_cache_hits", "Tokens of prompts that were read for another answer.")
+        self.tokens = self._counter("generation_tokens", "Tokens generated.")
+        self.rounds = self._counter("rounds", "Verification passes of the target, those of each answer.")
         self.drafted = self._counter("drafted_tokens", "Drafts by exit layer; 0 is the lookup.", "exit_layer")
         self.accepted = self._counter("accepted_tokens", "Accepted drafts by exit layer.", "exit_layer")
         self.generating = self._counter("generating_seconds", "Time in which the model worked.")
-        self.first_token = self._histogram("first_token_seconds", "From request to first token, queue included.")
-        self.seconds = self._histogram("request_seconds", "From request to its end, queue included.")
+        name = "time_to_first_token_seconds"
+        self.first_token = self._histogram(name, "From request to first token, queue included.", SECONDS)
+        name = "inter_token_latency_seconds"
+        self.between = self._histogram(name, "From token to token of an answer; 0 within a round.", SHORT_SECONDS)
+        name = "e2e_request_latency_seconds"
+        self.seconds = self._histogram(name, "From request to its end, queue included.", SECONDS)
+        name = "iteration_tokens_total"
+        self.rows = self._histogram(name, "Rows of a round: newest tokens of all answers, and drafts.", ROWS)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"specbound_{name}", text, registry=self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"specbound_{name}", text, labels, registry=self.registry)
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"specbound_{name}", text, buckets=SECONDS, registry=self.registry)
+    def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> Histogram:
+        return Histogram(f"specbound_{name}", text, buckets=bounds, registry=self.registry)
 
     def record(self, prompt_tokens: int, stats: SpeculationStats) -> None:
         """Add one call of `generate`."""
         self.prompt_tokens.inc(prompt_tokens)
+        self.queries.inc(prompt_tokens)
+        self.hits.inc(stats.reused)
         self.tokens.inc(stats.emitted)
         self.rounds.inc(stats.rounds)
         self.generating.inc(stats.seconds)

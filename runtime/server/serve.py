@@ -24,6 +24,7 @@ def serve(
     api_keys: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
     limits: Limits | None = None,
+    kv_bytes: int | None = None,
     grace: float = 30.0,
 ) -> None:
     """Serve one model until SIGTERM or SIGINT; those that run then have `grace` seconds to finish.
@@ -32,14 +33,17 @@ def serve(
         load: makes the model and its tokenizer, in the thread that will run it, while /health says 503.
         listener: of `bind`; closed by its owner.
         names, api_keys, cors_origins: as `make_app` takes them.
+        kv_bytes: as `Worker` takes it.
 
     Raises:
         SpecBoundError: and whatever else `load` raises.
         KeyboardInterrupt: it was SIGINT.
     """
     limits, interrupted = limits or Limits(), False
-    waiting, running = limits.max_waiting, limits.max_running
-    worker = Worker(load, max_waiting=waiting, max_running=running, on_change=lambda: server.on_change())
+    worker = Worker(
+        load, max_waiting=limits.max_waiting, max_running=limits.max_running, kv_bytes=kv_bytes,
+        on_change=lambda: server.on_change(),
+    )  # fmt: skip
     app = make_app(worker, names=names, limits=limits, api_keys=api_keys, cors_origins=cors_origins)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=max(1, round(grace)),

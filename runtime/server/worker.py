@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime.batch import Batch, Call
+from runtime.batch.memory import KVMemory
 from runtime.batch.texts import join, outcome
 from runtime.errors import SpecBoundError
 from runtime.server.job import Ended, Job
@@ -47,11 +48,14 @@ class Worker:
         load: makes the model, whose exactness probe has run when it returns, and its tokenizer.
         max_waiting: requests that may wait.
         max_running: requests that decode together.
+        kv_bytes: memory for keys and values of those; by default half of what is free once the model is loaded.
         on_change: called whenever `state` changes.
 
     Attributes:
         state: `loading`, `ready`, `draining` or `failed`.
         error: why it failed.
+        memory: for keys and values; none before the model is loaded.
+        on_round: called after each round with its rows, in the thread that works.
     """
 
     def __init__(
@@ -60,11 +64,14 @@ class Worker:
         *,
         max_waiting: int,
         max_running: int = 1,
+        kv_bytes: int | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.load = load
         self.max_waiting, self.max_running = max_waiting, max_running
+        self.kv_bytes, self.memory = kv_bytes, KVMemory(0)
         self.on_change = on_change
+        self.on_round: Callable[[int], object] = lambda rows: None
         self.state = "loading"
         self.error: BaseException | None = None
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
@@ -153,6 +160,7 @@ class Worker:
     def _work(self) -> None:
         try:
             loaded = self.load()
+            self.memory = KVMemory.of(loaded[0], self.kv_bytes)
         except BaseException as error:  # told in the main thread, where it can end the process
             self.error = error
             self._become("failed")
@@ -162,7 +170,7 @@ class Worker:
             self._become("ready")
         while self._wait():
             try:
-                with Batch(loaded[0], self.max_running) as batch:
+                with Batch(loaded[0], self.max_running, self.memory) as batch:
                     last = self._run(batch)
             except Exception as error:  # of the model: these requests fail, the next ones find it as it was
                 last = [self._end(call, error) for call in list(self._running)]
@@ -181,11 +189,14 @@ class Worker:
             if self._running or self._waiting:
                 self._tell(ended)
                 ended = []
-            while (job := self._next()) is not None:
+            while (job := self._next(batch)) is not None:
                 ended += self._begin(job, batch)
             if not self._running:
                 return ended
-            for call in batch.round():
+            calls = batch.round()
+            if batch.rows:
+                self.on_round(batch.rows)
+            for call in calls:
                 transcript = self._running[call].transcript
                 ended.append(self._end(call, call.error or outcome(batch, call, transcript)))
 
@@ -194,10 +205,14 @@ class Worker:
             job.finish(result)
             self._busy -= 1
 
-    def _next(self) -> Job | None:
-        """The job that has waited longest, where one more may run."""
+    def _next(self, batch: Batch) -> Job | None:
+        """The job that has waited longest, where one more may run and its keys and values have room."""
         with self._changed:
             if not self._waiting or len(self._running) >= self.max_running:
+                return None
+            job = self._waiting[0]
+            tokens = batch.tokens_of(job.prompt.shape[1] + job.options["max_new_tokens"])
+            if self._running and not batch.memory.has_room(tokens):
                 return None
             self._busy += 1
             return self._waiting.popleft()

@@ -32,15 +32,21 @@ LIMITS = Limits(max_tokens=200, max_body_bytes=20_000, max_waiting=2, max_runnin
 
 @contextmanager
 def running(
-    load: Callable[[], tuple[Any, Any]], *, wait: bool = True, aliases: Sequence[str] = (), **options: Any
+    load: Callable[[], tuple[Any, Any]],
+    *,
+    wait: bool = True,
+    aliases: Sequence[str] = (),
+    kv_bytes: int | None = None,
+    **options: Any,
 ) -> Iterator[tuple[str, Worker]]:
     """Its address and its worker, once the model is loaded; both are stopped afterwards.
 
     Args:
+        kv_bytes: as `Worker` takes it.
         options: of `make_app`.
     """
     limits = options.setdefault("limits", Limits())
-    worker = Worker(load, max_waiting=limits.max_waiting, max_running=limits.max_running)
+    worker = Worker(load, max_waiting=limits.max_waiting, max_running=limits.max_running, kv_bytes=kv_bytes)
     app = make_app(worker, names=[MODEL_ID, *aliases], **options)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=5))
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -154,12 +160,12 @@ def stock_text(model: Any, tokenizer: Any) -> str:
 
 
 @contextmanager
-def held(model: Any, tokenizer: Any) -> Iterator[Served]:
-    """A server of the model with `LIMITS`, and random drafts that can be held."""
+def held(model: Any, tokenizer: Any, limits: Limits = LIMITS, kv_bytes: int | None = None) -> Iterator[Served]:
+    """A server of the model, and random drafts that can be held."""
     valve = Valve()
     attach(model, SpecBound(model, valve, SpeculationBounds(0.2, 4, 4)))
     model.specbound.prepare(model)
-    with running(lambda: (model, tokenizer), limits=LIMITS) as (url, worker):
+    with running(lambda: (model, tokenizer), limits=limits, kv_bytes=kv_bytes) as (url, worker):
         yield Served(url, worker, model, valve)
         valve.open.set()
     detach(model)

@@ -35,10 +35,10 @@ def data_command(
     from runtime.errors import ConfigError, SpecBoundError
     from train.corpus.answers import check_template
     from train.corpus.collection import Collection
-    from train.corpus.histogram import histogram
     from train.corpus.options import CorpusOptions
     from train.corpus.prompts import special_tokens
-    from train.corpus.survey import Survey
+    from train.planning.histogram import histogram
+    from train.planning.survey import Survey
 
     options = CorpusOptions(
         max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens, chat_template=chat_template

@@ -1,10 +1,10 @@
-"""`Answerer`: renders conversations to token ids and generates the base model's own answers.
+"""`Answerer`: renders conversations to token ids and generates the base model's own answers, in padded batches.
 
 It does not depend on files or splits.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +19,8 @@ from train.corpus.options import CorpusOptions
 from train.corpus.prompts import hash_fraction
 
 Pending = tuple[Prompt, tuple[Message, ...]]  # a prompt, and its messages up to a user turn
+Done = Callable[[str, list[list[int]]], object]  # told the name of a batch, and the response ids of its turns
+Told = Callable[[Sequence[list[int]], str], object]  # told responses that have ended, and how far others are
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,30 +80,35 @@ class Answerer:
         groups = (turns[:first_sampled], turns[first_sampled:])
         return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
-    def answer(
-        self, batch: Sequence[Turn], *, name: str, told: Callable[[int], object] | None = None
-    ) -> list[list[int]]:
+    def answer_all(self, batches: Mapping[str, Sequence[Turn]], done: Done, told: Told | None = None) -> None:
+        """Answer batches, one after the other.
+
+        Args:
+            batches: by name.
+            done: called with each batch as it ends.
+            told: called while they are answered.
+        """
+        for name, batch in batches.items():
+            responses = self.answer(batch, name=name, told=told)
+            done(name, responses)
+            if told is not None:
+                told(responses, "")
+
+    def answer(self, batch: Sequence[Turn], *, name: str, told: Told | None = None) -> list[list[int]]:
         """Generate the response ids of each turn, up to its first end-of-sequence token.
 
         Args:
             name: seeds sampling.
-            told: called after each token of the batch with its number, from 1.
+            told: called after each token of the batch.
         """
         rows, width = [turn.prompt_ids for turn in batch], max(len(turn.prompt_ids) for turn in batch)
         device = self.model.device
         input_ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-        options = self.options
-        how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if batch[0].sampled:  # top_k 0 means off; the library's default is 50
-            how = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
-        how |= {"num_beams": 1, "max_new_tokens": options.max_new_tokens, "use_cache": True}
-        how |= {"synced_gpus": self.together, "streamer": None if told is None else _Count(told)}
-        how |= {"pad_token_id": self.pad_id, "eos_token_id": self.eos_ids or None}
-        # The seed depends on the batch's name alone, not on what ran before, so a resumed run draws the same.
-        seed = hashlib.sha256(f"{options.seed} {name}".encode()).digest()
+        how = self.how(batch[0]) | {"synced_gpus": self.together}
+        how |= {"streamer": None if told is None else _Count(told, self.options.max_new_tokens)}
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int.from_bytes(seed[:7], "big"))
+            torch.manual_seed(self.seed(name))
             with _dense_unembedding(self.model):
                 output = self.model.generate(input_ids=input_ids, attention_mask=mask, **how)
         return [self._until_eos(row) for row in output[:, width:].tolist()]
@@ -119,6 +126,19 @@ class Answerer:
         text: str = self.tokenizer.decode(response_ids, skip_special_tokens=True)
         return text
 
+    def how(self, turn: Turn) -> dict[str, Any]:
+        """Arguments of `generate` that decide the text of an answer."""
+        options = self.options
+        how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if turn.sampled:  # top_k 0 means off; the library's default is 50
+            how = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+        how |= {"num_beams": 1, "max_new_tokens": options.max_new_tokens, "use_cache": True}
+        return how | {"pad_token_id": self.pad_id, "eos_token_id": self.eos_ids or None}
+
+    def seed(self, name: str) -> int:
+        """Of what bears that name alone, not of what ran before, so that a resumed run draws the same."""
+        return int.from_bytes(hashlib.sha256(f"{self.options.seed} {name}".encode()).digest()[:7], "big")
+
     def _until_eos(self, row: list[int]) -> list[int]:
         return row[: next((end for end, token in enumerate(row, start=1) if token in self.eos_ids), len(row))]
 
@@ -134,14 +154,14 @@ class Answerer:
 class _Count(BaseStreamer):
     """Tells how many tokens each answer of a batch has."""
 
-    def __init__(self, told: Callable[[int], object]) -> None:
-        self.told, self.count = told, -1  # the prompt comes first
+    def __init__(self, told: Told, longest: int) -> None:
+        self.told, self.longest, self.count = told, longest, -1  # the prompt comes first
 
     def put(self, value: torch.Tensor) -> None:
         """The prompt, or the next token of every answer."""
         self.count += 1
         if self.count:
-            self.told(self.count)
+            self.told((), f"token {self.count} of {self.longest}")
 
     def end(self) -> None:
         """Nothing is held back."""

@@ -1,5 +1,7 @@
 """The corpus: prompts answered by the base model itself, or as the data does, as token ids, in three splits.
 
+Where prompts that are answered together share the weights (`EngineAnswerer`), each has the answer that the base alone
+gives it; elsewhere they are padded to one batch, whose rounding is its own, and the record says of what size.
 Each finished batch is a shard on disk, so a run that was killed repeats no finished batch when it is resumed.
 Multi-turn prompts are answered wave by wave: wave 1 asks the second turns, after the model's own first answers. On one
 machine and one set of versions a resumed run gives the same corpus.
@@ -22,10 +24,12 @@ from runtime.files import write_atomic
 from runtime.text.prompts import Prompt
 from train.corpus.answers import Answerer
 from train.corpus.conversation import Conversation
+from train.corpus.engine import EngineAnswerer
 from train.corpus.given import GivenAnswerer
 from train.corpus.on_policy import own_tokens
 from train.corpus.options import CorpusOptions
 from train.corpus.prompts import SPLITS, assign_split, deduplicate, ngram_filter, special_tokens, warn_of_tokens
+from train.corpus.record import begun_alone, check_settings, is_complete, read_record, write_record
 from train.corpus.remote import RemoteAnswerer
 from train.corpus.shards import Shards
 from train.corpus.waves import Waves
@@ -77,20 +81,25 @@ def distil(
     settings = _settings(model, tokenizer, kept, options=options, fingerprint=fingerprint)
     settings |= {} if generator is None else {"external": True}
     settings |= {} if given is None else {"answers": _digest(sorted((one.prompt.hash, one.answers) for one in given))}
-    if _is_complete(folder, settings=settings):
+    if is_complete(folder, settings=settings):
         return folder
     parts: tuple[Any, Any, CorpusOptions] = (model.eval(), tokenizer, options)
+    answerer: Answerer | None = None
     if generator is not None:
-        answerer: Answerer = RemoteAnswerer(*parts, generator, together=together)
+        answerer = RemoteAnswerer(*parts, generator, together=together)
         world_size = 1 if together else world_size  # all check the same answers, which the first process writes
     elif given is not None:
         answerer = GivenAnswerer(*parts, given, together=together)
-    else:
-        answerer = Answerer(*parts, together=together)
+    elif not together and begun_alone(folder):
+        answerer = EngineAnswerer.of(*parts, fingerprint=fingerprint)
+    answerer = answerer or Answerer(*parts, together=together)
+    if isinstance(answerer, EngineAnswerer):
+        del settings["batch_size"]  # no answer depends on it
+    check_settings(folder, settings)
     shards = Shards(folder / "shards", hashlib.sha256(json.dumps(settings).encode()).hexdigest())
     barrier()  # rank 0 writes nothing before all have read what was there
     if rank == 0:
-        _write_record(folder, {"settings": settings, "complete": False})
+        write_record(folder, {"settings": settings, "complete": False})
         if options.chat_template != "none":  # plain text may be written with them on purpose
             warn_of_tokens(kept, special_tokens(tokenizer))
     tables, num_too_long = Waves(answerer, shards, rank, world_size, barrier, progress).run(kept)
@@ -102,7 +111,7 @@ def distil(
     if given is not None and (rank == 0 or together):
         counts["greedy_agreement"] = _own_share(folder, model)
     if rank == 0:
-        _write_record(folder, {"settings": settings, "counts": counts, "complete": True})
+        write_record(folder, {"settings": settings, "counts": counts, "complete": True})
     barrier()  # no process returns before the corpus is complete
     return folder
 
@@ -120,7 +129,7 @@ def load_split(corpus_dir: str | Path, split: str) -> datasets.Dataset:
     folder = Path(corpus_dir)
     if split not in SPLITS:
         raise ConfigError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
-    record = _read_record(folder)
+    record = read_record(folder)
     if not record.get("complete"):
         state = "is not complete" if record else "holds no corpus"
         raise DataError(f"{folder} {state}; run train/distil.py with this corpus_dir to make or finish it")
@@ -139,7 +148,7 @@ def load_split(corpus_dir: str | Path, split: str) -> datasets.Dataset:
 
 def counts_of(corpus_dir: Path) -> dict[str, Any]:
     """What a complete corpus says of its rows and of what was left out."""
-    counts: dict[str, Any] = _read_record(corpus_dir)["counts"]
+    counts: dict[str, Any] = read_record(corpus_dir)["counts"]
     return counts
 
 
@@ -191,37 +200,6 @@ def _own_share(folder: Path, model: Any) -> float:
         " lets it answer the prompts itself" if low else "",
     )  # fmt: skip
     return share
-
-
-def _is_complete(folder: Path, *, settings: dict[str, Any]) -> bool:
-    record = _read_record(folder)
-    there = record.get("settings", settings)
-    keys = [key for key in sorted({*there, *settings}) if there.get(key) != settings.get(key)]
-    if keys:
-        differing = ", ".join(f"{key} ({there.get(key)!r} there, {settings.get(key)!r} now)" for key in keys)
-        raise ConfigError(
-            f"{folder} holds a corpus of other settings: {differing};"
-            " use those settings or another corpus_dir, or delete the folder"
-        )
-    return bool(record.get("complete")) and all((folder / f"{split}.parquet").exists() for split in SPLITS)
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / "corpus.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); delete it and run again") from error
-    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
-        raise DataError(f"{path} is not the record of a corpus; delete it and run again")
-    return record
-
-
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    text = json.dumps(record, indent=2) + "\n"
-    write_atomic(folder / "corpus.json", text.encode())
 
 
 def _write_splits(folder: Path, tables: list[pa.Table], *, options: CorpusOptions) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """`GivenAnswerer`: the answers that the data holds, as token ids, in the place of the base's own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from runtime.text.encode import encode
 from runtime.text.prompts import Message, Prompt
-from train.corpus.answers import Answerer, Turn
+from train.corpus.answers import Answerer, Told, Turn
 from train.corpus.conversation import Conversation
 from train.corpus.options import CorpusOptions
 
@@ -30,9 +30,7 @@ class GivenAnswerer(Answerer):
         super().__init__(model, tokenizer, replace(options, sample_fraction=0.0), together=together)
         self.given = {conversation.prompt.hash: conversation for conversation in reversed(given)}
 
-    def answer(
-        self, batch: Sequence[Turn], *, name: str, told: Callable[[int], object] | None = None
-    ) -> list[list[int]]:
+    def answer(self, batch: Sequence[Turn], *, name: str, told: Told | None = None) -> list[list[int]]:
         """The response ids of each turn; nothing is drawn, so `name` does not matter, nor is `told` called."""
         return [self._response(turn)[: self.options.max_new_tokens] for turn in batch]
 

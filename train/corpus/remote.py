@@ -10,14 +10,14 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from runtime.errors import ConfigError, DataError
-from train.corpus.answers import Answerer, Turn
+from train.corpus.answers import Answerer, Told, Turn
 from train.corpus.on_policy import own_tokens
 from train.corpus.options import CorpusOptions
 
@@ -45,9 +45,7 @@ class RemoteAnswerer(Answerer):
         self.served = ""
         self.checked: set[bool] = set()
 
-    def answer(
-        self, batch: Sequence[Turn], *, name: str, told: Callable[[int], object] | None = None
-    ) -> list[list[int]]:
+    def answer(self, batch: Sequence[Turn], *, name: str, told: Told | None = None) -> list[list[int]]:
         """Request the response ids of each turn; an end-of-sequence token is added if the engine reports a stop.
 
         The engine answers at once, so `told` is not called.

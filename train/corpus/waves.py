@@ -5,7 +5,8 @@ Each finished batch is a shard on disk before its wave ends, and every process r
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 from tqdm import tqdm
@@ -55,30 +56,50 @@ class Waves:
         return tables, num_too_long
 
     def _answer(self, batches: dict[str, list[Turn]], *, wave: int) -> None:
-        num_tokens, start, pace = 0, time.perf_counter(), ""
-        names, hidden = list(batches), self.rank != 0 or not self.progress
-        firsts, longest = range(0, len(names), self.world_size), self.answerer.options.max_new_tokens
+        """Answer this process's batches that are not on disk."""
+        todo = self._todo(batches)
+        hidden = self.rank != 0 or not self.progress
+        there = sum(len(batches[name]) for name in list(batches)[self.rank :: self.world_size] if name not in todo)
+        total = there + sum(len(batches[name]) for name in todo)
         # The bar also moves within a batch, which may take minutes, but not with every token: a file may hold it.
-        options = {"unit": "batch", "disable": hidden, "miniters": 0, "mininterval": 1}
-        with tqdm(total=len(firsts), desc=f"wave {wave}", **options) as bar:
+        options = {"unit": "answer", "disable": hidden, "miniters": 0, "mininterval": 1}
+        with tqdm(total=total, initial=there, desc=f"wave {wave}", **options) as bar:
 
-            def told(number: int) -> None:
-                bar.set_postfix_str(f"{pace}token {number} of {longest}", refresh=False)
-                bar.update(0)
+            def done(name: str, responses: list[list[int]]) -> None:
+                if todo[name]:
+                    self.shards.write(batches[name], responses, name=name, wave=wave)
 
-            for first in firsts:
-                turn = names[first : first + self.world_size]  # a batch for each process; the last turn may be short
-                name, mine = (turn[self.rank], True) if self.rank < len(turn) else (turn[0], False)
-                missing = mine and self.shards.read(batches[name], name=name) is None
-                if missing or (self.answerer.together and self._any_missing(turn, batches)):
-                    responses = self.answerer.answer(batches[name], name=name, told=None if hidden else told)
-                    if missing:
-                        self.shards.write(batches[name], responses, name=name, wave=wave)
-                    num_tokens += sum(map(len, responses))
-                    pace = f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s, "
-                    bar.set_postfix_str(pace.removesuffix(", "), refresh=False)
-                bar.update()
+            self.answerer.answer_all({name: batches[name] for name in todo}, done, None if hidden else _Pace(bar).told)
 
-    def _any_missing(self, turn: Sequence[str], batches: dict[str, list[Turn]]) -> bool:
-        """Whether any shard is missing; the same on all processes, since none is written before all have answered."""
-        return any(self.shards.read(batches[name], name=name) is None for name in turn)
+    def _todo(self, batches: dict[str, list[Turn]]) -> dict[str, bool]:
+        """Names of batches that this process must answer, and whether it writes them.
+
+        Processes that share a base answer equally often: no shard is written before all of them know what is missing.
+        """
+        names, todo = list(batches), dict[str, bool]()
+        for first in range(0, len(names), self.world_size):
+            turn = names[first : first + self.world_size]  # a batch for each process; the last turn may be short
+            name, mine = (turn[self.rank], True) if self.rank < len(turn) else (turn[0], False)
+            missing = mine and self._is_missing(name, batches)
+            if missing or (self.answerer.together and any(self._is_missing(each, batches) for each in turn)):
+                todo[name] = missing
+        return todo
+
+    def _is_missing(self, name: str, batches: dict[str, list[Turn]]) -> bool:
+        return self.shards.read(batches[name], name=name) is None
+
+
+@dataclass(slots=True)
+class _Pace:
+    """Moves a bar, and says how many tokens a second come."""
+
+    bar: Any
+    start: float = field(default_factory=time.perf_counter)
+    num_tokens: int = 0
+
+    def told(self, responses: Sequence[list[int]], note: str) -> None:
+        """Responses have ended, or those that are made have come so far."""
+        self.num_tokens += sum(map(len, responses))
+        pace = f"{self.num_tokens / (time.perf_counter() - self.start):.0f} tokens/s" if self.num_tokens else ""
+        self.bar.set_postfix_str(", ".join(filter(None, (pace, note))), refresh=False)
+        self.bar.update(len(responses))

@@ -18,13 +18,13 @@ from runtime.errors import DataError
 from train.corpus.answers import Answerer, Turn
 from train.corpus.collection import Collection
 from train.corpus.options import CorpusOptions
-from train.corpus.survey import Survey
 from train.features.disk import readable
 from train.features.extractor import FeatureExtractor
 from train.features.spread import is_spread, shaped
 from train.fitting.flops import FitFlops
 from train.fitting.schedule import Plan
 from train.planning.plan import GIB, empty_heads, position_bytes, step_memory
+from train.planning.survey import Survey
 from train.settings.fit_config import FitConfig
 
 TOKENS = 16  # of the answers that are timed

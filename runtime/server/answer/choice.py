@@ -1,6 +1,7 @@
 """`Choice`: one of the answers to a request: its job, and what came of it so far. Knows no response bodies."""
 
 import asyncio
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,8 +56,13 @@ class Choice:
     ) -> "Choice":
         """The choice of that index, not in the queue yet."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        told: list[float] = []  # when the last token came
 
         def tell(event: Event) -> None:
+            if isinstance(event, Token) and event.id is not None:
+                told.append(time.perf_counter())
+                if len(told) > 1:
+                    metrics.between.observe(told[-1] - told.pop(0))
             with suppress(RuntimeError):  # nobody listens any more: the server has ended
                 loop.call_soon_threadsafe(events.put_nowait, event)
 

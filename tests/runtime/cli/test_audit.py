@@ -31,17 +31,22 @@ def attached(model: Any, prompt: torch.Tensor, tokens: int) -> Any:
     return attach(model, SpecBound(model, heads, SpeculationBounds(0.3, 4, 4)))
 
 
+@pytest.mark.parametrize("concurrency", [1, 2])
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_nothing_differs(make_model: Any, do_sample: bool) -> None:
-    """Greedy and sampled: 0 differing tokens."""
+def test_nothing_differs(make_model: Any, do_sample: bool, concurrency: int) -> None:
+    """Greedy and sampled, alone and together: 0 differing tokens, 0 differing logits."""
     prompt = torch.arange(3, 12)[None]
     model = attached(make_model(), prompt, 30)
-    found = list(audit(model, [prompt, prompt + 1], seed=3, max_new_tokens=30, do_sample=do_sample))
-    assert [(one.tokens, one.differing, one.divergence) for one in found] == [(30, 0, None)] * 2
+    prompts = [prompt, prompt + 1, prompt[:, 1:]]
+    options = {"max_new_tokens": 30, "do_sample": do_sample}
+    found = list(audit(model, prompts, seed=3, concurrency=concurrency, **options))
+    assert [(one.tokens, one.differing, one.divergence) for one in found] == [(30, 0, None)] * 3
+    assert all(one.differing_logits == 0 for one in found)
     assert model.specbound.enabled
 
 
-def test_a_defect_is_found(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_a_defect_is_found(make_model: Any, monkeypatch: pytest.MonkeyPatch, concurrency: int) -> None:
     """A cache that keeps a row too many: differing tokens, called a defect or at least explained."""
     prompt = torch.arange(3, 12)[None]
     model = attached(make_model(), prompt, 30)
@@ -51,9 +56,9 @@ def test_a_defect_is_found(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> 
         return update(self, keys * 0.5, values, *rest)
 
     monkeypatch.setattr(KVCache, "update", broken)
-    (found,) = audit(model, [prompt], max_new_tokens=30, do_sample=False)
-    assert found.differing > 0
-    assert found.divergence is not None and found.divergence.largest_shift > 0
+    for found in audit(model, [prompt] * concurrency, concurrency=concurrency, max_new_tokens=30, do_sample=False):
+        assert found.differing > 0
+        assert found.divergence is not None and found.divergence.largest_shift > 0
     detach(model)
 
 
@@ -85,12 +90,14 @@ def test_the_command(demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(demo_outputs)
     Path("prompts.jsonl").write_text('{"prompt": "w1 w2 w3"}\n{"turns": ["w5 w9", "w4"]}\n')
     arguments = ["audit", "--adapter", "outputs/demo/adapter", "--prompts", "prompts.jsonl", "--max-new-tokens", "20"]
-    result = CliRunner().invoke(app, [*arguments, "--dtype", "float32", "--json", "found.json"])
+    more = ["--dtype", "float32", "--json", "found.json", "--concurrency", "2"]
+    result = CliRunner().invoke(app, [*arguments, *more])
     assert result.exit_code == 0, result.output
     assert "0 differing tokens of 40 over 2 prompts" in result.output
     found = json.loads(Path("found.json").read_text())
     assert (found["prompts"], found["identical_prompts"], found["complete"]) == (2, 2, True)
     assert found["conditions"]["dtype"] == "float32" and found["differing_logits"] == 0
+    assert found["conditions"]["concurrency"] == 2
     wrong = CliRunner().invoke(app, [*arguments, "--dtype", "int3"])
     assert wrong.exit_code == 1 and "expected one of" in wrong.stderr
 

@@ -132,7 +132,7 @@ def test_nothing_is_packed_without_room_or_in_another_dtype(make_model: Any, mon
     """Then the model's own Linears run."""
     assert PackedLinears.of(make_model(**WIDE)) is None  # float32
     assert PackedLinears.of(make_model().to(torch.bfloat16)) is None  # too small
-    monkeypatch.setattr(packed, "_free_memory", lambda: 0)
+    monkeypatch.setattr(packed, "free_memory", lambda: 0)
     assert PackedLinears.of(make_model(**WIDE).to(torch.bfloat16)) is None
 
 

@@ -121,10 +121,10 @@ def test_metrics(served: Served) -> None:
     usage = served.complete(max_tokens=20).usage
     after = served.metrics()
     assert all(after[name] >= value for name, value in before.items() if "created" not in name)
-    assert after["specbound_generated_tokens_total"] - before["specbound_generated_tokens_total"] == 20
+    assert after["specbound_generation_tokens_total"] - before["specbound_generation_tokens_total"] == 20
     assert after["specbound_prompt_tokens_total"] - before["specbound_prompt_tokens_total"] == 3
     assert after["specbound_rounds_total"] - before["specbound_rounds_total"] == usage.specbound["rounds"]
-    assert after["specbound_ready"] == 1 and after["specbound_waiting_requests"] == 0
+    assert after["specbound_ready"] == 1 and after["specbound_num_requests_waiting"] == 0
     drafted = 'specbound_drafted_tokens_total{exit_layer="2"}'
     assert after[drafted] - before.get(drafted, 0) == usage.specbound["drafted"]["2"]
     ended = 'specbound_requests_total{outcome="length"}'
@@ -148,15 +148,15 @@ def test_metrics_of_cancelled_requests(served: Served) -> None:
     served.hold()
     with served.send(max_tokens=200, stream=True) as connection:
         until(served.valve.reached.is_set)
-        assert served.metrics()["specbound_running_requests"] == 1
+        assert served.metrics()["specbound_num_requests_running"] == 1
         (job,) = served.worker._running.values()
         assert job is not None and connection.recv(12) == b"HTTP/1.1 200"
     until(job.transcript.cancelled.is_set)
     served.valve.open.set()
     until(served.idle)
     after = served.metrics()
-    assert after["specbound_running_requests"] == 0
-    for name, count in (("generated_tokens", len(job.transcript.ids)), ("rounds", 1), ("prompt_tokens", 3)):
+    assert after["specbound_num_requests_running"] == 0
+    for name, count in (("generation_tokens", len(job.transcript.ids)), ("rounds", 1), ("prompt_tokens", 3)):
         assert after[f"specbound_{name}_total"] - before[f"specbound_{name}_total"] == count
     cancelled = 'specbound_requests_total{outcome="cancelled"}'
     assert after[cancelled] - before.get(cancelled, 0) == 1

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from tests.helpers.corpora import OPTIONS, record, rows, run
 from train.cli.app import app
 from train.corpus.collection import Collection
-from train.corpus.survey import Survey
+from train.planning.survey import Survey
 
 WIDE = {"COLUMNS": "300"}
 ROWS = [

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 
 from train.corpus.options import CorpusOptions
-from train.corpus.survey import Survey
+from train.planning.survey import Survey
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt

@@ -1,0 +1,136 @@
+"""Memory for keys and values: what a token takes, who waits for room, who never gets any, and that all comes back."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from runtime.batch import Batch, KVMemory, generated
+from runtime.batch.memory import MAX_PROMPTS, TooLong, bytes_per_token
+from runtime.errors import ConfigError
+from tests.helpers.families import tiny
+from tests.helpers.speculation import BOUNDS, GREEDY, PROMPTS, adapted, alone, base
+
+BESIDE = BOUNDS.max_draft_tokens + 1
+LONGEST = max(map(len, PROMPTS)) + 24 + BESIDE
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma", "qwen3", "phi3"])
+def test_a_token_takes_what_its_keys_and_values_do(family: str) -> None:
+    """As transformers' own cache holds them; bytes are as many tokens as fit."""
+    model = tiny(family)
+    cache = model(torch.arange(2, 12)[None]).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert bytes_per_token(model) * 10 == held
+    assert KVMemory.of(model, held + 3).tokens == 10 and KVMemory.of(model).tokens > 10_000
+    with pytest.raises(ConfigError, match="5 bytes for keys and values: one token of this model takes"):
+        KVMemory.of(model, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_calls_wait_for_room_and_stay_within_it(dtype: torch.dtype) -> None:
+    """First come, first served; buffers never grow beyond what their calls have taken."""
+    model = base(dtype)
+    expected = alone(model, GREEDY)
+    made, memory, most = adapted(model, expected), KVMemory(2 * LONGEST), 0
+    with Batch(made, 6, memory) as batch:
+        calls = [batch.add(prompt, **GREEDY) for prompt in PROMPTS]
+        while not all(call.ended for call in calls):
+            batch.round()
+            assert [call for call in calls if call in batch.calls] == list(batch.calls)
+            assert memory.used + memory.kept <= memory.tokens
+            most = max(most, len(batch.running))
+            for call in batch.running:
+                assert call.has_room and call.generation is not None
+                rows = {keys.shape[2] for keys in call.generation.cache._keys if keys is not None}
+                assert max(rows) <= max(call.tokens, 64)
+    assert [generated(call) for call in calls] == expected
+    assert most in (2, 3) and memory.used == 0 and memory.usage == 0.0
+
+
+def test_buffers_grow_to_what_is_needed_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by doubling beyond the longest that the text may be."""
+    monkeypatch.setattr("runtime.decoding.cache.MIN_CAPACITY", 4)
+    monkeypatch.setattr("runtime.batch.generation.AHEAD", 2)
+    model = base(torch.float32)
+    longer = GREEDY | {"max_new_tokens": 30}
+    expected, sizes = alone(model, longer), set[int]()
+    with Batch(adapted(model, expected), 1) as batch:
+        call = batch.add(PROMPTS[0], **longer)
+        while not call.ended:
+            batch.round()
+            if call.generation is not None:
+                sizes |= {keys.shape[2] for keys in call.generation.cache._keys if keys is not None}
+    assert generated(call) == expected[0]
+    assert len(sizes) > 2 and max(sizes) == len(PROMPTS[0]) + 30 + BESIDE
+
+
+def test_what_never_has_room_is_refused_by_name() -> None:
+    """When it is added; the others are not touched."""
+    model = base(torch.float32)
+    expected = alone(model, GREEDY)
+    memory = KVMemory(LONGEST)
+    with Batch(adapted(model, expected), 6, memory) as batch:
+        calls = [batch.add(prompt, **GREEDY) for prompt in PROMPTS[:2]]
+        size = len(PROMPTS[0]) + LONGEST + BESIDE
+        with pytest.raises(
+            TooLong, match=rf"of {size} tokens: keys and values have room for {LONGEST}; ask for fewer"
+        ):
+            batch.add(PROMPTS[0], **(GREEDY | {"max_new_tokens": LONGEST}))
+        while not all(call.ended for call in calls):
+            batch.round()
+    assert [generated(call) for call in calls] == expected[:2]
+
+
+class Failing(StoppingCriteria):
+    """Raises at the fifth new token."""
+
+    def __init__(self, length: int, error: BaseException) -> None:
+        self.length, self.error = length, error
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        """Raise, or go on."""
+        if input_ids.shape[1] > self.length + 5:
+            raise self.error
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mine"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_all_of_it_comes_back(error: BaseException) -> None:
+    """Of calls that fail, that are cancelled while they run or wait, or that Ctrl-C ends."""
+    model = base(torch.float32)
+    expected = alone(model, GREEDY)
+    memory = KVMemory(3 * LONGEST)
+    try:
+        with Batch(adapted(model, expected), 6, memory) as batch:
+            criteria = StoppingCriteriaList([Failing(len(PROMPTS[0]), error)])
+            calls = [batch.add(PROMPTS[0], stopping_criteria=criteria, **GREEDY)]
+            calls += [batch.add(prompt, **GREEDY) for prompt in PROMPTS[1:]]
+            batch.round()
+            for call in (calls[1], calls[5]):
+                call.cancelled = True
+            while not all(call.ended for call in calls):
+                batch.round()
+            assert calls[0].error is error and generated(calls[2]) == expected[2]
+    except KeyboardInterrupt:
+        assert isinstance(error, KeyboardInterrupt)
+    assert memory.used == 0
+
+
+def test_prompts_are_kept_in_what_is_left() -> None:
+    """Least recently asked for first out; requests come first; a few at most."""
+    memory = KVMemory(100)
+    for name in "abc":
+        memory.keep(name, 30, name.upper())
+    assert memory.find("a") == "A" and memory.kept == 90 and memory.used == 0
+    memory.keep("d", 30, "D")
+    assert memory.find("b") is None and memory.find("c") == "C"
+    assert memory.has_room(100) and memory.take(50) and memory.kept == 30 and memory.find("c") == "C"
+    memory.keep("e", 60, "E")
+    assert memory.find("e") is None and memory.usage == 0.5
+    assert memory.take(50) and memory.kept == 0 and not memory.take(1)
+    memory.give_back(100)
+    for number in range(MAX_PROMPTS + 3):
+        memory.keep(number, 1, number)
+    assert memory.kept == MAX_PROMPTS and memory.find(2) is None and memory.find(3) == 3
