@@ -58,7 +58,9 @@ class Generation:
         kv = prepared.cache_of(stock_cache, capacity)
         prompt_length = kv.get_seq_length()
         positions = model_kwargs.get("position_ids")
-        offset = 0 if positions is None else int(positions[0, -1]) + 1 - prompt_length
+        after = prompt_length if positions is None else position_after(positions)
+        assert after is not None
+        offset = after - prompt_length
         known = emitter.input_ids[0].tolist()
         state = DecodeState(prepared.layers, kv, known, prompt=seen, position_offset=offset)
         on_round = getattr(emitter.streamer, "end_round", None)  # a streamer may ask what became of the drafts
@@ -79,3 +81,13 @@ class Generation:
         stats.unpromised = self.emitter.unpromised
         stats.seconds = time.perf_counter() - self.started
         return self.emitter.finish(self.stock_cache)
+
+
+def position_after(positions: Tensor) -> int | None:
+    """Position of the token after a prompt; None where it has several.
+
+    Args:
+        positions: shape [1, T]; of a prompt with images [3, 1, T], or [4, 1, T], where the first axis turns nothing.
+    """
+    last: list[int] = positions.reshape(-1, positions.shape[-1])[-3:, -1].tolist()
+    return last[0] + 1 if len(set(last)) == 1 else None

@@ -169,7 +169,8 @@ def block_attention(model: PreTrainedModel, kind: str) -> Iterator[BlockAttentio
     Raises:
         UnsupportedModel: where the model uses an implementation other than eager or sdpa.
     """
-    stock = model.config._attn_implementation
+    config = model.config.get_text_config()  # towers attend in their own way
+    stock = config._attn_implementation
     if stock not in SUPPORTED:
         raise UnsupportedModel(
             f"attention implementation {stock!r} is not supported: load the model with attn_implementation='sdpa'"
@@ -177,11 +178,11 @@ def block_attention(model: PreTrainedModel, kind: str) -> Iterator[BlockAttentio
     attention = BlockAttention(kind, stock)
     name = f"specbound_{kind}_{stock}_{id(attention)}"
     ALL_ATTENTION_FUNCTIONS[name] = attention
-    model.config._attn_implementation = name
+    config._attn_implementation = name
     try:
         yield attention
     finally:
-        model.config._attn_implementation = stock
+        config._attn_implementation = stock
         ALL_ATTENTION_FUNCTIONS.pop(name)
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from runtime.decoding.families import FAMILIES, has_windows
+from runtime.decoding.families import family_of, has_windows, text_decoder
 from runtime.decoding.layers import NATIVE
+from runtime.decoding.wrappers import text_modules
 from runtime.exact.attention import BlockAttention, block_attention
 from runtime.exact.fused import fused_layers
 from runtime.exact.native.stack import NativeLayers, norms
@@ -72,7 +73,7 @@ class ExecutionPolicy:
 def execution(model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None = None) -> Iterator[None]:
     """While open, `model` computes blocks by `policy`; afterwards its modules are as they were."""
     patched: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
-    body = getattr(model, FAMILIES[model.config.model_type].body)
+    body = text_decoder(model)
     with block_attention(model, policy.attention) as attention:
         try:
             native = native_layers(model, policy, packed, attention) if policy.native else None
@@ -129,8 +130,8 @@ def native_layers(
     model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None, attention: BlockAttention
 ) -> NativeLayers | None:
     """The model's layers as runs in our own kernel; None where it does not take all of them under this policy."""
-    family = FAMILIES[model.config.model_type]
-    if packed is None or not family.llama_kind or attention.stock == "eager" or has_windows(model.config):
+    llama_kind = family_of(model.config).llama_kind
+    if packed is None or not llama_kind or attention.stock == "eager" or has_windows(model.config):
         return None
     joint = {
         joint.modules: joint
@@ -138,17 +139,17 @@ def native_layers(
         if joint.layout.order is not None and policy.packed_rows.get(joint.shape, 1) is None
     }
     unembedding: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return NativeLayers.of(getattr(model, family.body), unembedding, joint, attention.order)
+    return NativeLayers.of(text_decoder(model), unembedding, joint, attention.order)
 
 
 def linears(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that multiply by a weight matrix, in the model's order."""
-    return [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    """The modules that multiply by a weight matrix, in the model's order; of a wrapper those of its text."""
+    return [module for _, module in text_modules(model) if isinstance(module, (nn.Linear, Conv1D))]
 
 
 def mixtures(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that send each row to some of many experts, and add up what these make of it."""
-    return [module for module in model.modules() if "experts" in module._modules]
+    return [module for _, module in text_modules(model) if "experts" in module._modules]
 
 
 def in_rows(forward: Callable[..., Tensor], rows: int | None) -> Callable[..., Tensor]:

@@ -68,9 +68,9 @@ def make_app(
     async def respond(body: ChatRequest | CompletionRequest, request: Request) -> Response:
         _check_name(body.model, names)
         prompts = await run_in_threadpool(prompts_of, worker, body)
-        config = worker.model.config
+        config = worker.model.config.get_text_config()
         limits.check_answers(body.n * len(prompts))
-        check_bias(body, int(config.get_text_config().vocab_size))
+        check_bias(body, int(config.vocab_size))
         context = int(config.max_position_embeddings)
         tokens = [limits.tokens(body, prompt.num_tokens, context) for prompt in prompts]
         answer = Answer(body, worker, metrics, names[0], prompts, tokens, limits.seconds)

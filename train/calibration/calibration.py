@@ -55,7 +55,7 @@ def calibrate(
     features = [batch.to("cpu") for batch in tqdm(calibration.batches(size), "features", unit="batch")]
     confidences = collect((batch.to(device) for batch in tqdm(features, "calibrate", unit="batch")), heads)
     require_positions(len(confidences.sequence))
-    schedule, scores = fit_schedule(confidences, config.schedule, model.config.num_hidden_layers)
+    schedule, scores = fit_schedule(confidences, config.schedule, model.config.get_text_config().num_hidden_layers)
     looked_up = LookupTraces.collect(calibration.sequences.rows, confidences.targets)
     table = looked_up.fit()
     exits = ExitLog.collect(
@@ -68,6 +68,6 @@ def calibrate(
     figures = report(confidences, schedule) | {
         "negative_log_likelihood": scores,
         "lookup": looked_up.report(table),
-        "schedules": compare_schedules(confidences, model.config.num_hidden_layers),
+        "schedules": compare_schedules(confidences, model.config.get_text_config().num_hidden_layers),
     }
     return Calibration(confidences, schedule, table, traces, figures)

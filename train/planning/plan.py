@@ -78,12 +78,13 @@ class Estimate:
 
 def empty_heads(config: FitConfig, model: Any) -> ExitHeads:
     """Make the heads of a recipe on the `meta` device, with shapes but no memory."""
+    shape = model.config.get_text_config()
     with torch.device("meta"):
         return ExitHeads(
             config.head,
             config.exit_layers,
-            hidden_size=model.config.hidden_size,
-            draft_vocab_size=config.draft_vocab_size or model.config.vocab_size,
+            hidden_size=shape.hidden_size,
+            draft_vocab_size=config.draft_vocab_size or shape.vocab_size,
             rank=config.head_rank,
         )
 
@@ -153,7 +154,7 @@ def step_memory(config: FitConfig, model: Any, heads: ExitHeads, *, length: int,
         length: tokens of the longest sequence, prompt and response.
         responses: response positions in a sequence.
     """
-    shape, batch = model.config, config.per_device_train_batch_size
+    shape, batch = model.config.get_text_config(), config.per_device_train_batch_size
     itemsize = getattr(torch, config.dtype).itemsize
     draft = config.draft_vocab_size or shape.vocab_size
     exits, tokens, positions = len(heads.exit_layers), batch * length, batch * responses
@@ -182,8 +183,9 @@ def _inner_size(shape: Any) -> int:
 def position_bytes(config: FitConfig, model: Any) -> float:
     """Estimate the bytes on disk of one response position of cached features."""
     itemsize = getattr(torch, config.dtype).itemsize
-    states = (len(config.exit_layers) + 2) * model.config.hidden_size * itemsize
-    return states + 12 * min(config.teacher_top_k, model.config.vocab_size) + 8
+    shape = model.config.get_text_config()
+    states = (len(config.exit_layers) + 2) * shape.hidden_size * itemsize
+    return states + 12 * min(config.teacher_top_k, shape.vocab_size) + 8
 
 
 def _sharing(learned: int, number: int) -> dict[str, float]:
@@ -199,12 +201,12 @@ def _sharded_base(model: Any, number: int) -> float:
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         outside += model.get_output_embeddings().weight.numel()
     layers = total - outside
-    return outside + layers / number + 2 * layers / model.config.num_hidden_layers
+    return outside + layers / number + 2 * layers / model.config.get_text_config().num_hidden_layers
 
 
 def _generation_bytes(config: FitConfig, model: Any, prompt_tokens: int) -> float:
     """Estimate the bytes of keys, values and logits of a batch of answers."""
-    shape, itemsize = model.config, getattr(torch, config.dtype).itemsize
+    shape, itemsize = model.config.get_text_config(), getattr(torch, config.dtype).itemsize
     width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     kept = 2 * shape.num_hidden_layers * (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
     length = prompt_tokens + config.max_new_tokens
@@ -237,13 +239,14 @@ def recipe_for(name: str, model: Any = None) -> FitConfig:
     if name.endswith((".yaml", ".yml")):
         config = parse_config(["--config", name])
     else:
-        layers = 32 if model is None else model.config.num_hidden_layers
+        shape = None if model is None else model.config.get_text_config()
+        layers = 32 if shape is None else shape.num_hidden_layers
         exits = sorted({max(1, layers // 16), max(1, layers // 8), max(1, layers // 4)})
-        size = 8192 if model is None else min(8192, model.config.vocab_size)
+        size = 8192 if shape is None else min(8192, shape.vocab_size)
         settings: dict[str, Any] = {"prompts": ["-"], "output_dir": "-", "draft_vocab_size": size}
         config = FitConfig(model_name_or_path=name, exit_layers=exits, **settings)
     validate(config)
     if model is not None:
-        shape = model.config
+        shape = model.config.get_text_config()
         validate_against_model(config, num_hidden_layers=shape.num_hidden_layers, vocab_size=shape.vocab_size)
     return config

@@ -7,9 +7,9 @@ without an account or a download.
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from runtime.base import from_pretrained
+from runtime.base import auto_class, from_pretrained
 from runtime.decoding.families import check_config
 from runtime.errors import AdapterError, ConfigError
 
@@ -71,4 +71,4 @@ def empty_model(name: str, *, revision: str | None = None) -> Any:
             ) from error
     check_config(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class(config).from_config(config)

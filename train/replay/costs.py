@@ -185,9 +185,9 @@ def counted_costs(model: Any, heads: DraftHeads) -> CostTable:
     total = sum(parameter.numel() for parameter in model.parameters())
     matrix = model.get_output_embeddings().weight.numel()
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    layer = (total - matrix * (1 if tied else 2)) / model.config.num_hidden_layers
+    layer = (total - matrix * (1 if tied else 2)) / model.config.get_text_config().num_hidden_layers
     head = heads.exits.one.weights_read / layer
-    return CostTable.counted(model.config.num_hidden_layers, head=head, unembedding=matrix / layer)
+    return CostTable.counted(model.config.get_text_config().num_hidden_layers, head=head, unembedding=matrix / layer)
 
 
 def _push(segments: list[tuple[int, int]], depth: int, tokens: int) -> None:
