@@ -28,8 +28,8 @@ float32 and bfloat16, greedy and sampled, chains and trees of drafts. "Fitted" n
 this repository is for.
 
 Mixtures of experts compute the tokens of a block one by one: an expert that gets several at once adds in another
-order. That is exact, and gains less than a dense model does. `specbound plan` counts all experts for each token: its
-hours are then too many.
+order. That is exact, and gains less than a dense model does. `specbound plan` counts memory for all experts, and work
+for those that a token is sent to.
 
 Layers with windows attend row by row once the window is full, and no layer of such a model runs natively. A Mistral
 whose texts stay shorter than its window computes the same, and faster, when it is loaded with `sliding_window=None`.

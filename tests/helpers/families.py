@@ -137,6 +137,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS | {"moe_intermediate_size": 32, "head_dim": 12, "mlp_only_layers": [1]},
     "solar_open": ROUTED | {"head_dim": 12},
 }
+# Decoders that have no model of their own: `test_wrappers.py` tries them where they are.
+INSIDE_ALONE = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text")
 # Windows, in half of the layers where a family can have both.
 HALF: dict[str, Any] = {"layer_types": ["full_attention", "sliding_attention"] * (LAYERS // 2)}
 WINDOWS: dict[str, dict[str, Any]] = {

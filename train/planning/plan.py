@@ -13,9 +13,10 @@ import torch
 from runtime.drafting.attention_head import FIT_DRAFTS
 from runtime.drafting.heads import ExitHeads
 from runtime.errors import ConfigError
+from runtime.exact.execution import mixtures
 from train.features.extractor import CHUNK
 from train.features.prompts import PROMPT_TOKENS
-from train.fitting.flops import FitFlops
+from train.fitting.flops import FitFlops, active_parameters, experts_per_token
 from train.settings.fit_config import FitConfig, parse_config, validate, validate_against_model
 
 GIB = 2**30
@@ -48,7 +49,7 @@ class Estimate:
     """The estimate of a fit. Memory is in bytes, on one device.
 
     Attributes:
-        base_parameters, head_parameters: exact counts.
+        base_parameters, active_parameters, head_parameters: exact counts; active are those that a token runs through.
         sharded: whether the base's decoder layers are spread over the devices.
         memory: bytes needed while fitting, by purpose.
         generation: bytes needed while the base answers prompts; 0 if it is sharded, since another engine should.
@@ -59,6 +60,7 @@ class Estimate:
     """
 
     base_parameters: int
+    active_parameters: int
     head_parameters: int
     sharded: bool
     memory: dict[str, float]
@@ -123,6 +125,7 @@ def estimate(config: FitConfig, model: Any, devices: Devices, *, num_prompts: in
     rate = devices.number * devices.tflops * 1e12 * devices.utilisation
     plan = Estimate(
         base_parameters=parameters,
+        active_parameters=active_parameters(model),
         head_parameters=learned,
         sharded=sharded,
         memory=base | memory,
@@ -161,7 +164,7 @@ def step_memory(config: FitConfig, model: Any, heads: ExitHeads, *, length: int,
     prompts = batch * min(PROMPT_TOKENS, length - responses) if heads.one.attends else 0
     kept = (exits + 2) * (positions + prompts) * shape.hidden_size * itemsize
     # In a decoder layer: residual, normed and attended states, and three tensors of a gated MLP.
-    layer = tokens * (4 * shape.hidden_size + 3 * _inner_size(shape)) * itemsize
+    layer = tokens * (4 * shape.hidden_size + 3 * _inner_size(model)) * itemsize
     choice = min(CHUNK, positions) * shape.vocab_size * 8
     # Forward: logits and log-probabilities of all exits. Backward: only the latter, and three tensors of one exit.
     drafts = exits * (FIT_DRAFTS if heads.one.attends else 1)
@@ -174,10 +177,18 @@ def step_memory(config: FitConfig, model: Any, heads: ExitHeads, *, length: int,
     }
 
 
-def _inner_size(shape: Any) -> int:
-    """Size of the inner states of a layer's MLP; GPT-2's config has another name for it, or leaves it to be known."""
+def _inner_size(model: Any) -> int:
+    """Size of the inner states of a layer's MLP; GPT-2's config has another name for it, or leaves it to be known.
+
+    Of a mixture, that of all experts of a token, where it is more than that of a layer without experts.
+    """
+    shape = model.config.get_text_config()
     names = ("intermediate_size", "n_inner", "moe_intermediate_size")
-    return next((size for name in names if (size := getattr(shape, name, None))), 4 * int(shape.hidden_size))
+    dense = next((size for name in names if (size := getattr(shape, name, None))), 4 * int(shape.hidden_size))
+    if not mixtures(model):
+        return int(dense)
+    expert = getattr(shape, "moe_intermediate_size", None) or dense
+    return max(dense, experts_per_token(shape) * (max(expert) if isinstance(expert, list) else expert))
 
 
 def position_bytes(config: FitConfig, model: Any) -> float:
