@@ -22,7 +22,7 @@ class Family:
         llama_kind: a layer is what `LlamaParts` takes apart: norm, attention with rotary positions, residual, norm,
             gated SiLU, residual.
         by_layer: each layer reads in the config's `layer_types` whether it has a window; others ask `sliding_window`.
-        windows: its layers may have windows; they tell their attention, and tests go beyond them.
+        windows: its layers may have windows; attention gets to know, and tests go beyond them.
         rotary_by_layer: there is a rotary table for each kind of layer.
         factor: field of the config by which logits are multiplied; without it `logits_scaling` divides them.
         scaled: logits are scaled and capped as the config says; wrappers leave that out.
@@ -72,6 +72,7 @@ FAMILIES = {
     "glm4_moe": Family(),
     "gpt2": Family(body="transformer", embedding="wte", layers="h", norm="ln_f", rotary=None, positions="wpe"),
     "gpt_neox": Family(body="gpt_neox", embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past"),
+    "gpt_oss": Family(by_layer=True, windows=True),
     "granitemoe": Family(),
     "granitemoehybrid": Family(by_layer=True),
     "granitemoeshared": Family(),
@@ -92,10 +93,10 @@ FAMILIES = {
     "persimmon": Family(norm="final_layernorm"),
     "phi": Family(norm="final_layernorm"),
     "phi3": Family(windows=True),
-    "qwen2_moe": Family(by_layer=True),
-    "qwen2_vl_text": Family(llama_kind=True, by_layer=True, axes=3),
-    "qwen2_5_vl_text": Family(llama_kind=True, by_layer=True, axes=3),
-    "qwen3_moe": Family(),
+    "qwen2_moe": Family(by_layer=True, windows=True),
+    "qwen2_vl_text": Family(llama_kind=True, by_layer=True, windows=True, axes=3),
+    "qwen2_5_vl_text": Family(llama_kind=True, by_layer=True, windows=True, axes=3),
+    "qwen3_moe": Family(windows=True),
     "qwen3_vl_text": Family(llama_kind=True, axes=3),
     "qwen3_vl_moe_text": Family(axes=3),
     "seed_oss": Family(),

@@ -164,12 +164,16 @@ def call_in_rows(forward: Callable[..., Tensor], rows: int, hidden: Tensor, *arg
     """
     if hidden.shape[-2] == 1:
         return forward(hidden, *args, **kwargs)
-    outputs = []
+    outputs, rest = [], None
     for part in torch.split(hidden, rows, dim=-2):
         given = part.shape[-2]
         full = part if given == rows else nn.functional.pad(part, (0, 0, 0, rows - given))
         full = full.reshape(-1).view(full.shape)  # with the strides of a row alone, which decide how torch multiplies
         if full.data_ptr() % ALIGNMENT:
             full = full.clone()
-        outputs.append(forward(full, *args, **kwargs)[..., :given, :])
-    return torch.cat(outputs, dim=-2)
+        output: Any = forward(full, *args, **kwargs)
+        if isinstance(output, tuple):  # a mixture's, and how it routed its last rows: no layer reads that
+            output, *rest = output
+        outputs.append(output[..., :given, :])
+    together = torch.cat(outputs, dim=-2)
+    return together if rest is None else (together, *rest)

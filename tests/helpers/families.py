@@ -62,7 +62,7 @@ FAMILIES: dict[str, Any] = {
 # Without a window in any layer; the window that is named beside is nobody's.
 FULL: dict[str, Any] = {"layer_types": ["full_attention"] * LAYERS, "sliding_window": 8}
 # Those that attend in eager mode alone.
-EAGER = ("gemma2",)
+EAGER = ("gemma2", "gpt_oss")
 # Two of four experts a token, in the words of each kind of configuration.
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -126,6 +126,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1},
     "flex_olmo": EXPERTS,
     "glm4_moe": ROUTED | {"head_dim": 12},
+    "gpt_oss": LOCAL | FULL | {"head_dim": 12},
     "granitemoe": LOCAL | SCALED,
     "granitemoehybrid with experts": GRANITE_4 | LOCAL,
     "granitemoeshared": LOCAL | SCALED | {"shared_intermediate_size": 32},
@@ -153,9 +154,12 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "exaone4": HALF,
     "gemma2": FURTHER["gemma2"] | HALF,
     "gemma3_text": HALF | {"head_dim": 12},
+    "gpt_oss": LOCAL | HALF | {"head_dim": 12},
     "ministral": HALF | {"head_dim": 12},
     "olmo3": HALF,
     "qwen2": HALF | {"use_sliding_window": True},
+    "qwen2_moe": MIXTURES["qwen2_moe"] | HALF | {"use_sliding_window": True},
+    "qwen3_moe": MIXTURES["qwen3_moe"] | {"use_sliding_window": True},
     "qwen3": HALF | {"use_sliding_window": True, "head_dim": 12},
     "smollm3": HALF | {"use_sliding_window": True},
 }

@@ -32,7 +32,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 2.0, "top_p": 0.9, "max_new_tokens": NEW}
 TREES, CHAINS = SpeculationBounds(0.2, 1, 6, max_branches=3, max_depth=4), SpeculationBounds(0.2, 1, 4)
 
-# Pictures of 8 x 8 pixels, in patches of 4 x 4.
+# Pictures of 8 x 8 pixels, in patches of 4 x 4; of Mistral 3, which merges four patches, of 16 x 16.
 _EYE: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
     "patch_size": 4,
@@ -59,10 +59,14 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "llava_onevision": ({"model_type": "qwen2"}, _SIGLIP, _INDEX | {"video_token_index": 91}),
     "mistral3": (
         {"model_type": "mistral", "sliding_window": None},
-        {"model_type": "pixtral", "head_dim": 8, **_EYE},
+        {"model_type": "pixtral", "head_dim": 8, **_EYE, "image_size": 16},
         _INDEX,
     ),
-    "qwen2_vl": (_TURNED, _QWEN_EYE | {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2}, _TOKENS),
+    "qwen2_vl": (
+        _TURNED | HALF | {"use_sliding_window": True, "sliding_window": 16},
+        _QWEN_EYE | {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2},
+        _TOKENS,
+    ),
     "qwen2_5_vl": (_TURNED, _QWEN_EYE | {"fullatt_block_indexes": [1], "window_size": 16}, _TOKENS),
     "qwen3_vl": (_TURNED | {"head_dim": 12}, _DEEP, _TOKENS),
     "qwen3_vl_moe": (_TURNED | {"head_dim": 12} | EXPERTS | {"moe_intermediate_size": 32}, _DEEP, _TOKENS),
@@ -70,7 +74,7 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 # Tokens that a picture takes.
-PICTURES = {"gemma3": 4, "idefics3": 1, "internvl": 1, "llava": 4, "mistral3": 1, "smolvlm": 1} | dict.fromkeys(QWEN, 4)
+PICTURES = {"gemma3": 4, "idefics3": 1, "internvl": 1, "llava": 4, "mistral3": 4, "smolvlm": 1} | dict.fromkeys(QWEN, 4)
 
 
 def wrapper(name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -101,11 +105,12 @@ def picture(name: str, dtype: torch.dtype, *, words: int = 6) -> dict[str, Any]:
         pixels = torch.randn(16, 3 * 2 * 4 * 4, generator=numbers).to(dtype)
         grid = torch.tensor([[1, 4, 4]])
         return given | {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
-    pixels = torch.randn(1, 3, 8, 8, generator=numbers).to(dtype)
+    size = 16 if name == "mistral3" else 8
+    pixels = torch.randn(1, 3, size, size, generator=numbers).to(dtype)
     given["pixel_values"] = pixels[None] if name in ("idefics3", "smolvlm") else pixels
     if name == "gemma3":
         given["token_type_ids"] = kinds
-    return given | ({"image_sizes": torch.tensor([[8, 8]])} if name == "mistral3" else {})
+    return given | ({"image_sizes": torch.tensor([[size, size]])} if name == "mistral3" else {})
 
 
 def both(model: Any, given: dict[str, Any], bounds: SpeculationBounds, **options: Any) -> tuple[Tensor, Tensor]:
