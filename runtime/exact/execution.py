@@ -157,7 +157,7 @@ def in_rows(forward: Callable[..., Tensor], rows: int | None) -> Callable[..., T
     return forward if rows is None else partial(call_in_rows, forward, rows)
 
 
-def call_in_rows(forward: Callable[..., Tensor], rows: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def call_in_rows(forward: Callable[..., Any], rows: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     """`forward` on a block [..., T, D], `rows` rows a call, the last call padded with zeros; [..., T, out].
 
     One row alone is passed on as it is: that is one-token decoding's own call.

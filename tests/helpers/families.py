@@ -1,5 +1,6 @@
 """Tiny random models of every family that is supported, and a prompt for them."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -187,14 +188,8 @@ def tiny(
 ) -> PreTrainedModel:
     """A random model whose greedy output wanders; biases, norms and scales are random too."""
     attention = attention or ("eager" if family in EAGER else "sdpa")
-    config = FAMILIES.get(family)
-    if window is not None:
-        config = AutoConfig.for_model(family, **SHAPE | WINDOWS[family] | {"sliding_window": window})
-    if config is None:
-        config = AutoConfig.for_model(model_type(family), **SHAPE | (FURTHER | MIXTURES)[family])
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-    assert size < 1e6, f"{family} has {size:,} parameters: a size was left at its default"
+    config = config_of(family, window)
+    check_size(family, window)
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, attn_implementation=attention, dtype=dtype
@@ -202,6 +197,22 @@ def tiny(
     randomise(model)
     model.generation_config.pad_token_id = 0
     return model
+
+
+def config_of(family: str, window: int | None = None) -> Any:
+    """Of a tiny model; with a window where that is given."""
+    if window is not None:
+        return AutoConfig.for_model(family, **SHAPE | WINDOWS[family] | {"sliding_window": window})
+    return FAMILIES.get(family) or AutoConfig.for_model(model_type(family), **SHAPE | (FURTHER | MIXTURES)[family])
+
+
+@cache
+def check_size(family: str, window: int | None) -> None:
+    """Without memory, once: building a model takes longer than what most tests do with it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(family, window))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert size < 1e6, f"{family} has {size:,} parameters: a size was left at its default"
 
 
 def require(family: str) -> None:

@@ -3,15 +3,13 @@
 A multiplication and an addition are two. Knows no steps and no clock.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from runtime.decoding.wrappers import text_modules
 from runtime.drafting.heads import ExitHeads
-from runtime.exact.execution import mixtures
+from train.features.weights import idle_parameters, text_parameters, text_parts
 
 # Dense bfloat16 operations a second, as the vendors state them; matched against the device's name, longest first.
 PEAK_FLOPS = {
@@ -49,9 +47,8 @@ class FitFlops:
         """Of a base with its heads."""
         config = model.config.get_text_config()
         hidden, vocab_size = config.hidden_size, config.vocab_size
-        inside = [module for _, module in text_modules(model)]
-        matrices = sum(parameter.numel() for parameter in _parameters(inside) if parameter.dim() > 1)
-        matrices -= sum(module.weight.numel() for module in inside if isinstance(module, nn.Embedding))
+        matrices = sum(parameter.numel() for parameter in text_parameters(model) if parameter.dim() > 1)
+        matrices -= sum(module.weight.numel() for module in text_parts(model) if isinstance(module, nn.Embedding))
         matrices -= idle_parameters(model)
         tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
         body = matrices - (0 if tied else model.get_output_embeddings().weight.numel())
@@ -71,34 +68,6 @@ class FitFlops:
     def heads(self, positions: int) -> int:
         """Forward and backward of the heads."""
         return positions * self.heads_per_position
-
-
-def active_parameters(model: Any) -> int:
-    """Parameters that a token of text may run through: of many experts those it is sent to, of a wrapper no towers."""
-    inside = _parameters([module for _, module in text_modules(model)])
-    return sum(parameter.numel() for parameter in inside) - idle_parameters(model)
-
-
-def idle_parameters(model: Any) -> int:
-    """Parameters of the experts that a token passes by, in all layers."""
-    idle = 0
-    for mixture in mixtures(model):
-        experts: Any = mixture.experts  # along the first dimension of each parameter
-        chosen = experts_per_token(model.config.get_text_config())
-        for parameter in experts.parameters():
-            idle += parameter.numel() // experts.num_experts * (experts.num_experts - chosen)
-    return idle
-
-
-def experts_per_token(config: Any) -> int:
-    """How many experts of a mixture take a token; the most, where layers differ."""
-    given = config.num_experts_per_tok
-    return max(given) if isinstance(given, list) else int(given)
-
-
-def _parameters(modules: Iterable[nn.Module]) -> Iterable[nn.Parameter]:
-    """Of these modules themselves, each once."""
-    return {id(each): each for module in modules for each in module.parameters(recurse=False)}.values()
 
 
 def peak_flops(device_name: str) -> float | None:

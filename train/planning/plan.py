@@ -13,10 +13,11 @@ import torch
 from runtime.drafting.attention_head import FIT_DRAFTS
 from runtime.drafting.heads import ExitHeads
 from runtime.errors import ConfigError
-from runtime.exact.execution import mixtures
 from train.features.extractor import CHUNK
 from train.features.prompts import PROMPT_TOKENS
-from train.fitting.flops import FitFlops, active_parameters, experts_per_token
+from train.features.weights import active_parameters
+from train.fitting.flops import FitFlops
+from train.planning.shapes import inner_size
 from train.settings.fit_config import FitConfig, parse_config, validate, validate_against_model
 
 GIB = 2**30
@@ -164,7 +165,7 @@ def step_memory(config: FitConfig, model: Any, heads: ExitHeads, *, length: int,
     prompts = batch * min(PROMPT_TOKENS, length - responses) if heads.one.attends else 0
     kept = (exits + 2) * (positions + prompts) * shape.hidden_size * itemsize
     # In a decoder layer: residual, normed and attended states, and three tensors of a gated MLP.
-    layer = tokens * (4 * shape.hidden_size + 3 * _inner_size(model)) * itemsize
+    layer = tokens * (4 * shape.hidden_size + 3 * inner_size(model)) * itemsize
     choice = min(CHUNK, positions) * shape.vocab_size * 8
     # Forward: logits and log-probabilities of all exits. Backward: only the latter, and three tensors of one exit.
     drafts = exits * (FIT_DRAFTS if heads.one.attends else 1)
@@ -175,20 +176,6 @@ def step_memory(config: FitConfig, model: Any, heads: ExitHeads, *, length: int,
         "features": float(kept + positions * 12 * config.teacher_top_k),
         "largest of layer, choice and logits": float(max(layer, choice, logits + inner)),
     }
-
-
-def _inner_size(model: Any) -> int:
-    """Size of the inner states of a layer's MLP; GPT-2's config has another name for it, or leaves it to be known.
-
-    Of a mixture, that of all experts of a token, where it is more than that of a layer without experts.
-    """
-    shape = model.config.get_text_config()
-    names = ("intermediate_size", "n_inner", "moe_intermediate_size")
-    dense = next((size for name in names if (size := getattr(shape, name, None))), 4 * int(shape.hidden_size))
-    if not mixtures(model):
-        return int(dense)
-    expert = getattr(shape, "moe_intermediate_size", None) or dense
-    return max(dense, experts_per_token(shape) * (max(expert) if isinstance(expert, list) else expert))
 
 
 def position_bytes(config: FitConfig, model: Any) -> float:

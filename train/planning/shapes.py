@@ -12,6 +12,8 @@ from transformers import AutoConfig
 from runtime.base import auto_class, from_pretrained
 from runtime.decoding.families import check_config
 from runtime.errors import AdapterError, ConfigError
+from runtime.exact.execution import mixtures
+from train.features.weights import experts_per_token
 
 _LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
 KNOWN: dict[str, dict[str, Any]] = {
@@ -77,3 +79,17 @@ def empty_model(name: str, *, revision: str | None = None) -> Any:
     check_config(config)
     with torch.device("meta"):
         return auto_class(config).from_config(config)
+
+
+def inner_size(model: Any) -> int:
+    """Size of the inner states of a layer's MLP; GPT-2's config has another name for it, or leaves it to be known.
+
+    Of a mixture, that of all experts of a token, where it is more than that of a layer without experts.
+    """
+    shape = model.config.get_text_config()
+    names = ("intermediate_size", "n_inner", "moe_intermediate_size")
+    dense = next((size for name in names if (size := getattr(shape, name, None))), 4 * int(shape.hidden_size))
+    if not mixtures(model):
+        return int(dense)
+    expert = getattr(shape, "moe_intermediate_size", None) or dense
+    return max(dense, experts_per_token(shape) * (max(expert) if isinstance(expert, list) else expert))

@@ -13,7 +13,7 @@ from runtime.drafting.draft_heads import DraftHeads
 from runtime.errors import DataError
 from runtime.files import write_atomic
 from train.features.spread import shaped
-from train.fitting.flops import active_parameters
+from train.features.weights import active_parameters
 from train.replay.rounds import Level
 
 FORMAT = 2

@@ -154,9 +154,9 @@ class _Bench:
         self.specbound: SpecBound = model.specbound
         self.layers = self.specbound.prepared.layers
         generator = torch.Generator().manual_seed(0)
-        self.token_ids = torch.randint(model.config.get_text_config().vocab_size, (1, length + max_width), generator=generator).to(
-            model.device
-        )
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+        ids = torch.randint(self.vocab_size, (1, length + max_width), generator=generator)
+        self.token_ids = ids.to(model.device)
         stock = DynamicCache()
         model(input_ids=self.token_ids[:, :length], past_key_values=stock, use_cache=True)
         certificate = self.specbound.certificate
@@ -216,7 +216,7 @@ class _Bench:
 
     def _gap(self) -> float:
         clock = Clock()
-        never = self.model.config.get_text_config().vocab_size  # `min_new_tokens` would add a logits processor to every token
+        never = self.vocab_size  # `min_new_tokens` would add a logits processor to every token
         options = {"max_new_tokens": GENERATED, "eos_token_id": never, "do_sample": False, "pad_token_id": 0}
         prompt = self.token_ids[:, : self.length]
         self.model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock, **options)

@@ -18,7 +18,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mamba", {}, "recurrent layers"),
     ("t5", {}, "an encoder beside the decoder"),
     ("paligemma", {}, "its decoder of text (model_type 'gemma') is inside"),
-    ("llava", {"text_config": {"model_type": "qwen3_next"}}, "its decoder of text (model_type 'qwen3_next') is inside"),
+    ("llava", {"text_config": {"model_type": "qwen3_next"}}, "decoder of text (model_type 'qwen3_next') is inside"),
     ("musicgen", {}, "several decoders"),
     ("qwen3_next", {}, "layers of the kind linear_attention"),
     ("opt", {}, "its layers are not known here"),

@@ -74,7 +74,8 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 # Tokens that a picture takes.
-PICTURES = {"gemma3": 4, "idefics3": 1, "internvl": 1, "llava": 4, "mistral3": 4, "smolvlm": 1} | dict.fromkeys(QWEN, 4)
+PICTURES = {"gemma3": 4, "idefics3": 1, "internvl": 1, "llava": 4, "mistral3": 4, "smolvlm": 1}
+PICTURES |= dict.fromkeys(QWEN, 4)
 
 
 def wrapper(name: str, dtype: torch.dtype = torch.float32) -> Any:

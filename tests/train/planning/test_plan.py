@@ -19,7 +19,8 @@ from train.cli.app import app
 from train.features.disk import bytes_per_position
 from train.features.extractor import FeatureExtractor
 from train.fit_exits import make_heads
-from train.fitting.flops import FitFlops, active_parameters, peak_flops
+from train.features.weights import active_parameters
+from train.fitting.flops import FitFlops, peak_flops
 from train.fitting.losses import Targets, distillation_loss
 from train.planning.plan import Devices, empty_heads, estimate, position_bytes, recipe_for, step_memory
 from train.planning.shapes import KNOWN, empty_model
