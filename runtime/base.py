@@ -7,13 +7,21 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.import_utils import is_accelerate_available
 
 from runtime.adapter.folder import Adapter
 from runtime.adapter.hub import chain_of, is_hub_id, kept_base, patiently
 from runtime.adapter.identity import base_fingerprint, tokenizer_matches
 from runtime.decoding.families import check_config
+from runtime.decoding.wrappers import WRAPPERS
 from runtime.errors import AdapterError, BaseModelMismatch, ConfigError, UnsupportedModel, one_line
 
 logger = logging.getLogger(__name__)
@@ -47,9 +55,9 @@ def load_model(name: str, options: dict[str, Any], *, dtype: Any = None, device_
     """
     check_dtype(dtype)
     check_device_map(device_map)
-    check_base_config(name, options)
+    config = base_config(name, options)
     how = options | {"dtype": dtype or "auto", "device_map": device_map}
-    model: PreTrainedModel = from_pretrained(AutoModelForCausalLM, name, how)
+    model: PreTrainedModel = from_pretrained(auto_class(config), name, how)
     return model
 
 
@@ -59,17 +67,24 @@ def load_tokenizer(name: str, options: dict[str, Any]) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def check_base_config(name: str, options: dict[str, Any]) -> None:
-    """Raise UnsupportedModel where a base's config says that its layers cannot be driven one by one."""
+def auto_class(config: Any) -> Any:
+    """The class of transformers' that makes a base of its config; None is that of an adapter of PEFT's."""
+    wraps = config is not None and config.model_type in WRAPPERS
+    return AutoModelForImageTextToText if wraps else AutoModelForCausalLM
+
+
+def base_config(name: str, options: dict[str, Any]) -> Any:
+    """A base's config; None for an adapter of PEFT's. Raises UnsupportedModel where its layers cannot be driven."""
     try:
         config = from_pretrained(AutoConfig, name, options)
     except AdapterError as error:
         if Path(name, "adapter_config.json").is_file() or any(
             isinstance(cause, EntryNotFoundError) for cause in chain_of(error)
         ):
-            return  # an adapter of PEFT's: it has no config, and transformers finds its base
+            return None  # an adapter of PEFT's: it has no config, and transformers finds its base
         raise
     check_config(config)
+    return config
 
 
 def from_pretrained(auto: Any, name: str, options: dict[str, Any]) -> Any:
@@ -170,9 +185,10 @@ def check_base(
     """
     config = adapter.config
     name = config.base_model_name_or_path
+    text = model.config.get_text_config()
     shape = {
-        "num_hidden_layers": model.config.num_hidden_layers,
-        "hidden_size": model.config.hidden_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
         "vocab_size": model.get_output_embeddings().weight.shape[0],  # type: ignore[no-untyped-call]
     }
     for field, given in shape.items():

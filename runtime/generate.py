@@ -23,11 +23,12 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from runtime.batch.generation import Generation
+from runtime.batch.generation import Generation, position_after
 from runtime.batch.waiting import Waiting, stock_class
 from runtime.decoding.emitter import TargetEmitter
 from runtime.decoding.families import has_windows
 from runtime.decoding.rounds import run_to_end
+from runtime.decoding.wrappers import prompt_arguments
 from runtime.errors import SpecBoundError
 from runtime.exact.fingerprint import STOCK
 from runtime.handle import SpecBound
@@ -190,7 +191,8 @@ def _plain_reason(
 ) -> str | None:
     """Why this call cannot speculate and keep every bit; None if it can."""
     cache = model_kwargs.get("past_key_values")
-    unknown = {key for key, value in model_kwargs.items() if value is not None} - KNOWN_ARGUMENTS
+    given = {key for key, value in model_kwargs.items() if value is not None}
+    unknown = given - KNOWN_ARGUMENTS - prompt_arguments(model.config)
     embeds = model_kwargs.get("inputs_embeds")
     if (input_ids if embeds is None else embeds).shape[0] != 1:
         return "it decodes several sequences at once"
@@ -203,6 +205,9 @@ def _plain_reason(
         return "it does not use the default dynamic cache"
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return "its cache has layers that are not of attention"
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and position_after(positions) is None:
+        return "its prompt ends inside an image, where positions run along several axes"
     if has_windows(model.config) != any(cache.is_sliding):
         return "its cache has other windows than the model"
     if generation_config.output_attentions or generation_config.output_hidden_states:

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from transformers import CONFIG_MAPPING
+
 from runtime.decoding.families import FAMILIES
 from runtime.decoding.layers import DecoderLayers
+from runtime.decoding.wrappers import WRAPPERS
 from runtime.exact.execution import mixtures
 from train.planning.shapes import KNOWN
 
@@ -28,14 +31,24 @@ float32 and bfloat16, greedy and sampled, chains and trees of drafts. "Fitted" n
 this repository is for.
 
 Mixtures of experts compute the tokens of a block one by one: an expert that gets several at once adds in another
-order. That is exact, and gains less than a dense model does. `specbound plan` counts all experts for each token: its
-hours are then too many.
+order. That is exact, and gains less than a dense model does. `specbound plan` counts memory for all experts, and work
+for those that a token is sent to.
+
+Models of several kinds of input (the second table) are accelerated where their decoder of text is of a type in the
+first; a type there that ends in `_text` is inside one. Prompts of text run as ever. A picture goes through
+transformers' own forward with the rest of its prompt, and the answer is drafted; a prompt that ends inside a picture
+whose positions run along several axes decodes plainly, with one warning. An adapter is fitted on, and known by, the
+decoder of text: one of Gemma 3's text model serves it inside the multimodal model too.
 
 Layers with windows attend row by row once the window is full, and no layer of such a model runs natively. A Mistral
 whose texts stay shorter than its window computes the same, and faster, when it is loaded with `sliding_window=None`.
 
 | `model_type` | parts | native | tests | fitted |
 |---|---|---|---|---|
+"""
+WRAPPED = """
+| `model_type` | decoder of text | tests |
+|---|---|---|
 """
 
 
@@ -45,15 +58,17 @@ def main() -> None:
 
 
 def page() -> str:
-    """The whole page, with one line of its table a model type."""
+    """The whole page, with one line of its tables a model type."""
     sys.path.insert(0, str(ROOT))
     from tests.helpers.families import FAMILIES as FIRST
-    from tests.helpers.families import FURTHER, MIXTURES, model_type, tiny
+    from tests.helpers.families import FURTHER, INSIDE_ALONE, MIXTURES, model_type, tiny
 
     by_type: dict[str, list[Any]] = {}
     for name in sorted([*FIRST, *FURTHER, *MIXTURES]):
         by_type.setdefault(model_type(name), []).append(tiny(name))
-    return HEADING + "".join(line(name, models, first=name in FIRST) for name, models in by_type.items())
+    lines = {name: line(name, models, first=name in FIRST) for name, models in by_type.items()}
+    lines |= {name: line_inside(name) for name in INSIDE_ALONE}
+    return HEADING + "".join(lines[name] for name in sorted(lines)) + WRAPPED + "".join(map(wrapped, sorted(WRAPPERS)))
 
 
 def line(model_type: str, models: list[Any], *, first: bool) -> str:
@@ -62,6 +77,22 @@ def line(model_type: str, models: list[Any], *, first: bool) -> str:
     tests += ", `test_windows.py`" if FAMILIES[model_type].windows else ""
     native = "yes" if FAMILIES[model_type].llama_kind else "no"
     return f"| `{model_type}` | {parts(models)} | {native} | {tests} | {fitted(model_type)} |\n"
+
+
+def line_inside(model_type: str) -> str:
+    """Of a decoder that has no model of its own."""
+    family = FAMILIES[model_type]
+    seen = "full attention or windows" if family.windows else "full attention"
+    kind = "mixture of experts" if "_moe" in model_type else "dense"
+    native = "yes" if family.llama_kind else "no"
+    return f"| `{model_type}` | {kind}, {seen}, rotary positions | {native} | `test_wrappers.py` | tiny only |\n"
+
+
+def wrapped(model_type: str) -> str:
+    """Of a model of several kinds of input; its default config says what is inside."""
+    inner = CONFIG_MAPPING[model_type]().get_text_config().model_type
+    others = "" if inner.endswith("_text") else ", or what else its `text_config` names"
+    return f"| `{model_type}` | `{inner}`{others} | `test_wrappers.py` |\n"
 
 
 def parts(models: list[Any]) -> str:

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 
 from runtime.adapter.identity import base_fingerprint
-from runtime.base import check_base_config, find_base, load_model, load_tokenizer
+from runtime.base import base_config, find_base, load_model, load_tokenizer
 from runtime.decoding.layers import settle_kernels
 from runtime.errors import AdapterError, ConfigError, SpecBoundError
 from train.corpus.collection import Collection
@@ -97,7 +97,7 @@ def load_base(config: FitConfig, spread: str | None = None) -> tuple[Any, Any]:
     try:
         if spread is None:
             return load_model(name, options, dtype=dtype), load_tokenizer(name, options)
-        check_base_config(name, options)
+        base_config(name, options)
         return load_spread(spread, name, dtype=dtype, **options), load_tokenizer(name, options)
     except AdapterError as error:
         raise ConfigError(f"model_name_or_path {config.model_name_or_path!r}: {error}") from error

@@ -23,7 +23,8 @@ def base_fingerprint(model: PreTrainedModel, parameters: Parameters | None = Non
     Hashes name, shape and up to 2,048 evenly spaced elements of every parameter, rounded to bfloat16: weights
     stored in bfloat16 or float16 give one fingerprint whether loaded in that dtype or in float32, and float32
     weights the same in float32 and bfloat16. (They do not when rounded to float16 by the user.) Of quantised
-    weights integers and scales are hashed, so that such a base is one of its own.
+    weights integers and scales are hashed, so that such a base is one of its own. Of a model of several kinds of
+    input only what text goes through is hashed, and as if it were a model of its own.
 
     Args:
         parameters: name and all of each, where the model itself holds parts of them only.
@@ -32,7 +33,8 @@ def base_fingerprint(model: PreTrainedModel, parameters: Parameters | None = Non
         UnsupportedModel: where a parameter is not in memory (offloaded).
     """
     digest = hashlib.sha256()
-    for name, tensor in plain_tensors(model.named_parameters() if parameters is None else parameters):
+    given = model.named_parameters() if parameters is None else parameters
+    for name, tensor in plain_tensors(_of_text(model, given)):
         if tensor.is_meta:
             raise UnsupportedModel(f"parameter {name} is offloaded: load the base into memory")
         flat = tensor.reshape(-1)
@@ -50,6 +52,16 @@ def weights_sha256(model: PreTrainedModel, parameters: Parameters | None = None)
         digest.update(name.encode())
         digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _of_text(model: PreTrainedModel, parameters: Parameters) -> Parameters:
+    """Those of the decoder of text and the unembedding, by the names that they have in a causal language model."""
+    if model.config.get_text_config() is model.config:
+        return parameters
+    names: dict[Any, str] = {module: name for name, module in model.named_modules()}
+    decoder, head = names[model.get_decoder()], names[model.get_output_embeddings()]  # type: ignore[no-untyped-call]
+    inside = ((name, each) for name, each in parameters if name.startswith((f"{decoder}.", f"{head}.")))
+    return ((name.replace(decoder, "model", 1), each) for name, each in inside)
 
 
 def plain_tensors(parameters: Parameters) -> Iterator[tuple[str, Tensor]]:

@@ -73,7 +73,9 @@ class Generation:
         if not keeps_cache:
             stock_cache.layers.clear()  # the prompt's rows are copied
         positions = model_kwargs.get("position_ids")
-        offset = 0 if positions is None else int(positions[0, -1]) + 1 - prompt_length
+        after = prompt_length if positions is None else position_after(positions)
+        assert after is not None
+        offset = after - prompt_length
         ids = emitter.input_ids[0].tolist()
         state = DecodeState(prepared.layers, kv, ids, prompt=read.states, position_offset=offset)
         on_round = getattr(emitter.streamer, "end_round", None)  # a streamer may ask what became of the drafts
@@ -92,3 +94,13 @@ class Generation:
         stats.unpromised = self.emitter.unpromised
         stats.seconds = time.perf_counter() - self.started
         return self.emitter.finish(self.stock_cache)
+
+
+def position_after(positions: Tensor) -> int | None:
+    """Position of the token after a prompt; None where it has several.
+
+    Args:
+        positions: shape [1, T]; of a prompt with images [3, 1, T], or [4, 1, T], where the first axis turns nothing.
+    """
+    last: list[int] = positions.reshape(-1, positions.shape[-1])[-3:, -1].tolist()
+    return last[0] + 1 if len(set(last)) == 1 else None

@@ -42,7 +42,7 @@ class Speaker:
     @property
     def context(self) -> int:
         """Tokens that prompt and answer may have together."""
-        return int(self.model.config.max_position_embeddings)
+        return int(self.model.config.get_text_config().max_position_embeddings)
 
     def encode(self, messages: Sequence[tuple[str, str]], *, raw: bool = False) -> torch.Tensor:
         """Token ids [1, T] of messages, each a role and a text, through the chat template unless `raw`.

@@ -4,12 +4,13 @@ No modeling code is copied: a family is a line that says where its modules are a
 Knows nothing of drafting, exits or files.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from runtime.decoding.missing import missing_part
+from runtime.decoding.wrappers import WRAPPERS
 from runtime.errors import UnsupportedModel
 
 
@@ -21,9 +22,11 @@ class Family:
         llama_kind: a layer is what `LlamaParts` takes apart: norm, attention with rotary positions, residual, norm,
             gated SiLU, residual.
         by_layer: each layer reads in the config's `layer_types` whether it has a window; others ask `sliding_window`.
-        windows: its layers may have windows; they tell their attention, and tests go beyond them.
+        windows: its layers may have windows; attention gets to know, and tests go beyond them.
         rotary_by_layer: there is a rotary table for each kind of layer.
         factor: field of the config by which logits are multiplied; without it `logits_scaling` divides them.
+        scaled: logits are scaled and capped as the config says; wrappers leave that out.
+        axes: of the positions that the rotary module takes, 1 or as many as an image has; those of text are equal.
     """
 
     body: str = "model"
@@ -38,6 +41,8 @@ class Family:
     windows: bool = False
     rotary_by_layer: bool = False
     factor: str | None = None
+    scaled: bool = True
+    axes: int = 1
 
 
 FAMILIES = {
@@ -67,6 +72,7 @@ FAMILIES = {
     "glm4_moe": Family(),
     "gpt2": Family(body="transformer", embedding="wte", layers="h", norm="ln_f", rotary=None, positions="wpe"),
     "gpt_neox": Family(body="gpt_neox", embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past"),
+    "gpt_oss": Family(by_layer=True, windows=True),
     "granitemoe": Family(),
     "granitemoehybrid": Family(by_layer=True),
     "granitemoeshared": Family(),
@@ -87,8 +93,12 @@ FAMILIES = {
     "persimmon": Family(norm="final_layernorm"),
     "phi": Family(norm="final_layernorm"),
     "phi3": Family(windows=True),
-    "qwen2_moe": Family(by_layer=True),
-    "qwen3_moe": Family(),
+    "qwen2_moe": Family(by_layer=True, windows=True),
+    "qwen2_vl_text": Family(llama_kind=True, by_layer=True, windows=True, axes=3),
+    "qwen2_5_vl_text": Family(llama_kind=True, by_layer=True, windows=True, axes=3),
+    "qwen3_moe": Family(windows=True),
+    "qwen3_vl_text": Family(llama_kind=True, axes=3),
+    "qwen3_vl_moe_text": Family(axes=3),
     "seed_oss": Family(),
     "solar_open": Family(),
     "stablelm": Family(),
@@ -162,9 +172,27 @@ def check_supported(model: Any) -> Family:
     """
     kind = type(model).__name__
     family = check_config(model.config, kind)
-    if not hasattr(model, family.body) or model.get_output_embeddings() is None:
-        raise _unsupported(model.config, kind, "it is no causal language model: load it with AutoModelForCausalLM")
+    try:
+        model.get_submodule(family.body)
+        whole = model.get_output_embeddings() is not None
+    except AttributeError:
+        whole = False
+    if not whole:
+        auto = "ImageTextToText" if model.config.model_type in WRAPPERS else "CausalLM"
+        raise _unsupported(model.config, kind, f"it is no causal language model: load it with AutoModelFor{auto}")
     return family
+
+
+def family_of(config: Any) -> Family:
+    """The family of a supported model; of one inside a wrapper, with the place that it has there."""
+    text = config.get_text_config()
+    family = FAMILIES[text.model_type]
+    return family if text is config else replace(family, body=WRAPPERS[config.model_type].body, scaled=False)
+
+
+def text_decoder(model: Any) -> Any:
+    """The module that holds a supported model's decoder layers, embedding and final norm."""
+    return model.get_submodule(family_of(model.config).body)
 
 
 def check_config(config: Any, kind: str | None = None) -> Family:
@@ -176,26 +204,34 @@ def check_config(config: Any, kind: str | None = None) -> Family:
     Raises:
         UnsupportedModel: as `check_supported`.
     """
-    family = FAMILIES.get(config.model_type)
+    reason = _why_not(config)
+    if reason is not None:
+        raise _unsupported(config, kind, reason)
+    return family_of(config)
+
+
+def _why_not(config: Any) -> str | None:
+    """Why a model of this config is not supported; None where it is."""
+    text = config.get_text_config() if config.model_type in WRAPPERS else config
+    family = FAMILIES.get(text.model_type)
     if family is None:
-        raise _unsupported(config, kind, missing_part(config))
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        return missing_part(config)
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if not kinds <= ({"full_attention", "sliding_attention"} if family.by_layer else {"full_attention"}):
-        raise _unsupported(config, kind, f"it has layers of the kinds {', '.join(sorted(kinds))}")
-    if has_windows(config) and not family.windows:
-        raise _unsupported(config, kind, "its layers have windows, which nobody has tried in this family")
-    if has_windows(config) and not (config.sliding_window and getattr(config, "use_sliding_window", True)):
-        raise _unsupported(config, kind, "its layer_types name windows, and its other settings none")
-    rope = getattr(config, "rope_parameters", None) or {}
+        return f"it has layers of the kinds {', '.join(sorted(kinds))}"
+    if has_windows(text) and not family.windows:
+        return "its layers have windows, which nobody has tried in this family"
+    if has_windows(text) and not (text.sliding_window and getattr(text, "use_sliding_window", True)):
+        return "its layer_types name windows, and its other settings none"
+    rope = getattr(text, "rope_parameters", None) or {}
     for table in rope.values() if family.rotary_by_layer else [rope]:
         if table.get("rope_type", "default") not in STEADY_ROPE:
-            name = table["rope_type"]
-            raise _unsupported(config, kind, f"its {name!r} rotary positions change with the length of the text")
-    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
-        raise _unsupported(config, kind, "its tokens see those after them")
-    if getattr(config, "add_cross_attention", False) or getattr(config, "reorder_and_upcast_attn", False):
-        raise _unsupported(config, kind, "it has cross-attention or upcast attention")
-    return family
+            return f"its {table['rope_type']!r} rotary positions change with the length of the text"
+    if getattr(text, "use_bidirectional_attention", False) or not getattr(text, "is_causal", True):
+        return "its tokens see those after them"
+    if getattr(text, "add_cross_attention", False) or getattr(text, "reorder_and_upcast_attn", False):
+        return "it has cross-attention or upcast attention"
+    return None
 
 
 def _unsupported(config: Any, kind: str | None, why: str) -> UnsupportedModel:
@@ -207,7 +243,8 @@ def _unsupported(config: Any, kind: str | None, why: str) -> UnsupportedModel:
 
 def has_windows(config: Any) -> bool:
     """Whether some layer sees the last tokens alone, as many as the config's `sliding_window`."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and FAMILIES[config.model_type].by_layer:
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None and FAMILIES[text.model_type].by_layer:
         return "sliding_attention" in kinds
-    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)

@@ -30,10 +30,11 @@ class DecoderLayers:
     def __init__(self, model: Any) -> None:
         settle_kernels()
         family = check_supported(model)
-        body = getattr(model, family.body)
+        body: Any = model.get_submodule(family.body)
+        config = model.config.get_text_config()
         self.model: PreTrainedModel = model
         self.body: nn.Module = body
-        self.config = model.config
+        self.config = config
         self.embedding: nn.Module = getattr(body, family.embedding)
         self.layers: list[nn.Module] = list(getattr(body, family.layers))
         self.norm: nn.Module = getattr(body, family.norm)
@@ -41,12 +42,14 @@ class DecoderLayers:
         self.rotary: nn.Module | None = getattr(body, family.rotary) if family.rotary else None
         self.positions: nn.Module | None = getattr(body, family.positions) if family.positions else None
         self.cache_argument = family.cache_argument
-        self.embedding_multiplier = float(getattr(model.config, "embedding_multiplier", 1.0))
-        factor = None if family.factor is None else getattr(model.config, family.factor)
+        self.embedding_multiplier = float(getattr(config, "embedding_multiplier", 1.0))
+        factor = None if family.factor is None or not family.scaled else getattr(config, family.factor)
         self.logits_factor: float | None = factor
-        self.logits_scaling = 1 / factor if factor else float(getattr(model.config, "logits_scaling", 1.0))
-        self.logits_cap: float | None = getattr(model.config, "final_logit_softcapping", None)
-        self.kinds: list[str] | None = model.config.layer_types if family.rotary_by_layer else None
+        scaling = getattr(config, "logits_scaling", 1.0) if family.scaled else 1.0
+        self.logits_scaling = 1 / factor if factor else float(scaling)
+        self.logits_cap: float | None = getattr(config, "final_logit_softcapping", None) if family.scaled else None
+        self.kinds: list[str] | None = config.layer_types if family.rotary_by_layer else None
+        self.axes = family.axes
 
     @property
     def num_layers(self) -> int:
@@ -143,7 +146,8 @@ class DecoderLayers:
         if self.rotary is None:
             return {}
         which = {"layer_type": kind} if kind else {}
-        return {"position_embeddings": self.rotary(hidden, position_ids=position_ids, **which)}
+        positions = position_ids if self.axes == 1 else position_ids.expand(self.axes, *position_ids.shape)
+        return {"position_embeddings": self.rotary(hidden, position_ids=positions, **which)}
 
     def keep(self, cache: KVCache, settled: int, places: Sequence[int]) -> None:
         """As `KVCache.keep`, in one call where the layers run natively."""

@@ -20,7 +20,10 @@ def missing_part(config: Any) -> str:
     Args:
         config: of transformers.
     """
-    inner = config.get_text_config()
+    try:
+        inner = config.get_text_config()
+    except ValueError:  # transformers finds several
+        return "it has several decoders"
     if inner is not config:
         return f"its decoder of text (model_type {inner.model_type!r}) is inside a model of several kinds of input"
     layer_types = getattr(config, "layer_types", None) or ()

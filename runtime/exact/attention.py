@@ -70,9 +70,10 @@ class BlockAttention:
             Shape [1, T, H, E], and None, as transformers' own functions.
         """
         tree = mask if isinstance(mask, TreeRows) else None
-        window: int | None = kwargs.get("sliding_window")
+        # Qwen2-MoE leaves it to masks and caches: its layers know, and do not say.
+        window: int | None = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
         if window is not None and key.shape[2] >= window:
-            return self.in_window(module, query, key, value, tree, scaling, **kwargs), None
+            return self.in_window(window, module, query, key, value, tree, scaling, **kwargs), None
         if self.order is not None and not isinstance(mask, Tensor) and can_attend(query, key, value):
             output = attend(query, key, value, scaling, self.order, tree)
             if output is not None:
@@ -94,6 +95,7 @@ class BlockAttention:
 
     def in_window(
         self,
+        window: int,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -107,7 +109,6 @@ class BlockAttention:
         Transformers gives sdpa a mask, with nothing hidden, from the token on that fills the window; then the kernel
         is another one.
         """
-        window: int = kwargs["sliding_window"]
         rows = []
         for row, keys, values in _rows(query, key, value, tree):
             full = self.stock == "sdpa" and keys.shape[2] >= window
@@ -169,7 +170,8 @@ def block_attention(model: PreTrainedModel, kind: str) -> Iterator[BlockAttentio
     Raises:
         UnsupportedModel: where the model uses an implementation other than eager or sdpa.
     """
-    stock = model.config._attn_implementation
+    config = model.config.get_text_config()  # towers attend in their own way
+    stock = config._attn_implementation
     if stock not in SUPPORTED:
         raise UnsupportedModel(
             f"attention implementation {stock!r} is not supported: load the model with attn_implementation='sdpa'"
@@ -177,11 +179,11 @@ def block_attention(model: PreTrainedModel, kind: str) -> Iterator[BlockAttentio
     attention = BlockAttention(kind, stock)
     name = f"specbound_{kind}_{stock}_{id(attention)}"
     ALL_ATTENTION_FUNCTIONS[name] = attention
-    model.config._attn_implementation = name
+    config._attn_implementation = name
     try:
         yield attention
     finally:
-        model.config._attn_implementation = stock
+        config._attn_implementation = stock
         ALL_ATTENTION_FUNCTIONS.pop(name)
 
 

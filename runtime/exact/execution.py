@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from runtime.decoding.families import FAMILIES, has_windows
+from runtime.decoding.families import family_of, has_windows, text_decoder
 from runtime.decoding.layers import NATIVE
+from runtime.decoding.wrappers import text_modules
 from runtime.exact.attention import BlockAttention, block_attention
 from runtime.exact.fused import fused_layers
 from runtime.exact.native.stack import NativeLayers, norms
@@ -72,7 +73,7 @@ class ExecutionPolicy:
 def execution(model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None = None) -> Iterator[None]:
     """While open, `model` computes blocks by `policy`; afterwards its modules are as they were."""
     patched: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
-    body = getattr(model, FAMILIES[model.config.model_type].body)
+    body = text_decoder(model)
     with block_attention(model, policy.attention) as attention:
         try:
             native = native_layers(model, policy, packed, attention) if policy.native else None
@@ -129,8 +130,8 @@ def native_layers(
     model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None, attention: BlockAttention
 ) -> NativeLayers | None:
     """The model's layers as runs in our own kernel; None where it does not take all of them under this policy."""
-    family = FAMILIES[model.config.model_type]
-    if packed is None or not family.llama_kind or attention.stock == "eager" or has_windows(model.config):
+    llama_kind = family_of(model.config).llama_kind
+    if packed is None or not llama_kind or attention.stock == "eager" or has_windows(model.config):
         return None
     joint = {
         joint.modules: joint
@@ -138,17 +139,17 @@ def native_layers(
         if joint.layout.order is not None and policy.packed_rows.get(joint.shape, 1) is None
     }
     unembedding: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return NativeLayers.of(getattr(model, family.body), unembedding, joint, attention.order)
+    return NativeLayers.of(text_decoder(model), unembedding, joint, attention.order)
 
 
 def linears(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that multiply by a weight matrix, in the model's order."""
-    return [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    """The modules that multiply by a weight matrix, in the model's order; of a wrapper those of its text."""
+    return [module for _, module in text_modules(model) if isinstance(module, (nn.Linear, Conv1D))]
 
 
 def mixtures(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that send each row to some of many experts, and add up what these make of it."""
-    return [module for module in model.modules() if "experts" in module._modules]
+    return [module for _, module in text_modules(model) if "experts" in module._modules]
 
 
 def in_rows(forward: Callable[..., Tensor], rows: int | None) -> Callable[..., Tensor]:
@@ -156,19 +157,23 @@ def in_rows(forward: Callable[..., Tensor], rows: int | None) -> Callable[..., T
     return forward if rows is None else partial(call_in_rows, forward, rows)
 
 
-def call_in_rows(forward: Callable[..., Tensor], rows: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def call_in_rows(forward: Callable[..., Any], rows: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     """`forward` on a block [..., T, D], `rows` rows a call, the last call padded with zeros; [..., T, out].
 
     One row alone is passed on as it is: that is one-token decoding's own call.
     """
     if hidden.shape[-2] == 1:
         return forward(hidden, *args, **kwargs)
-    outputs = []
+    outputs, rest = [], None
     for part in torch.split(hidden, rows, dim=-2):
         given = part.shape[-2]
         full = part if given == rows else nn.functional.pad(part, (0, 0, 0, rows - given))
         full = full.reshape(-1).view(full.shape)  # with the strides of a row alone, which decide how torch multiplies
         if full.data_ptr() % ALIGNMENT:
             full = full.clone()
-        outputs.append(forward(full, *args, **kwargs)[..., :given, :])
-    return torch.cat(outputs, dim=-2)
+        output: Any = forward(full, *args, **kwargs)
+        if isinstance(output, tuple):  # a mixture's, and how it routed its last rows: no layer reads that
+            output, *rest = output
+        outputs.append(output[..., :given, :])
+    together = torch.cat(outputs, dim=-2)
+    return together if rest is None else (together, *rest)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from runtime.adapter.identity import plain_tensors
+from runtime.decoding.wrappers import holder, text_modules, towers
 
 # The stock class that a speculating class was made of (see generate.py).
 STOCK = "_specbound_stock"
@@ -31,14 +32,16 @@ def structure(model: PreTrainedModel) -> tuple[Any, ...]:
 
     Objects are compared by identity, and held here so that no new one takes their address.
     """
-    parts: list[Any] = [*hooks_of(torch_module.__dict__, "_global"), tuple(_settings(vars(model.config)))]
-    parts.append(ALL_ATTENTION_FUNCTIONS.get(model.config._attn_implementation))
+    parts: list[Any] = [*hooks_of(torch_module.__dict__, "_global"), *_settings(model.config)]
+    parts.append(ALL_ATTENTION_FUNCTIONS.get(model.config.get_text_config()._attn_implementation))
     for module in _modules(model):
         values = module.__dict__
         parts += (type(module), type(module).forward, *values["_modules"])
         parts += hooks_of(values)
         for name in sorted(values.keys() - INTERNAL):
             value = values[name]
+            if value is None:  # a wrapper has nothing where it will keep what it knows of a prompt
+                continue
             if isinstance(value, _SIMPLE):
                 parts.append((name, value))
             elif callable(value):
@@ -74,9 +77,10 @@ def settings() -> tuple[Any, ...]:
 
 def digest(model: nn.Module) -> str:
     """The same for a file: what runs and every bit of every weight, 64 hex digits; no addresses, only alignments."""
-    hashed = hashlib.sha256(repr((settings(), list(_settings(vars(model.config))))).encode())
-    for name, module in model.named_modules():
-        own = sorted((key, repr(value)) for key, value in vars(module).items() if isinstance(value, _SIMPLE))
+    hashed = hashlib.sha256(repr((settings(), list(_settings(model.config)))).encode())
+    for name, module in text_modules(model):
+        simple = [(key, value) for key, value in vars(module).items() if isinstance(value, _SIMPLE)]
+        own = sorted((key, repr(value)) for key, value in simple if value is not None)
         kind = type(module)
         stock: type = kind.__dict__.get(STOCK, kind)
         hashed.update(repr((name, stock.__module__, stock.__qualname__, len(module._forward_hooks), own)).encode())
@@ -139,22 +143,29 @@ def _plain(value: Any) -> tuple[Any, ...] | None:
     return items if all(isinstance(part, _SIMPLE) for part in flat) else None
 
 
-def _settings(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What a config says, but for names and paths."""
-    for name, value in values.items():
-        if name not in ("name_or_path", "_name_or_path", "_commit_hash", "transformers_version"):
-            if isinstance(value, _SIMPLE):
-                yield name, value
-            elif isinstance(value, (list, tuple, dict, set)):
-                yield name, repr(value)
+def _settings(config: Any) -> Iterator[tuple[str, Any]]:
+    """What a config and that of the text inside it say, but for names and paths."""
+    inner = config.get_text_config()
+    for values in [vars(config)] if inner is config else [vars(config), vars(inner)]:
+        for name, value in values.items():
+            if name not in ("name_or_path", "_name_or_path", "_commit_hash", "transformers_version"):
+                if isinstance(value, _SIMPLE):
+                    yield name, value
+                elif isinstance(value, (list, tuple, dict, set)):
+                    yield name, repr(value)
 
 
 def _all_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers and plain tensors that modules hold; of a quantised one all that it is made of."""
+    """Parameters, buffers and plain tensors that modules hold; of a quantised one all that it is made of.
+
+    What holds a wrapper's decoder keeps plain tensors of the last prompt, which say nothing of the next.
+    """
+    forgetful = holder(model)
     for module in _modules(model):
         values = module.__dict__
         held = [*values["_parameters"].values(), *values["_buffers"].values()]
-        held += [value for value in values.values() if isinstance(value, Tensor)]
+        if module is not forgetful:
+            held += [value for value in values.values() if isinstance(value, Tensor)]
         for tensor in held:
             if type(tensor) in (nn.Parameter, Tensor):
                 yield tensor
@@ -163,8 +174,8 @@ def _all_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules, each once; without their names, which `nn.Module.modules` makes for each."""
-    seen: set[nn.Module] = set()
+    """All modules but a wrapper's towers, each once; without names, which `nn.Module.modules` makes for each."""
+    seen = towers(model)
     waiting = [model]
     while waiting:
         module = waiting.pop()

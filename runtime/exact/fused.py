@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from runtime.decoding.families import FAMILIES, LlamaParts, has_windows
+from runtime.decoding.families import LlamaParts, family_of, has_windows, text_decoder
 from runtime.decoding.rows import TreeRows
 from runtime.exact.attention import BlockAttention
 from runtime.exact.packed import Forward
@@ -124,9 +124,9 @@ def fused_layers(
     Args:
         joint: the Linears that run packed, by the modules that each stands for.
     """
-    if not FAMILIES[model.config.model_type].llama_kind or attention.stock == "eager" or has_windows(model.config):
+    if not family_of(model.config).llama_kind or attention.stock == "eager" or has_windows(model.config):
         return
-    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    decoder = text_decoder(model)
     weight: Tensor = decoder.norm.weight
     shared = Shared(weight.shape[0], weight)
     for layer in decoder.layers:

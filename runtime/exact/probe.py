@@ -58,7 +58,7 @@ def certify(
         static: segments of fixed shapes are used where they keep every bit, and in any case with `batched`.
     """
     where = environment(model)
-    key = {**where, "base": fingerprint, "attention": model.config._attn_implementation}
+    key = {**where, "base": fingerprint, "attention": model.config.get_text_config()._attn_implementation}
     key |= {"max_width": max_width, "exactness": exactness, "packed": _layouts(packed)}
     key |= {"static": static, "format": PROBE_FORMAT, "running": running_digest(model)}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
@@ -159,11 +159,12 @@ def _runs_native(model: PreTrainedModel, policy: ExecutionPolicy, packed: Packed
 
 def _keeps_order(kind: str, model: PreTrainedModel, reference: Reference, widths: Sequence[int]) -> bool:
     """Whether a block's rows attend as they would alone, under a kind of attention; eager knows only its own."""
-    stock = model.config._attn_implementation
+    config = model.config.get_text_config()
+    stock = config._attn_implementation
     keys, values = reference.cache.layers[0].keys, reference.cache.layers[0].values
     if stock != "sdpa" or not widths or (kind in NATIVE_KINDS and not can_attend(keys, keys, values)):
         return False
-    heads = (model.config.num_attention_heads, keys.shape[1], keys.shape[3])
+    heads = (config.num_attention_heads, keys.shape[1], keys.shape[3])
     attention = BlockAttention(kind, stock)
     in_order = all(
         same_attention(attention, heads, rows, dtype=keys.dtype, device=keys.device)

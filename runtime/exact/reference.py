@@ -50,7 +50,7 @@ class Reference:
     def near(cls, model: PreTrainedModel) -> "Reference":
         """A text of the base's own, from the token that begins one."""
         cache, running = DynamicCache(), DynamicCache(config=model.config)
-        start = torch.tensor([[model.config.bos_token_id or 0]], device=model.device)
+        start = torch.tensor([[model.config.get_text_config().bos_token_id or 0]], device=model.device)
         prompt, _ = _write(model, cache, running, start, PROMPT_TOKENS)
         rows: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {module: [] for module in linears(model)}
 
@@ -68,8 +68,9 @@ class Reference:
     @classmethod
     def far(cls, model: PreTrainedModel, near: "Reference") -> "Reference | None":
         """More of that text after its own cache rows many times over; None where the model takes no long text."""
-        longest = getattr(model.config, "max_position_embeddings", None) or FAR_CONTEXT + FAR_TOKENS
-        window = min(model.config.sliding_window, FAR_WINDOW) if has_windows(model.config) else 0
+        config = model.config.get_text_config()
+        longest = getattr(config, "max_position_embeddings", None) or FAR_CONTEXT + FAR_TOKENS
+        window = min(config.sliding_window, FAR_WINDOW) if has_windows(config) else 0
         first = min(max(FAR_CONTEXT, window), longest - FAR_TOKENS)
         if first <= near.length:
             return None
@@ -96,7 +97,9 @@ def _write(
     token_ids, logits = newest, []
     layers: list[Any] = running.layers
     for _ in range(count):
-        output = model(input_ids=token_ids[:, -1:], past_key_values=running, use_cache=True)
+        # Of its own accord a wrapper would count on from the last image that it saw.
+        position = torch.tensor([[running.get_seq_length()]], device=newest.device)
+        output = model(input_ids=token_ids[:, -1:], position_ids=position, past_key_values=running, use_cache=True)
         for index, layer in enumerate(layers):
             cache.update(layer.keys[:, :, -1:], layer.values[:, :, -1:], index)
         logits.append(output.logits[:, -1])

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from runtime.decoding.families import check_supported
 from runtime.decoding.layers import DecoderLayers
+from runtime.decoding.wrappers import text_modules
 from runtime.errors import UnsupportedModel
 from runtime.exact.attention import SUPPORTED
 from runtime.exact.execution import mixtures
@@ -60,7 +61,8 @@ def why_stock(model: Any) -> str | None:
         layers = DecoderLayers(model)
     except (UnsupportedModel, AttributeError) as error:
         return str(error)
-    attention = model.config._attn_implementation
+    config = model.config.get_text_config()
+    attention = config._attn_implementation
     if attention not in SUPPORTED or not _is_stock(ALL_ATTENTION_FUNCTIONS.get(attention)):
         return f"its attention implementation is {attention!r}: load it with attn_implementation='sdpa'"
     experts = _why_not_experts(model)
@@ -74,9 +76,9 @@ def why_stock(model: Any) -> str | None:
     for index, layer in enumerate(layers.layers):
         if any(getattr(module, "layer_idx", None) not in (None, index) for module in layer.modules()):
             return f"decoder layer {index} stands in another place than it was made for"
-    if len(layers.layers) != model.config.num_hidden_layers:
-        return f"the model has {len(layers.layers)} layers, its config says {model.config.num_hidden_layers}"
-    for name, module in model.named_modules():
+    if len(layers.layers) != config.num_hidden_layers:
+        return f"the model has {len(layers.layers)} layers, its config says {config.num_hidden_layers}"
+    for name, module in text_modules(model):
         reason = _why_not_module(module)
         if reason is not None:
             return f"{name or 'the model'} {reason}"
@@ -85,7 +87,7 @@ def why_stock(model: Any) -> str | None:
 
 def _why_not_experts(model: Any) -> str | None:
     """Why its mixtures of experts, if it has any, may compute otherwise row by row; None where they do not."""
-    kind = model.config._experts_implementation
+    kind = model.config.get_text_config()._experts_implementation
     if not mixtures(model):
         return None
     if kind not in EXPERTS or not (kind == "eager" or _is_stock(ALL_EXPERTS_FUNCTIONS.get(kind))):

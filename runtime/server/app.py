@@ -92,9 +92,9 @@ def _add_answers(app: FastAPI, worker: Worker, metrics: Metrics, names: Sequence
     async def respond(body: ChatRequest | CompletionRequest, request: Request, form: Form) -> Response:
         _check_name(body.model, names)
         prompts = await run_in_threadpool(prompts_of, worker, body)
-        config = worker.model.config
+        config = worker.model.config.get_text_config()
         limits.check_answers(body.n * len(prompts))
-        check_bias(body, int(config.get_text_config().vocab_size))
+        check_bias(body, int(config.vocab_size))
         tokens = [_longest(body, prompt.num_tokens, limits, worker) for prompt in prompts]
         answer = Answer(body, worker, metrics, form, prompts, tokens, limits.seconds)
         answer.submit()
@@ -147,7 +147,7 @@ def _add_looks(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
 
 def _longest(body: ChatRequest | CompletionRequest, prompt_tokens: int, limits: Limits, worker: Worker) -> int:
     """Tokens to generate at most: what the context and the limits allow, and keys and values have room for."""
-    most = limits.tokens(body, prompt_tokens, int(worker.model.config.max_position_embeddings))
+    most = limits.tokens(body, prompt_tokens, int(worker.model.config.get_text_config().max_position_embeddings))
     drafts = worker.model.specbound.bounds.max_draft_tokens
     return worker.memory.fit(prompt_tokens, most, drafts, shorten=body.limit is None)
 

@@ -1,5 +1,6 @@
 """Tiny random models of every family that is supported, and a prompt for them."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ FAMILIES: dict[str, Any] = {
 # Without a window in any layer; the window that is named beside is nobody's.
 FULL: dict[str, Any] = {"layer_types": ["full_attention"] * LAYERS, "sliding_window": 8}
 # Those that attend in eager mode alone.
-EAGER = ("gemma2",)
+EAGER = ("gemma2", "gpt_oss")
 # Two of four experts a token, in the words of each kind of configuration.
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -126,6 +127,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1},
     "flex_olmo": EXPERTS,
     "glm4_moe": ROUTED | {"head_dim": 12},
+    "gpt_oss": LOCAL | FULL | {"head_dim": 12},
     "granitemoe": LOCAL | SCALED,
     "granitemoehybrid with experts": GRANITE_4 | LOCAL,
     "granitemoeshared": LOCAL | SCALED | {"shared_intermediate_size": 32},
@@ -137,6 +139,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS | {"moe_intermediate_size": 32, "head_dim": 12, "mlp_only_layers": [1]},
     "solar_open": ROUTED | {"head_dim": 12},
 }
+# Decoders that have no model of their own: `test_wrappers.py` tries them where they are.
+INSIDE_ALONE = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text")
 # Windows, in half of the layers where a family can have both.
 HALF: dict[str, Any] = {"layer_types": ["full_attention", "sliding_attention"] * (LAYERS // 2)}
 WINDOWS: dict[str, dict[str, Any]] = {
@@ -151,9 +155,12 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "exaone4": HALF,
     "gemma2": FURTHER["gemma2"] | HALF,
     "gemma3_text": HALF | {"head_dim": 12},
+    "gpt_oss": LOCAL | HALF | {"head_dim": 12},
     "ministral": HALF | {"head_dim": 12},
     "olmo3": HALF,
     "qwen2": HALF | {"use_sliding_window": True},
+    "qwen2_moe": MIXTURES["qwen2_moe"] | HALF | {"use_sliding_window": True},
+    "qwen3_moe": MIXTURES["qwen3_moe"] | {"use_sliding_window": True},
     "qwen3": HALF | {"use_sliding_window": True, "head_dim": 12},
     "smollm3": HALF | {"use_sliding_window": True},
 }
@@ -181,14 +188,8 @@ def tiny(
 ) -> PreTrainedModel:
     """A random model whose greedy output wanders; biases, norms and scales are random too."""
     attention = attention or ("eager" if family in EAGER else "sdpa")
-    config = FAMILIES.get(family)
-    if window is not None:
-        config = AutoConfig.for_model(family, **SHAPE | WINDOWS[family] | {"sliding_window": window})
-    if config is None:
-        config = AutoConfig.for_model(model_type(family), **SHAPE | (FURTHER | MIXTURES)[family])
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-    assert size < 1e6, f"{family} has {size:,} parameters: a size was left at its default"
+    config = config_of(family, window)
+    check_size(family, window)
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, attn_implementation=attention, dtype=dtype
@@ -196,6 +197,22 @@ def tiny(
     randomise(model)
     model.generation_config.pad_token_id = 0
     return model
+
+
+def config_of(family: str, window: int | None = None) -> Any:
+    """Of a tiny model; with a window where that is given."""
+    if window is not None:
+        return AutoConfig.for_model(family, **SHAPE | WINDOWS[family] | {"sliding_window": window})
+    return FAMILIES.get(family) or AutoConfig.for_model(model_type(family), **SHAPE | (FURTHER | MIXTURES)[family])
+
+
+@cache
+def check_size(family: str, window: int | None) -> None:
+    """Without memory, once: building a model takes longer than what most tests do with it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(family, window))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert size < 1e6, f"{family} has {size:,} parameters: a size was left at its default"
 
 
 def require(family: str) -> None:

@@ -55,7 +55,8 @@ def calibrate(config: FitConfig, model: Any, heads: DraftHeads, calibration: Spl
     Raises:
         DataError: too little text, or logits that are not finite.
     """
-    size, ages, layers = config.per_device_train_batch_size, heads.exits.one.ages, model.config.num_hidden_layers
+    size, ages = config.per_device_train_batch_size, heads.exits.one.ages
+    layers = model.config.get_text_config().num_hidden_layers
     device = calibration.extract.layers.device
 
     def moved(features: Sequence[Features], what: str) -> Iterator[Features]:

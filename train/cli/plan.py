@@ -50,9 +50,11 @@ def show(plan: Any, devices: Any, name: str, *, num_prompts: int) -> list[str]:
 
     gib = {what: size / 2**30 for what, size in plan.memory.items()}
     spread = "decoder layers spread over all" if plan.sharded else "whole on each"
+    idle = plan.active_parameters < plan.base_parameters
+    active = f", {plan.active_parameters:,} of them for a token of text" if idle else ""
     lines = [
         f"{name} on {devices.number} x {devices.memory_gib:g} GiB",
-        f"parameters  base {plan.base_parameters:,} ({spread}), heads {plan.head_parameters:,}",
+        f"parameters  base {plan.base_parameters:,} ({spread}){active}, heads {plan.head_parameters:,}",
         f"memory      {plan.total_memory / 2**30:.1f} of {devices.memory_gib:g} GiB on each device: "
         + ", ".join(f"{what} {size:.1f}" for what, size in gib.items()),
         f"disk        checkpoint {readable(plan.checkpoint)}"

@@ -51,7 +51,7 @@ class Answerer:
     def __init__(self, model: Any, tokenizer: Any, options: CorpusOptions, *, together: bool = False) -> None:
         check_template(tokenizer, options)
         self.model, self.tokenizer, self.options, self.together = model, tokenizer, options, together
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         room = options.max_prompt_tokens if positions is None else positions - options.max_new_tokens
         self.max_prompt_tokens = min(options.max_prompt_tokens, room)
         if self.max_prompt_tokens < 1:

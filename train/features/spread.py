@@ -16,11 +16,11 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from runtime.base import from_pretrained
+from runtime.base import auto_class, from_pretrained
 from runtime.decoding.layers import DecoderLayers
 
 FSDP, ZERO_3 = "FSDP", "DeepSpeed ZeRO-3"
@@ -43,9 +43,10 @@ def load_spread(kind: str, name: str, *, dtype: torch.dtype, **options: Any) -> 
 
     Every process must call it, after the process group exists. Under FSDP a single process holds the whole base.
     """
+    auto = auto_class(from_pretrained(AutoConfig, name, options))
     if kind == FSDP:
         spread = DistributedConfig(fsdp_size=PartialState().num_processes)
-        model = from_pretrained(AutoModelForCausalLM, name, options | {"dtype": dtype, "distributed_config": spread})
+        model = from_pretrained(auto, name, options | {"dtype": dtype, "distributed_config": spread})
         model.eval().requires_grad_(False)
         # FSDP2 takes the first module that runs as the root. So the base runs once here, before its parts run alone.
         model(torch.zeros(1, 1, dtype=torch.int64, device=model.device))
@@ -55,7 +56,7 @@ def load_spread(kind: str, name: str, *, dtype: torch.dtype, **options: Any) -> 
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     settings |= {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
     request = HfDeepSpeedConfig(settings)  # from_pretrained looks for a live one
-    model = from_pretrained(AutoModelForCausalLM, name, options | {"dtype": dtype})
+    model = from_pretrained(auto, name, options | {"dtype": dtype})
     del request
     engine = deepspeed.initialize(model=model.eval().requires_grad_(False), config=settings)[0]
     model.spread_by = [
@@ -95,7 +96,7 @@ def shaped(model: Any) -> Any:
     if not is_spread(model):
         return model
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+        return auto_class(model.config).from_config(copy.deepcopy(model.config))
 
 
 def decoder_layers(model: Any) -> DecoderLayers:

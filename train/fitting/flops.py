@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from runtime.drafting.heads import ExitHeads
+from train.features.weights import idle_parameters, text_parameters, text_parts
 
 # Dense bfloat16 operations a second, as the vendors state them; matched against the device's name, longest first.
 PEAK_FLOPS = {
@@ -29,7 +30,8 @@ class FitFlops:
     """Operations of a base and its heads.
 
     Attributes:
-        base_per_token: the base's body on one token of text, attention's scores left out.
+        base_per_token: the base's body on one token of text, attention's scores left out; of many experts the few
+            that a token is sent to.
         attention_per_pair: scores and sums of one token with one it attends to, over all layers.
         choice_per_position: the base's logits at one response position.
         heads_per_position: all heads at one response position, forward and backward.
@@ -43,16 +45,18 @@ class FitFlops:
     @classmethod
     def of(cls, model: Any, heads: ExitHeads) -> "FitFlops":
         """Of a base with its heads."""
-        hidden, vocab_size = model.config.hidden_size, model.config.vocab_size
-        matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
-        matrices -= sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding))
+        config = model.config.get_text_config()
+        hidden, vocab_size = config.hidden_size, config.vocab_size
+        matrices = sum(parameter.numel() for parameter in text_parameters(model) if parameter.dim() > 1)
+        matrices -= sum(module.weight.numel() for module in text_parts(model) if isinstance(module, nn.Embedding))
+        matrices -= idle_parameters(model)
         tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
         body = matrices - (0 if tied else model.get_output_embeddings().weight.numel())
-        heads_of = getattr(model.config, "num_attention_heads", 1)
-        width = heads_of * (getattr(model.config, "head_dim", None) or hidden // heads_of)
+        heads_of = getattr(config, "num_attention_heads", 1)
+        width = heads_of * (getattr(config, "head_dim", None) or hidden // heads_of)
         return cls(
             base_per_token=2 * body,
-            attention_per_pair=4 * width * model.config.num_hidden_layers,
+            attention_per_pair=4 * width * config.num_hidden_layers,
             choice_per_position=2 * hidden * vocab_size,
             heads_per_position=sum(head.fit_flops for head in heads),
         )

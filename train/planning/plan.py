@@ -15,7 +15,9 @@ from runtime.drafting.heads import ExitHeads
 from runtime.errors import ConfigError
 from train.features.extractor import CHUNK
 from train.features.prompts import PROMPT_TOKENS
+from train.features.weights import active_parameters
 from train.fitting.flops import FitFlops
+from train.planning.shapes import inner_size
 from train.settings.fit_config import FitConfig, parse_config, validate, validate_against_model
 
 GIB = 2**30
@@ -48,7 +50,7 @@ class Estimate:
     """The estimate of a fit. Memory is in bytes, on one device.
 
     Attributes:
-        base_parameters, head_parameters: exact counts.
+        base_parameters, active_parameters, head_parameters: exact counts; active are those that a token runs through.
         sharded: whether the base's decoder layers are spread over the devices.
         memory: bytes needed while fitting, by purpose.
         generation: bytes needed while the base answers prompts; 0 if it is sharded, since another engine should.
@@ -59,6 +61,7 @@ class Estimate:
     """
 
     base_parameters: int
+    active_parameters: int
     head_parameters: int
     sharded: bool
     memory: dict[str, float]
@@ -78,12 +81,13 @@ class Estimate:
 
 def empty_heads(config: FitConfig, model: Any) -> ExitHeads:
     """Make the heads of a recipe on the `meta` device, with shapes but no memory."""
+    shape = model.config.get_text_config()
     with torch.device("meta"):
         return ExitHeads(
             config.head,
             config.exit_layers,
-            hidden_size=model.config.hidden_size,
-            draft_vocab_size=config.draft_vocab_size or model.config.vocab_size,
+            hidden_size=shape.hidden_size,
+            draft_vocab_size=config.draft_vocab_size or shape.vocab_size,
             rank=config.head_rank,
         )
 
@@ -122,6 +126,7 @@ def estimate(config: FitConfig, model: Any, devices: Devices, *, num_prompts: in
     rate = devices.number * devices.tflops * 1e12 * devices.utilisation
     plan = Estimate(
         base_parameters=parameters,
+        active_parameters=active_parameters(model),
         head_parameters=learned,
         sharded=sharded,
         memory=base | memory,
@@ -153,14 +158,14 @@ def step_memory(config: FitConfig, model: Any, heads: ExitHeads, *, length: int,
         length: tokens of the longest sequence, prompt and response.
         responses: response positions in a sequence.
     """
-    shape, batch = model.config, config.per_device_train_batch_size
+    shape, batch = model.config.get_text_config(), config.per_device_train_batch_size
     itemsize = getattr(torch, config.dtype).itemsize
     draft = config.draft_vocab_size or shape.vocab_size
     exits, tokens, positions = len(heads.exit_layers), batch * length, batch * responses
     prompts = batch * min(PROMPT_TOKENS, length - responses) if heads.one.attends else 0
     kept = (exits + 2) * (positions + prompts) * shape.hidden_size * itemsize
     # In a decoder layer: residual, normed and attended states, and three tensors of a gated MLP.
-    layer = tokens * (4 * shape.hidden_size + 3 * _inner_size(shape)) * itemsize
+    layer = tokens * (4 * shape.hidden_size + 3 * inner_size(model)) * itemsize
     choice = min(CHUNK, positions) * shape.vocab_size * 8
     # Forward: logits and log-probabilities of all exits. Backward: only the latter, and three tensors of one exit.
     drafts = exits * (FIT_DRAFTS if heads.one.attends else 1)
@@ -173,17 +178,12 @@ def step_memory(config: FitConfig, model: Any, heads: ExitHeads, *, length: int,
     }
 
 
-def _inner_size(shape: Any) -> int:
-    """Size of the inner states of a layer's MLP; GPT-2's config has another name for it, or leaves it to be known."""
-    names = ("intermediate_size", "n_inner", "moe_intermediate_size")
-    return next((size for name in names if (size := getattr(shape, name, None))), 4 * int(shape.hidden_size))
-
-
 def position_bytes(config: FitConfig, model: Any) -> float:
     """Estimate the bytes on disk of one response position of cached features."""
     itemsize = getattr(torch, config.dtype).itemsize
-    states = (len(config.exit_layers) + 2) * model.config.hidden_size * itemsize
-    return states + 12 * min(config.teacher_top_k, model.config.vocab_size) + 8
+    shape = model.config.get_text_config()
+    states = (len(config.exit_layers) + 2) * shape.hidden_size * itemsize
+    return states + 12 * min(config.teacher_top_k, shape.vocab_size) + 8
 
 
 def _sharing(learned: int, number: int) -> dict[str, float]:
@@ -199,12 +199,12 @@ def _sharded_base(model: Any, number: int) -> float:
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         outside += model.get_output_embeddings().weight.numel()
     layers = total - outside
-    return outside + layers / number + 2 * layers / model.config.num_hidden_layers
+    return outside + layers / number + 2 * layers / model.config.get_text_config().num_hidden_layers
 
 
 def _generation_bytes(config: FitConfig, model: Any, prompt_tokens: int) -> float:
     """Estimate the bytes of keys, values and logits of a batch of answers."""
-    shape, itemsize = model.config, getattr(torch, config.dtype).itemsize
+    shape, itemsize = model.config.get_text_config(), getattr(torch, config.dtype).itemsize
     width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     kept = 2 * shape.num_hidden_layers * (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
     length = prompt_tokens + config.max_new_tokens
@@ -237,13 +237,14 @@ def recipe_for(name: str, model: Any = None) -> FitConfig:
     if name.endswith((".yaml", ".yml")):
         config = parse_config(["--config", name])
     else:
-        layers = 32 if model is None else model.config.num_hidden_layers
+        shape = None if model is None else model.config.get_text_config()
+        layers = 32 if shape is None else shape.num_hidden_layers
         exits = sorted({max(1, layers // 16), max(1, layers // 8), max(1, layers // 4)})
-        size = 8192 if model is None else min(8192, model.config.vocab_size)
+        size = 8192 if shape is None else min(8192, shape.vocab_size)
         settings: dict[str, Any] = {"prompts": ["-"], "output_dir": "-", "draft_vocab_size": size}
         config = FitConfig(model_name_or_path=name, exit_layers=exits, **settings)
     validate(config)
     if model is not None:
-        shape = model.config
+        shape = model.config.get_text_config()
         validate_against_model(config, num_hidden_layers=shape.num_hidden_layers, vocab_size=shape.vocab_size)
     return config

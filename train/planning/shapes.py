@@ -7,11 +7,13 @@ without an account or a download.
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from runtime.base import from_pretrained
+from runtime.base import auto_class, from_pretrained
 from runtime.decoding.families import check_config
 from runtime.errors import AdapterError, ConfigError
+from runtime.exact.execution import mixtures
+from train.features.weights import experts_per_token
 
 _LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
 KNOWN: dict[str, dict[str, Any]] = {
@@ -37,6 +39,11 @@ KNOWN: dict[str, dict[str, Any]] = {
         "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
         "max_position_embeddings": 40960,
+    },
+    "Qwen/Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936,
+        "max_position_embeddings": 40960, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
     },
     "lmsys/vicuna-7b-v1.5": {
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -71,4 +78,18 @@ def empty_model(name: str, *, revision: str | None = None) -> Any:
             ) from error
     check_config(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class(config).from_config(config)
+
+
+def inner_size(model: Any) -> int:
+    """Size of the inner states of a layer's MLP; GPT-2's config has another name for it, or leaves it to be known.
+
+    Of a mixture, that of all experts of a token, where it is more than that of a layer without experts.
+    """
+    shape = model.config.get_text_config()
+    names = ("intermediate_size", "n_inner", "moe_intermediate_size")
+    dense = next((size for name in names if (size := getattr(shape, name, None))), 4 * int(shape.hidden_size))
+    if not mixtures(model):
+        return int(dense)
+    expert = getattr(shape, "moe_intermediate_size", None) or dense
+    return max(dense, experts_per_token(shape) * (max(expert) if isinstance(expert, list) else expert))

@@ -102,13 +102,14 @@ def _adapter_config(
     bounds: SpeculationBounds,
 ) -> SpecBoundConfig:
     """Put together what the adapter says of itself; the hash of its weights is added where it is saved."""
+    shape = model.config.get_text_config()
     return SpecBoundConfig(
         base_model_name_or_path=findable(config.model_name_or_path),
         base_model_revision=base_commit(config.model_name_or_path, config.model_revision),
         base_model_fingerprint=base_fingerprint(model, whole_parameters(model)),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        num_hidden_layers=model.config.num_hidden_layers,
-        hidden_size=model.config.hidden_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        hidden_size=shape.hidden_size,
         vocab_size=len(heads.target_to_draft),
         exit_layers=tuple(config.exit_layers),
         head=config.head,

@@ -13,6 +13,7 @@ from runtime.drafting.draft_heads import DraftHeads
 from runtime.errors import DataError
 from runtime.files import write_atomic
 from train.features.spread import shaped
+from train.features.weights import active_parameters
 from train.replay.rounds import Level
 
 FORMAT = 2
@@ -182,12 +183,12 @@ class CostTable:
 def counted_costs(model: Any, heads: DraftHeads) -> CostTable:
     """Count costs from weights: those of a head and of the unembedding, relative to one decoder layer."""
     model = shaped(model)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    layers: int = model.config.get_text_config().num_hidden_layers
     matrix = model.get_output_embeddings().weight.numel()
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    layer = (total - matrix * (1 if tied else 2)) / model.config.num_hidden_layers
+    layer = (active_parameters(model) - matrix * (1 if tied else 2)) / layers
     head = heads.exits.one.weights_read / layer
-    return CostTable.counted(model.config.num_hidden_layers, head=head, unembedding=matrix / layer)
+    return CostTable.counted(layers, head=head, unembedding=matrix / layer)
 
 
 def _push(segments: list[tuple[int, int]], depth: int, tokens: int) -> None:

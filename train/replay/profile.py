@@ -66,7 +66,7 @@ def measure(
         raise SpecBoundError(f"no round can be timed, because this model decodes plainly here: {reason}")
     rounds = WARM_UP + repeats
     longer = SHORTER * (rounds // 2)  # tokens more at the start, so that the average context is as asked
-    longest = getattr(model.config, "max_position_embeddings", None) or CONTEXTS[-1] * 2
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or CONTEXTS[-1] * 2
     contexts = [min(context, longest - GENERATED - max_width - 1 - longer) for context in CONTEXTS]
     benches = [_Bench(model, context, longer, max_width) for context in contexts]
     seconds: dict[Any, list[float]] = defaultdict(list)
@@ -154,9 +154,9 @@ class _Bench:
         self.specbound: SpecBound = model.specbound
         self.layers = self.specbound.prepared.layers
         generator = torch.Generator().manual_seed(0)
-        self.token_ids = torch.randint(model.config.vocab_size, (1, length + max_width), generator=generator).to(
-            model.device
-        )
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+        ids = torch.randint(self.vocab_size, (1, length + max_width), generator=generator)
+        self.token_ids = ids.to(model.device)
         stock = DynamicCache()
         with self.layers.watching(self.specbound.drafter.watched) as self.prompt:
             model(input_ids=self.token_ids[:, :length], past_key_values=stock, use_cache=True)
@@ -223,7 +223,7 @@ class _Bench:
 
     def _gap(self) -> float:
         clock = Clock()
-        never = self.model.config.vocab_size  # `min_new_tokens` would add a logits processor to every token
+        never = self.vocab_size  # `min_new_tokens` would add a logits processor to every token
         options = {"max_new_tokens": GENERATED, "eos_token_id": never, "do_sample": False, "pad_token_id": 0}
         prompt = self.token_ids[:, : self.length]
         self.model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock, **options)

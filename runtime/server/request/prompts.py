@@ -111,7 +111,7 @@ def tokenized(worker: Worker, body: TokenizeRequest) -> dict[str, Any]:
         ids = tokenizer(body.prompt, add_special_tokens=body.add_special_tokens is not False)["input_ids"]
     return {
         "count": len(ids),
-        "max_model_len": int(worker.model.config.max_position_embeddings),
+        "max_model_len": int(worker.model.config.get_text_config().max_position_embeddings),
         "tokens": ids,
         "token_strs": tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None,
     }

@@ -13,11 +13,12 @@ from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.attention_head import FIT_DRAFTS
 from runtime.drafting.heads import HEAD_KINDS, attends
 from runtime.errors import ConfigError
-from tests.helpers.families import tiny
+from tests.helpers.families import prompt, tiny
 from tests.helpers.paths import ROOT
 from train.cli.app import app
 from train.features.disk import bytes_per_position
 from train.features.extractor import FeatureExtractor
+from train.features.weights import active_parameters
 from train.fit_exits import make_heads
 from train.fitting.flops import FitFlops, peak_flops
 from train.fitting.losses import Targets, distillation_loss
@@ -35,6 +36,7 @@ PARAMETERS = {
     "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
     "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
     "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
     "lmsys/vicuna-7b-v1.5": 6_738_415_616,
     "codellama/CodeLlama-13b-Instruct-hf": 13_016_028_160,
 }
@@ -202,3 +204,21 @@ def test_bases_that_name_their_sizes_otherwise(family, tmp_path):
     plan = estimate(tiny_config(), empty_model(str(tmp_path)), Devices(1, 80), num_prompts=10, prompt_tokens=8)
     assert plan.base_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert plan.total_memory > 4 * plan.base_parameters
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_a_token_is_counted_with_the_experts_that_take_it(family):
+    base = tiny(family, attention="eager")
+    base.set_experts_implementation("eager")
+    flops = FitFlops.of(base, empty_heads(tiny_config(draft_vocab_size=90), base))
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        base(prompt(20))
+    assert counted.get_total_flops() == pytest.approx(flops.base(20, 20, 20 * 20), rel=0.01)
+
+
+def test_active_parameters_of_a_mixture_are_exact():
+    base = empty_model("Qwen/Qwen3-30B-A3B")
+    assert active_parameters(base) == 3_353_032_704
+    assert active_parameters(tiny("llama")) == sum(parameter.numel() for parameter in tiny("llama").parameters())
+    shown = CliRunner().invoke(app, ["plan", "--model", "Qwen/Qwen3-30B-A3B", "--gpus", "8x80"])
+    assert "base 30,532,122,624" in shown.output and "3,353,032,704 of them for a token of text" in shown.output

@@ -1,0 +1,229 @@
+"""Decoders of text inside models of several kinds of input: ids are stock's after text, and after pictures."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from runtime import SpeculationBounds, detach, load_specbound, supports
+from runtime.adapter.folder import save_adapter
+from runtime.adapter.identity import base_fingerprint
+from runtime.batch import generation
+from runtime.decoding import families
+from runtime.decoding.cache import KVCache
+from runtime.decoding.layers import DecoderLayers
+from runtime.decoding.wrappers import WRAPPERS
+from runtime.exact.attention import block_attention
+from runtime.exact.execution import ExecutionPolicy
+from runtime.exact.probe import compare
+from runtime.exact.reference import Reference
+from runtime.generate import attach
+from runtime.handle import SpecBound
+from tests.helpers.fake_heads import FakeHeads
+from tests.helpers.families import EXPERTS, HALF, SHAPE, VOCABULARY, prompt, randomise
+
+NEW, IMAGE = 24, 90
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW}
+SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 2.0, "top_p": 0.9, "max_new_tokens": NEW}
+TREES, CHAINS = SpeculationBounds(0.2, 1, 6, max_branches=3, max_depth=4), SpeculationBounds(0.2, 1, 4)
+
+# Pictures of 8 x 8 pixels, in patches of 4 x 4; of Mistral 3, which merges four patches, of 16 x 16.
+_EYE: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
+    "patch_size": 4,
+}  # fmt: skip
+_CLIP, _SIGLIP = {"model_type": "clip_vision_model", **_EYE}, {"model_type": "siglip_vision_model", **_EYE}
+_QWEN_EYE: dict[str, Any] = {
+    "depth": 2, "hidden_size": 32, "out_hidden_size": 48, "num_heads": 2, "patch_size": 4, "intermediate_size": 32,
+}  # fmt: skip
+_DEEP = _QWEN_EYE | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+_TURNED: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}}
+_COHERE: dict[str, Any] = {"model_type": "cohere2", "logit_scale": 0.3, "sliding_window": 16, **HALF}
+_GEMMA: dict[str, Any] = {"head_dim": 12, "final_logit_softcapping": 3.0, "sliding_window": 16, **HALF}
+_INDEX, _TOKEN = {"image_token_index": IMAGE}, {"image_token_id": IMAGE}
+_TOKENS = _TOKEN | {"video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+# By model type: the decoder of text, the tower, and what else the configuration says.
+TINY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "aya_vision": (_COHERE, _SIGLIP, _INDEX),
+    "cohere2_vision": (_COHERE, _SIGLIP, _TOKEN | {"alignment_intermediate_size": 32}),
+    "gemma3": (_GEMMA, _SIGLIP, _INDEX | {"mm_tokens_per_image": 4}),
+    "idefics3": ({"model_type": "llama"}, _EYE, _TOKEN),
+    "internvl": ({"model_type": "qwen2"}, _EYE | {"image_size": [8, 8], "patch_size": [4, 4]}, _TOKEN),
+    "llava": ({"model_type": "llama"}, _CLIP, _INDEX),
+    "llava_next": ({"model_type": "mistral", "sliding_window": 16}, _CLIP, _INDEX),
+    "llava_onevision": ({"model_type": "qwen2"}, _SIGLIP, _INDEX | {"video_token_index": 91}),
+    "mistral3": (
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "pixtral", "head_dim": 8, **_EYE, "image_size": 16},
+        _INDEX,
+    ),
+    "qwen2_vl": (
+        _TURNED | HALF | {"use_sliding_window": True, "sliding_window": 16},
+        _QWEN_EYE | {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2},
+        _TOKENS,
+    ),
+    "qwen2_5_vl": (_TURNED, _QWEN_EYE | {"fullatt_block_indexes": [1], "window_size": 16}, _TOKENS),
+    "qwen3_vl": (_TURNED | {"head_dim": 12}, _DEEP, _TOKENS),
+    "qwen3_vl_moe": (_TURNED | {"head_dim": 12} | EXPERTS | {"moe_intermediate_size": 32}, _DEEP, _TOKENS),
+    "smolvlm": ({"model_type": "llama"}, _EYE, _TOKEN),
+}
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+# Tokens that a picture takes.
+PICTURES = {"gemma3": 4, "idefics3": 1, "internvl": 1, "llava": 4, "mistral3": 4, "smolvlm": 1}
+PICTURES |= dict.fromkeys(QWEN, 4)
+
+
+def wrapper(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model whose greedy output wanders."""
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
+    text, vision, more = TINY[name]
+    config = AutoConfig.for_model(name, text_config=SHAPE | text, vision_config=vision, **more)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert size < 1e6, f"{name} has {size:,} parameters: a size was left at its default"
+    randomise(model)
+    for parameter in model.parameters():
+        if not parameter.any():  # a projector that would let nothing through
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def picture(name: str, dtype: torch.dtype, *, words: int = 6) -> dict[str, Any]:
+    """What a processor makes of four words, a picture, and so many words more."""
+    text, numbers = prompt(10), torch.Generator().manual_seed(5)
+    ids = torch.cat([text[:, :4], torch.full((1, PICTURES[name]), IMAGE), text[:, 4 : 4 + words]], 1)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    kinds = (ids == IMAGE).long()
+    if name in QWEN:
+        pixels = torch.randn(16, 3 * 2 * 4 * 4, generator=numbers).to(dtype)
+        grid = torch.tensor([[1, 4, 4]])
+        return given | {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
+    size = 16 if name == "mistral3" else 8
+    pixels = torch.randn(1, 3, size, size, generator=numbers).to(dtype)
+    given["pixel_values"] = pixels[None] if name in ("idefics3", "smolvlm") else pixels
+    if name == "gemma3":
+        given["token_type_ids"] = kinds
+    return given | ({"image_sizes": torch.tensor([[size, size]])} if name == "mistral3" else {})
+
+
+def both(model: Any, given: dict[str, Any], bounds: SpeculationBounds, **options: Any) -> tuple[Tensor, Tensor]:
+    """Ids of plain decoding, and of drafts that are right two times of three, with others beside them."""
+    torch.manual_seed(3)
+    stock = model.generate(**given, **options)
+    attach(model, SpecBound(model, FakeHeads("mixed", [1], stock[0].tolist(), VOCABULARY), bounds))
+    torch.manual_seed(3)
+    found = model.generate(**given, **options)
+    stats, certificate = model.specbound.stats, model.specbound.certificate
+    detach(model)
+    assert certificate.bitwise and stats.accepted.total() > 3 and stats.drafted.total() > stats.accepted.total()
+    return stock, found
+
+
+def test_every_wrapper_is_tried() -> None:
+    """Those that are accepted have a tiny model here."""
+    assert set(TINY) == set(WRAPPERS)
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_text_decodes_as_stock_s(name: str) -> None:
+    """Greedy trees in float32."""
+    model = wrapper(name)
+    assert supports(model) and supports(model.config)
+    stock, found = both(model, {"input_ids": prompt()}, TREES, **GREEDY)
+    assert torch.equal(found, stock) and len(set(stock[0].tolist())) > 3
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen2_5_vl", "smolvlm"])
+@torch.inference_mode()
+def test_a_picture_s_token_in_the_answer_is_one_as_others(name: str) -> None:
+    """Without a picture: every bit of the logits."""
+    model, ids = wrapper(name), torch.tensor([[5, IMAGE, 7, IMAGE]])
+    layers = DecoderLayers(model)
+    with block_attention(model, "batched"):
+        top = layers.run(layers.embed(ids, 0), 0, layers.num_layers, 0, KVCache(layers.num_layers, 4))
+    assert torch.equal(layers.logits(top), model(ids).logits)
+
+
+@pytest.mark.parametrize("name", sorted(PICTURES))
+def test_pictures_go_through_the_prompt_alone(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Sampled chains in bfloat16; negative control: another picture has other ids."""
+    model, given = wrapper(name, torch.bfloat16), picture(name, torch.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        stock, found = both(model, given, CHAINS, **SAMPLED)
+    assert torch.equal(found, stock) and len(set(stock[0, -NEW:].tolist())) > 3 and "SpecBound" not in caplog.text
+    torch.manual_seed(3)
+    other = model.generate(**given | {"pixel_values": -3 * given["pixel_values"]}, **SAMPLED)
+    assert not torch.equal(other, stock)
+
+
+def test_a_second_call_probes_nothing_anew() -> None:
+    """What a wrapper keeps of one prompt's pictures is no change of the model, and text after it counts from 0."""
+    model = wrapper("qwen2_5_vl")
+    stock = model.generate(prompt(), **GREEDY)
+    attach(model, SpecBound(model, FakeHeads("mixed", [1], stock[0].tolist(), VOCABULARY), CHAINS))
+    model.generate(**picture("qwen2_5_vl", torch.float32), **GREEDY)
+    first = model.specbound.certificate
+    assert torch.equal(model.generate(prompt(), **GREEDY), stock)
+    assert model.specbound.certificate is first and model.specbound.stats.accepted.total() > 3
+
+
+def test_positions_go_on_where_those_of_the_picture_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: counted by tokens they are others, and so are ids."""
+    model, given = wrapper("qwen3_vl"), picture("qwen3_vl", torch.float32)
+    stock = model.generate(**given, **GREEDY)
+    attach(model, SpecBound(model, FakeHeads("right", [1], stock[0].tolist(), VOCABULARY), CHAINS))
+    assert torch.equal(model.generate(**given, **GREEDY), stock)
+    monkeypatch.setattr(generation, "position_after", lambda positions: positions.shape[-1])
+    assert not torch.equal(model.generate(**given, **GREEDY), stock)
+
+
+def test_a_prompt_that_ends_in_a_picture_is_plain(caplog: pytest.LogCaptureFixture) -> None:
+    """The next position is not one number; said once."""
+    model, given = wrapper("qwen3_vl"), picture("qwen3_vl", torch.float32, words=0)
+    stock = model.generate(**given, **GREEDY)
+    attach(model, SpecBound(model, FakeHeads("right", [1], stock[0].tolist(), VOCABULARY), CHAINS))
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(model.generate(**given, **GREEDY), stock)
+        assert torch.equal(model.generate(**given, **GREEDY), stock)
+    assert caplog.text.count("ends inside an image") == 1 and not model.specbound.stats.drafted.total()
+
+
+@pytest.mark.parametrize("name", ["cohere2_vision", "gemma3"])
+def test_logits_scaled_or_capped_as_the_decoder_s_own_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: its config says so, and the wrapper does not do it."""
+    model = wrapper(name)
+    reference = Reference.near(model)
+    assert compare(model, reference, ExecutionPolicy.rowwise(), [2]).differing == 0
+    monkeypatch.setattr(families, "replace", lambda family, body, scaled: replace(family, body=body))
+    assert compare(model, reference, ExecutionPolicy.rowwise(), [2]).differing > 0
+
+
+def test_an_adapter_of_the_text_model_loads_on_the_wrapper(
+    tmp_path: Path, make_adapter: Any, make_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The base is the decoder of text: its fingerprint is the same on its own and inside; by folder and by object."""
+    model, tokenizer = wrapper("gemma3"), make_tokenizer(VOCABULARY)
+    alone = AutoModelForCausalLM.from_config(model.config.text_config)
+    alone.model.load_state_dict(model.model.language_model.state_dict())
+    assert base_fingerprint(alone) == base_fingerprint(model) != base_fingerprint(wrapper("llava"))
+    adapter = make_adapter(alone, tokenizer, exit_layers=(1, 2))
+    save_adapter(adapter, tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    stock = model.generate(prompt(), **GREEDY)
+    for base in (model, tmp_path / "base"):
+        with caplog.at_level(logging.WARNING):
+            loaded = load_specbound(tmp_path / "adapter", base, adaptive=False)
+        assert "other weights" not in caplog.text and type(loaded).__name__ == "Gemma3ForConditionalGeneration"
+        assert torch.equal(loaded.generate(prompt(), **GREEDY), stock) and loaded.specbound.stats.drafted.total()
+    with torch.no_grad():
+        detach(model).model.language_model.layers[0].mlp.up_proj.weight.mul_(1.1)
+    assert base_fingerprint(model) != base_fingerprint(alone)

@@ -1,0 +1,44 @@
+"""Which of a base's weights a token of text runs through: not all experts of a mixture, and no tower of a wrapper.
+
+Counted from shapes: models on `meta` will do. Knows no heads.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from runtime.decoding.wrappers import text_modules
+from runtime.exact.execution import mixtures
+
+
+def active_parameters(model: Any) -> int:
+    """Parameters that a token of text may run through: of many experts those it is sent to, of a wrapper no towers."""
+    return sum(parameter.numel() for parameter in text_parameters(model)) - idle_parameters(model)
+
+
+def idle_parameters(model: Any) -> int:
+    """Parameters of the experts that a token passes by, in all layers."""
+    idle = 0
+    for mixture in mixtures(model):
+        experts: Any = mixture.experts  # along the first dimension of each parameter
+        chosen = experts_per_token(model.config.get_text_config())
+        for parameter in experts.parameters():
+            idle += parameter.numel() // experts.num_experts * (experts.num_experts - chosen)
+    return idle
+
+
+def experts_per_token(config: Any) -> int:
+    """How many experts of a mixture take a token; the most, where layers differ."""
+    given = config.num_experts_per_tok
+    return max(given) if isinstance(given, list) else int(given)
+
+
+def text_parameters(model: Any) -> Iterable[nn.Parameter]:
+    """Parameters of all that text may run through, each once."""
+    return {id(each): each for part in text_parts(model) for each in part.parameters(recurse=False)}.values()
+
+
+def text_parts(model: Any) -> list[nn.Module]:
+    """The modules that text may run through: all but a wrapper's towers."""
+    return [module for _, module in text_modules(model)]
