@@ -83,16 +83,10 @@ def distil(
     settings |= {} if given is None else {"answers": _digest(sorted((one.prompt.hash, one.answers) for one in given))}
     if is_complete(folder, settings=settings):
         return folder
-    parts: tuple[Any, Any, CorpusOptions] = (model.eval(), tokenizer, options)
-    answerer: Answerer | None = None
-    if generator is not None:
-        answerer = RemoteAnswerer(*parts, generator, together=together)
-        world_size = 1 if together else world_size  # all check the same answers, which the first process writes
-    elif given is not None:
-        answerer = GivenAnswerer(*parts, given, together=together)
-    elif not together and begun_alone(folder):
-        answerer = EngineAnswerer.of(*parts, fingerprint=fingerprint)
-    answerer = answerer or Answerer(*parts, together=together)
+    parts = model.eval(), tokenizer, options
+    answerer = _answerer(parts, folder, fingerprint, generator=generator, given=given, together=together)
+    if generator is not None and together:
+        world_size = 1  # all check the same answers, which the first process writes
     if isinstance(answerer, EngineAnswerer):
         del settings["batch_size"]  # no answer depends on it
     check_settings(folder, settings)
@@ -114,6 +108,24 @@ def distil(
         write_record(folder, {"settings": settings, "counts": counts, "complete": True})
     barrier()  # no process returns before the corpus is complete
     return folder
+
+
+def _answerer(
+    parts: tuple[Any, Any, CorpusOptions],
+    folder: Path,
+    fingerprint: str,
+    *,
+    generator: str | None,
+    given: Sequence[Conversation] | None,
+    together: bool,
+) -> Answerer:
+    """Whoever answers: another engine, the data, or the base; see `distil`."""
+    if generator is not None:
+        return RemoteAnswerer(*parts, generator, together=together)
+    if given is not None:
+        return GivenAnswerer(*parts, given, together=together)
+    alone = None if together or not begun_alone(folder) else EngineAnswerer.of(*parts, fingerprint=fingerprint)
+    return alone or Answerer(*parts, together=together)
 
 
 def load_split(corpus_dir: str | Path, split: str) -> datasets.Dataset:
