@@ -217,3 +217,13 @@ def test_recall_of_heads_rises_with_k(make_model, make_adapter, tmp_path, head):
         for shares in drafts.values():
             assert list(shares.values()) == sorted(shares.values())
     assert len(heads.lines(found)) == 4
+
+
+def test_cuts(make_model: Any) -> None:
+    """A prompt is compared with itself in pieces; in one piece it has its own bits, other text has others."""
+    cuts, model = script("cuts"), make_model()
+    before, after = cuts.differing(model, 40, 16)
+    assert 0 <= before <= 16 and 0 <= after <= 24
+    ids = torch.arange(10)[None]
+    assert torch.equal(cuts.rows(model, [ids]), cuts.rows(model, [ids]))
+    assert not torch.equal(cuts.rows(model, [ids]), cuts.rows(model, [ids + 1]))
