@@ -12,6 +12,11 @@ from runtime import AdapterError, ConfigError, supports
 from tests.helpers.families import tiny
 from train.cli.app import app
 
+MUSIC = {
+    "text_encoder": {"model_type": "t5"},
+    "audio_encoder": {"model_type": "encodec"},
+    "decoder": {"model_type": "musicgen_decoder"},
+}
 # Model type, settings, and the part that is named.
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v3", {}, "latent attention"),
@@ -19,7 +24,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("t5", {}, "an encoder beside the decoder"),
     ("paligemma", {}, "its decoder of text (model_type 'gemma') is inside"),
     ("llava", {"text_config": {"model_type": "qwen3_next"}}, "decoder of text (model_type 'qwen3_next') is inside"),
-    ("musicgen", {}, "several decoders"),
+    ("musicgen", MUSIC, "several decoders"),
     ("qwen3_next", {}, "layers of the kind linear_attention"),
     ("opt", {}, "its layers are not known here"),
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic' rotary"),
