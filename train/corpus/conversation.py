@@ -15,7 +15,7 @@ from train.settings.source import Source
 # Columns with the prompt, looked for in this order, and columns with the answer to it.
 COLUMNS: tuple[str, ...] = ("conversations", "conversation", "messages", "turns", "prompt")
 COLUMNS += ("instruction", "question", "query", "input", "text")
-ANSWERS = ("response", "completion", "output", "answer")
+ANSWERS = ("response", "completion", "output", "answer", "chosen")
 MORE = ("input", "context")  # of an instruction
 SYSTEM = ("system", "system_prompt")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant"}
@@ -62,7 +62,9 @@ class Conversation:
             read = cls(Prompt((*_system(row), Message("user", texts[0])), tuple(texts[1:])))
         elif isinstance(value, list):
             answer = _listed(_first(row, (source.answer,) if source.answer else ANSWERS))
-            messages = [_message(entry) for entry in [*value, *(answer if isinstance(answer, list) else [])]]
+            more = answer if isinstance(answer, list) else [answer] if isinstance(answer, dict) else []
+            messages = [_message(entry) for entry in value]
+            messages += [_message(entry) for entry in more] if messages[-1].role == "user" else []
             read = _turns([*_system(row), *messages])
         else:
             read = _pair(row, column, source)
@@ -76,8 +78,8 @@ def _pair(row: dict[str, Any], column: str, source: Source) -> Conversation:
         texts += [_text(row[name]) for name in MORE if row.get(name)]
     prompt = Prompt((*_system(row), Message("user", "\n\n".join(texts))))
     answer = _first(row, (source.answer,) if source.answer else ANSWERS)
-    if isinstance(answer, list) and len(answer) == 1:  # one message
-        answer = _message(answer[0]).content
+    if isinstance(answer, list | dict):  # a message, or a conversation that ends with it
+        answer = _message(answer[-1] if isinstance(answer, list) else answer).content
     return Conversation(prompt, () if answer is None else (_text(answer),), whole=column == "text" and answer is None)
 
 

@@ -83,7 +83,7 @@ def _corpus_hours(
     answerer = Answerer(layers.model, tokenizer, short, together=is_spread(layers.model))
     seconds = _seconds(lambda: answerer.answer(turns, name="rehearsal"), layers.device) / short.max_new_tokens
     hours = number / len(turns) * config.max_new_tokens * seconds / 3600
-    return f"corpus      at most {hours:.1f} h, {len(turns) / seconds:.0f} tokens/s by process; none if it is there"
+    return f"corpus      at most {_time(hours)}, {len(turns) / seconds:.0f} tokens/s by process; none if it is there"
 
 
 def _fit_hours(config: FitConfig, layers: DecoderLayers, turns: Sequence[Turn], plan: Plan, rows: float) -> str:
@@ -97,7 +97,7 @@ def _fit_hours(config: FitConfig, layers: DecoderLayers, turns: Sequence[Turn], 
     steps = plan.total * config.gradient_accumulation_steps
     forwards = rows / len(batch) if config.features == "cache" else steps
     hours = seconds * (forwards + steps * share) / 3600
-    return f"fit         about {hours:.1f} h, {positions / seconds / (1 + share):.0f} answer tokens/s by process"
+    return f"fit         about {_time(hours)}, {positions / seconds / (1 + share):.0f} answer tokens/s by process"
 
 
 def _memory(config: FitConfig, layers: DecoderLayers, turns: Sequence[Turn]) -> str:
@@ -127,6 +127,10 @@ def _disk(config: FitConfig, layers: DecoderLayers, answers: int) -> str:
     warning = ": too little is free" if kept + cache > free else ""
     features = f", cached features {readable(cache)}" if cache else ""
     return f"disk        checkpoints {readable(kept)}{features}; {readable(free)} free{warning}"
+
+
+def _time(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

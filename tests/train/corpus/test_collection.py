@@ -43,6 +43,8 @@ def test_forms_of_conversations_mean_the_same():
     rows += [{"messages": {"role": [role for role, _ in CHAT], "content": [text for _, text in CHAT]}}]
     rows += [{"system_prompt": "s", "conversations": sharegpt(SHAREGPT[1:])}]
     rows += [{"prompt": chat(CHAT[:-1]), "completion": chat(CHAT[-1:])}]
+    rows += [{"conversations": sharegpt(SHAREGPT[:-1]), "chosen": sharegpt(SHAREGPT[-1:])[0]}]
+    rows += [{"messages": chat(), "completion": chat(CHAT[2:3])}]  # it has its answer
     rows += [{"messages": [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in CHAT]}]
     assert [one(row) for row in rows] == [TALK] * len(rows)
 
@@ -50,6 +52,7 @@ def test_forms_of_conversations_mean_the_same():
 def test_forms_of_pairs_and_texts():
     assert one({"prompt": "a", "response": "b"}) == one({"question": "a", "answer": "b"}) == asked("a", "b")
     assert one({"instruction": "a", "input": "x", "output": "b"}) == asked("a\n\nx", "b")
+    assert one({"prompt": "a", "chosen": chat([("user", "a"), ("assistant", "b")])}) == asked("a", "b")
     assert one({"text": "a"}) == asked("a", whole=True)
     assert one({"turns": ["a", "c"], "category": "qa"}).prompt.task == "qa"
     assert one({"q1": "a", "a1": "b", "prompt": "no"}, column="q1", answer="a1") == asked("a", "b")
