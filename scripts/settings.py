@@ -1,4 +1,4 @@
-"""Write docs/settings.md: every setting of a fit, its default and what it means. Read off the code.
+"""Write the end of docs/fitting.md: every setting of a fit, its default and what it means. Read off the code.
 
 Example: python scripts/settings.py
 """
@@ -10,18 +10,18 @@ from typing import Any, get_args, get_origin, get_type_hints
 from train.settings.fit_config import CHOICES, FitConfig
 from train.settings.source import Source
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
-HEADING = """# Settings of a fit
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "fitting.md"
+HEADING = "## All settings"
+TABLE = """
 
 Each is a line of a recipe (`--config FILE.yaml`) and a flag (`--learning_rate 1e-3`); flags win. An unknown name or a
-value out of its range is refused before anything is loaded. [Fitting](fitting.md) says how to choose them. This table
-is made by `python scripts/settings.py`.
+value out of its range is refused before anything is loaded. This table is made by `python scripts/settings.py`.
 
 | setting | value | default | meaning |
 |---|---|---|---|
 """
 SOURCES = """
-## Settings of a source
+### Of a source
 
 An entry of `prompts` or `evaluation_files` is a path or a name, with these behind a question mark
 (`answers.csv?column=question&limit=1000`); in a recipe it may be a mapping of them, such as
@@ -38,7 +38,8 @@ def main() -> None:
 
 
 def page() -> str:
-    """The whole page, with one line a setting."""
+    """The whole page: what is written by hand, then one line a setting."""
+    written = PAGE.read_text(encoding="utf-8").partition(HEADING)[0]
     kinds = get_type_hints(FitConfig)
     lines = [
         f"| `{one.name}` | {value(one.name, kinds[one.name])} | {default(one)} | {one.metadata['help']} |\n"
@@ -49,7 +50,7 @@ def page() -> str:
     sources = [
         f"| `{one.name}` | {value('', kinds[one.name])} | {default(one)} |\n" for one in dataclasses.fields(Source)
     ]
-    return HEADING + "".join(lines) + SOURCES + "".join(sources)
+    return written + HEADING + TABLE + "".join(lines) + SOURCES + "".join(sources)
 
 
 def value(name: str, kind: Any) -> str:

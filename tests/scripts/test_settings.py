@@ -1,4 +1,4 @@
-"""docs/settings.md holds every setting as the code has it."""
+"""docs/fitting.md holds every setting as the code has it."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from train.settings.fit_config import FitConfig
 
 def test_the_table_is_made_from_the_code() -> None:
     """After a change of a setting run `python scripts/settings.py`."""
-    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == script("settings").page()
+    assert (ROOT / "docs" / "fitting.md").read_text(encoding="utf-8") == script("settings").page()
 
 
 def test_every_setting_has_its_line() -> None:
@@ -19,4 +19,4 @@ def test_every_setting_has_its_line() -> None:
     assert "| `prompts` | list of texts | needed |" in page
     assert "| `learning_rate` | number | `0.001` |" in page
     assert "| `answers` | distil, keep | `distil` |" in page
-    assert "`sources`" not in page
+    assert "| `sources` |" not in page
