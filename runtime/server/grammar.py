@@ -5,6 +5,7 @@ them, so that drafts and exactness are as without.
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -21,6 +22,8 @@ from runtime.server.request.schema import ChatRequest
 
 # Between the signs of JSON: without a bound a weak model may write spaces for ever.
 GUIDANCE = {"x-guidance": {"whitespace_pattern": r"[ \n]{0,20}"}}
+
+PLACE = re.compile(r"^at \d+\(\d+\): ")  # in the grammar, which the client has not written
 
 
 class Grammar:
@@ -41,8 +44,11 @@ class Grammar:
 
         vocabulary = _vocabulary(tokenizer, tuple(ends))
         self.matcher: Any = llguidance.LLMatcher(vocabulary, lark, log_level=0)  # what is asked is not logged
-        if self.matcher.is_error():
-            raise ValueError(self.matcher.get_error())
+        beginning = self.matcher.deep_copy()
+        if not beginning.is_error():
+            beginning.compute_bitmask()  # some grammars are read, and then nothing can begin: a schema that is itself
+        if beginning.is_error():
+            raise ValueError(beginning.get_error())
 
 
 @lru_cache(maxsize=1)  # a second or so for a large vocabulary
@@ -110,8 +116,8 @@ def grammar_of(model: Any, tokenizer: Any, body: ChatRequest, dialect: Dialect, 
         said = f"{param} is not supported by this server: it was installed without specbound[grammar]"
         raise ApiError(400, said, param=param) from None
     except ValueError as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise ApiError(400, f"{param} cannot be kept: {first:.300}", param=param) from None
+        reason = PLACE.sub("", " ".join(str(error).split()))
+        raise ApiError(400, f"{param} cannot be kept: {reason:.300}", param=param) from None
 
 
 def special_literals(tokenizer: Any) -> Callable[[str], str]:

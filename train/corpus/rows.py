@@ -41,7 +41,8 @@ def read_rows(source: Source) -> Iterator[tuple[str, Any]]:
                 yield from _table(path, TABLES[ending]) if ending in TABLES else _json(path)
             except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
                 reason = getattr(error, "strerror", None) or one_line(error)
-                raise DataError(f"{path}: cannot be read ({reason}); give an existing file") from error
+                advice = "save it as UTF-8" if isinstance(error, UnicodeError) else "give an existing file"
+                raise DataError(f"{path}: cannot be read ({reason}); {advice}") from error
         else:
             raise DataError(f"{path}: expected a file that ends in {FOUND}; convert it first")
 

@@ -117,6 +117,7 @@ def test_what_cannot_be_understood_is_skipped_and_counted(tmp_path, caplog):
     ("name", "content", "keep", "expected"),
     [
         ("a.csv", b"colour,size\nred,3\n", False, "found the columns colour, size; expected one of the columns conv"),
+        ("a.csv", "prompt\ncaf\u00e9\n".encode("latin-1"), False, "save it as UTF-8"),
         ("a.jsonl", b"", False, "it is empty"),
         ("a.json", b"[1, 2]", False, "2 of 2 rows skipped: 2 expected an object, got int (the first: row 1)"),
         ("a.json", b"[{]", False, "not valid JSON; expected one list of rows"),

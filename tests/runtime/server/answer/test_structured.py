@@ -148,6 +148,11 @@ def test_the_mask_is_a_function_of_the_ids(served: Any) -> None:
     ("format", "said"),
     [
         ({"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "objekt"}}}, "cannot be kept"),
+        ({"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#"}}}, "cannot be kept"),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "^(?=a)a"}}},
+            "cannot be kept: [^0-9].*regex parse error: [^ ]",
+        ),
         ({"type": "json_schema", "json_schema": {"name": "a"}}, "response_format.json_schema.schema"),
         ({"type": "json_schema"}, "needs a json_schema"),
         ({"type": "json_object", "json_schema": {"schema": {}}}, "no other type has one"),
