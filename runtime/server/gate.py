@@ -16,6 +16,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 # What needs the key, where there is one; the page and /health tell nothing of anybody's.
 GUARDED = ("/v1/", "/metrics", "/tokenize")
 TOO_LARGE = 413
+THROWN_AWAY = 1 << 20  # bytes of a body that is too large are read so far
 
 
 class Gate:
@@ -38,10 +39,8 @@ class Gate:
             await self.app(scope, receive, send)
             return
         error = self._refusal(scope["path"], {key.decode("latin-1"): value for key, value in scope["headers"]})
-        body = b""
-        if error is None or error.status != TOO_LARGE:  # to close on what was not read resets the connection
-            body, cut = await self._read(receive)
-            error = error or cut
+        body, cut = await self._read(receive)
+        error = error or cut
         if error is not None:
             await refuse(error, send)
             return
@@ -73,18 +72,18 @@ class Gate:
         return ApiError(TOO_LARGE, f"the request is larger than {self.max_body_bytes} bytes, the most that is taken")
 
     async def _read(self, receive: Receive) -> tuple[bytes, ApiError | None]:
-        """The whole body, which is small."""
+        """The whole body, which is small. What is too much is thrown away: to close on what was not read would reset
+        the connection, and the client might never see the answer."""
         parts: list[bytes] = []
         size, more = 0, True
-        while more:
+        while more and size <= self.max_body_bytes + THROWN_AWAY:
             message = await receive()
             if message["type"] != "http.request":
                 return b"", ApiError(400, "the request was cut short")
-            parts.append(message.get("body", b""))
-            size, more = size + len(parts[-1]), message.get("more_body", False)
-            if size > self.max_body_bytes:
-                return b"", self._too_large()
-        return b"".join(parts), None
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+            if size <= self.max_body_bytes:
+                parts.append(message.get("body", b""))
+        return (b"", self._too_large()) if size > self.max_body_bytes else (b"".join(parts), None)
 
 
 async def refuse(error: ApiError, send: Send) -> None:
