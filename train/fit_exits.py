@@ -133,8 +133,13 @@ def _load_splits(config: FitConfig, accelerator: Accelerator, layers: DecoderLay
     splits = {name: Split.load(config, layers, name) for name in ("fit", "calibration", "held_out")}
     require_positions(sum(len(response) for _, response in splits["calibration"].sequences.rows))
     unseen_rows(splits["held_out"])
-    seen = {tuple(prompt) for prompt, _ in splits["fit"].sequences.rows}
-    shared = sum(tuple(prompt) in seen for prompt, _ in splits["calibration"].sequences.rows)
+
+    def asked(row: tuple[list[int], list[int]]) -> tuple[int, ...]:
+        prompt, response = row  # a text without roles is its own answer, behind its first token
+        return tuple(prompt if len(prompt) > 1 else prompt + response)
+
+    seen = set(map(asked, splits["fit"].sequences.rows))
+    shared = sum(asked(row) in seen for row in splits["calibration"].sequences.rows)
     if shared:
         raise DataError(
             f"{shared} prompts of the calibration split are in the fit split too, so confidences would be too high: "

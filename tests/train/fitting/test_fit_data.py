@@ -72,6 +72,18 @@ def test_a_parquet_file_of_answers_is_kept(fit, tmp_path, talks, caplog):
     assert "text like given answers (" in (folder / "adapter" / "README.md").read_text()
 
 
+def test_texts_without_roles_are_kept_whole(fit, tmp_path):
+    """Each follows its own first token, which many share."""
+    numbers = random.Random(2)
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": f"w{n % 2} " + words(numbers, 30)}) + "\n" for n in range(80)))
+    folder, _ = fit(
+        tmp_path / "out", prompts=[str(path)], corpus_dir=str(tmp_path / "c"), answers="keep", calibration_fraction=0.4
+    )
+    calibrated = json.loads((folder / "adapter" / "calibration.json").read_text())
+    assert calibrated["fitted_on"]["sequences"] > 20 and calibrated["corpus"]["greedy_agreement"] < 0.3
+
+
 def test_a_recipe_mixes_sources(tmp_path):
     recipe = tmp_path / "fit.yaml"
     recipe.write_text(
