@@ -1,6 +1,6 @@
 """Prompts of many kinds for a real fit, from public data sets that lie in one folder: one JSON object a line.
 
-    python scripts/make_mix_prompts.py DATA_DIR OUT.jsonl [--scale 1.0]
+    python scripts/make_mix_prompts.py DATA_DIR OUT.jsonl [--mix code] [--scale 1.0]
 
 `DATA_DIR` holds the files as their repositories publish them (the table below names each and its licence). Only
 prompts are taken; the answers of a corpus are the base's own. Which rows are taken depends on their text alone.
@@ -39,25 +39,26 @@ def _service(row: Row) -> Row:
     return {"messages": [{"role": roles[turn["speaker"]], "content": turn["text"]} for turn in turns]}
 
 
-# File, number of prompts at scale 1, and what a row is. Licences: gsm8k and GPTeacher MIT; self-instruct and
-# LLaMA-Factory Apache-2.0; T0 sets their own terms; NTREX and SGD CC BY-SA 4.0.
-SOURCES: list[tuple[str, int, Callable[[Row], Row]]] = [
-    ("gsm8k/train.jsonl", 2000, _plain("question")),
-    ("gpteacher/codegen-instruct.json", 1500, _instruction),
-    ("gpteacher/roleplay-instruct.json", 300, _instruction),
-    ("self_instruct/seed_tasks.jsonl", 175, _instruction),
-    ("self_instruct/user_oriented_instructions.jsonl", 252, _instruction),
-    ("t0_subset/cnn_dailymail.jsonl", 800, _plain("prompt")),
-    ("t0_subset/wiki_bio.jsonl", 300, _plain("prompt")),
-    ("t0_subset/common_gen.jsonl", 300, _plain("prompt")),
-    ("t0_subset/adversarial_qa.jsonl", 300, _plain("prompt")),
-    ("t0_subset/cosmos_qa.jsonl", 300, _plain("prompt")),
-    ("t0_subset/hotpotqa_kilt.jsonl", 200, _plain("prompt")),
-    ("sgd/sgd_turns_dev_test.jsonl", 500, _service),
-    ("llamafactory/dpo_en_demo.json", 150, _conversation),
-    ("llamafactory/glaive_toolcall_en_demo.json", 50, _conversation),
+# File, number of prompts at scale 1 (in the general mix, in that of code), and what a row is. Licences: gsm8k and
+# GPTeacher MIT; self-instruct and LLaMA-Factory Apache-2.0; T0 sets their own terms; NTREX and SGD CC BY-SA 4.0.
+SOURCES: list[tuple[str, tuple[int, int], Callable[[Row], Row]]] = [
+    ("gsm8k/train.jsonl", (2000, 200), _plain("question")),
+    ("gpteacher/codegen-instruct.json", (1500, 2000), _instruction),
+    ("gpteacher/roleplay-instruct.json", (300, 100), _instruction),
+    ("self_instruct/seed_tasks.jsonl", (175, 175), _instruction),
+    ("self_instruct/user_oriented_instructions.jsonl", (252, 252), _instruction),
+    ("t0_subset/cnn_dailymail.jsonl", (800, 100), _plain("prompt")),
+    ("t0_subset/wiki_bio.jsonl", (300, 40), _plain("prompt")),
+    ("t0_subset/common_gen.jsonl", (300, 0), _plain("prompt")),
+    ("t0_subset/adversarial_qa.jsonl", (300, 60), _plain("prompt")),
+    ("t0_subset/cosmos_qa.jsonl", (300, 40), _plain("prompt")),
+    ("t0_subset/hotpotqa_kilt.jsonl", (200, 0), _plain("prompt")),
+    ("sgd/sgd_turns_dev_test.jsonl", (500, 100), _service),
+    ("llamafactory/dpo_en_demo.json", (150, 150), _conversation),
+    ("llamafactory/glaive_toolcall_en_demo.json", (50, 50), _conversation),
 ]
-TRANSLATIONS = 600
+TRANSLATIONS = (600, 60)
+MIXES = ("general", "code")
 
 
 def main() -> None:
@@ -65,12 +66,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--mix", choices=MIXES, default=MIXES[0], help="which kinds of text")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of prompts")
     given = parser.parse_args()
-    prompts = []
-    for name, count, convert in SOURCES:
-        prompts += _choose(map(convert, _rows(given.data / name)), round(count * given.scale))
-    prompts += _choose(_translations(given.data / "ntrex"), round(TRANSLATIONS * given.scale))
+    mix, prompts = MIXES.index(given.mix), []
+    for name, counts, convert in SOURCES:
+        prompts += _choose(map(convert, _rows(given.data / name)), round(counts[mix] * given.scale))
+    prompts += _choose(_translations(given.data / "ntrex"), round(TRANSLATIONS[mix] * given.scale))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts), encoding="utf-8")
     print(f"{len(prompts)} prompts in {given.out}")
