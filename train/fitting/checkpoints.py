@@ -1,9 +1,8 @@
 """Checkpoints of a fit: `checkpoint-<step>` folders; incomplete ones are skipped. Knows no heads and no data.
 
-Accelerate writes model, optimizer and random states; this file names, finds, verifies and prunes the folders. A
-checkpoint takes its name last, and holds size and hash of each of its files. It is of the user's own run and never
-published: some of its files are pickles. Accelerate reads them with `weights_only`, so they run no code; DeepSpeed's
-own are read in full.
+Accelerate writes model, optimizer and random states. A checkpoint takes its name last, and holds size and hash of
+each of its files. It is of the user's own run and never published: some of its files are pickles. Accelerate reads
+them with `weights_only`, so they run no code; DeepSpeed's own are read in full.
 """
 
 import json
@@ -39,17 +38,22 @@ class FitState:
     Attributes:
         step: steps done.
         skipped: batches left out so far because their loss was not finite.
-        start, risen: what `Divergence` keeps.
+        start, mean, low, norm, risen: what `Divergence` keeps.
         score: mean accepted length by replay of held-out text, where it was measured at this step.
         best: the highest score up to this step.
+        waited: evaluations since the best.
     """
 
     step: int = 0
     skipped: int = 0
     start: float | None = None
+    mean: float | None = None
+    low: float | None = None
+    norm: float | None = None
     risen: int = 0
     score: float | None = None
     best: float | None = None
+    waited: int = 0
 
 
 def save_checkpoint(
@@ -131,8 +135,7 @@ def _remove(folder: Path) -> None:
 def _prune(output_dir: Path, step: int, *, keep: int) -> None:
     folders = find_checkpoints(output_dir)
     valid = [path for path in folders if _step(path) <= step and _damage(path, hashes=False) is None]
-    best = best_checkpoint(valid)
-    first = [valid[-1], *([] if best is None else [best])]
+    first = [valid[-1], best_checkpoint(valid) or valid[-1]]
     kept = list(dict.fromkeys([*first, *reversed(valid)]))[: max(keep, len(set(first)))]
     for folder in folders:
         if folder not in kept:
@@ -162,8 +165,7 @@ def load_checkpoint(
         settings: what must be as it was when the checkpoint was made; JSON values.
 
     Raises:
-        ConfigError: the folder is no whole checkpoint, none of them is whole, or it was made with other settings
-            (which are listed).
+        ConfigError: the folder is no whole checkpoint, none of them is whole, or it was made with other settings.
     """
     # Only the main process reads and hashes; it tells the others the result.
     chosen: list[Any] = [_choose(wanted, output_dir, settings) if accelerator.is_main_process else None]
@@ -178,9 +180,8 @@ def load_checkpoint(
 
 def load_best(accelerator: Accelerator, output_dir: Path) -> FitState | None:
     """Restore the whole checkpoint with the highest score; its state, or None where none has one."""
-    best = None
-    if accelerator.is_main_process:
-        best = best_checkpoint([path for path in find_checkpoints(output_dir) if _damage(path) is None])
+    mine = find_checkpoints(output_dir) if accelerator.is_main_process else []
+    best = best_checkpoint([path for path in mine if _damage(path) is None])
     best, state = broadcast_object_list([best, None if best is None else _read(best)[0]])
     if best is not None:
         _restore(accelerator, best)
@@ -203,8 +204,7 @@ def _choose(
         return None, None, None
     folders = find_checkpoints(output_dir)[::-1] if wanted == "latest" else [Path(wanted)]
     for folder in folders:
-        damage = _damage(folder)
-        if damage is None:
+        if (damage := _damage(folder)) is None:
             state, before, _ = _read(folder)
             return folder, state, _difference(folder, before, settings)
         if wanted != "latest":

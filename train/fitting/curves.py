@@ -1,7 +1,6 @@
 """A picture of a fit from its log: loss, agreement by exit, accepted length. Knows nothing but `metrics.jsonl`."""
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ matplotlib.use("Agg")  # a picture in a file, with or without a screen
 from matplotlib import pyplot
 
 from runtime.files import write_atomic
+from train.fitting.log import read_log
 
 
 def draw_curves(log: Path, picture: Path) -> None:
@@ -20,7 +20,7 @@ def draw_curves(log: Path, picture: Path) -> None:
         log: `metrics.jsonl`, whole lines.
         picture: a PNG file; written whole or not at all.
     """
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    lines = read_log(log)
     figure, (left, middle, correct) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     left.plot(*_points(lines, "fit/loss"), label="fit", color="0.6", linewidth=1)
     for colour, layer in enumerate(_layers(lines)):

@@ -1,6 +1,7 @@
 """`Learner`: one optimizer step of the heads at a time. Knows no steps before or after, no files and no figures."""
 
 import logging
+import math
 from dataclasses import fields, replace
 from typing import Any
 
@@ -29,9 +30,11 @@ class Learner:
 
     Args:
         heads: with what accelerate made of the exit heads.
+        of: batches of the whole fit, of all processes.
 
     Attributes:
         skipped: batches left out so far, by all processes, because their loss or gradient was not finite.
+        norm: of the last step's gradient before clipping; None where it is not known.
     """
 
     def __init__(
@@ -42,20 +45,23 @@ class Learner:
         optimizer: Any,
         split: Split,
         skipped: int,
+        *,
+        of: int,
     ) -> None:
         self.config, self.accelerator, self.split = config, accelerator, split
         self.heads, self.wrapped, self.optimizer = heads, heads.exits, optimizer
         self.steps = range(1, FIT_DRAFTS + 1) if attends(config.head) else None
-        self.loss, self.skipped = float("nan"), skipped
+        self.loss, self.skipped, self.num_batches = float("nan"), skipped, of
         self.alarms = Alarms()
         self.faults: list[str] = []
         self.norms: dict[int, float] = {}
+        self.norm: float | None = None
 
     def learn(self, text: StepText, *, step: int, learning_rate: float) -> dict[str, float]:
         """Do one step; returns the mean loss over its positions, those of all processes, and what went with it.
 
         Raises:
-            DataError: more batches than `max_skipped_batches` were left out.
+            DataError: more batches than `max_skipped_batches`, or than half of all, were left out.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -78,18 +84,21 @@ class Learner:
         self.skipped += new
         for fault in self.faults:
             logger.warning("%s: left out", fault)
-        if self.skipped > self.config.max_skipped_batches:
+        most = self.config.max_skipped_batches
+        if self.skipped > min(most, self.num_batches // 2):
             last = gather_object(self.faults)[-1]
+            limit = f"max_skipped_batches {most}" if self.skipped > most else f"half of all {self.num_batches}"
             raise DataError(
-                f"{self.skipped} batches were left out, more than max_skipped_batches"
-                f" {self.config.max_skipped_batches}; the last: {last}; look at that text, or fit in float32"
+                f"{self.skipped} batches were left out, more than {limit}; the last: {last}; look at that text, or fit"
+                " in float32"
             )
 
     def _micro_step(self, batch: list[int], text: StepText, turn: int, *, where: str) -> torch.Tensor:
         """One micro-batch; returns its part of the step's mean loss."""
         features = self.split.features(batch)
         part = self._part(features, text, turn)
-        if not torch.isfinite(part):
+        left_out = not torch.isfinite(part)
+        if left_out:
             self.faults.append(f"{where}: {_fault(features)}")
             # Every process must go backward once, so a batch that is left out gives a gradient of zero.
             part = self._part(_blank(features), text, turn) * 0.0
@@ -99,8 +108,9 @@ class Learner:
         if self.accelerator.sync_gradients:
             self.norms = _norms(self.accelerator.unwrap_model(self.wrapped))
             norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
-            finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
-            if not finite and self.accelerator.is_main_process:
+            self.norm = None if norm is None else float(norm)
+            finite = norm is None or math.isfinite(float(norm))
+            if not (finite or left_out) and self.accelerator.is_main_process:
                 self.faults.append(f"{where}: the gradient is not finite")
         if finite or self.accelerator.scaler is not None:  # the scaler of float16 leaves the step out itself
             self.optimizer.step()

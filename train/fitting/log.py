@@ -26,6 +26,11 @@ class MetricsLog:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log whose writer has ended."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def _is_up_to(line: str, step: int) -> bool:
     try:
         return bool(json.loads(line)["step"] <= step)

@@ -13,13 +13,13 @@ from runtime.adapter.identity import file_sha256
 from runtime.drafting.draft_heads import DraftHeads
 from train.features.split import Split
 from train.features.spread import shaped
-from train.fitting.alarms import Divergence
+from train.fitting.alarms import Divergence, name_dead_heads
 from train.fitting.checkpoints import FitState, load_best, load_checkpoint, save_checkpoint
 from train.fitting.curves import draw_curves
 from train.fitting.flops import FitFlops
 from train.fitting.interrupts import StopSignals, exit_code
 from train.fitting.learner import Learner
-from train.fitting.log import MetricsLog
+from train.fitting.log import MetricsLog, read_log
 from train.fitting.quality import evaluate, show
 from train.fitting.schedule import Plan
 from train.fitting.throughput import Speed
@@ -31,7 +31,7 @@ from train.settings.fit_config import FitConfig
 # Settings that may differ between a run and its continuation: they do not change what is learnt.
 FREE_TO_CHANGE = {
     "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to", "max_skipped_batches",
-    "load_best_model_at_end", "generator", "dry_run",
+    "load_best_model_at_end", "eval_steps", "early_stopping_patience", "generator", "dry_run",
     "license", "schedule", "exit_threshold", "max_exit_layer", "max_draft_tokens", "sources", "output_dir",
     "corpus_dir", "answers", "features", "push_to_hub", "hub_model_id",
 }  # fmt: skip
@@ -74,9 +74,10 @@ def fit(
     settings |= {"num_processes": accelerator.num_processes, "max_length": config.longest}
     settings["corpus"] = file_sha256(config.corpus_path / "corpus.json")  # of prompts, base and how it answered
     state = load_checkpoint(accelerator, config.resume_from_checkpoint, Path(config.output_dir), settings)
-    if state.step >= plan.total:
-        accelerator.print(f"the fit is already complete: {state.step} of {plan.total} steps are done")
-    learner = Learner(config, accelerator, heads.with_exits(wrapped), optimizer, splits["fit"], state.skipped)
+    if complete := _is_over(config, plan, state):
+        accelerator.print(f"the fit is already complete: {complete}")
+    fitting = heads.with_exits(wrapped)
+    learner = Learner(config, accelerator, fitting, optimizer, splits["fit"], state.skipped, of=plan.num_batches)
     judge = _Judge(config, learner, splits["held_out"], costs, ages)
     with stop.waiting():
         _steps(config, plan, state, learner, judge, speed, settings, stop)
@@ -84,7 +85,9 @@ def fit(
         length = f"mean accepted length {best.score:.2f} by replay"
         accelerator.print(f"the adapter is made from step {best.step} of {plan.total}, the best: {length}")
     if accelerator.is_main_process:
-        draw_curves(Path(config.output_dir) / "metrics.jsonl", Path(config.output_dir) / "curves.png")
+        log = Path(config.output_dir) / "metrics.jsonl"
+        draw_curves(log, Path(config.output_dir) / "curves.png")
+        name_dead_heads(read_log(log), config.learning_rate)
     # Without the wrapper that computes in mixed precision: an adapter is measured as it will be used.
     fitted = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     return heads.with_exits(fitted.eval())
@@ -103,10 +106,9 @@ def _steps(
     """The steps still to do, with their lines in the log and their checkpoints."""
     accelerator, output_dir = learner.accelerator, Path(config.output_dir)
     log = MetricsLog(output_dir / "metrics.jsonl", step=state.step) if accelerator.is_main_process else None
-    vocabulary, rate = len(learner.heads.draft_to_target), config.learning_rate
-    guard = Divergence(rate, total=plan.total, vocabulary=vocabulary, start=state.start, risen=state.risen)
+    guard = Divergence.of(config, total=plan.total, vocabulary=len(learner.heads.draft_to_target))
     with tqdm(total=plan.total, initial=state.step, desc="fit", unit="step") as bar:
-        for text in plan.text(state.step):
+        for text in () if _is_over(config, plan, state) else plan.text(state.step):
             rate = plan.learning_rate(state.step)
             values = learner.learn(text, step=state.step, learning_rate=rate) | {"fit/learning_rate": rate}
             whole = learner.skipped == state.skipped
@@ -114,24 +116,39 @@ def _steps(
             values |= speed.step(text, left=plan.total - state.step, cached=learner.split.cache is not None)
             bar.set_postfix_str(f"loss {learner.loss:.3f}, {speed.line(values)}", refresh=False)
             bar.update()
-            if plan.ends_epoch(state.step):
+            if plan.is_evaluated(state.step):
                 values |= judge.evaluate(state.step)
                 state = judge.scored(state, values)
             if log is not None:
                 log.write(state.step, values)
-            if state.step % config.logging_steps == 0 or state.step == plan.total:
+            if state.step % config.logging_steps == 0 or plan.is_evaluated(state.step):
                 accelerator.log(values, step=state.step)
-            guard.look(learner.loss, step=state.step, whole=whole)
-            state = replace(state, start=guard.start, risen=guard.risen)
+            state = guard.look(state, learner.loss, norm=learner.norm, whole=whole)
             signal = _agreed(accelerator, stop.received)
             is_best = state.score is not None and state.score == state.best
-            if signal or is_best or state.step % config.save_steps == 0 or state.step == plan.total:
+            over = _is_over(config, plan, state)
+            if signal or is_best or over or state.step % config.save_steps == 0:
                 save_checkpoint(accelerator, output_dir, state, settings, keep=config.save_total_limit)
             if signal:
                 accelerator.print(f"stopped after step {state.step}: --resume_from_checkpoint latest goes on")
                 accelerator.end_training()
                 raise SystemExit(exit_code(signal))
+            if over and state.step < plan.total:
+                accelerator.print(f"the fit ends: {over}")
+                return
             speed.pause()
+
+
+def _is_over(config: FitConfig, plan: Plan, state: FitState) -> str:
+    """Why there is no step to do after these, in words; nothing where there is one."""
+    if state.step >= plan.total:
+        return f"{state.step} of {plan.total} steps are done"
+    if config.early_stopping_patience is None or state.waited < config.early_stopping_patience:
+        return ""
+    return (
+        f"step {state.step} of {plan.total}, no mean accepted length above {state.best:.2f} in {state.waited}"
+        f" evaluations (early_stopping_patience {config.early_stopping_patience})"
+    )
 
 
 def _agreed(accelerator: Accelerator, signal: int) -> int:
@@ -172,4 +189,6 @@ class _Judge:
         score = broadcast_object_list([values.get("held_out/accepted_length")])[0]
         if score is None:
             return state
-        return replace(state, score=score, best=score if state.best is None else max(score, state.best))
+        if state.best is None or score > state.best:
+            return replace(state, score=score, best=score, waited=0)
+        return replace(state, score=score, waited=state.waited + 1)

@@ -44,6 +44,7 @@ class Plan:
         self.steps_per_epoch = math.ceil(len(self.lengths) / self.per_step)
         epochs = math.ceil(self.steps_per_epoch * config.num_train_epochs)
         self.total = config.max_steps if config.max_steps > 0 else epochs
+        self.num_batches = self.total * config.gradient_accumulation_steps * world_size
 
     def text(self, step: int) -> Iterator[StepText]:
         """What this process sees in each step from `step` (0 the first) to the last."""
@@ -73,6 +74,6 @@ class Plan:
         progress = (step - warmup) / max(1, self.total - warmup)
         return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def ends_epoch(self, step: int) -> bool:
-        """Whether an epoch, or all, is over once `step` steps are done."""
-        return step % self.steps_per_epoch == 0 or step == self.total
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the heads are evaluated once `step` steps are done: every `eval_steps` or epoch, and at the end."""
+        return step % (self.config.eval_steps or self.steps_per_epoch) == 0 or step == self.total

@@ -101,6 +101,10 @@ class FitConfig:
     )
     seed: int = field(default=0, metadata=_help("seed of heads, order and sampling"))
     logging_steps: int = field(default=10, metadata=_help("steps between log lines"))
+    eval_steps: int | None = field(default=None, metadata=_help("steps between evaluations; default: an epoch"))
+    early_stopping_patience: int | None = field(
+        default=None, metadata=_help("stop after so many evaluations without a new best; default: never")
+    )
     save_steps: int = field(default=200, metadata=_help("steps between checkpoints"))
     save_total_limit: int = field(default=2, metadata=_help("checkpoints kept"))
     load_best_model_at_end: bool = field(default=True, metadata=_help("use the best checkpoint, not the last step"))

@@ -10,10 +10,11 @@ from matplotlib import image
 
 import train.fit_exits
 import train.fitting.learner
+import train.fitting.loop
 from runtime.errors import ConfigError, SpecBoundError
 from tests.helpers.fits import losses, weights
 from train.features.split import Split
-from train.fitting.alarms import STEPS_WITHOUT_GRADIENT, Alarms
+from train.fitting.alarms import STEPS_WITHOUT_GRADIENT, Alarms, dead_heads
 
 EXITS = (2, 4)
 
@@ -61,6 +62,14 @@ def test_too_many_batches_left_out_end_the_fit_with_the_last_by_name(quick_fit, 
     assert not (tmp_path / "out" / "adapter").exists()
 
 
+def test_more_than_half_left_out_end_the_fit_too(quick_fit, tmp_path, monkeypatch):
+    """Ten may be left out, of four; before, the heads of the start were written."""
+    poison(monkeypatch, {1, 2, 3, 4})
+    with pytest.raises(SpecBoundError, match="3 batches were left out, more than half of all 4; the last: step 3"):
+        quick_fit(tmp_path / "out")
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
 def test_the_count_goes_on_after_a_resume(quick_fit, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SpecBoundError):
         poison(patch, {1, 3})
@@ -102,6 +111,19 @@ def test_a_head_no_better_than_chance_is_named(caplog):
     assert caplog.messages == [
         "the head of exit layer 02 is right at 0.200 of the positions; always the same token would be at 0.200"
     ]
+
+
+def test_a_head_that_was_never_better_than_chance_is_named_at_the_end(quick_fit, tmp_path, monkeypatch, caplog):
+    """That of layer 2 is once above; of layer 4 never. Lines without figures are passed over."""
+    chance = {"held_out/chance": 0.2}
+    lines = [{"step": 1}, {"held_out/agreement/layer_02": 0.3, "held_out/agreement/layer_04": 0.2} | chance]
+    lines += [{"held_out/agreement/layer_02": 0.1, "held_out/agreement/layer_04": 0.1} | chance]
+    assert dead_heads(lines) == [4]
+    evaluate = train.fitting.loop.evaluate
+    monkeypatch.setattr(train.fitting.loop, "evaluate", lambda *rest, **more: evaluate(*rest, **more) | lines[1])
+    quick_fit(tmp_path / "out")
+    (found,) = [text for text in caplog.messages if "was never better" in text]
+    assert found.startswith("the head of exit layer 4 was never better than always the same token: leave 4 out of ex")
 
 
 def test_a_base_that_changed_is_noticed(quick_fit, tmp_path, monkeypatch):

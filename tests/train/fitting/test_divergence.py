@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from runtime.errors import ConfigError
 from tests.helpers.fits import after_step
 from train.fitting.alarms import Divergence
+from train.fitting.checkpoints import FitState
+from train.settings.fit_config import FitConfig
 
 SEEN = {  # losses of four steps of the tiny recipe at these learning rates
     1.0: [3.25, 6.71, 7.68, 6.61],
@@ -38,12 +41,28 @@ class Killed(BaseException):
     """Nobody catches it."""
 
 
-def watch(losses: Sequence[float], *, vocabulary: int = 64, guard: Divergence | None = None) -> Divergence:
-    """A guard that has seen these losses."""
-    guard = guard or Divergence(0.1, total=len(losses), vocabulary=vocabulary, start=None, risen=0)
-    for step, loss in enumerate(losses, start=1):
-        guard.look(loss, step=step, whole=loss == loss)
-    return guard
+def guarded(total: int, *, vocabulary: int = 64, learning_rate: float = 0.1) -> Divergence:
+    """The guard of a fit."""
+    config = FitConfig(
+        model_name_or_path="-", prompts=["-"], exit_layers=[2], output_dir="-", learning_rate=learning_rate
+    )
+    return Divergence.of(config, total=total, vocabulary=vocabulary)
+
+
+def watch(
+    losses: Sequence[float],
+    *,
+    vocabulary: int = 64,
+    guard: Divergence | None = None,
+    state: FitState | None = None,
+    norms: Sequence[float] = (),
+) -> FitState:
+    """What is kept once a guard has seen these losses, after an earlier run's state."""
+    guard, state = guard or guarded(len(losses), vocabulary=vocabulary), state or FitState()
+    for number, loss in enumerate(losses):
+        state = replace(state, step=state.step + 1)
+        state = guard.look(state, loss, norm=norms[number] if norms else None, whole=loss == loss)
+    return state
 
 
 @pytest.mark.parametrize("rate", SEEN)
@@ -54,7 +73,7 @@ def test_losses_of_diverging_fits_are_known(rate: float) -> None:
 
 def test_those_of_longer_fits_and_of_a_real_base_are_known() -> None:
     with pytest.raises(ConfigError, match="at step 4"):
-        watch(LONGER, guard=Divergence(1, total=40, vocabulary=64, start=None, risen=0))
+        watch(LONGER, guard=guarded(40))
     for losses in REAL.values():
         with pytest.raises(ConfigError, match=r"at step [45]"):
             watch(losses, vocabulary=8192)
@@ -79,16 +98,38 @@ def test_noise_never_ends_a_fit(total: int, vocabulary: int, level: float, devia
 
 
 def test_it_goes_on_after_a_resume_as_if_nothing_had_been() -> None:
-    half = watch(SEEN[3.0][:3], guard=Divergence(3, total=4, vocabulary=64, start=None, risen=0))
+    guard = guarded(4, learning_rate=3)
+    half = watch(SEEN[3.0][:3], guard=guard)
     assert (half.start, half.risen) == (3.25, 2)
-    again = Divergence(3, total=4, vocabulary=64, start=half.start, risen=half.risen)
-    expected = "the loss is 6.87 at step 4, 3.25 at the start; set learning_rate to 0.3 or less"
+    expected = (
+        r"the loss is 6.87 at step 4, 3.25 at the start; set learning_rate to 0.3 or less \(3 now\), or raise warm"
+    )
     with pytest.raises(ConfigError, match=expected):
-        again.look(6.87, step=4, whole=True)
+        watch([6.87], guard=guard, state=half)
+
+
+def test_what_was_learnt_and_is_lost_ends_a_fit_far_below_its_start() -> None:
+    """After step 600 of 1,000 the loss is that of tokens' frequencies again: once for fifty steps, once for a few."""
+    numbers, began = random.Random(0), 24.0
+    learning = [max(2.0, began - step / 10) * numbers.lognormvariate(0, 0.2) for step in range(600)]
+    lost = [7.5 * numbers.lognormvariate(0, 0.1) for _ in range(60)]
+    with pytest.raises(ConfigError, match=r"the loss is .* at step 6\d\d, after a mean of [12]\.\d\d; set"):
+        watch([*learning, *lost], guard=guarded(1000, vocabulary=8192))
+    watch([*learning, *lost[:40], *learning[-300:]], guard=guarded(1000, vocabulary=8192))
+
+
+def test_gradients_that_explode_end_a_fit_whose_loss_does_not_show_it() -> None:
+    """Negative control: those of a real fit, 136 at first and about 2 later, with spikes."""
+    healthy = [136.0, 146.0, 124.5, 119.2, 83.6, 91.5, 60.1, 20.4, 4.2, 2.4, 2.1, 71.4, 2.0, 1.9, 20_000.0, 2.2]
+    watch([3.0] * len(healthy), norms=healthy)
+    with pytest.raises(ConfigError, match=r"the gradient has norm 3e\+04 at step 6, 146 at most in its first steps"):
+        watch([3.0] * 6, norms=[136.0, 146.0, 124.5, 2e4, 4e4, 3e4], guard=guarded(6))
 
 
 def test_a_diverging_fit_names_the_learning_rate(quick_fit: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    expected = r"the fit diverges: the loss is .*; set learning_rate to 0.1 or less \(1 now\), with another output_dir"
+    expected = (
+        r"the loss is .*; set learning_rate to 0.1 or less \(1 now\), or raise warmup_ratio \(0.05 now\), with anoth"
+    )
     with pytest.raises(ConfigError, match=expected) as said:
         quick_fit(tmp_path / "whole", learning_rate=1.0)
     assert not (tmp_path / "whole" / "adapter").exists()

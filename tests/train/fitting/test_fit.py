@@ -80,7 +80,7 @@ def test_a_plan_sees_every_sequence_once_an_epoch(make_recipe):
     for epoch in (steps[:5], steps[5:]):
         assert sorted(index for batch in epoch for index in batch) == list(range(10))
     assert steps[:5] != steps[5:]
-    assert [step for step in range(1, 11) if found.ends_epoch(step)] == [5, 10]
+    assert [step for step in range(1, 11) if found.is_evaluated(step)] == [5, 10]
 
 
 def test_processes_and_micro_batches_part_the_same_sequences(make_recipe):
