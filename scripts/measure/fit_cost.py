@@ -34,7 +34,8 @@ from train.fit_exits import make_heads
 from train.fitting.learner import Learner
 from train.fitting.schedule import StepText
 from train.fitting.throughput import peak_memory
-from train.planning.plan import GIB, Devices, estimate
+from train.planning.hours import Devices
+from train.planning.plan import GIB, estimate
 from train.planning.shapes import empty_model
 from train.settings.fit_config import FitConfig
 
@@ -143,13 +144,14 @@ def make_split(config: FitConfig, layers: DecoderLayers, number: int, folder: Pa
 
 def make_step(config: FitConfig, layers: DecoderLayers, split: Split) -> Callable[[int], object]:
     """`step(number)`: one step of the learner, on the texts of that number."""
-    vocabulary = torch.arange(config.draft_vocab_size)
+    vocabulary, size = torch.arange(config.draft_vocab_size), config.per_device_train_batch_size
     heads = make_heads(config, layers, vocabulary)
     accelerator = Accelerator(cpu=True)
     learned = [parameter for parameter in heads.exits.parameters() if parameter.requires_grad]
     wrapped, optimizer = accelerator.prepare(heads.exits, torch.optim.AdamW(learned))
-    learner = Learner(config, accelerator, heads.with_exits(wrapped), optimizer, split, 0)
-    size = config.per_device_train_batch_size
+    learner = Learner(
+        config, accelerator, heads.with_exits(wrapped), optimizer, split, 0, of=len(split.sequences) // size
+    )
 
     def step(number: int) -> object:
         text = StepText([list(range(number * size, (number + 1) * size))], size * RESPONSE)

@@ -28,7 +28,8 @@ def plan_command(
     Example: specbound plan --model configs/fit/llama-3.1-8b.yaml --gpus 8x80
     """
     from runtime.errors import SpecBoundError
-    from train.planning.plan import Devices, estimate, recipe_for
+    from train.planning.hours import Devices
+    from train.planning.plan import estimate, recipe_for
     from train.planning.shapes import empty_model
 
     try:

@@ -7,12 +7,13 @@ whole on every process; accelerate is not told about the sharding.
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -24,6 +25,7 @@ from runtime.base import auto_class, from_pretrained
 from runtime.decoding.layers import DecoderLayers
 
 FSDP, ZERO_3 = "FSDP", "DeepSpeed ZeRO-3"
+T = TypeVar("T")
 
 
 def take_from_launcher() -> str | None:
@@ -63,6 +65,15 @@ def load_spread(kind: str, name: str, *, dtype: torch.dtype, **options: Any) -> 
         engine
     ]  # kept, because without it parameters are no longer gathered; in a list, because it is a module
     return model
+
+
+def first_says(what: Callable[[], T]) -> T:
+    """What the first process computes, on all of them.
+
+    Whatever decides how often a base that is spread runs must be the same to the last bit on every process: one that
+    runs it once more waits for the others for ever.
+    """
+    return cast(T, broadcast_object_list([what() if PartialState().is_main_process else None])[0])
 
 
 def is_spread(model: Any) -> bool:

@@ -1,10 +1,9 @@
 """Estimate memory, disk and hours of a fit from shapes alone, without running anything.
 
 Parameters are counted on `meta` models, so they are exact. Memory is the sum of the tensors at the peak of a step.
-Hours are operations and bytes, divided by the throughput and bandwidth given for the devices.
+Hours: see `train.planning.hours`.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,32 +16,11 @@ from train.features.extractor import CHUNK
 from train.features.prompts import PROMPT_TOKENS
 from train.features.weights import active_parameters
 from train.fitting.flops import FitFlops
+from train.planning.hours import Devices, Text, corpus_seconds, fit_seconds, settled_bytes
 from train.planning.shapes import inner_size
 from train.settings.fit_config import FitConfig, parse_config, validate, validate_against_model
 
 GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True)
-class Devices:
-    """`number` equal devices, each with `memory_gib`, `tflops` (bfloat16, peak) and `bandwidth` in GB/s.
-
-    `utilisation` is the share of the peak TFLOP/s and of the bandwidth that is reached in practice.
-    """
-
-    number: int
-    memory_gib: float
-    tflops: float = 312.0
-    bandwidth: float = 2000.0
-    utilisation: float = 0.35
-
-    @classmethod
-    def parse(cls, text: str, **figures: float) -> "Devices":
-        """Parse text such as `8x80`, eight devices of 80 GiB; raises ConfigError for other text."""
-        match = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", text.strip())
-        if match is None or int(match[1]) < 1 or float(match[2]) <= 0:
-            raise ConfigError(f"gpus {text!r}: expected NUMBERxGIB, such as 8x80")
-        return cls(int(match[1]), float(match[2]), **figures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +82,7 @@ def estimate(config: FitConfig, model: Any, devices: Devices, *, num_prompts: in
         ConfigError: the fit or the generation needs more memory than a device has.
     """
     heads = empty_heads(config, model)
-    itemsize = getattr(torch, config.dtype).itemsize
+    itemsize, vocab_size = getattr(torch, config.dtype).itemsize, model.config.get_text_config().vocab_size
     parameters = sum(parameter.numel() for parameter in model.parameters())
     learned = sum(parameter.numel() for parameter in heads.parameters())
     length = min(config.longest, prompt_tokens + config.max_new_tokens)
@@ -116,27 +94,22 @@ def estimate(config: FitConfig, model: Any, devices: Devices, *, num_prompts: in
     if sharded:
         base = {"base": _sharded_base(model, devices.number) * itemsize}
         base |= _sharing(learned, devices.number)
-    flops = FitFlops.of(model, heads)
-    tokens = num_prompts * responses
-    forward = flops.base(num_prompts * length, tokens, num_prompts * length * (length + 1) // 2)
-    fitted = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
-    fitted *= devices.number * responses
-    epochs = fitted / tokens if config.max_steps > 0 else config.num_train_epochs
-    forwards = 1 if config.features == "cache" else epochs
-    rate = devices.number * devices.tflops * 1e12 * devices.utilisation
+    text = Text(num_prompts, length, responses)
+    work = FitFlops.of(model, heads)
+    generation = config.generation_batch_size * (length * settled_bytes(model, itemsize) + 12 * vocab_size)
     plan = Estimate(
         base_parameters=parameters,
         active_parameters=active_parameters(model),
         head_parameters=learned,
         sharded=sharded,
         memory=base | memory,
-        generation=0.0 if sharded else parameters * itemsize + _generation_bytes(config, model, prompt_tokens),
-        cache=tokens * position_bytes(config, model) if config.features == "cache" else 0.0,
+        generation=0.0 if sharded else parameters * itemsize + generation,
+        cache=text.positions * position_bytes(config, model) if config.features == "cache" else 0.0,
         checkpoint=12.0 * learned,
-        tokens=tokens,
-        corpus_hours=_generation_seconds(config, parameters * itemsize, tokens, forward, devices, sharded) / 3600,
-        fit_hours=(forwards * forward + epochs * flops.heads(tokens)) / rate / 3600,
-        times_forward=(forward + flops.heads(tokens)) / forward,
+        tokens=text.positions,
+        corpus_hours=corpus_seconds(config, model, work, devices, text, sharded=sharded) / 3600,
+        fit_hours=fit_seconds(config, model, heads, work, devices, text) / 3600,
+        times_forward=1 + work.heads(text.positions) / text.forward(work),
     )
     if plan.generation > room:
         raise ConfigError(
@@ -200,29 +173,6 @@ def _sharded_base(model: Any, number: int) -> float:
         outside += model.get_output_embeddings().weight.numel()
     layers = total - outside
     return outside + layers / number + 2 * layers / model.config.get_text_config().num_hidden_layers
-
-
-def _generation_bytes(config: FitConfig, model: Any, prompt_tokens: int) -> float:
-    """Estimate the bytes of keys, values and logits of a batch of answers."""
-    shape, itemsize = model.config.get_text_config(), getattr(torch, config.dtype).itemsize
-    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    kept = 2 * shape.num_hidden_layers * (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
-    length = prompt_tokens + config.max_new_tokens
-    return config.generation_batch_size * (length * kept * width * itemsize + 3 * 4 * shape.vocab_size)
-
-
-def _generation_seconds(
-    config: FitConfig, base_bytes: float, tokens: int, forward: int, devices: Devices, sharded: bool
-) -> float:
-    """Estimate the seconds of generation: each step reads all weights once per batch, and a forward is computed.
-
-    Without sharding every device reads the whole weights; with it each device reads its part.
-    """
-    groups = 1 if sharded else devices.number
-    steps = tokens / config.generation_batch_size / groups
-    reading = steps * base_bytes / ((devices.number if sharded else 1) * devices.bandwidth * 1e9 * devices.utilisation)
-    computing = forward / (devices.number * devices.tflops * 1e12 * devices.utilisation)
-    return reading + computing
 
 
 def recipe_for(name: str, model: Any = None) -> FitConfig:

@@ -22,7 +22,7 @@ from runtime.files import write_atomic
 from train.calibration.calibration import Calibration, calibrate
 from train.calibration.traces import HELD_OUT_FILE, TRACES_FILE, Traces
 from train.features.split import Split
-from train.features.spread import whole_parameters
+from train.features.spread import first_says, is_spread, whole_parameters
 from train.publishing.card import card
 from train.publishing.contents import (
     BENCH_FILE,
@@ -67,11 +67,15 @@ def write_adapter(
     """
     calibrated = calibrate(config, model, heads, splits["calibration"], splits["held_out"])
     unseen, costs = calibrated.unseen, counted_costs(model, heads)
-    bounds, _ = tune(
-        calibrated.traces, costs, Held(config.exit_threshold, config.max_exit_layer, config.max_draft_tokens)
-    )
+    held, spread = Held(config.exit_threshold, config.max_exit_layer, config.max_draft_tokens), is_spread(model)
+
+    def tuned() -> SpeculationBounds:
+        return tune(calibrated.traces, costs, held)[0]
+
+    bounds = first_says(tuned) if spread else tuned()
     drafter = HeadDrafter(heads, calibrated.schedule, calibrated.lookup)
-    agreement = check_agreement(DecoderLayers(model), drafter, bounds, calibrated.rows, calibrated.told)
+    compared = calibrated.rows, calibrated.told
+    agreement = check_agreement(DecoderLayers(model), drafter, bounds, *compared, spread=spread)
     replayed = Replayer(unseen, costs).run(bounds).describe(costs)
     figures = calibrated.figures | {"replay": replayed, "ablations": ablate(unseen, bounds, costs)}
     figures |= {"agreement": agreement, "datasets": _datasets(config)} | evidence

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from runtime.decoding.cache import KVCache
-from runtime.decoding.drafter import Drafter
+from runtime.decoding.drafter import Drafter, Proposals
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.request import Request
 from runtime.decoding.rounds import run_to_end
@@ -21,11 +21,13 @@ from runtime.errors import SpecBoundError
 from runtime.exact.execution import ExecutionPolicy, execution
 from runtime.stats import SpeculationStats
 from train.calibration.traces import Traces
+from train.features.spread import first_says
 from train.replay.costs import CostTable
 from train.replay.replay import Replayer
 
-# Enough text to see a fault, and few enough tokens to decode in seconds.
-TOKENS = 600
+# Enough text to see a fault, and few enough tokens to decode in seconds. A base that is spread gathers every layer for
+# every round, from processes that may wait for a core: there a quarter must do.
+TOKENS, TOKENS_SPREAD = 600, 150
 # Features are logged in batches but drafts are made one by one, so a few confidences may cross a threshold.
 TOLERANCE, FREE_ROUNDS = 0.02, 3
 
@@ -36,20 +38,23 @@ def check_agreement(
     bounds: SpeculationBounds,
     rows: Sequence[Any],
     told: Traces,
+    *,
+    spread: bool = False,
 ) -> dict[str, Any]:
     """Compare mean accepted length by replay and by a run on the first texts; returns both as JSON values.
 
     Args:
         rows: (prompt ids, response ids) of every traced text, in order.
         told: traces of them whose drafts are right where they are the text's own token, as they are in the run.
+        spread: whether each process holds only a part of the base; all of them must call it then.
 
     Raises:
         SpecBoundError: the two differ by more than 2 %.
     """
     lengths = np.array([len(response) for _, response in rows])
     tokens = np.cumsum(lengths)
-    number = min(len(rows), int(np.searchsorted(tokens, TOKENS)) + 1)
-    measured = run_on(layers, drafter, bounds, rows[:number])
+    number = min(len(rows), int(np.searchsorted(tokens, TOKENS_SPREAD if spread else TOKENS)) + 1)
+    measured = run_on(layers, Led(drafter) if spread else drafter, bounds, rows[:number])
     counted = CostTable.layer_passes(layers.num_layers)
     first = told.beginnings(np.where(np.arange(len(rows)) < number, lengths, 0))
     replayed = Replayer(first, counted).run(bounds).mean_accepted_length
@@ -91,6 +96,23 @@ def run_on(
         with execution(model, ExecutionPolicy.batched()):
             run_to_end(Request(state, bounds, Told(response), stats), logits, drafter)
     return stats
+
+
+class Led:
+    """A drafter whose proposals are those of the first process on all of them, so that all go through equal rounds."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter = drafter
+        self.exit_layers, self.watched, self.modules = drafter.exit_layers, drafter.watched, drafter.modules
+
+    def on(self, layers: DecoderLayers) -> "Led":
+        """The same on the base as it is now."""
+        return Led(self.drafter.on(layers))
+
+    def propose(self, layer: int, state: DecodeState, nodes: Sequence[int], count: int) -> list[Proposals]:
+        """As the first process proposes."""
+        mine = self.drafter.propose(layer, state, nodes, count)
+        return first_says(lambda: mine)
 
 
 class Told:
