@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+from tqdm import tqdm
+
 from runtime.errors import DataError
 from runtime.text.prompts import Prompt
 from train.corpus.conversation import EXPECTED, Conversation, Unusable
@@ -14,6 +16,7 @@ from train.settings.source import Source
 logger = logging.getLogger(__name__)
 
 NO_ANSWER = "no answer in it"
+SILENT = 2.0  # seconds before a bar says that something is read
 
 
 @dataclass(slots=True)
@@ -54,7 +57,8 @@ class Collection:
             DataError: it cannot be read, or no row of it can be understood.
         """
         source, found = Source.parse(text), cls()
-        for where, row in islice(read_rows(source), source.limit or limit):
+        rows = islice(read_rows(source), source.limit or limit)
+        for where, row in tqdm(rows, f"read {source.path}", unit=" rows", delay=SILENT, leave=False):
             found.rows += 1
             try:
                 found.conversations.append(_understood(row, source, keep=keep))

@@ -16,6 +16,7 @@ from train.settings.source import ENDINGS, Source
 
 LINES = (".jsonl", ".json", ".ndjson")
 TABLES = {".csv": ",", ".tsv": "\t"}
+MARKS = {",": "commas", "\t": "tabs", ";": "semicolons"}
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 FOUND = ", ".join(ENDINGS)
 
@@ -33,7 +34,7 @@ def read_rows(source: Source) -> Iterator[tuple[str, Any]]:
     if not paths:
         raise DataError(f"{source.path}: no file has such a name")
     for path in paths:
-        ending = Path(path.removesuffix(".gz")).suffix
+        ending = Path(path.lower().removesuffix(".gz")).suffix
         if ending in BUILDERS:
             yield from _built(path, ending)
         elif ending in TABLES or ending in LINES:
@@ -44,7 +45,7 @@ def read_rows(source: Source) -> Iterator[tuple[str, Any]]:
                 advice = "save it as UTF-8" if isinstance(error, UnicodeError) else "give an existing file"
                 raise DataError(f"{path}: cannot be read ({reason}); {advice}") from error
         else:
-            raise DataError(f"{path}: expected a file that ends in {FOUND}; convert it first")
+            raise DataError(f"{path}: expected a file that ends in {FOUND}; name it so if it is one, or convert it")
 
 
 def _json(path: str) -> Iterator[tuple[str, Any]]:
@@ -52,7 +53,7 @@ def _json(path: str) -> Iterator[tuple[str, Any]]:
     with _opened(path) as file:
         first = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
         file.seek(0)
-        if first.startswith(b"[") and ".jsonl" not in path:
+        if first.startswith(b"[") and ".jsonl" not in path.lower():
             yield from _list(path, file.read())
             return
         # In binary a line ends at a line feed alone; JSON text may hold U+2028, which is another end of a line.
@@ -66,12 +67,21 @@ def _table(path: str, delimiter: str) -> Iterator[tuple[str, Any]]:
     """The rows of a table with a line of names; every cell is text, also one with a number in it."""
     csv.field_size_limit(2**31 - 1)
     with _opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-        for number, row in enumerate(csv.DictReader(text, delimiter=delimiter), start=1):
-            yield f"row {number}", row
+        rows = csv.DictReader(text, delimiter=delimiter)
+        names = list(rows.fieldnames or [])
+        if len(names) == 1 and (found := [mark for mark in MARKS if mark != delimiter and mark in names[0]]):
+            raise DataError(
+                f"{path}: its first line has {MARKS[found[0]]} and no {MARKS[delimiter]}, so it is one name,"
+                f" {names[0]!a:.60}: save it with {MARKS[delimiter]} between the columns"
+            )
+        for row in rows:
+            surplus = any(row.pop(None, []))  # type: ignore[call-overload]  # under None are cells without a name
+            too_many = Unusable(f"more cells than the {len(names)} columns; put those with a separator in quotes")
+            yield f"line {rows.line_num}", too_many if surplus else row
 
 
 def _opened(path: str) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+    return gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
 
 
 def _list(path: str, data: bytes) -> Iterator[tuple[str, Any]]:

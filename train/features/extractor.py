@@ -15,7 +15,9 @@ from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.exit_head import HeadContext, WholeTexts
 from runtime.errors import DataError
 from train.features import states
+from train.features.lengths import alike
 from train.features.prompts import Prompts, whole_texts
+from train.features.spread import is_spread
 
 CHUNK = 512
 TOP = -1  # in the place of a depth: above all layers
@@ -149,10 +151,21 @@ class FeatureExtractor:
         self.layers = layers
         self.exit_layers = list(exit_layers)
         self.top_k, self.prompt_tokens = top_k, prompt_tokens
+        self.spread = is_spread(layers.model)  # processes must then run it equally often, whatever their texts
+
+    def __call__(self, rows: Sequence[tuple[list[int], list[int]]]) -> Features:
+        """Features of (prompt ids, response ids) rows, on the base's device; texts of like lengths run together."""
+        groups = [] if self.spread else alike([len(prompt) + len(response) for prompt, response in rows])
+        if len(groups) < 2:
+            return self._together(rows)
+        parts: dict[int, Features] = {}
+        for group in groups:
+            parts |= dict(zip(group, self._together([rows[index] for index in group]).split(), strict=True))
+        return Features.join([parts[index] for index in range(len(rows))])
 
     @torch.no_grad()
-    def __call__(self, rows: Sequence[tuple[list[int], list[int]]]) -> Features:
-        """Features of (prompt ids, response ids) rows, on the base's device."""
+    def _together(self, rows: Sequence[tuple[list[int], list[int]]]) -> Features:
+        """Of rows in one forward, padded to the longest."""
         device = self.layers.device
         texts = [torch.tensor([*prompt, *response]) for prompt, response in rows]
         input_ids = pad_sequence(texts, batch_first=True).to(device)

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from runtime.text.encode import encode
 from runtime.text.prompts import Message, Prompt
-from train.corpus.collection import Collection
+from train.corpus.collection import SILENT, Collection
 from train.corpus.conversation import Conversation
 from train.corpus.options import CorpusOptions
 from train.corpus.prompts import assign_split, deduplicate, ngram_filter, special_tokens, with_tokens
@@ -67,7 +68,7 @@ class Survey:
         chosen = [by_hash[prompt.hash] for prompt in kept]
         template = options.chat_template != "none"
         prompts, answers = [], []
-        for each in chosen:
+        for each in tqdm(chosen, "count tokens", unit=" conversations", delay=SILENT, leave=False):
             prompts += [len(encode(tokenizer, turn, template=template)) for turn in _turns(each)]
             answers += [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in each.answers]
         fractions = {"calibration_fraction": options.calibration_fraction}

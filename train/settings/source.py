@@ -75,4 +75,4 @@ class Source:
 
 def names_file(path: str) -> bool:
     """Whether a path ends as a file does that can be read, is one, or is a pattern of several."""
-    return path.removesuffix(".gz").endswith(ENDINGS) or "*" in path or Path(path).is_file()
+    return path.lower().removesuffix(".gz").endswith(ENDINGS) or "*" in path or Path(path).is_file()

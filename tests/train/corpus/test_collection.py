@@ -126,6 +126,21 @@ def test_what_cannot_be_understood_is_skipped_and_counted(tmp_path, caplog):
         ("a.jsonl.gz", b"no gzip", False, "cannot be read"),
         ("a.parquet", b"no parquet", False, "cannot be read as parquet"),
         ("a.docx", b"a", False, "ends in .jsonl"),
+        (
+            "a.csv",
+            b"prompt;answer\na;b\n",
+            False,
+            "has semicolons and no commas, so it is one name, 'prompt;answer': sa",
+        ),
+        ("a.csv", b"prompt\tanswer\na\tb\n", False, "has tabs and no commas"),
+        ("a.tsv", b"prompt,answer\na,b\n", False, "has commas and no tabs"),
+        (
+            "a.csv",
+            b"prompt\na,b\n",
+            False,
+            "1 more cells than the 1 columns; put those with a separator in quotes (the f",
+        ),
+        ("prompts", b"{}", False, "name it so if it is one, or convert it"),
     ],
 )
 def test_where_nothing_is_left_one_line_says_what_was_found(tmp_path, name, content, keep, expected):
@@ -133,6 +148,25 @@ def test_where_nothing_is_left_one_line_says_what_was_found(tmp_path, name, cont
     with pytest.raises(DataError) as caught:
         Collection.read(str(tmp_path / name), keep=keep)
     assert expected in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_surplus_cells_of_a_table_are_told_by_line(tmp_path, caplog):
+    """Before, they were dropped with what they held. Empty ones mean nothing; a cell that lacks is none."""
+    path = tmp_path / "A.CSV"
+    path.write_text('prompt,answer\nfine,b,,\n"two\nlines",b\nHello, you,b\nshort\n')
+    found = Collection.read(str(path))
+    assert found.conversations == [asked("fine", "b"), asked("two\nlines", "b"), asked("short")]
+    assert "1 of 4 rows skipped: 1 more cells than the 2 columns; put" in caplog.text
+    assert list(found.first.values()) == ["line 5"]
+
+
+def test_what_takes_long_says_so(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a"}] * 3)
+    Collection.read(path)
+    assert not capsys.readouterr().err  # it was quick
+    monkeypatch.setattr("train.corpus.collection.SILENT", 0)
+    Collection.read(path)
+    assert f"read {path}: " in capsys.readouterr().err
 
 
 def test_sources_keep_their_shares(tmp_path):
