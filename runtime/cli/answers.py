@@ -11,6 +11,7 @@ from runtime.batch import Batch, Call
 from runtime.batch.texts import join, outcome
 from runtime.cli.speaker import Speaker
 from runtime.errors import ConfigError, DataError
+from runtime.files import write_atomic
 from runtime.text.prompts import Prompt, read_prompts
 from runtime.text.transcript import Transcript
 
@@ -20,8 +21,8 @@ def answer_file(
 ) -> None:
     """Answer the prompts of a file; each line of the output is one answer, as soon as it is there.
 
-    Prompts that are answered in the output already are left out. Where a seed is given, each prompt's is that plus its
-    place in the file.
+    When all are there the lines are put in the order of the prompts. Prompts that are answered in the output already
+    are left out. Where a seed is given, each prompt's is that plus its place in the file.
 
     Args:
         ask: `seed`, `stop` and options of `generate`.
@@ -58,6 +59,9 @@ def answer_file(
                 file.flush()
                 bar.update()
         os.fsync(file.fileno())
+    if output.is_file():  # and no pipe
+        lines = output.read_bytes().splitlines(keepends=True)
+        write_atomic(output.resolve(), b"".join(sorted(lines, key=lambda line: int(json.loads(line)["index"]))))
     print(f"{len(left)} answers added to {output}")
 
 

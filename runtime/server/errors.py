@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from runtime.batch.memory import TooLong
 from runtime.errors import SpecBoundError
+from runtime.server.request.strict import TOO_DEEP
 from runtime.server.worker import Full, Unavailable
 
 
@@ -76,6 +77,8 @@ def add_error_forms(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> JSONResponse:
         said = f"{request.method} {request.url.path}: {error.detail}"
+        if isinstance(error.__cause__, RecursionError):  # of the JSON reader
+            said = f"body: {TOO_DEEP}"
         return answer(ApiError(error.status_code, said, headers=dict(error.headers or {})))
 
     @app.exception_handler(Exception)

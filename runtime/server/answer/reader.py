@@ -10,6 +10,8 @@ from runtime.server.dialect import Dialect
 
 # As response templates name it.
 REASONING = ("reasoning_content", "reasoning", "thinking")
+# What a parser raises on a text that is not of its form, or JSON that is nested too deep.
+UNREADABLE = (ValueError, KeyError, RecursionError)
 
 # A part of a message as a chat's stream has it.
 Delta = dict[str, Any]
@@ -48,9 +50,9 @@ class Reader:
             return self._say(text)
         try:
             return self._deltas(self._parser.feed(text))
-        except (ValueError, KeyError):  # a template of the tokenizer that does not fit: the rest is text
+        except UNREADABLE:  # a template of the tokenizer that does not fit: the rest is text
             self._parser = None
-            return self._say(self._body + text)
+            return self._say(self._opened() + text)
 
     def finish(self) -> list[Delta]:
         """What was held back, when no more text comes."""
@@ -59,8 +61,8 @@ class Reader:
         self._marks = (self._marks[0], "")  # what is open now was not ended
         try:
             return self._deltas(self._parser.finalize()[1])
-        except (ValueError, KeyError):
-            return self._say(self._body)
+        except UNREADABLE:
+            return self._say(self._opened())
 
     def _deltas(self, events: list[dict[str, Any]]) -> list[Delta]:
         """Of the parser's events."""
@@ -76,6 +78,10 @@ class Reader:
                 self.reasoning += event["text"]
                 found.append({"reasoning_content": event["text"]})
         return found
+
+    def _opened(self) -> str:
+        """The call that is being written, as text."""
+        return self._marks[0] + self._body if self._body else ""
 
     def _say(self, text: str) -> list[Delta]:
         if not text or (self.calls and text.isspace()):  # lines between calls
@@ -106,7 +112,7 @@ def _call(value: Any) -> dict[str, Any] | None:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     if not isinstance(arguments, dict):
         return None

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from runtime.server.request.neutral import without_neutral
 from runtime.server.request.schema import ChatRequest, Speculation
-from runtime.server.request.strict import Strict
+from runtime.server.request.strict import Strict, check_object
 from runtime.server.request.tools import NamedSchema
 
 TEXTS = ("input_text", "output_text", "text", "reasoning_text")
@@ -67,9 +67,7 @@ class ResponsesRequest(Strict):
     @model_validator(mode="before")
     @classmethod
     def _said(cls, fields: Any) -> Any:
-        if type(fields) is not dict:
-            raise ValueError("must be a JSON object")
-        return without_neutral(fields, cls.model_fields)
+        return without_neutral(check_object(fields), cls.model_fields)
 
     @field_validator("input", mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from runtime.server.request.messages import Conversation, Message
 from runtime.server.request.neutral import without_neutral
-from runtime.server.request.strict import Strict
+from runtime.server.request.strict import Strict, check_object
 from runtime.server.request.tools import ResponseFormat
 
 # A number so small that scores divided by it are no longer finite.
@@ -85,9 +85,7 @@ class Request(Strict):
     @model_validator(mode="before")
     @classmethod
     def _said(cls, fields: Any) -> Any:
-        if type(fields) is not dict:
-            raise ValueError("must be a JSON object")
-        return without_neutral(fields, cls.model_fields)
+        return without_neutral(check_object(fields), cls.model_fields)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -226,6 +224,11 @@ class TokenizeRequest(Conversation):
     prompt: str | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, fields: Any) -> Any:
+        return check_object(fields)
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "TokenizeRequest":

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from runtime.server.request.strict import Strict
+from runtime.server.request.strict import TOO_DEEP, Strict, check_object
 
 # What OpenAI takes.
 NAME = r"^[A-Za-z0-9_-]{1,64}$"
@@ -66,9 +66,11 @@ class Called(Strict):
             found = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
         except ValueError:
             found = None
+        except RecursionError:
+            raise ValueError(TOO_DEEP) from None
         if not isinstance(found, dict):
             raise ValueError("must be a JSON object, as text")
-        return found
+        return check_object(found)
 
 
 class Call(Strict):

@@ -197,7 +197,7 @@ def test_completion_and_help() -> None:
 
 
 def test_a_file_of_prompts(folders: Any, make_tokenizer: Any, tmp_path: Path) -> None:
-    """Each answer is stock's; a cut line and missing answers are made anew, the others kept."""
+    """Each answer is stock's, in the order of the file; a cut line and missing answers are made anew, others kept."""
     texts = ["w9 w3 w77", "w5 w6 w7 w8", "w1 w2", "w9 w3 w77"]
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
@@ -209,9 +209,10 @@ def test_a_file_of_prompts(folders: Any, make_tokenizer: Any, tmp_path: Path) ->
         ids, answer = stock(folders, make_tokenizer, text, max_new_tokens=12, do_sample=False)
         assert (rows[number]["tokens"], rows[number]["text"]) == (ids, answer)
     whole = output.read_text(encoding="utf-8").splitlines(keepends=True)
-    output.write_text(whole[0] + whole[1] + whole[2][:9], encoding="utf-8")
+    assert [json.loads(line)["index"] for line in whole] == [0, 1, 2, 3]
+    output.write_text(whole[2] + whole[1] + whole[3][:9], encoding="utf-8")
     assert run(folders, "generate", *options).stdout == f"2 answers added to {output}\n"
-    assert sorted(output.read_text(encoding="utf-8").splitlines()) == sorted(line.strip() for line in whole)
+    assert output.read_text(encoding="utf-8").splitlines(keepends=True) == whole
     prompts.write_text(json.dumps({"prompt": "w4"}) + "\n", encoding="utf-8")
     result = run(folders, "generate", *options)
     assert result.exit_code == 1 and "holds answers to other prompts" in result.stderr

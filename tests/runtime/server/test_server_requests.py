@@ -17,6 +17,21 @@ def said(fields: dict[str, Any]) -> dict[str, Any]:
     return CHAT | {"messages": [CHAT["messages"][0] | fields]}
 
 
+def nested(levels: int) -> dict[str, Any]:
+    """Objects in one another."""
+    found: dict[str, Any] = {}
+    for _ in range(levels - 1):
+        found = {"a": found}
+    return found
+
+
+def called(arguments: Any) -> dict[str, Any]:
+    """A chat after a call with these arguments."""
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": text}}
+    return CHAT | {"messages": [*CHAT["messages"], {"role": "assistant", "tool_calls": [call]}]}
+
+
 @pytest.fixture(scope="module")
 def served(make_model: Any, make_tokenizer: Any) -> Iterator[Served]:
     with held(make_model(), make_tokenizer()) as found:
@@ -30,7 +45,13 @@ def served(make_model: Any, make_tokenizer: Any) -> Iterator[Served]:
         ("completions", b"", 400, ""),
         ("completions", b"\xff\xfe", 400, ""),
         ("completions", b"[" * 9000, 400, ""),
-        ("completions", b"[]", 400, ""),
+        ("completions", b"[]", 400, "body: must be a JSON object"),
+        ("completions", b'{"a":' * 3000 + b"1" + b"}" * 3000, 400, "body: is nested deeper than the 100 levels"),
+        ("completions", GOOD | {"metadata": nested(101)}, 400, "body: is nested deeper than the 100 levels"),
+        ("chat/completions", CHAT | {"chat_template_kwargs": nested(300)}, 400, "nested deeper"),
+        ("responses", {"model": MODEL_ID, "input": "w1", "text": {"format": nested(300)}}, 400, "nested deeper"),
+        ("chat/completions", called(nested(300)), 400, "arguments: is nested deeper than the 100 levels"),
+        ("chat/completions", called('{"a":' * 2500), 400, "arguments: is nested deeper than the 100 levels"),
         ("completions", b"x" * 20_001, 413, "larger than 20000 bytes"),
         ("completions", {}, 400, "model"),
         ("completions", GOOD | {"model": "gpt"}, 404, "'tiny' only"),
@@ -113,6 +134,14 @@ def test_bad_requests(served: Served, path: str, body: Any, status: int, said: s
     assert found == status, answer
     assert answer["error"].keys() == {"message", "type", "param", "code"}
     assert said in answer["error"]["message"] and answer["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_of_another_type_is_told_which(served: Served) -> None:
+    """As `curl -d` sends it."""
+    header = {"Content-Type": "application/x-www-form-urlencoded"}
+    status, answer = served.post(json.dumps(GOOD).encode(), **header)
+    assert status == 400 and "with the header Content-Type: application/json" in answer["error"]["message"]
+    assert served.post(json.dumps(GOOD | {"metadata": nested(99)}).encode())[0] == 200
 
 
 def test_metrics(served: Served) -> None:

@@ -107,6 +107,13 @@ def test_a_template_of_the_tokenizer() -> None:
     assert joined(Reader(dialect, prompt, TOOLS), "Yes[now] (b)", 1)[0].startswith("Yesnow")
 
 
+def test_a_call_that_is_nested_too_deep_is_text() -> None:
+    """Nobody can read it; the rest is text too."""
+    text = 'Yes<tool_call>\n{"name": "add", "arguments": ' + '{"a": ' * 3000 + "}" * 3001 + "\n</tool_call> so"
+    content, _, calls = joined(Reader(Dialect(calls=HERMES), tools=TOOLS), text, 1000)
+    assert not calls and content.replace("\n", "") == text.replace("\n", "")
+
+
 class Templated:
     """As much of a tokenizer as a dialect asks for."""
 
