@@ -75,7 +75,7 @@ def line(model_type: str, models: list[Any], *, first: bool) -> str:
     """Of tiny models of one type; the first families have more tests than those that came later."""
     tests = "`test_generate.py`, `test_trees.py`" if first else "`test_families.py`"
     tests += ", `test_windows.py`" if FAMILIES[model_type].windows else ""
-    native = "yes" if FAMILIES[model_type].llama_kind else "no"
+    native = "yes" if FAMILIES[model_type].norms else "no"
     return f"| `{model_type}` | {parts(models)} | {native} | {tests} | {fitted(model_type)} |\n"
 
 
@@ -84,7 +84,7 @@ def line_inside(model_type: str) -> str:
     family = FAMILIES[model_type]
     seen = "full attention or windows" if family.windows else "full attention"
     kind = "mixture of experts" if "_moe" in model_type else "dense"
-    native = "yes" if family.llama_kind else "no"
+    native = "yes" if family.norms else "no"
     return f"| `{model_type}` | {kind}, {seen}, rotary positions | {native} | `test_wrappers.py` | tiny only |\n"
 
 
