@@ -40,8 +40,8 @@ transformers' own forward with the rest of its prompt, and the answer is drafted
 whose positions run along several axes decodes plainly, with one warning. An adapter is fitted on, and known by, the
 decoder of text: one of Gemma 3's text model serves it inside the multimodal model too.
 
-Layers with windows attend row by row once the window is full, and no layer of such a model runs natively. A Mistral
-whose texts stay shorter than its window computes the same, and faster, when it is loaded with `sliding_window=None`.
+Layers with windows run natively too, where the probe finds the order in which torch adds once a window is full
+([exactness](exactness.md)); elsewhere they attend row by row from there on.
 
 | `model_type` | parts | native | tests | fitted |
 |---|---|---|---|---|

@@ -17,7 +17,7 @@ from runtime.exact.native import library
 from runtime.exact.native.attend import ORDERS, attend, can_attend
 from runtime.exact.native.products import has_products
 from runtime.exact.order import same_attention
-from tests.helpers.orders import mean_of, score_sum, telling_values, torch_order
+from tests.helpers.orders import orders_of, score_sum, telling_values, torch_order
 from tests.helpers.paths import ROOT
 
 HEADS = (4, 2, 64)
@@ -52,11 +52,11 @@ def in_order(name: str) -> bool:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("keys", [1, 2, 7, 33, 203])
 def test_values_add_as_written_down(kernels: None, order: str, keys: int) -> None:
-    """In plain torch, to the bit, whatever order this machine's torch has; at numbers of keys that fill no tile."""
+    """In plain torch, whatever order this machine's torch has; at numbers of keys that fill no tile."""
     given = telling_values(keys, 80)
     found = attend(*given, None, order)
     assert found is not None
-    same = [each for each in ORDERS if torch.equal(found[0, 0, 0], mean_of(given[2], each))]
+    same = orders_of(found[0, 0, 0], given[2])
     assert order in same and (keys < 203 or same == [order])
 
 
@@ -73,7 +73,7 @@ def test_scores_add_as_written_down(kernels: None, order: str, size: int) -> Non
         scores = score_sum(keys.float().t(), each) * SCALE
         return float((found[0, 0, 0].double() - scores.double().softmax(0) @ values.double()).abs().max())
 
-    near = [each for each in ORDERS if distance(each) < 0.05]
+    near = [each for each in ORDERS if distance(each) < 0.004]
     assert order in near and (size < 64 or near == [order])
 
 
