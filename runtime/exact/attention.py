@@ -87,7 +87,7 @@ class BlockAttention:
             output = attend(query, key, value, scaling, known, tree, window, self.filled)
             if output is not None:
                 return output, None
-        if full:
+        if window is not None and full:
             return self.in_window(window, module, query, key, value, tree, scaling, **kwargs), None
         stock = _stock_attention(self.stock, module)
         if self.kind == "batched" or (query.shape[2] == 1 and tree is None):
