@@ -40,8 +40,8 @@ transformers' own forward with the rest of its prompt, and the answer is drafted
 whose positions run along several axes decodes plainly, with one warning. An adapter is fitted on, and known by, the
 decoder of text: one of Gemma 3's text model serves it inside the multimodal model too.
 
-Layers with windows attend row by row once the window is full, and no layer of such a model runs natively. A Mistral
-whose texts stay shorter than its window computes the same, and faster, when it is loaded with `sliding_window=None`.
+Layers with windows run natively too, where the probe finds the order in which torch adds once a window is full
+([exactness](exactness.md)); elsewhere they attend row by row from there on.
 
 | `model_type` | parts | native | tests | fitted |
 |---|---|---|---|---|
@@ -75,7 +75,7 @@ def line(model_type: str, models: list[Any], *, first: bool) -> str:
     """Of tiny models of one type; the first families have more tests than those that came later."""
     tests = "`test_generate.py`, `test_trees.py`" if first else "`test_families.py`"
     tests += ", `test_windows.py`" if FAMILIES[model_type].windows else ""
-    native = "yes" if FAMILIES[model_type].llama_kind else "no"
+    native = "yes" if FAMILIES[model_type].norms else "no"
     return f"| `{model_type}` | {parts(models)} | {native} | {tests} | {fitted(model_type)} |\n"
 
 
@@ -84,7 +84,7 @@ def line_inside(model_type: str) -> str:
     family = FAMILIES[model_type]
     seen = "full attention or windows" if family.windows else "full attention"
     kind = "mixture of experts" if "_moe" in model_type else "dense"
-    native = "yes" if family.llama_kind else "no"
+    native = "yes" if family.norms else "no"
     return f"| `{model_type}` | {kind}, {seen}, rotary positions | {native} | `test_wrappers.py` | tiny only |\n"
 
 

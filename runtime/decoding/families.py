@@ -7,11 +7,22 @@ Knows nothing of drafting, exits or files.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from runtime.decoding.missing import missing_part
 from runtime.decoding.wrappers import WRAPPERS
 from runtime.errors import UnsupportedModel
+
+# Names of a layer's norms: before attention, after it, before the gated part, after it; None where there is none.
+Norms = tuple[str | None, str | None, str | None, str | None]
+BEFORE: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
+AFTER: Norms = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+AROUND: Norms = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+# A norm's weight times numbers that are rounded to the base's dtype before; times those that are not; 1 + weight, too.
+WEIGHINGS = ("rounded", "whole", "from_one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +30,10 @@ class Family:
     """Where a model family keeps the parts that generation runs through.
 
     Attributes:
-        llama_kind: a layer is what `LlamaParts` takes apart: norm, attention with rotary positions, residual, norm,
-            gated SiLU, residual.
+        norms: of a layer of the Llama kind, which `LayerParts` takes apart: attention with rotary positions, residual,
+            gated part, residual, with norms at some of four places; None where layers are of another kind.
+        weighing: how those norms weigh, one of `WEIGHINGS`.
+        rounds_turns: rotary tables, and products with them, are rounded to the base's dtype before they are added.
         by_layer: each layer reads in the config's `layer_types` whether it has a window; others ask `sliding_window`.
         windows: its layers may have windows; attention gets to know, and tests go beyond them.
         rotary_by_layer: there is a rotary table for each kind of layer.
@@ -36,7 +49,9 @@ class Family:
     rotary: str | None = "rotary_emb"
     positions: str | None = None
     cache_argument: str = "past_key_values"
-    llama_kind: bool = False
+    norms: Norms | None = None
+    weighing: str = "rounded"
+    rounds_turns: bool = True
     by_layer: bool = False
     windows: bool = False
     rotary_by_layer: bool = False
@@ -46,27 +61,27 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family(llama_kind=True),
-    "mistral": Family(llama_kind=True, windows=True),
-    "qwen2": Family(llama_kind=True, by_layer=True, windows=True),
-    "qwen3": Family(llama_kind=True, by_layer=True, windows=True),
-    "smollm3": Family(llama_kind=True, by_layer=True, windows=True),
-    "granite": Family(llama_kind=True),
+    "llama": Family(norms=BEFORE),
+    "mistral": Family(norms=BEFORE, windows=True),
+    "qwen2": Family(norms=BEFORE, by_layer=True, windows=True),
+    "qwen3": Family(norms=BEFORE, by_layer=True, windows=True),
+    "smollm3": Family(norms=BEFORE, by_layer=True, windows=True),
+    "granite": Family(norms=BEFORE),
     "apertus": Family(),
     "arcee": Family(),
     "bitnet": Family(),
     "cohere": Family(factor="logit_scale"),
     "cohere2": Family(by_layer=True, windows=True, factor="logit_scale"),
-    "cwm": Family(by_layer=True, windows=True),
+    "cwm": Family(norms=BEFORE, by_layer=True, windows=True),
     "diffllama": Family(),
     "dots1": Family(by_layer=True, windows=True),
     "ernie4_5": Family(),
     "ernie4_5_moe": Family(),
     "exaone4": Family(by_layer=True, windows=True),
     "flex_olmo": Family(),
-    "gemma": Family(),
+    "gemma": Family(norms=BEFORE, weighing="from_one"),
     "gemma2": Family(by_layer=True, windows=True),
-    "gemma3_text": Family(by_layer=True, windows=True, rotary_by_layer=True),
+    "gemma3_text": Family(norms=AROUND, weighing="from_one", by_layer=True, windows=True, rotary_by_layer=True),
     "glm": Family(),
     "glm4": Family(),
     "glm4_moe": Family(),
@@ -82,86 +97,32 @@ FAMILIES = {
     "hyperclovax": Family(factor="logits_scaling"),
     "jais2": Family(),
     "minimax_m2": Family(),
-    "ministral": Family(by_layer=True, windows=True),
+    "ministral": Family(norms=BEFORE, by_layer=True, windows=True),
     "ministral3": Family(windows=True),
     "mixtral": Family(windows=True),
     "nemotron": Family(),
     "olmo": Family(),
-    "olmo2": Family(),
-    "olmo3": Family(by_layer=True, windows=True, rotary_by_layer=True),
+    "olmo2": Family(norms=AFTER, weighing="whole", rounds_turns=False),
+    "olmo3": Family(
+        norms=AFTER, weighing="whole", rounds_turns=False, by_layer=True, windows=True, rotary_by_layer=True
+    ),
     "olmoe": Family(),
     "persimmon": Family(norm="final_layernorm"),
     "phi": Family(norm="final_layernorm"),
-    "phi3": Family(windows=True),
+    "phi3": Family(norms=BEFORE, windows=True),
     "qwen2_moe": Family(by_layer=True, windows=True),
-    "qwen2_vl_text": Family(llama_kind=True, by_layer=True, windows=True, axes=3),
-    "qwen2_5_vl_text": Family(llama_kind=True, by_layer=True, windows=True, axes=3),
+    "qwen2_vl_text": Family(norms=BEFORE, by_layer=True, windows=True, axes=3),
+    "qwen2_5_vl_text": Family(norms=BEFORE, by_layer=True, windows=True, axes=3),
     "qwen3_moe": Family(windows=True),
-    "qwen3_vl_text": Family(llama_kind=True, axes=3),
+    "qwen3_vl_text": Family(norms=BEFORE, axes=3),
     "qwen3_vl_moe_text": Family(axes=3),
-    "seed_oss": Family(),
+    "seed_oss": Family(norms=BEFORE),
     "solar_open": Family(),
     "stablelm": Family(),
     "starcoder2": Family(windows=True),
 }
 # Rotary tables of these kinds depend on the position alone, so a block's rows equal one-by-one rows.
 STEADY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaParts:
-    """A decoder layer of the Llama kind, taken apart.
-
-    Attributes:
-        attention: the module, which holds head size, scaling and layer index.
-        norms: before attention, and before the gated part; their weights and epsilons are read.
-        linears: query, key and value; output; gate and up; down. Those of a tuple read the same input.
-        head_norms: of each query head and each key head (Qwen3).
-        rotary: whether heads are turned to their positions; SmolLM3 leaves some layers out.
-        multiplier: of what is added to the residual (Granite).
-    """
-
-    attention: Any
-    norms: tuple[Any, Any]
-    linears: tuple[tuple[nn.Module, ...], ...]
-    head_norms: tuple[Any, Any] | None = None
-    rotary: bool = True
-    multiplier: float = 1.0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the layer has nothing that Llama's own layers lack."""
-        return self.head_norms is None and self.rotary and self.multiplier == 1.0
-
-    @classmethod
-    def of(cls, layer: Any) -> "LlamaParts | None":
-        """None where the layer is of another kind, or somebody listens in."""
-        try:
-            attention, mlp = layer.self_attn, layer.mlp
-            norms = (layer.input_layernorm, layer.post_attention_layernorm)
-            linears: tuple[tuple[nn.Module, ...], ...] = (
-                (attention.q_proj, attention.k_proj, attention.v_proj),
-                (attention.o_proj,),
-                (mlp.gate_proj, mlp.up_proj),
-                (mlp.down_proj,),
-            )
-            head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
-            all_norms = (*norms, *(head_norms or ()))
-            plain = all(hasattr(norm, "variance_epsilon") and hasattr(norm, "weight") for norm in all_norms)
-        except AttributeError:
-            return None
-        plain = plain and "silu" in type(mlp.act_fn).__name__.lower()
-        if not plain or is_listened_to(layer):
-            return None
-        rotary = bool(getattr(attention, "use_rope", True))
-        return cls(attention, norms, linears, head_norms, rotary, float(getattr(layer, "residual_multiplier", 1.0)))
-
-
-def is_listened_to(module: nn.Module) -> bool:
-    """Whether there is a hook or a `forward` of somebody's on a module or one within it."""
-    return any(
-        each._forward_hooks or each._forward_pre_hooks or "forward" in each.__dict__ for each in module.modules()
-    )
 
 
 def check_supported(model: Any) -> Family:

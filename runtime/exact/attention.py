@@ -25,12 +25,19 @@ from runtime.exact.native.attend import ORDERS, attend, can_attend
 SUPPORTED = ("eager", "sdpa")
 # How a block attends; cheapest first.
 NATIVE_KINDS = tuple(f"native_{order}" for order in ORDERS)
-KINDS = ("batched", *NATIVE_KINDS, "grouped", "rowwise")
+# Also of rows whose window is full, in the second order: these are another call of torch's kernel.
+WINDOW_KINDS = tuple(f"{kind}_{filled}" for kind in NATIVE_KINDS for filled in ORDERS)
+KINDS = ("batched", *WINDOW_KINDS, *NATIVE_KINDS, "grouped", "rowwise")
 # Keys that the CPU's kernels take in one vector. Hidden keys after a row's own add nothing, but where they fill up the
 # vector in which the row's own keys end, these are added up in another order.
 VECTOR = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 MASKS = 4  # kept, so that all layers of a block share them
 AttentionOutput = tuple[Tensor, Any]
+
+
+def is_native(kind: str) -> bool:
+    """Whether a kind of attention is our own kernel's."""
+    return kind.startswith("native_")
 
 
 class BlockAttention:
@@ -45,7 +52,9 @@ class BlockAttention:
 
     def __init__(self, kind: str, stock: str) -> None:
         self.kind = "rowwise" if stock == "eager" and kind != "batched" else kind
-        self.order = self.kind.removeprefix("native_") if self.kind in NATIVE_KINDS else None
+        orders = self.kind.split("_")[1:]
+        self.order = orders[0] if orders else None
+        self.filled = orders[1] if len(orders) > 1 else None
         self.stock = stock
         self._masks: dict[tuple[int, int, int], Tensor] = {}
 
@@ -72,12 +81,14 @@ class BlockAttention:
         tree = mask if isinstance(mask, TreeRows) else None
         # Qwen2-MoE leaves it to masks and caches: its layers know, and do not say.
         window: int | None = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
-        if window is not None and key.shape[2] >= window:
-            return self.in_window(window, module, query, key, value, tree, scaling, **kwargs), None
-        if self.order is not None and not isinstance(mask, Tensor) and can_attend(query, key, value):
-            output = attend(query, key, value, scaling, self.order, tree)
+        full = window is not None and key.shape[2] >= window
+        known = self.order if not full or self.filled is not None else None
+        if known is not None and not isinstance(mask, Tensor) and can_attend(query, key, value):
+            output = attend(query, key, value, scaling, known, tree, window, self.filled)
             if output is not None:
                 return output, None
+        if window is not None and full:
+            return self.in_window(window, module, query, key, value, tree, scaling, **kwargs), None
         stock = _stock_attention(self.stock, module)
         if self.kind == "batched" or (query.shape[2] == 1 and tree is None):
             if not isinstance(mask, Tensor) and (query.shape[2] > 1 or tree is not None):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from runtime.decoding.families import family_of, has_windows, text_decoder
+from runtime.decoding.families import family_of, text_decoder
 from runtime.decoding.layers import NATIVE
 from runtime.decoding.wrappers import text_modules
 from runtime.exact.attention import BlockAttention, block_attention
@@ -103,7 +103,7 @@ def _forwards(
     joints = [] if packed is None else [joint for joint in packed.joint if joint.shape in policy.packed_rows]
     calls = {joint.modules: in_rows(joint, policy.packed_rows[joint.shape]) for joint in joints}
     if native is not None:
-        yield native.final, partial(norms, native.final)
+        yield native.final, partial(norms, native.final, weighing=native.weighing)
     elif policy.fused:
         for layer, fused in fused_layers(model, calls, attention):
             yield layer, fused
@@ -130,8 +130,8 @@ def native_layers(
     model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None, attention: BlockAttention
 ) -> NativeLayers | None:
     """The model's layers as runs in our own kernel; None where it does not take all of them under this policy."""
-    llama_kind = family_of(model.config).llama_kind
-    if packed is None or not llama_kind or attention.stock == "eager" or has_windows(model.config):
+    family = family_of(model.config)
+    if packed is None or family.norms is None or attention.stock == "eager":
         return None
     joint = {
         joint.modules: joint
@@ -139,7 +139,7 @@ def native_layers(
         if joint.layout.order is not None and policy.packed_rows.get(joint.shape, 1) is None
     }
     unembedding: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return NativeLayers.of(text_decoder(model), unembedding, joint, attention.order)
+    return NativeLayers.of(text_decoder(model), family, unembedding, joint, attention)
 
 
 def linears(model: PreTrainedModel) -> list[nn.Module]:

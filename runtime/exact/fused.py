@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from runtime.decoding.families import LlamaParts, family_of, has_windows, text_decoder
+from runtime.decoding.families import family_of, text_decoder
 from runtime.decoding.rows import TreeRows
 from runtime.exact.attention import BlockAttention
+from runtime.exact.native.parts import LayerParts
 from runtime.exact.packed import Forward
 
 
@@ -65,17 +66,17 @@ class FusedLayer:
     """
 
     def __init__(
-        self, parts: LlamaParts, linears: list[Forward], *, attention: BlockAttention, shared: Shared
+        self, parts: LayerParts, linears: list[Forward], *, attention: BlockAttention, shared: Shared
     ) -> None:
         module = parts.attention
         self.query_key_value, self.output, self.gate_up, self.down = linears
         # As tensors: a number would be made one, and cast, in every call.
-        self.norms = [(norm.weight, torch.tensor(norm.variance_epsilon)) for norm in parts.norms]
+        self.norms = [(norm.weight, torch.tensor(norm.variance_epsilon)) for norm in parts.all_norms]
         self.hidden_size = torch.tensor(float(module.q_proj.weight.shape[1]))
         self.head_size: int = module.head_dim
         self.num_queries = module.q_proj.weight.shape[0] // self.head_size
         self.num_keys = module.k_proj.weight.shape[0] // self.head_size
-        self.module = module
+        self.module, self.window = module, parts.window
         self.attention = attention
         self.shared = shared
 
@@ -95,7 +96,8 @@ class FusedLayer:
         turned = _rotate(turning, *self.shared.tables(*position_embeddings))
         query, key = turned.split_with_sizes([self.num_queries, self.num_keys], 1)
         keys, values = past_key_values.update(key, value, self.module.layer_idx)
-        attended, _ = self.attention(self.module, query, keys, values, attention_mask, scaling=self.module.scaling)
+        options = {"scaling": self.module.scaling, "sliding_window": self.window}
+        attended, _ = self.attention(self.module, query, keys, values, attention_mask, **options)
         hidden = self.output(attended.reshape(1, length, -1)).add_(hidden)
         gate, up = self.gate_up(self._norm(1, hidden)).chunk(2, -1)
         return self.down(functional.silu(gate).mul_(up)).add_(hidden)
@@ -124,12 +126,13 @@ def fused_layers(
     Args:
         joint: the Linears that run packed, by the modules that each stands for.
     """
-    if not family_of(model.config).llama_kind or attention.stock == "eager" or has_windows(model.config):
+    family = family_of(model.config)
+    if attention.stock == "eager":
         return
     decoder = text_decoder(model)
     weight: Tensor = decoder.norm.weight
     shared = Shared(weight.shape[0], weight)
     for layer in decoder.layers:
-        parts = LlamaParts.of(layer)
-        if parts is not None and parts.is_plain and all(linears in joint for linears in parts.linears):
+        parts = LayerParts.of(layer, family)
+        if parts is not None and parts.is_llama(family) and all(linears in joint for linears in parts.linears):
             yield layer, FusedLayer(parts, [joint[each] for each in parts.linears], attention=attention, shared=shared)

@@ -90,6 +90,7 @@ def same_attention(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    window: int | None = None,
 ) -> bool:
     """Whether a block's rows attend as torch's kernel lets each attend alone.
 
@@ -97,10 +98,12 @@ def same_attention(
         attention: of any kind around `sdpa`.
         heads: of queries, of keys, and the size of each.
         rows: of the block.
+        window: keys that a row sees at most, if not all.
     """
     stock = BlockAttention("rowwise", "sdpa")
     module = nn.Module()
     module.__dict__["num_key_value_groups"] = heads[0] // heads[1]
+    module.__dict__["sliding_window"] = window
     for length in (length for length in LENGTHS if length >= rows):
         for given in (_telling_values(heads, rows, length, dtype), _telling_keys(heads, rows, length, dtype)):
             query, keys, values = (tensor.to(device, dtype).contiguous() for tensor in given)

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -20,9 +20,10 @@ from huggingface_hub import constants
 from transformers import PreTrainedModel
 
 from runtime.decoding.cache import KVCache
+from runtime.decoding.families import has_windows
 from runtime.decoding.layers import DecoderLayers
 from runtime.errors import UnsupportedModel, one_line
-from runtime.exact.attention import NATIVE_KINDS, BlockAttention
+from runtime.exact.attention import NATIVE_KINDS, WINDOW_KINDS, BlockAttention, is_native
 from runtime.exact.certificate import Certificate, environment, read_certificate, write_certificate
 from runtime.exact.execution import ExecutionPolicy, Shape, execution, native_layers
 from runtime.exact.fingerprint import digest as running_digest
@@ -36,7 +37,9 @@ from runtime.exact.reference import Reference
 from runtime.exact.static import StaticCache
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 21
+PROBE_FORMAT = 22
+# Keys, of windows that attention is looked at with: in one block of the kernel, and in two.
+PROBED_WINDOWS = (37, 520)
 
 
 def certify(
@@ -139,7 +142,8 @@ def _candidates(
     rows = linear_rows(reference, widths)
     joint = {} if packed is None else packed_rows(reference, packed, [1, *widths])
     # Attention of a whole block adds in another order everywhere; in groups, and in our kernel, on some CPUs.
-    kinds = [kind for kind in (*NATIVE_KINDS, "grouped") if _keeps_order(kind, model, reference, widths)] + ["rowwise"]
+    known = (*(WINDOW_KINDS if has_windows(model.config) else ()), *NATIVE_KINDS, "grouped")
+    kinds = [kind for kind in known if _keeps_order(kind, model, reference, widths)] + ["rowwise"]
     policies = [ExecutionPolicy(kind, rows, packed_rows=joint) for kind in kinds]
     fused = [replace(policy, fused=True) for policy in policies] if joint else []
     native = [replace(policy, native=True) for policy in fused if _runs_native(model, policy, packed)]
@@ -154,7 +158,8 @@ def _runs_native(model: PreTrainedModel, policy: ExecutionPolicy, packed: Packed
     if run is None:
         return False
     by_size = {norm.weight.shape: norm for norm in run.norms}
-    return all(same_norm(norm, native_norms) for norm in by_size.values())
+    norms = partial(native_norms, weighing=run.weighing)
+    return all(same_norm(norm, norms) for norm in by_size.values())
 
 
 def _keeps_order(kind: str, model: PreTrainedModel, reference: Reference, widths: Sequence[int]) -> bool:
@@ -162,15 +167,19 @@ def _keeps_order(kind: str, model: PreTrainedModel, reference: Reference, widths
     config = model.config.get_text_config()
     stock = config._attn_implementation
     keys, values = reference.cache.layers[0].keys, reference.cache.layers[0].values
-    if stock != "sdpa" or not widths or (kind in NATIVE_KINDS and not can_attend(keys, keys, values)):
+    if stock != "sdpa" or not widths or (is_native(kind) and not can_attend(keys, keys, values)):
         return False
     heads = (config.num_attention_heads, keys.shape[1], keys.shape[3])
     attention = BlockAttention(kind, stock)
+    windows = [None] + [min(config.sliding_window, each) for each in PROBED_WINDOWS if attention.filled is not None]
     in_order = all(
-        same_attention(attention, heads, rows, dtype=keys.dtype, device=keys.device)
+        same_attention(attention, heads, rows, dtype=keys.dtype, device=keys.device, window=window)
         for rows in sorted({1, 2, max(widths)})
+        for window in windows
     )
-    return in_order and (kind not in NATIVE_KINDS or _same_sums(kind, heads[2], torch.get_num_threads()))
+    return in_order and (
+        not is_native(kind) or _same_sums(f"native_{attention.order}", heads[2], torch.get_num_threads())
+    )
 
 
 @cache
@@ -210,7 +219,7 @@ def compare(
     layers = DecoderLayers(model)
     kind = StaticCache if policy.static else KVCache
     cache = kind.from_dynamic(reference.cache, reference.length + max(widths, default=0))
-    if policy.static or policy.attention in NATIVE_KINDS:  # one row alone is not plain decoding's own call either
+    if policy.static or is_native(policy.attention):  # one row alone is not plain decoding's own call either
         widths = [1, *widths]
     agreement = Agreement()
     with execution(model, policy, packed):

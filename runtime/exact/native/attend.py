@@ -12,9 +12,10 @@ from runtime.decoding.rows import TreeRows
 from runtime.exact.native.library import native_library
 
 MAX_SIZE = 256  # of a head
+NO_WINDOW = 2**62  # keys: more than there are
 # How products are added: pairs in order; or every fourth number apart, for values fours of keys, the rest backwards;
-# or every 16th pair apart, for values eights of keys.
-ORDERS = ("pairs", "fours", "eights")
+# or every 16th pair apart, for values eights of keys; or 32 at a time, even and odd ones apart, as the CPU's tiles do.
+ORDERS = ("pairs", "fours", "eights", "tiles")
 
 
 def can_attend(query: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -35,7 +36,14 @@ def can_attend(query: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 
 def attend(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, order: str, tree: TreeRows | None = None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float | None,
+    order: str,
+    tree: TreeRows | None = None,
+    window: int | None = None,
+    filled: str | None = None,
 ) -> Tensor | None:
     """Row t of T on the first S - T + t + 1 keys, or on those of its path; None where some score is not finite.
 
@@ -45,6 +53,8 @@ def attend(
         scaling: of the scores; by default 1 / sqrt(E).
         order: one of `ORDERS`.
         tree: what the rows see where they do not follow one another.
+        window: keys that a row sees at most: the last ones of these.
+        filled: order of a row that sees as many as that; by default as others.
 
     Returns:
         Shape [1, T, H, E].
@@ -57,7 +67,9 @@ def attend(
     table = None if tree is None else tree.table(length)
     sizes = (rows, heads, heads // keys.shape[1], size, length)
     strides = [part.stride(dim) for part in (query, keys, values) for dim in (1, 2)]
-    numbers = (ctypes.c_int64 * 12)(*sizes, *strides, 0 if tree is None else tree.settled)
+    settled = 0 if tree is None else tree.settled
+    full = NO_WINDOW if window is None else window, ORDERS.index(filled or order)
+    numbers = (ctypes.c_int64 * 14)(*sizes, *strides, settled, *full)
     scale = size**-0.5 if scaling is None else scaling
     pointers = [part.data_ptr() for part in (query, keys, values, output)]
     paths = None if table is None else table.data_ptr()

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from runtime.drafting.attention_head import AttentionHead, turns
 from runtime.drafting.draft_heads import DraftHeads
@@ -19,7 +19,7 @@ from runtime.drafting.heads import DeepHead, HeadContext
 from runtime.drafting.unembedding import DraftUnembedding
 from runtime.exact.native.library import native_library
 from runtime.exact.native.products import LANES, pack_for_products
-from runtime.exact.native.stack import silu_of_all
+from runtime.exact.native.tables import table_of
 
 
 class NativeDeepHead:
@@ -28,7 +28,7 @@ class NativeDeepHead:
     Args:
         head, unembedding: in bfloat16 on the CPU.
         rows: those of the unembedding, packed; several heads share them.
-        silu: as `silu_of_all` gives it.
+        silu: as `table_of` gives it.
     """
 
     def __init__(self, head: DeepHead, unembedding: DraftUnembedding, rows: Tensor, silu: Tensor) -> None:
@@ -73,7 +73,7 @@ class NativeAttentionHead:
     Args:
         head, unembedding: in bfloat16 on the CPU.
         rows: those of the unembedding, packed; several heads share them.
-        silu: as `silu_of_all` gives it.
+        silu: as `table_of` gives it.
     """
 
     def __init__(self, head: AttentionHead, unembedding: DraftUnembedding, rows: Tensor, silu: Tensor) -> None:
@@ -163,7 +163,7 @@ def native_heads(heads: DraftHeads) -> DraftHeads:
     fit = {layer: head for layer, head in exits.items() if _is_fit(head, heads.unembedding)}
     if native_library() is None or not fit:
         return heads
-    rows, silu = pack_for_products(heads.unembedding.weight), silu_of_all()
+    rows, silu = pack_for_products(heads.unembedding.weight), table_of(nn.SiLU())
     native = {layer: NATIVE[type(head)](head, heads.unembedding, rows, silu) for layer, head in fit.items()}
     return replace(heads, native=native)
 

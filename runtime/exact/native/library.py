@@ -22,7 +22,7 @@ from runtime.errors import one_line
 
 logger = logging.getLogger(__name__)
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "source"
 SOURCE = FOLDER / "kernels.cpp"
 HEADERS = sorted(FOLDER.glob("*.h"))
 CPU_FLAGS = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512_bf16"))
@@ -96,7 +96,7 @@ def _declare(library: ctypes.CDLL) -> None:
     attention.argtypes, attention.restype = [*[place] * 4, numbers, place, ctypes.c_float, number, number], number
     layers.restype, layers.argtypes = number, [*[place] * 3, numbers, floats, *[place] * 4, number]
     norms = library.specbound_norms
-    norms.argtypes, norms.restype = [*[place] * 3, number, number, ctypes.c_float], None
+    norms.argtypes, norms.restype = [*[place] * 3, number, number, ctypes.c_float, number], None
     draft, keep = library.specbound_draft, library.specbound_keep
     draft.argtypes, draft.restype = [place, numbers, floats, *[place] * 7, number], None
     keep.argtypes, keep.restype = [place, numbers, place], None

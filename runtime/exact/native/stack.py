@@ -4,24 +4,26 @@ Whether the rows have the bits of the model's own layers is the caller's busines
 """
 
 import ctypes
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from runtime.decoding.cache import Block
-from runtime.decoding.families import LlamaParts, is_listened_to
-from runtime.exact.native.attend import MAX_SIZE, ORDERS
+from runtime.decoding.families import WEIGHINGS, Family
+from runtime.exact.native.attend import MAX_SIZE, NO_WINDOW, ORDERS
 from runtime.exact.native.library import native_library
+from runtime.exact.native.parts import LayerParts, epsilon, is_listened_to
 from runtime.exact.native.products import Order
+from runtime.exact.native.tables import RotaryTables, table_of
 
 # Of a head, and of the gated part: halves of whole vectors, and what torch's SiLU takes in whole vectors.
 HEAD_MULTIPLE, INNER_MULTIPLE = 32, 64
-# Columns of the table of layers, as `stack.h` declares them: weights, biases, norms (four each), a switch.
-COLUMNS = 13
+# Columns of the table of layers, as `stack.h` declares them: weights, biases, norms (four each), norms of heads (two),
+# the table of angles, the window.
+COLUMNS = 16
 
 
 class NativeLayers:
@@ -31,61 +33,85 @@ class NativeLayers:
 
     Args:
         parts: of every layer of the model.
-        packed: weight and bias (or None) of the Linears of each layer, in the order of `LlamaParts.linears`.
+        packed: weight and bias (or None) of the Linears of each layer, in the order of `LayerParts.linears`.
         orders: of additions in those Linears, either all by tiles or none.
-        order: of additions in attention, one of `attend.ORDERS`.
-        body: of the model: its rotary module, whose tables depend on the position alone, and its final norm.
+        order: of additions in attention, and where a window is full, each one of `attend.ORDERS`.
+        family: of the model.
+        final: the norm above the layers.
+        tables: of angles, for the kinds of layers that there are.
+        kinds: of the layers, names of `tables`.
         unembeds: whether the unembedding runs in our kernel too, so that any number of rows keep their bits.
     """
 
     def __init__(
         self,
-        parts: Sequence[LlamaParts],
+        parts: Sequence[LayerParts],
         packed: Sequence[Sequence[tuple[Tensor, Tensor | None]]],
         orders: Sequence[Order],
-        order: str,
-        body: Any,
+        order: tuple[str, str],
+        *,
+        family: Family,
+        final: Any,
+        tables: RotaryTables,
+        kinds: Sequence[str],
         unembeds: bool,
     ) -> None:
         first = parts[0]
-        self.sizes = (*_heads(first), _inner(first), ORDERS.index(order))
+        self.sizes = (*first.heads, first.inner, ORDERS.index(order[0]))
         self.along = (int(orders[0].tiles), *(each.block // 2 for each in orders))
-        self.floats = (ctypes.c_float * 3)(first.norms[0].variance_epsilon, first.attention.scaling, first.multiplier)
-        self.frequencies, self.magnitude = body.rotary_emb.inv_freq, body.rotary_emb.attention_scaling
-        self.final, self.unembeds = body.norm, unembeds
-        self.silu = silu_of_all()
-        self.norms = [norm for each in parts for norm in norms_of(each)]
+        self.ways = (tables.turned, int(tables.rounds), WEIGHINGS.index(family.weighing), int(first.norms_all_heads))
+        self.filled = ORDERS.index(order[1])
+        self.floats = (ctypes.c_float * 3)(epsilon(first.all_norms[0]), first.attention.scaling, first.multiplier)
+        self.tables = tables
+        self.final, self.weighing, self.unembeds = final, family.weighing, unembeds
+        self.opened = table_of(first.activation)
+        self.norms = [norm for each in parts for norm in each.all_norms]
         self.held = (packed, self.norms)  # the table holds addresses alone
-        self.table = np.array([_row(*both) for both in zip(parts, packed, strict=True)], dtype=np.int64)
+        angles = [tables.kinds.index(kind) if each.rotary else -1 for each, kind in zip(parts, kinds, strict=True)]
+        self.table = np.array([_row(*each) for each in zip(parts, packed, angles, strict=True)], dtype=np.int64)
 
     @classmethod
     def of(
-        cls, body: Any, unembedding: nn.Module, packed: Mapping[tuple[nn.Module, ...], Any], order: str | None
+        cls,
+        body: Any,
+        family: Family,
+        unembedding: nn.Module,
+        packed: Mapping[tuple[nn.Module, ...], Any],
+        attention: Any,
     ) -> "NativeLayers | None":
         """None where the kernels or what they need are missing, or a layer is of another kind or size.
 
         Args:
             body: of the model: what holds its layers, final norm and rotary module.
+            family: of the model.
             packed: by the modules that each stands for: what has a `weight` for our kernel, a `bias` and a `layout`.
+            attention: of a block: its `order`, and that of rows whose window is full, `filled`.
         """
-        if native_library() is None or order is None or is_listened_to(body.rotary_emb) or not _is_known([body.norm]):
+        order, filled = attention.order, attention.filled
+        if native_library() is None or order is None or is_listened_to(body.rotary_emb) or not _is_known(body.norm):
             return None
         orders: tuple[Order, ...] = ()
         weights: list[list[tuple[Tensor, Tensor | None]]] = []
         alike: set[Any] = set()
-        whole: list[LlamaParts] = []
+        whole: list[LayerParts] = []
         for layer in body.layers:
-            parts = LlamaParts.of(layer)
+            parts = LayerParts.of(layer, family)
             if parts is None or any(modules not in packed for modules in parts.linears) or not _is_fit(parts):
+                return None
+            if parts.window is not None and filled is None:
                 return None
             whole.append(parts)
             weights.append([(packed[modules].weight, packed[modules].bias) for modules in parts.linears])
-            alike.add((*_heads(parts), _inner(parts), parts.norms[0].variance_epsilon, parts.attention.scaling))
-            alike.add(parts.multiplier)
+            alike.add((*parts.heads, parts.inner, epsilon(parts.all_norms[0]), parts.attention.scaling))
+            alike.add((parts.multiplier, parts.norms_all_heads, type(parts.activation)))
             orders = tuple(packed[modules].layout.order for modules in parts.linears)
             alike.add(orders)
-        fit = len(alike) == 3 and len({each.tiles for each in orders}) == 1
-        return cls(whole, weights, orders, order, body, (unembedding,) in packed) if fit else None
+        kinds = body.config.layer_types if family.rotary_by_layer else [""] * len(whole)
+        tables = RotaryTables(body.rotary_emb, sorted(set(kinds)), family.rounds_turns)
+        if len(alike) != 3 or len({each.tiles for each in orders}) != 1 or tables.turned % HEAD_MULTIPLE:
+            return None
+        more = {"family": family, "final": body.norm, "tables": tables, "kinds": kinds}
+        return cls(whole, weights, orders, (order, filled or order), **more, unembeds=(unembedding,) in packed)
 
     def __call__(self, blocks: Sequence[Block]) -> list[Tensor] | None:
         """Hidden states [1, T, D] of each block at the depth that all of them go to; appended to their caches.
@@ -99,25 +125,34 @@ class NativeLayers:
         held = [block.cache.lengths[start] for block in blocks]
         rows = [block.hidden.shape[1] for block in blocks]
         positions = [block.positions() for block in blocks]
-        cosines, sines = self._tables(positions[0] if len(blocks) == 1 else torch.cat(positions, 1))
+        cosines, sines = self.tables(positions[0] if len(blocks) == 1 else torch.cat(positions, 1))
         parts, tables = _parts(blocks, held, rows)
         caches = _places(blocks, start, stop, held, rows)
         if len(blocks) == 1:
             output = blocks[0].hidden.clone(memory_format=torch.contiguous_format)
         else:
             output = torch.cat([block.hidden for block in blocks], 1)
-        sizes = (stop - start, len(blocks), sum(rows), output.shape[2], *self.sizes, *self.along)
+        sizes = (
+            stop - start,
+            len(blocks),
+            sum(rows),
+            output.shape[2],
+            *self.sizes,
+            *self.along,
+            *self.ways,
+            self.filled,
+        )
         library = native_library()
         assert library is not None
         fine = library.specbound_layers(
             self.table[start:].ctypes.data,
             (ctypes.c_int64 * len(parts))(*parts),
             (ctypes.c_int64 * len(caches))(*caches),
-            (ctypes.c_int64 * 14)(*sizes),
+            (ctypes.c_int64 * len(sizes))(*sizes),
             self.floats,
             cosines.data_ptr(),
             sines.data_ptr(),
-            self.silu.data_ptr(),
+            self.opened.data_ptr(),
             output.data_ptr(),
             torch.get_num_threads(),
         )
@@ -142,15 +177,6 @@ class NativeLayers:
                 (ctypes.c_int64 * len(places))(*places),
             )
         cache.crop(settled + len(places))
-
-    def _tables(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [1, T, E] in bfloat16, in the rotary module's own operations."""
-        angles = position_ids[..., None].float() * self.frequencies
-        angles = torch.cat((angles, angles), -1)
-        cosines, sines = angles.cos(), angles.sin()
-        if self.magnitude != 1.0:
-            cosines, sines = cosines * self.magnitude, sines * self.magnitude
-        return cosines.to(torch.bfloat16), sines.to(torch.bfloat16)
 
 
 def _parts(blocks: Sequence[Block], held: Sequence[int], rows: Sequence[int]) -> tuple[list[int], list[Tensor]]:
@@ -177,70 +203,46 @@ def _places(blocks: Sequence[Block], start: int, stop: int, held: Sequence[int],
     return places
 
 
-def norms(module: Any, rows: Tensor) -> Tensor:
-    """A norm of the Llama kind as the kernel computes it in a run, of rows [..., D], bfloat16."""
+def norms(module: Any, rows: Tensor, weighing: str = WEIGHINGS[0]) -> Tensor:
+    """A norm as the kernel computes it in a run, of rows [..., D], bfloat16.
+
+    Args:
+        weighing: one of `WEIGHINGS`.
+    """
     library = native_library()
     assert library is not None
     rows = rows.contiguous()
     output = torch.empty_like(rows)
     addresses = rows.data_ptr(), module.weight.data_ptr(), output.data_ptr()
     size = rows.shape[-1]
-    library.specbound_norms(*addresses, rows.numel() // size, size, module.variance_epsilon)
+    library.specbound_norms(
+        *addresses, rows.numel() // size, size, epsilon(module), WEIGHINGS.index(weighing)
+    )  # fmt: skip
     return output
 
 
-def _heads(parts: LlamaParts) -> tuple[int, int, int]:
-    """Heads of queries, of keys, and the size of each."""
-    attention = parts.attention
-    size: int = attention.head_dim
-    return attention.q_proj.out_features // size, attention.k_proj.out_features // size, size
+def _is_known(norm: Any) -> bool:
+    """Whether a norm is of a kind that the kernel takes, in bfloat16."""
+    return epsilon(norm) is not None and norm.weight.dtype == torch.bfloat16 and norm.weight.is_contiguous()
 
 
-def _inner(parts: LlamaParts) -> int:
-    """Size of the gated part."""
-    gate: Any = parts.linears[2][0]
-    size: int = gate.out_features
-    return size
-
-
-def norms_of(parts: LlamaParts) -> tuple[Any, ...]:
-    """Of the layer, and of its heads where there are such."""
-    return (*parts.norms, *(parts.head_norms or ()))
-
-
-def _is_known(norms: Iterable[Any]) -> bool:
-    """Whether norms are of the Llama kind, in bfloat16."""
-    return all(
-        hasattr(norm, "variance_epsilon") and norm.weight.dtype == torch.bfloat16 and norm.weight.is_contiguous()
-        for norm in norms
-    )
-
-
-def _is_fit(parts: LlamaParts) -> bool:
+def _is_fit(parts: LayerParts) -> bool:
     """Whether sizes are those that the kernel takes."""
-    size = _heads(parts)[2]
-    norms = norms_of(parts)
+    size = parts.heads[2]
     return (
         size % HEAD_MULTIPLE == 0
         and size <= MAX_SIZE
-        and _inner(parts) % INNER_MULTIPLE == 0
-        and _is_known(norms)
-        and len({norm.variance_epsilon for norm in norms}) == 1
+        and parts.inner % INNER_MULTIPLE == 0
+        and all(map(_is_known, parts.all_norms))
+        and len({epsilon(norm) for norm in parts.all_norms}) == 1
     )
 
 
-def _row(parts: LlamaParts, packed: Sequence[tuple[Tensor, Tensor | None]]) -> list[int]:
+def _row(parts: LayerParts, packed: Sequence[tuple[Tensor, Tensor | None]], table: int) -> list[int]:
     """Of the table of layers."""
     weights = [weight.data_ptr() for weight, _ in packed]
     biases = [0 if bias is None else bias.data_ptr() for _, bias in packed]
-    norms = [norm.weight.data_ptr() for norm in norms_of(parts)]
-    row = [*weights, *biases, *norms, *[0] * (4 - len(norms)), int(parts.rotary)]
+    norms = [0 if norm is None else norm.weight.data_ptr() for norm in (*parts.norms, *parts.head_norms)]
+    row = [*weights, *biases, *norms, table, NO_WINDOW if parts.window is None else parts.window]
     assert len(row) == COLUMNS
     return row
-
-
-def silu_of_all() -> Tensor:
-    """Torch's SiLU of every bfloat16, by its bits; one more, since the kernel reads words of two."""
-    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
-    opened = functional.silu(bits.view(torch.bfloat16))
-    return functional.pad(opened, (0, 1))

@@ -25,7 +25,7 @@ from runtime.exact.reference import Reference
 from runtime.generate import attach
 from runtime.handle import SpecBound
 from tests.helpers.fake_heads import FakeHeads
-from tests.helpers.families import EXPERTS, HALF, SHAPE, VOCABULARY, prompt, randomise
+from tests.helpers.families import EXPERTS, HALF, NATIVE_SHAPE, SHAPE, VOCABULARY, prompt, randomise
 
 NEW, IMAGE = 24, 90
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW}
@@ -78,12 +78,12 @@ PICTURES = {"gemma3": 4, "idefics3": 1, "internvl": 1, "llava": 4, "mistral3": 4
 PICTURES |= dict.fromkeys(QWEN, 4)
 
 
-def wrapper(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model whose greedy output wanders."""
+def wrapper(name: str, dtype: torch.dtype = torch.float32, **shape: Any) -> Any:
+    """A random model whose greedy output wanders; its decoder may be of another shape."""
     if name not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {name}")
     text, vision, more = TINY[name]
-    config = AutoConfig.for_model(name, text_config=SHAPE | text, vision_config=vision, **more)
+    config = AutoConfig.for_model(name, text_config=SHAPE | text | shape, vision_config=vision, **more)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -162,6 +162,21 @@ def test_pictures_go_through_the_prompt_alone(name: str, caplog: pytest.LogCaptu
     torch.manual_seed(3)
     other = model.generate(**given | {"pixel_values": -3 * given["pixel_values"]}, **SAMPLED)
     assert not torch.equal(other, stock)
+
+
+@pytest.mark.parametrize("name", ["mistral3", "qwen3_vl"])
+def test_layers_of_the_llama_kind_run_natively_inside(name: str) -> None:
+    """At sizes that our kernels take; turned along three axes that are equal, and along one."""
+    sections = {"mrope_section": [12, 10, 10]} if name == "qwen3_vl" else {}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | sections}
+    model = wrapper(name, torch.bfloat16, **NATIVE_SHAPE | rope)
+    stock = model.generate(prompt(), **GREEDY)
+    attach(model, SpecBound(model, FakeHeads("mixed", [1], stock[0].tolist(), VOCABULARY), TREES))
+    assert torch.equal(model.generate(prompt(), **GREEDY), stock)
+    policy = model.specbound.certificate.policy
+    if not policy.attention.startswith("native"):
+        pytest.skip("no native kernels here, or torch adds in an order of its own")
+    assert policy.native
 
 
 def test_a_second_call_probes_nothing_anew() -> None:

@@ -7,7 +7,7 @@ extern "C" void specbound_products(const void*, const void*, const void*, void*,
 extern "C" int64_t specbound_tiles();
 extern "C" int64_t specbound_attention(const void*, const void*, const void*, void*, const int64_t*, const int64_t*, float, int64_t, int64_t);
 
-extern "C" int64_t specbound_layers(const void*, const void*, const void*, const int64_t*, const float*, const void*, const void*, const void*, void*, int64_t);
+extern "C" int64_t specbound_layers(const void*, const void*, const void*, const int64_t*, const float*, const float*, const float*, const void*, void*, int64_t);
 
 static std::vector<uint16_t> numbers(int64_t count) {
   std::vector<uint16_t> made(count);
@@ -32,12 +32,13 @@ int main() {
   for (int64_t rows : {1, 3, 64})
     for (int64_t length : {1, 2, 15, 17, 511, 512, 513, 8192})
       for (int64_t size : {4, 20, 64, 80, 128, 256})
-        for (int64_t order : {0, 1, 2}) {
+        for (int64_t order : {0, 1, 2, 3})
+        for (int64_t window : {length + 1, length, (length + 1) / 2, int64_t{1}}) {
           if (rows > length || rows * length > 8192 * 3) continue;
           const int64_t queries = 5, groups = 1;
           auto query = numbers(queries * rows * size), keys = numbers(groups * length * size), values = keys;
           std::vector<uint16_t> output(rows * queries * size);
-          const int64_t sizes[] = {rows, queries, queries / groups, size, length, rows * size, size, length * size, size, length * size, size, length - rows};
+          const int64_t sizes[] = {rows, queries, queries / groups, size, length, rows * size, size, length * size, size, length * size, size, length - rows, window, 3};
           if (!specbound_attention(query.data(), keys.data(), values.data(), output.data(), sizes, nullptr, 0.1f, order, 2)) return 1;
           std::vector<int64_t> paths(rows * (1 + rows));  // each row sees every other one before it, and itself
           for (int64_t row = 0; row < rows; row++) {
@@ -49,20 +50,26 @@ int main() {
   for (int64_t rows : {1, 3, 17})
     for (int64_t held : {0, 1, 600})
       for (int64_t size : {32, 96})
-      for (int64_t hidden : {50, 64}) {
+      for (int64_t hidden : {50, 64})
+      for (int64_t kind : {0, 1, 2}) {  // as Llama's; norms around both branches; after them, and of all heads, a part of each turned
         const int64_t queries = 4, keys = 2, inner = 64, capacity = held + rows;
         auto packed = [](int64_t outputs, int64_t inputs) { return numbers((outputs + 15) / 16 * 16 * inputs); };
         auto wide = packed((queries + 2 * keys) * size, hidden), output = packed(hidden, queries * size);
-        auto gate_up = packed(2 * inner, hidden), down = packed(hidden, inner), norm = numbers(hidden), head = numbers(size);
+        auto gate_up = packed(2 * inner, hidden), down = packed(hidden, inner), norm = numbers(hidden), head = numbers(kind == 2 ? queries * size : size), key_head = numbers(kind == 2 ? keys * size : size);
         const int64_t further = 2;  // rows of a second request, whose cache is new
         auto key = numbers(keys * capacity * size), value = key, table = numbers(65537), state = numbers((rows + further) * hidden);
         auto other_key = numbers(keys * further * size), other_value = other_key;
-        auto angles = numbers((rows + further) * size);
+        const int64_t turned = kind == 2 ? 32 : size;
+        std::vector<float> angles(2 * (rows + further) * turned, 0.5f);  // two tables
+        const int64_t window = kind == 0 ? int64_t{1} << 62 : 5;
+        auto at = [&](bool there) { return there ? norm.data() : nullptr; };
         const void* layer[] = {wide.data(), output.data(), gate_up.data(), down.data(), nullptr, nullptr, nullptr, nullptr,
-                               norm.data(), norm.data(), head.data(), head.data(), (const void*)1};
+                               at(kind < 2), at(kind > 0), at(kind < 2), at(kind > 0), head.data(), key_head.data(), (const void*)1,
+                               (const void*)window};
         const void* parts[] = {(const void*)rows, (const void*)held, (const void*)held, nullptr, (const void*)further, nullptr, nullptr, nullptr};
         const void* caches[] = {key.data(), value.data(), (const void*)capacity, other_key.data(), other_value.data(), (const void*)further};
-        const int64_t sizes[] = {1, 2, rows + further, hidden, queries, keys, size, inner, 1, has_tiles && hidden % 32 == 0, 256, 256, 256, 256};
+        const int64_t sizes[] = {1, 2, rows + further, hidden, queries, keys, size, inner, 1, has_tiles && hidden % 32 == 0, 256, 256, 256, 256, turned,
+                                 kind != 2, kind, kind == 2, 3};
         const float floats[] = {1e-5f, 0.1f, 0.5f};
         if (!specbound_layers(layer, parts, caches, sizes, floats, angles.data(), angles.data(), table.data(), state.data(), 2)) return 2;
       }

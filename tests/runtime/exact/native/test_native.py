@@ -11,15 +11,17 @@ from huggingface_hub import constants
 from torch import Tensor, nn
 from torch.nn import functional
 
-from runtime.exact import order
+from runtime.exact import order as order_module
 from runtime.exact.attention import NATIVE_KINDS, BlockAttention
 from runtime.exact.native import library
 from runtime.exact.native.attend import ORDERS, attend, can_attend
 from runtime.exact.native.products import has_products
 from runtime.exact.order import same_attention
+from tests.helpers.orders import orders_of, score_sum, telling_values, torch_order
 from tests.helpers.paths import ROOT
 
 HEADS = (4, 2, 64)
+SCALE = 0.05  # of scores
 
 
 @pytest.fixture
@@ -31,11 +33,12 @@ def kernels() -> None:
 
 @pytest.fixture
 def attention_order(kernels: None) -> str:
-    """The order in which this machine's torch attends, of those that our kernel knows."""
-    for name in ORDERS:
-        if in_order(name):
-            return name
-    pytest.skip("torch attends in an order of its own here")
+    """The order in which this machine's torch attends, as torch's own sums tell; our kernel has to have its bits."""
+    name = torch_order()
+    if name is None:
+        pytest.skip("torch attends in an order of its own here")
+    assert in_order(name), f"torch attends in {name} here, and our kernel in {name} has other bits"
+    return name
 
 
 def in_order(name: str) -> bool:
@@ -44,6 +47,34 @@ def in_order(name: str) -> bool:
     return all(
         same_attention(attention, HEADS, rows, dtype=torch.bfloat16, device=torch.device("cpu")) for rows in (1, 2, 5)
     )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("keys", [1, 2, 7, 33, 203])
+def test_values_add_as_written_down(kernels: None, order: str, keys: int) -> None:
+    """In plain torch, whatever order this machine's torch has; at numbers of keys that fill no tile."""
+    given = telling_values(keys, 80)
+    found = attend(*given, None, order)
+    assert found is not None
+    same = orders_of(found[0, 0, 0], given[2])
+    assert order in same and (keys < 203 or same == [order])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("size", [20, 64, 80, 128])
+def test_scores_add_as_written_down(kernels: None, order: str, size: int) -> None:
+    """Of keys that cancel: another order gives other scores altogether, and keys other weights."""
+    torch.manual_seed(size)
+    keys, values = order_module.cancelling(40, size, torch.bfloat16), torch.randn(40, size).bfloat16()
+    found = attend(torch.ones(1, 1, 1, size).bfloat16(), keys[None, None], values[None, None], SCALE, order)
+    assert found is not None
+
+    def distance(each: str) -> float:
+        scores = score_sum(keys.float().t(), each) * SCALE
+        return float((found[0, 0, 0].double() - scores.double().softmax(0) @ values.double()).abs().max())
+
+    near = [each for each in ORDERS if distance(each) < 0.004]
+    assert order in near and (size < 64 or near == [order])
 
 
 @pytest.mark.parametrize("size", [64, 80, 128])
@@ -74,13 +105,13 @@ def test_the_other_order_of_attention_is_refused(attention_order: str) -> None:
 
 def test_another_sum_of_weights_is_refused(attention_order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: weights that are added in another order, which no number that cancels can show."""
-    assert order.same_sums(BlockAttention(f"native_{attention_order}", "sdpa"), HEADS[2])
+    assert order_module.same_sums(BlockAttention(f"native_{attention_order}", "sdpa"), HEADS[2])
 
     def backwards(query: Tensor, keys: Tensor, values: Tensor, *args: Any) -> Tensor | None:
         return attend(query, keys.flip(2), values.flip(2), *args)
 
     monkeypatch.setattr("runtime.exact.attention.attend", backwards)
-    assert not order.same_sums(BlockAttention(f"native_{attention_order}", "sdpa"), HEADS[2])
+    assert not order_module.same_sums(BlockAttention(f"native_{attention_order}", "sdpa"), HEADS[2])
 
 
 def test_a_sum_of_weights_off_in_its_last_bits_is_refused(
@@ -89,11 +120,11 @@ def test_a_sum_of_weights_off_in_its_last_bits_is_refused(
     """Negative control: scores off in their last bit, which millions of ordinary outputs hardly show."""
     attention = BlockAttention(f"native_{attention_order}", "sdpa")
 
-    def shifted(query: Tensor, keys: Tensor, values: Tensor, _: float | None, name: str, tree: Any) -> Tensor | None:
-        return attend(query, keys, values, HEADS[2] ** -0.5 * (1 + 2**-23), name, tree)
+    def shifted(query: Tensor, keys: Tensor, values: Tensor, _: float | None, name: str, *more: Any) -> Tensor | None:
+        return attend(query, keys, values, HEADS[2] ** -0.5 * (1 + 2**-23), name, *more)
 
     monkeypatch.setattr("runtime.exact.attention.attend", shifted)
-    assert not order.same_sums(attention, HEADS[2])
+    assert not order_module.same_sums(attention, HEADS[2])
     torch.manual_seed(0)
     query, keys, values = (torch.randn(1, 32, count, 64).bfloat16() for count in (1, 203, 203))
     ordinary, _ = BlockAttention("rowwise", "sdpa")(torch.nn.Identity(), query, keys, values, None)

@@ -1,10 +1,11 @@
 """Runs of layers in our own kernel: the bits of transformers' modules, family by family, and refused otherwise."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -15,18 +16,21 @@ from runtime.exact.certificate import Certificate
 from runtime.exact.execution import execution
 from runtime.exact.native import stack as native
 from runtime.exact.native.library import why_not_native
+from runtime.exact.native.tables import table_of
 from runtime.exact.order import same_norm
 from runtime.exact.packed import PackedLinears
 from runtime.exact.probe import probe
 from tests.helpers.families import NATIVE_SHAPE, randomise
+from tests.helpers.orders import torch_order
 
+HALF: dict[str, Any] = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 20}
 OWN: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {},
+    "mistral": {"sliding_window": 20},
     "qwen3": {},
-    "smollm3": {"no_rope_layers": [1, 0, 1]},
     "granite": {"residual_multiplier": 0.22, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
+    "olmo3": HALF,
+    "gemma3_text": HALF,
 }
 
 
@@ -45,38 +49,38 @@ def probed(model: PreTrainedModel) -> tuple[Certificate, PackedLinears]:
     if why_not_native() is not None or packed is None:
         pytest.skip(f"no native kernels here: {why_not_native()}")
     certificate = probe(model, max_width=5, packed=packed)
-    if not certificate.policy.attention.startswith("native") or not certificate.native:
+    if torch_order() is None or not certificate.native:
         pytest.skip("torch adds in an order of its own here")
+    assert certificate.policy.attention.startswith("native")
     return certificate, packed
 
 
 @pytest.mark.parametrize("family", OWN)
 def test_layers_have_the_bits_of_the_model_s_own(family: str) -> None:
-    """Every family of the Llama kind, with its own switches."""
+    """Under the policy that the probe finds; `test_native_families.py` tries every family."""
     certificate, _ = probed(base(family))
     assert certificate.bitwise and certificate.policy.native
     assert "layers native" in str(certificate)
 
 
-@pytest.mark.parametrize("own", [{"head_dim": 48}, {"intermediate_size": 96}, {"hidden_act": "gelu"}], ids=str)
+@pytest.mark.parametrize("own", [{"head_dim": 48}, {"intermediate_size": 96}, {"hidden_act": "relu"}], ids=str)
 def test_what_the_kernel_does_not_take_runs_as_before(own: dict[str, Any]) -> None:
     """Sizes that fill no vector, another activation: exact, and not native."""
     certificate, _ = probed(base("llama", **own))
     assert certificate.bitwise and not certificate.policy.native
 
 
-def spoilt_silu() -> Tensor:
+def spoilt_silu(activation: nn.Module) -> Tensor:
     """Rounded otherwise than torch's."""
-    table = silu()
+    table = table_of(activation)
     table[0x3F00:0x3F80] = torch.nextafter(table[0x3F00:0x3F80], torch.tensor(9.0, dtype=torch.bfloat16))
     return table
 
 
-silu = native.silu_of_all
 SPOILT: dict[str, tuple[str, Any]] = {
-    "SiLU": ("silu_of_all", spoilt_silu),
-    "rows": ("_row", lambda parts, packed, row=native._row: [*row(parts, packed)[:-1], 0]),  # heads are not turned
-    "norms": ("norms_of", lambda parts: parts.norms[::-1]),
+    "SiLU": ("table_of", spoilt_silu),
+    "rows": ("_row", lambda parts, packed, _, row=native._row: row(parts, packed, -1)),  # heads are not turned
+    "norms": ("_row", lambda parts, *more, row=native._row: row(replace(parts, norms=parts.norms[::-1]), *more)),
 }
 
 

@@ -13,7 +13,7 @@ constexpr int AHEAD = 32;  // keys to come that are fetched from memory meanwhil
 
 inline void fetch(const uint16_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
 
-enum Order { PAIRS, FOURS, EIGHTS };  // how products are added, of scores and of values
+enum Order { PAIRS, FOURS, EIGHTS, TILES };  // how products are added, of scores and of values
 
 struct Attention {
   const uint16_t *query, *keys, *values;  // numbers of a head lie side by side
@@ -23,11 +23,24 @@ struct Attention {
   float scale;
   int64_t settled;       // keys that every row sees, first
   const int64_t* paths;  // [rows][1 + length - settled]: how many more a row sees, and their places behind the settled
-};                       // ones; null where rows follow one another
+                         // ones; null where rows follow one another
+  int64_t window = int64_t{1} << 62;  // keys that a row sees at most: the last ones
+  int64_t filled = PAIRS;             // order of a row whose window is full
+};
 
 // Keys that a row sees.
 inline int64_t seen(const Attention& a, int64_t row) {
   return a.paths ? a.settled + a.paths[row * (1 + a.length - a.settled)] : a.length - a.rows + row + 1;
+}
+
+// As a row finds it, whose first keys have left its window: what is left begins with the first that it sees.
+inline Attention in_window(Attention a, int64_t row) {
+  const int64_t left = std::max<int64_t>(0, seen(a, row) - a.window);
+  a.keys += left * a.key_row;
+  a.values += left * a.value_row;
+  a.length -= left;
+  a.settled -= left;  // less than none where some of the path have left too
+  return a;
 }
 
 // Places of `count` keys of a row, from its key `first` on.

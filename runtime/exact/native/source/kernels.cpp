@@ -24,7 +24,7 @@ extern "C" int64_t specbound_attention(const void* query, const void* keys, cons
                                        int64_t threads) {
   const Attention a{(const uint16_t*)query, (const uint16_t*)keys, (const uint16_t*)values, (uint16_t*)output,
                     sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
-                    sizes[6], sizes[7], sizes[8], sizes[9], sizes[10], scale, sizes[11], paths};
+                    sizes[6], sizes[7], sizes[8], sizes[9], sizes[10], scale, sizes[11], paths, sizes[12], sizes[13]};
   std::atomic<bool> numbers{true};
 #pragma omp parallel num_threads(threads)
   attend(&a, 1, order, numbers);
@@ -33,25 +33,28 @@ extern "C" int64_t specbound_attention(const void* query, const void* keys, cons
 
 // Norms of rows as in `stack.h`, for a look at their order of additions.
 extern "C" void specbound_norms(const void* hidden, const void* weight, void* output, int64_t rows, int64_t size,
-                                float epsilon) {
+                                float epsilon, int64_t weighing) {
   for (int64_t row = 0; row < rows; row++)
-    norm((const uint16_t*)hidden + row * size, (const uint16_t*)weight, size, epsilon, (uint16_t*)output + row * size);
+    norm((const uint16_t*)hidden + row * size, (const uint16_t*)weight, size, epsilon, (uint16_t*)output + row * size,
+         (Weighing)weighing);
 }
 
 // See `stack.py` for the arguments. Returns 0 where some score is no finite number: nothing is promised then.
 extern "C" int64_t specbound_layers(const void* layers, const void* parts, const void* caches, const int64_t* sizes,
-                                    const float* floats, const void* cosines, const void* sines, const void* silu,
+                                    const float* floats, const float* cosines, const float* sines, const void* opened,
                                     void* hidden, int64_t threads) {
-  const Run run{(const Layer*)layers, (const Part*)parts, (const Cache*)caches, (const uint16_t*)cosines,
-                (const uint16_t*)sines, (const uint16_t*)silu,
+  const Run run{(const Layer*)layers, (const Part*)parts, (const Cache*)caches, cosines, sines,
+                (const uint16_t*)opened,
                 sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7],
                 sizes[8], floats[0], floats[1], floats[2], sizes[9] != 0,
-                {sizes[10], sizes[11], sizes[12], sizes[13]}};
+                {sizes[10], sizes[11], sizes[12], sizes[13]}, sizes[14], sizes[15] != 0, (Weighing)sizes[16],
+                sizes[17] != 0, sizes[18]};
   std::vector<uint16_t> heads(run.rows * (run.queries + 2 * run.keys) * run.size);
   std::vector<uint16_t> attended(run.rows * run.queries * run.size), inner(run.rows * run.inner);
+  std::vector<uint16_t> branch(run.rows * run.hidden);
   std::atomic<bool> numbers{true};
 #pragma omp parallel num_threads(threads)
-  through(run, (uint16_t*)hidden, heads.data(), attended.data(), inner.data(), numbers);
+  through(run, (uint16_t*)hidden, heads.data(), attended.data(), inner.data(), branch.data(), numbers);
   return numbers;
 }
 

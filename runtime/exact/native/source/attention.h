@@ -1,6 +1,7 @@
 // Attention of one query row in bfloat16, with the order of additions of torch's kernel for one row (flash attention on
 // a CPU with AVX512-BF16): keys in blocks of 512, a running maximum, weights rounded to bfloat16, sums in an `Order`. Query
-// heads that share keys, and rows, go through the keys together. Each row sees its own keys, and reads no others.
+// heads that share keys, and rows, go through the keys together. Each row sees its own keys, and reads no others; where it has
+// a window, its blocks begin with the first key of that.
 #pragma once
 #include <immintrin.h>
 
@@ -45,8 +46,15 @@ void spread(const Attention& a, const float (*query)[MAX_SIZE], const float (*ke
   }
 }
 
+// A word's even number alone, or its odd one.
+inline __m512bh half_of(float word, bool odd) {
+  int bits;
+  std::memcpy(&bits, &word, sizeof bits);
+  return (__m512bh)_mm512_set1_epi32(odd ? bits & (int)0xffff0000 : bits & 0xffff);
+}
+
 // Scores of H queries with 16 keys side by side: pairs along the head in order, or four sums of every fourth number, or
-// sixteen.
+// sixteen, or even and odd numbers of 32 apart.
 template <int H, Order O>
 void scores(const Attention& a, const float (*query)[MAX_SIZE], const float (*keys)[LANES], float (*into)[BLOCK]) {
   __m512 sum[H][4];
@@ -59,6 +67,17 @@ void scores(const Attention& a, const float (*query)[MAX_SIZE], const float (*ke
     }
   } else if (O == EIGHTS) {
     spread<H>(a, query, keys, sum);
+  } else if (O == TILES) {
+    for (int64_t tile = 0; tile < a.size / 2; tile += LANES) {
+      for (int h = 0; h < H; h++) sum[h][1] = sum[h][2] = _mm512_setzero_ps();
+      for (int64_t pair = tile; pair < std::min(tile + LANES, a.size / 2); pair++) {
+        const __m512bh words = (__m512bh)_mm512_load_ps(keys[pair]);
+        for (int h = 0; h < H; h++)
+          for (int odd = 0; odd < 2; odd++)
+            sum[h][1 + odd] = _mm512_dpbf16_ps(sum[h][1 + odd], words, half_of(query[h][pair], odd));
+      }
+      for (int h = 0; h < H; h++) sum[h][0] = _mm512_add_ps(sum[h][0], _mm512_add_ps(sum[h][1], sum[h][2]));
+    }
   } else {
     for (int64_t e = 0; e < a.size; e += 4)
       for (int i = 0; i < 4; i++) {
@@ -107,7 +126,7 @@ float weigh(float* scores, int64_t count, float* highest) {
 }
 
 // Values of `count` keys by their weights, added to `result`: pairs of keys in order, or fours and the rest backwards, or
-// pairs in order within eights.
+// pairs in order within eights, or even and odd keys of 32 apart.
 // E vectors of the head at a time, so that sums do not wait for one another. Places as in `turn`.
 template <int H, int E, Order O, bool APART>
 void add_values(const Attention& a, const uint16_t* values, const int32_t* places, int64_t count,
@@ -124,13 +143,16 @@ void add_values(const Attention& a, const uint16_t* values, const int32_t* place
     for (int v = 0; v < E; v++)
       sum[h][v] = first ? _mm512_setzero_ps()
                         : _mm512_mul_ps(_mm512_loadu_ps(result[h] + from + v * LANES), _mm512_set1_ps(fade[h]));
+  auto two_of = [&](int64_t i, int64_t stop, int v) {
+    const __m512i pair = words(i, v);
+    return (__m512bh)(i + 1 < stop ? _mm512_or_si512(pair, _mm512_slli_epi32(words(i + 1, v), 16)) : pair);
+  };
   auto add_pairs = [&](int64_t i, int64_t stop, __m512 (*into)[E]) {
     for (; i < stop; i += 2)
       for (int v = 0; v < E; v++) {
-        __m512i pair = words(i, v);
-        if (i + 1 < stop) pair = _mm512_or_si512(pair, _mm512_slli_epi32(words(i + 1, v), 16));
+        const __m512bh pair = two_of(i, stop, v);
         for (int h = 0; h < H; h++)
-          into[h][v] = _mm512_dpbf16_ps(into[h][v], (__m512bh)pair, (__m512bh)_mm512_set1_ps(weights[h][i / 2]));
+          into[h][v] = _mm512_dpbf16_ps(into[h][v], pair, (__m512bh)_mm512_set1_ps(weights[h][i / 2]));
       }
   };
   if (O == PAIRS) {
@@ -143,6 +165,21 @@ void add_values(const Attention& a, const uint16_t* values, const int32_t* place
       add_pairs(eight, std::min(eight + 8, count), part);
       for (int h = 0; h < H; h++)
         for (int v = 0; v < E; v++) sum[h][v] = _mm512_add_ps(sum[h][v], part[h][v]);
+    }
+  } else if (O == TILES) {
+    for (int64_t tile = 0; tile < count; tile += 2 * LANES) {
+      __m512 part[H][E][2];
+      for (int h = 0; h < H; h++)
+        for (int v = 0; v < E; v++) part[h][v][0] = part[h][v][1] = _mm512_setzero_ps();
+      for (int64_t i = tile, stop = std::min(tile + 2 * LANES, count); i < stop; i += 2)
+        for (int v = 0; v < E; v++) {
+          const __m512bh pair = two_of(i, stop, v);
+          for (int h = 0; h < H; h++)
+            for (int odd = 0; odd < 2; odd++)
+              part[h][v][odd] = _mm512_dpbf16_ps(part[h][v][odd], pair, half_of(weights[h][i / 2], odd));
+        }
+      for (int h = 0; h < H; h++)
+        for (int v = 0; v < E; v++) sum[h][v] = _mm512_add_ps(sum[h][v], _mm512_add_ps(part[h][v][0], part[h][v][1]));
     }
   } else {
     int64_t i = 0;
@@ -240,16 +277,38 @@ bool heads(const Attention& a, int64_t row, int64_t rows, int64_t head) {
   return true;
 }
 
+// Rows of one request that go through the keys together: one, where some fill their windows.
+inline int64_t together(const Attention& a) { return a.length >= a.window ? 1 : ROWS_TOGETHER; }
+
 // Calls of `heads` that the rows of one request take.
 inline int64_t tasks_of(const Attention& a) {
-  const int64_t chunks = (a.rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER;
+  const int64_t chunks = (a.rows + together(a) - 1) / together(a);
   return chunks * (a.queries / a.shared) * ((a.shared + HEADS - 1) / HEADS);
+}
+
+// As `heads`, of up to `HEADS` of them.
+template <Order O>
+bool some_heads(const Attention& a, int64_t row, int64_t rows, int64_t head, int64_t count) {
+  switch (count) {
+    case 1: return heads<1, O>(a, row, rows, head);
+    case 2: return heads<2, O>(a, row, rows, head);
+    case 3: return heads<3, O>(a, row, rows, head);
+    default: return heads<4, O>(a, row, rows, head);
+  }
+}
+
+inline bool some_heads(int64_t order, const Attention& a, int64_t row, int64_t rows, int64_t head, int64_t count) {
+  switch (order) {
+    case PAIRS: return some_heads<PAIRS>(a, row, rows, head, count);
+    case FOURS: return some_heads<FOURS>(a, row, rows, head, count);
+    case EIGHTS: return some_heads<EIGHTS>(a, row, rows, head, count);
+    default: return some_heads<TILES>(a, row, rows, head, count);
+  }
 }
 
 // Every row and query head of several requests; called by every thread of a team, which waits for all at the end.
 // `numbers` becomes false where some score is no finite number: nothing is promised then.
-template <Order O>
-void attend_in(const Attention* all, int64_t count, std::atomic<bool>& numbers) {
+inline void attend(const Attention* all, int64_t count, int64_t order, std::atomic<bool>& numbers) {
   int64_t tasks = 0;
   for (int64_t i = 0; i < count; i++) tasks += tasks_of(all[i]);
 #pragma omp for schedule(static)
@@ -258,25 +317,11 @@ void attend_in(const Attention* all, int64_t count, std::atomic<bool>& numbers) 
     while (task >= tasks_of(all[request])) task -= tasks_of(all[request++]);
     const Attention& a = all[request];
     const int64_t parts = (a.shared + HEADS - 1) / HEADS, groups = a.queries / a.shared;
-    const int64_t row = task / (groups * parts) * ROWS_TOGETHER, part = task % parts;
-    const int64_t rows = std::min<int64_t>(ROWS_TOGETHER, a.rows - row);
+    const int64_t row = task / (groups * parts) * together(a), part = task % parts;
+    const int64_t rows = std::min(together(a), a.rows - row);
     const int64_t head = task / parts % groups * a.shared + part * HEADS;
-    bool fine;
-    switch (std::min<int64_t>(HEADS, a.shared - part * HEADS)) {
-      case 1: fine = heads<1, O>(a, row, rows, head); break;
-      case 2: fine = heads<2, O>(a, row, rows, head); break;
-      case 3: fine = heads<3, O>(a, row, rows, head); break;
-      default: fine = heads<4, O>(a, row, rows, head);
-    }
-    if (!fine) numbers = false;
-  }
-}
-
-inline void attend(const Attention* all, int64_t count, int64_t order, std::atomic<bool>& numbers) {
-  switch (order) {
-    case PAIRS: return attend_in<PAIRS>(all, count, numbers);
-    case FOURS: return attend_in<FOURS>(all, count, numbers);
-    default: attend_in<EIGHTS>(all, count, numbers);
+    const int64_t own = seen(a, row) < a.window ? order : a.filled;
+    if (!some_heads(own, in_window(a, row), row, rows, head, std::min<int64_t>(HEADS, a.shared - part * HEADS))) numbers = false;
   }
 }
 
