@@ -19,6 +19,7 @@ class Handler(Pages):
     """One request: read whole, counted, then failed or answered."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms: its head is sent, and its body when that is told
 
     def log_message(self, *arguments: Any) -> None:
         """Requests are noted by the server and not printed."""
