@@ -18,6 +18,7 @@ from runtime.errors import DataError
 from train.corpus.answers import Answerer, Turn
 from train.corpus.collection import Collection
 from train.corpus.options import CorpusOptions
+from train.corpus.record import read_record
 from train.features.disk import readable
 from train.features.extractor import FeatureExtractor
 from train.features.spread import is_spread, shaped
@@ -27,7 +28,7 @@ from train.planning.plan import GIB, empty_heads, position_bytes, step_memory
 from train.planning.survey import Survey
 from train.settings.fit_config import FitConfig
 
-TOKENS = 16  # of the answers that are timed
+TOKENS = 16  # of each answer that is timed
 
 
 def rehearse(config: FitConfig, layers: DecoderLayers, tokenizer: Any, options: CorpusOptions, processes: int) -> str:
@@ -76,14 +77,26 @@ def _batch(
 def _corpus_hours(
     config: FitConfig, layers: DecoderLayers, tokenizer: Any, options: CorpusOptions, turns: list[Turn], number: float
 ) -> str:
-    """Time the first tokens of a batch of answers."""
+    """Time a batch's prompts and the first tokens of its answers."""
     if config.generator is not None:
         return f"corpus      {number:.0f} answers by {config.generator}"
-    short = replace(options, max_new_tokens=min(TOKENS, options.max_new_tokens))
-    answerer = Answerer(layers.model, tokenizer, short, together=is_spread(layers.model))
-    seconds = _seconds(lambda: answerer.answer(turns, name="rehearsal"), layers.device) / short.max_new_tokens
-    hours = number / len(turns) * config.max_new_tokens * seconds / 3600
-    return f"corpus      at most {_time(hours)}, {len(turns) / seconds:.0f} tokens/s by process; none if it is there"
+    if read_record(config.corpus_path).get("complete"):
+        return f"corpus      complete in {config.corpus_path}"
+    prompts, both = (_answer_seconds(layers, tokenizer, options, turns, tokens) for tokens in (1, TOKENS))
+    token = max(both - prompts, 0.0) / (TOKENS - 1)
+    seconds = prompts + token * (config.max_new_tokens - 1)
+    hours = number / len(turns) * seconds / 3600
+    rate = len(turns) * config.max_new_tokens / seconds
+    return f"corpus      at most {_time(hours)}, {rate:.0f} tokens/s by process"
+
+
+def _answer_seconds(
+    layers: DecoderLayers, tokenizer: Any, options: CorpusOptions, turns: list[Turn], tokens: int
+) -> float:
+    answerer = Answerer(
+        layers.model, tokenizer, replace(options, max_new_tokens=tokens), together=is_spread(layers.model)
+    )
+    return _seconds(lambda: answerer.answer(turns, name="rehearsal"), layers.device)
 
 
 def _fit_hours(config: FitConfig, layers: DecoderLayers, turns: Sequence[Turn], plan: Plan, rows: float) -> str:

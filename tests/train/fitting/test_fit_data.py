@@ -13,6 +13,7 @@ from runtime import load_specbound
 from runtime.errors import DataError
 from tests.helpers.publication import hashes
 from train import fit_exits
+from train.corpus.answers import Answerer
 from train.settings.fit_config import FitConfig, parse_config
 
 
@@ -110,6 +111,15 @@ def test_a_dry_run_says_what_the_fit_takes(make_recipe, fresh_accelerate, tmp_pa
     rows = int(re.search(r"[(, ]fit (\d+)[,)]", said)[1])
     steps = -(-rows // config.per_device_train_batch_size)
     assert f"steps       {3 * steps}, {steps} an epoch" in said
+
+
+def test_a_dry_run_answers_nothing_where_a_corpus_is(make_recipe, fresh_accelerate, tmp_path, capsys, monkeypatch):
+    """On a real base that takes minutes."""
+    fit_exits.main(FitConfig(**make_recipe(tmp_path / "out", max_steps=1)))
+    config = FitConfig(**make_recipe(tmp_path / "next", dry_run=True))
+    monkeypatch.setattr(Answerer, "answer", None)
+    fit_exits.main(config)
+    assert f"corpus      complete in {config.corpus_path}" in capsys.readouterr().out
 
 
 def test_a_dry_run_finds_what_would_stop_the_fit(make_recipe, fresh_accelerate, tmp_path):
