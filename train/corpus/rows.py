@@ -75,7 +75,7 @@ def _table(path: str, delimiter: str) -> Iterator[tuple[str, Any]]:
                 f" {names[0]!a:.60}: save it with {MARKS[delimiter]} between the columns"
             )
         for row in rows:
-            surplus = any(row.pop(None, []))  # type: ignore[call-overload]  # under None are cells without a name
+            surplus = any(row.pop(None, []))  # under None are cells without a name
             too_many = Unusable(f"more cells than the {len(names)} columns; put those with a separator in quotes")
             yield f"line {rows.line_num}", too_many if surplus else row
 

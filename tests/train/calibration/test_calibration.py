@@ -101,13 +101,16 @@ def test_without_two_tokens_nothing_can_be_told(split):
         unseen_rows(short)
 
 
-def test_a_run_on_foreign_text_is_what_replay_says(model, heads, split):
+def test_a_run_on_foreign_text_is_what_replay_says(model, heads, split, monkeypatch, fresh_accelerate):
     """Random text, of which the base would say next to nothing: replay and runtime count the same rounds."""
     found = calibrate(CONFIG, model, heads, split(0), split(1))
     drafter = HeadDrafter(heads, found.schedule, found.lookup)
     bounds = SpeculationBounds(0.02, 4, 4)
     compared = check_agreement(DecoderLayers(model), drafter, bounds, found.rows, found.told)
     assert compared["tokens"] == len(found.unseen) and compared["by_run"] == compared["by_replay"]
+    monkeypatch.setattr("train.replay.agreement.TOKENS_SPREAD", 30)  # each round gathers every layer there
+    spread = check_agreement(DecoderLayers(model), drafter, bounds, found.rows, found.told, spread=True)
+    assert 30 <= spread["tokens"] < 60 < compared["tokens"] and spread["by_run"] == spread["by_replay"]
     copying = SpeculationBounds(0.0, 4, 4)
     mixed = split(5)  # texts that repeat themselves, which the lookup drafts
     mixed.sequences.rows[:] = [(prompt, (response[:6] * 5)[:25]) for prompt, response in mixed.sequences.rows]
