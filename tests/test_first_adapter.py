@@ -59,7 +59,7 @@ def checkout(
         one.save_pretrained(kept_base(BASE))
     prompts = tmp_path / "configs" / "data" / "demo_prompts.jsonl"
     prompts.parent.mkdir(parents=True)
-    texts = [f"w{number} w{number * 7 % 90} w{number * 3 % 50}" for number in range(64)]
+    texts = [f"w{number} w{number * 7 % 90} w{number * 3 % 50}" for number in range(40)]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
     monkeypatch.setattr(profile, "SECONDS", 0.0)  # the fewest rounds
     monkeypatch.chdir(tmp_path)

@@ -4,6 +4,8 @@ Optuna keeps them in a journal, a file that is only added to. A trial that is un
 a lock, which goes with the process; whoever comes next takes up a trial that nobody holds.
 """
 
+import fcntl
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,4 +135,19 @@ class Study:
             held.acquire(timeout=0)
         except Timeout:
             return None
+        if _is_fitting(folder):
+            held.release()
+            return None
         return Taken(number, params, folder, held)
+
+
+def _is_fitting(folder: Path) -> bool:
+    """Whether a fit that outlived its sweep still holds its output folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False

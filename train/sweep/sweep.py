@@ -74,7 +74,8 @@ class Sweep:
                     break
         if not results.trials:
             raise SpecBoundError(f"no trial came to an end, {len(results.failed)} failed: what they said is above")
-        with self.study.lock:
+        with self.study.lock:  # since processes that share the folder write the same files
+            results = self.results()
             results.write(self.folder, self.config)
         return results
 
@@ -133,10 +134,9 @@ class Sweep:
         write_atomic(taken.folder / FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
         tidy(taken.folder)
         self.study.tell(taken, figures[self.objective])
-        results = self.results()
         print(f"trial {taken.number}: {results.said(figures)}", flush=True)
         with self.study.lock:
-            results.write(self.folder, config)
+            self.results().write(self.folder, config)
 
 
 def _words(settings: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """What varies, read from a file; and trials that several processes share."""
 
+import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,11 @@ def test_processes_share_the_trials(tmp_path: Path) -> None:
     first, second = one.next(3), two.next(3)
     assert first and second and (first.number, second.number) == (0, 1)
     assert first.params == {"head_rank": 8, "head": "deep"} and second.params != first.params
-    second.held.release()  # its process is gone
+    second.held.release()  # its process is gone, but not yet the fit
+    handle = os.open(second.folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert one.next(2) is None
+    os.close(handle)
     again = one.next(3)
     assert again and (again.number, again.params) == (1, second.params)
     one.tell(first, 2.0)
