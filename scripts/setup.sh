@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the virtual environment with the package and one of its extras; a second run finds it done.
 #   source scripts/setup.sh [EXTRA]   # and activates it (default extra: train)
-# $PYTHON picks the interpreter, $SPECBOUND_VENV the folder (default: .venv in the repository root).
+# $PYTHON picks the interpreter, $SPECBOUND_VENV the folder (default: .venv in the repository root), and
+# $SPECBOUND_CONSTRAINTS the file of versions (default: constraints.txt; /dev/null takes the newest there are).
 
 if [ "${BASH_SOURCE[0]}" != "$0" ]; then
     # Sourced: the work runs in a process of its own, so that a failure never ends the caller's shell.
@@ -18,6 +19,7 @@ venv=${SPECBOUND_VENV:-}
 case $venv in "" | /*) ;; *) venv=$PWD/$venv ;; esac
 cd "$(dirname "$0")/.."
 venv=${venv:-$PWD/.venv}
+constraints=${SPECBOUND_CONSTRAINTS:-constraints.txt}
 stamp=$venv/specbound-setup.txt
 
 # pip reports Ctrl-C as an ordinary failure, after which the next attempt would start.
@@ -57,16 +59,21 @@ make_venv() {
 # PyTorch's default Linux build carries gigabytes of CUDA, of no use where no GPU is seen.
 install_torch() {
     if nvidia-smi >/dev/null 2>&1; then
-        echo "setup: installing torch $torch"
-        pip_install "torch==$torch"
+        echo "setup: installing torch${torch:+ $torch}"
+        pip_install "torch${torch:+==$torch}"
         return
     fi
-    echo "setup: installing torch $torch (CPU build where one is offered)"
+    echo "setup: installing torch${torch:+ $torch} (CPU build where one is offered)"
     # The first two may fail unseen: pip may know a place with the CPU build, and the index may be out of reach.
-    pip_install "torch==$torch+cpu" 2>/dev/null ||
-        pip_install --timeout 5 --retries 0 --index-url https://download.pytorch.org/whl/cpu \
-            "torch==$torch+cpu" 2>/dev/null ||
-        pip_install "torch==$torch"
+    if [ -n "$torch" ]; then
+        pip_install "torch==$torch+cpu" 2>/dev/null || cpu_index "torch==$torch+cpu" || pip_install "torch==$torch"
+    else
+        cpu_index torch || pip_install --no-index torch 2>/dev/null || pip_install torch
+    fi
+}
+
+cpu_index() {
+    pip_install --timeout 5 --retries 0 --index-url https://download.pytorch.org/whl/cpu "$1" 2>/dev/null
 }
 
 if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv" 2>&1)" ]; then
@@ -78,16 +85,16 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
 fi
 is_supported "$venv/bin/python" || die "$venv has another Python than 3.10 to 3.13; remove it and run again"
 
-wanted="$(cat pyproject.toml constraints.txt | cksum) $PWD"
+wanted="$(cat pyproject.toml "$constraints" | cksum) $PWD"
 if grep -qxF "$wanted [$extra]" "$stamp" 2>/dev/null; then
     exit 0
 fi
 # What other extras installed under the same versions stays true; an interrupted run leaves no stamp.
 done_before=$(grep -F "$wanted [" "$stamp" 2>/dev/null || true)
 rm -f "$stamp"
-torch=$(sed -n 's/^torch==//p' constraints.txt)
+torch=$(sed -n 's/^torch==//p' "$constraints")
 has_torch='import sys, torch; sys.exit(torch.__version__.split("+")[0] != sys.argv[1])'
 "$venv/bin/python" -c "$has_torch" "$torch" 2>/dev/null || install_torch
 echo "setup: installing specbound[$extra]"
-pip_install -e ".[$extra]" -c constraints.txt
+pip_install -e ".[$extra]" -c "$constraints"
 printf '%s\n' "${done_before:+$done_before$'\n'}$wanted [$extra]" >"$stamp"

@@ -1,14 +1,30 @@
 #!/usr/bin/env bash
 # Lint, types and tests, as continuous integration runs them. Arguments go to pytest:
 #   bash scripts/test.sh -x -k accept
+# With --newest first, only pytest, in an environment of its own with the newest torch, transformers and all else:
+#   bash scripts/test.sh --newest tests/runtime     # $SPECBOUND_VENV keeps it in a folder, for a second run
 set -euo pipefail
 cd "$(dirname "$0")/.."
+newest=
+if [ "${1:-}" = --newest ]; then
+    shift
+    newest=yes
+    scratch=$(mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
+    export SPECBOUND_VENV=${SPECBOUND_VENV:-$scratch/venv} SPECBOUND_CONSTRAINTS=/dev/null
+fi
 source scripts/setup.sh dev
 
 # The tokenizers library warns about its threads wherever a test forks a process.
 export TOKENIZERS_PARALLELISM=false
-ruff check
-ruff format --check
-mypy runtime train
+if [ -n "$newest" ]; then
+    echo "test: versions that are not those of constraints.txt:"
+    python -m pip --disable-pip-version-check freeze --exclude-editable | sed 's/_/-/g' |
+        grep -ivxFf <(sed 's/;.*//' constraints.txt) || true
+else
+    ruff check
+    ruff format --check
+    mypy runtime train
+fi
 # Two at a time: tests run on one thread each, and a file stays in one process; long files first (tests/conftest.py).
 pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

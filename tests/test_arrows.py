@@ -31,6 +31,7 @@ ROOMS = [
     ["train.fitting"],
     ["train.evaluation", "train.planning"],
     ["train.publishing"],
+    ["train.sweep"],
     ["train.distil", "train.cli"],
     ["train.fit_exits"],
 ]

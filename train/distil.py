@@ -21,6 +21,7 @@ from train.corpus.collection import Collection
 from train.corpus.corpus import distil
 from train.corpus.options import CorpusOptions
 from train.features.spread import is_spread, load_spread, whole_parameters
+from train.fitting.interrupts import StopSignals
 from train.settings.fit_config import FitConfig, parse_config, validate
 
 logger = logging.getLogger(__name__)
@@ -109,11 +110,13 @@ def main(config: FitConfig) -> None:
     Raises:
         ConfigError: a wrong setting, or a base that cannot be loaded.
         DataError: prompts that cannot be used.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM; what is answered so far stays.
     """
     validate(config)
     state = PartialState()
-    model, tokenizer = load_base(config)
-    folder = make_corpus(config, model.to(state.device), tokenizer, state=state)
+    with StopSignals():
+        model, tokenizer = load_base(config)
+        folder = make_corpus(config, model.to(state.device), tokenizer, state=state)
     if state.is_main_process:
         logger.info("corpus complete: %s", folder)
 

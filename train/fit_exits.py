@@ -146,18 +146,19 @@ def _load_splits(config: FitConfig, accelerator: Accelerator, layers: DecoderLay
             "distil again into another corpus_dir"
         )
     if config.features == "cache":
-        _state_budget(config, accelerator, splits)
+        _open_caches(config, accelerator, splits)
         for name, split in splits.items():
             split.fill_cache(config, accelerator, name)
     return splits
 
 
-def _state_budget(config: FitConfig, accelerator: Accelerator, splits: dict[str, Split]) -> None:
-    """Print the disk space that cached features need; raises ConfigError if less is free."""
+def _open_caches(config: FitConfig, accelerator: Accelerator, splits: dict[str, Split]) -> None:
+    """Read features from disk; print the space that they need there. Raises ConfigError if less is free."""
+    own = [split.open_cache(config, name).folder for name, split in splits.items()]
     rows = [row for split in splits.values() for row in split.sequences.rows]
     one = bytes_per_position(splits["fit"].extract(rows[:1]))
     needed = one * sum(len(response) for _, response in rows)
-    accelerator.print(require_disk(Path(config.output_dir) / "features", needed))
+    accelerator.print(require_disk(config.features_path, needed, own=own))
 
 
 def make_heads(config: FitConfig, layers: DecoderLayers, draft_to_target: Tensor) -> DraftHeads:

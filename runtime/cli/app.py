@@ -60,5 +60,6 @@ def run(app: typer.Typer) -> None:
         library = (error.name or "").partition(".")[0]
         if library in ("", "runtime", "train"):  # a mistake of ours
             raise
-        print(f"error: {library} is not installed: pip install 'specbound[train]'", file=sys.stderr)
+        extra = "sweep" if library == "optuna" else "train"
+        print(f"error: {library} is not installed: pip install 'specbound[{extra}]'", file=sys.stderr)
         sys.exit(1)

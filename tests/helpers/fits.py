@@ -1,9 +1,16 @@
 """What tests of fits share: what a fit left behind, and that two of them are the same."""
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from train.fitting.learner import Learner
+
+
+def forget() -> None:
+    """Accelerate keeps its state in class attributes; the next fit of the process must not see it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def losses(lines) -> list[float]:

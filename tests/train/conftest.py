@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 
+from tests.helpers.fits import forget
 from tests.helpers.publication import BASE, rename
 from train import fit_exits
 from train.settings.fit_config import FitConfig
@@ -87,8 +87,7 @@ def fitted(tmp_path_factory, make_recipe):
         config = FitConfig(**make_recipe(folder, license="apache-2.0"))
         config.sources.update(dict.fromkeys(make_recipe(folder), "flag"))
         fit_exits.main(config)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget()
     return folder / "adapter"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,11 +34,15 @@ class FeatureCache:
     Args:
         folder: created if absent; features of other settings in it are not read.
         settings: what the features depend on; their hash names a subfolder.
+
+    Attributes:
+        lock: to be held while files are computed where several fits share the folder.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         self.folder = folder / key
+        self.lock = FileLock(folder / f"{key}.lock")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._checked: set[int] = set()  # files that this process has compared with their hash
 

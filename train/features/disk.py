@@ -4,7 +4,7 @@ It does not depend on how features are computed or laid out: it adds up the tens
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -36,23 +36,24 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(getattr(value, field.name))
 
 
-def require_disk(folder: Path, needed: float) -> str:
+def require_disk(folder: Path, needed: float, *, own: Iterable[Path]) -> str:
     """Check that a folder's disk has room; returns a line with what is needed and what is free.
 
     Args:
-        folder: may not exist yet. Files already in it are not written again, so they are subtracted from the need.
+        folder: may not exist yet.
         needed: bytes in all.
+        own: where they go in the folder. Files already there are not written again, and subtracted from the need.
 
     Raises:
         ConfigError: less is free than is still to be written.
     """
-    there = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.exists() else 0
+    there = sum(path.stat().st_size for part in own for path in part.glob("*.safetensors"))
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(nearest).free
     left = max(0.0, needed * MARGIN - there)
     line = f"cached features take {readable(needed)} in {folder}; {readable(left)} to write, {readable(free)} free"
     if left > free:
-        raise ConfigError(f"{line}: use --features online, fewer exits or prompts, or another output_dir")
+        raise ConfigError(f"{line}: use --features online, fewer exits or prompts, or another features_dir")
     return line
 
 

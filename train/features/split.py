@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import tqdm
@@ -45,8 +45,8 @@ class Split:
         extract = FeatureExtractor(layers, config.exit_layers, top_k=config.teacher_top_k, prompt_tokens=kept)
         return cls(sequences, extract)
 
-    def fill_cache(self, config: FitConfig, accelerator: Accelerator, name: str) -> None:
-        """Compute the features that are not on disk yet, divided over the processes; then read them from disk."""
+    def open_cache(self, config: FitConfig, name: str) -> FeatureCache:
+        """Read features from disk from now on, once `fill_cache` has computed them; returns where."""
         settings = {
             "format": 3,
             "base": base_fingerprint(self.extract.layers.model),
@@ -57,18 +57,25 @@ class Split:
             "prompt_tokens": self.extract.prompt_tokens,
             "corpus": (config.corpus_path / "corpus.json").read_text(encoding="utf-8"),
         }
-        self.cache = FeatureCache(Path(config.output_dir) / "features" / name, settings)
-        filled = self.cache.fill(
-            self.sequences,
-            self.extract,
-            batch_size=config.per_device_train_batch_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
-        with tqdm(total=len(self.sequences), desc=f"features {name}", unit="text") as bar:
-            for done in filled:
-                bar.update(done - bar.n)
-        accelerator.wait_for_everyone()
+        self.cache = FeatureCache(config.features_path / name, settings)
+        return self.cache
+
+    def fill_cache(self, config: FitConfig, accelerator: Accelerator, name: str) -> None:
+        """Compute the features that are not on disk yet, divided over the processes; other fits wait meanwhile."""
+        assert self.cache is not None
+        with self.cache.lock if accelerator.is_main_process else nullcontext():
+            accelerator.wait_for_everyone()  # till the main process has the lock for all
+            filled = self.cache.fill(
+                self.sequences,
+                self.extract,
+                batch_size=config.per_device_train_batch_size,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )
+            with tqdm(total=len(self.sequences), desc=f"features {name}", unit="text") as bar:
+                for done in filled:
+                    bar.update(done - bar.n)
+            accelerator.wait_for_everyone()
 
     @property
     def num_judges(self) -> int:

@@ -65,7 +65,8 @@ def check_output_dir(config: FitConfig) -> None:
 def sole_writer(config: FitConfig) -> Iterator[None]:
     """Hold the output folder against other fits while this one lives; the lock goes with the process.
 
-    An empty folder is removed at the end: a fit that fails at its base or its prompts leaves none behind.
+    Empty folders are removed at the end, also those above that were made: a fit that fails at its base or its prompts
+    leaves none behind.
 
     Raises:
         ConfigError: another fit that is alive holds it.
@@ -74,6 +75,7 @@ def sole_writer(config: FitConfig) -> Iterator[None]:
         yield
         return
     path = Path(config.output_dir)
+    made = [folder for folder in path.parents if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     folder = os.open(path, os.O_RDONLY)
     try:
@@ -88,7 +90,8 @@ def sole_writer(config: FitConfig) -> Iterator[None]:
     finally:
         os.close(folder)
         with suppress(OSError):
-            path.rmdir()
+            for one in (path, *made):
+                one.rmdir()
 
 
 def make_accelerator(config: FitConfig, spread: str | None = None) -> Accelerator:

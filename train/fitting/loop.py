@@ -33,7 +33,7 @@ FREE_TO_CHANGE = {
     "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to", "max_skipped_batches",
     "load_best_model_at_end", "eval_steps", "early_stopping_patience", "generator", "dry_run",
     "license", "schedule", "exit_threshold", "max_exit_layer", "max_draft_tokens", "sources", "output_dir",
-    "corpus_dir", "answers", "features", "push_to_hub", "hub_model_id",
+    "corpus_dir", "answers", "features", "features_dir", "push_to_hub", "hub_model_id",
 }  # fmt: skip
 
 

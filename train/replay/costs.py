@@ -5,7 +5,7 @@ Measured by `train.replay.profile`, or counted from the weights where nothing wa
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class CostTable:
         token: ms of choosing one token: processors, criteria, streamer.
         plain, plain_context: ms per token of stock `generate`, and what each token of context adds to it.
         round: ms of everything else in a round.
-        conditions: hardware, dtype, threads, exactness, versions; empty where the table was counted.
+        conditions: hardware, dtype, threads, exactness, versions, numbers that the head reads which was timed; empty
+            where the table was counted.
     """
 
     num_hidden_layers: int
@@ -89,6 +90,19 @@ class CostTable:
             plain=float(num_hidden_layers),
             plain_context=0.0,
         )
+
+    def for_head(self, weights_read: int) -> "CostTable":
+        """The same machine with a head of another size: what it costs goes by the numbers that it reads.
+
+        Raises:
+            DataError: the table does not say how many the head has that was timed.
+        """
+        timed = self.conditions.get("head_weights")
+        if not timed:
+            raise DataError("the costs do not say which head was timed: measure them again with `specbound profile`")
+        share = weights_read / timed
+        conditions = {**self.conditions, "head_weights": weights_read}
+        return replace(self, head=share * self.head, head_row=share * self.head_row, conditions=conditions)
 
     def block(self, table: Mapping[int, float], width: int) -> float:
         """Look up a width; others than those measured lie on the line through the nearest two."""

@@ -111,7 +111,7 @@ def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound:
     }
     plain, plain_context = line("stock")
     token = ms["choose", None, contexts[0]]
-    certificate = specbound.certificate
+    certificate, heads = specbound.certificate, getattr(specbound.drafter, "heads", None)
     assert certificate is not None
     return CostTable(
         num_hidden_layers=num_layers,
@@ -131,6 +131,7 @@ def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound:
             "versions": certificate.versions,
             "contexts": contexts,
             **({"graphs": True} if certificate.policy.static else {}),
+            **({"head_weights": heads.exits.one.weights_read} if heads is not None else {}),
         },
     )
 

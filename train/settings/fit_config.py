@@ -84,6 +84,9 @@ class FitConfig:
     features: str = field(
         default="online", metadata=_help("hidden states: online (computed each time) or cache (on disk)")
     )
+    features_dir: str | None = field(
+        default=None, metadata=_help("folder of cached features; default: output_dir/features")
+    )
     per_device_train_batch_size: int = field(default=8, metadata=_help("sequences per batch"))
     gradient_accumulation_steps: int = field(default=1, metadata=_help("batches per step"))
     num_train_epochs: float = field(default=3.0, metadata=_help("passes over the fit split"))
@@ -130,6 +133,11 @@ class FitConfig:
     def corpus_path(self) -> Path:
         """The corpus folder: `corpus_dir`, or `corpus` in the output folder."""
         return Path(self.corpus_dir or Path(self.output_dir) / "corpus")
+
+    @property
+    def features_path(self) -> Path:
+        """The folder of cached features: `features_dir`, or `features` in the output folder."""
+        return Path(self.features_dir or Path(self.output_dir) / "features")
 
     @property
     def longest(self) -> int:

@@ -20,7 +20,18 @@ def read_recipe(path: Path, *, types: Mapping[str, Any]) -> dict[str, Any]:
         types: the type of each setting: str, int, float, bool, a list of one of these, or one of these or None.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or a setting is unknown, repeated or wrongly typed.
+        ConfigError: as `read_mapping`, or a setting is unknown or wrongly typed.
+    """
+    content = read_mapping(path)
+    refuse_unknown([str(key) for key in content], known=types, where=str(path))
+    return {key: convert(value, types[key], where=f"{path}: {key}") for key, value in content.items()}
+
+
+def read_mapping(path: Path) -> dict[Any, Any]:
+    """Read the lines `setting: value` of a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, has other content, or gives a setting twice.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -42,8 +53,8 @@ def read_recipe(path: Path, *, types: Mapping[str, Any]) -> dict[str, Any]:
         if key.value in seen:
             raise ConfigError(f"{path}, line {key.start_mark.line + 1}: {key.value} is given twice; delete one")
         seen.add(key.value)
-    refuse_unknown([str(key) for key in content], known=types, where=str(path))
-    return {key: convert(value, types[key], where=f"{path}: {key}") for key, value in content.items()}
+    assert isinstance(content, dict)
+    return content
 
 
 def refuse_unknown(given: Collection[str], *, known: Collection[str], where: str, prefix: str = "") -> None:

@@ -77,6 +77,13 @@ def test_a_verb_of_training_names_its_extra(arguments: list[str], tmp_path: Path
     assert found.stderr == "error: scipy is not installed: pip install 'specbound[train]'\n"
 
 
+def test_a_sweep_names_its_own_extra(tmp_path: Path) -> None:
+    """Where only that is missing."""
+    found = run(without("optuna"), "sweep", "r.yaml", "--space", "s.yaml", cwd=tmp_path)
+    assert (found.returncode, found.stdout) == (1, "")
+    assert found.stderr == "error: optuna is not installed: pip install 'specbound[sweep]'\n"
+
+
 @pytest.mark.parametrize(("name", "is_ours"), [("scipy.stats", False), ("runtime.gone", True), (None, True)])
 def test_a_module_of_ours_that_is_missing_is_no_extra(
     name: str | None, is_ours: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from typer.testing import CliRunner
 
 from runtime import SpecBoundError, SpeculationBounds, load_specbound
 from runtime.adapter.folder import load_adapter
 from runtime.stats import SpeculationStats
+from tests.helpers.fits import forget
 from train.calibration.traces import Traces
 from train.cli.app import app
 from train.corpus.corpus import load_split
@@ -34,8 +34,7 @@ def fitted(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, re
     recipe = make_recipe(tmp_path, head=getattr(request, "param", "deep"))
     main(FitConfig(**recipe))
     yield tmp_path / "adapter", recipe["model_name_or_path"], Path(recipe["corpus_dir"])
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget()
 
 
 def test_from_profile_to_tuned_bounds(fitted: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
