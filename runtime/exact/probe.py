@@ -171,7 +171,8 @@ def _keeps_order(kind: str, model: PreTrainedModel, reference: Reference, widths
         return False
     heads = (config.num_attention_heads, keys.shape[1], keys.shape[3])
     attention = BlockAttention(kind, stock)
-    windows = [None] + [min(config.sliding_window, each) for each in PROBED_WINDOWS if attention.filled is not None]
+    probed = PROBED_WINDOWS if attention.filled is not None else ()
+    windows = [*sorted({min(config.sliding_window, each) for each in probed}), None]
     in_order = all(
         same_attention(attention, heads, rows, dtype=keys.dtype, device=keys.device, window=window)
         for rows in sorted({1, 2, max(widths)})
