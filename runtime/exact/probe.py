@@ -164,13 +164,17 @@ def _keeps_order(kind: str, model: PreTrainedModel, reference: Reference, widths
     keys, values = reference.cache.layers[0].keys, reference.cache.layers[0].values
     if stock != "sdpa" or not widths or (kind in NATIVE_KINDS and not can_attend(keys, keys, values)):
         return False
-    heads = (config.num_attention_heads, keys.shape[1], keys.shape[3])
-    attention = BlockAttention(kind, stock)
-    in_order = all(
-        same_attention(attention, heads, rows, dtype=keys.dtype, device=keys.device)
-        for rows in sorted({1, 2, max(widths)})
-    )
-    return in_order and (kind not in NATIVE_KINDS or _same_sums(kind, heads[2], torch.get_num_threads()))
+    heads, threads = (config.num_attention_heads, keys.shape[1], keys.shape[3]), torch.get_num_threads()
+    in_order = all(_in_order(kind, heads, rows, keys.dtype, keys.device, threads) for rows in {1, 2, max(widths)})
+    return in_order and (kind not in NATIVE_KINDS or _same_sums(kind, heads[2], threads))
+
+
+@cache
+def _in_order(
+    kind: str, heads: tuple[int, int, int], rows: int, dtype: torch.dtype, device: torch.device, threads: int
+) -> bool:
+    """`same_attention`, once in a process for all that it depends on."""
+    return same_attention(BlockAttention(kind, "sdpa"), heads, rows, dtype=dtype, device=device)
 
 
 @cache
