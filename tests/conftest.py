@@ -1,13 +1,16 @@
 """What several test files share: a tiny seeded base, a tiny tokenizer, an adapter. No network."""
 
+import atexit
 import os
 import shutil
 import tempfile
 import time
 
-# Before huggingface_hub is imported, which reads them once. Certificates are kept under HF_HOME.
+# Before huggingface_hub is imported, which reads them once. Processes of a test run share certificates and kernels.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="specbound-tests-")
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="specbound-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +28,7 @@ from runtime import SpecBoundConfig, SpeculationBounds, TemperatureSchedule, sav
 from runtime.adapter.folder import Adapter
 from runtime.adapter.identity import base_fingerprint, tokenizer_fingerprint
 from runtime.drafting.heads import ExitHeads
+from runtime.exact import reference
 from tests.helpers.graphs.fake_cuda import pretend
 from tests.helpers.hub.loopback_hub import loopback_hub
 from tests.helpers.hub.server import TOKEN, LoopbackHub
@@ -36,13 +40,11 @@ torch.set_num_threads(1)
 
 # Files that take minutes with few tests: begun first, so that no process waits for another at the end.
 LONG = (
-    "test_smollm2",
     "test_fit_processes",
-    "test_publish_faults",
     "test_metamorphic",
-    "test_resume",
+    "test_smollm2",
     "test_checkpoints",
-    "test_soak",
+    "test_resume",
     "test_measure",
 )
 
@@ -53,11 +55,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
+# Tokens that a probe looks at, in all tests but those of the probe itself: most of their time goes there.
+SHORT = {"PROMPT_TOKENS": 12, "PROBE_TOKENS": 16, "FAR_TOKENS": 8}
+WHOLE = {name: getattr(reference, name) for name in SHORT}
+
+
 @pytest.fixture(scope="session", autouse=True)
-def own_hub_cache() -> Iterator[None]:
-    """Certificates and downloads of a test run are its own, and go with it."""
-    yield
-    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+def short_probes() -> Iterator[None]:
+    """Probes of shorter texts than a user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, tokens in SHORT.items():
+            patch.setattr(reference, name, tokens)
+        yield
+
+
+@pytest.fixture
+def whole_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes as a user has them."""
+    for name, tokens in WHOLE.items():
+        monkeypatch.setattr(reference, name, tokens)
 
 
 @pytest.fixture(params=["twin", "recorded"])

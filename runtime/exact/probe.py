@@ -169,18 +169,30 @@ def _keeps_order(kind: str, model: PreTrainedModel, reference: Reference, widths
     keys, values = reference.cache.layers[0].keys, reference.cache.layers[0].values
     if stock != "sdpa" or not widths or (is_native(kind) and not can_attend(keys, keys, values)):
         return False
-    heads = (config.num_attention_heads, keys.shape[1], keys.shape[3])
+    heads, threads = (config.num_attention_heads, keys.shape[1], keys.shape[3]), torch.get_num_threads()
     attention = BlockAttention(kind, stock)
     probed = PROBED_WINDOWS if attention.filled is not None else ()
     windows = [*sorted({min(config.sliding_window, each) for each in probed}), None]
     in_order = all(
-        same_attention(attention, heads, rows, dtype=keys.dtype, device=keys.device, window=window)
+        _in_order(kind, heads, rows, keys.dtype, keys.device, window, threads)
         for rows in sorted({1, 2, max(widths)})
         for window in windows
     )
-    return in_order and (
-        not is_native(kind) or _same_sums(f"native_{attention.order}", heads[2], torch.get_num_threads())
-    )
+    return in_order and (not is_native(kind) or _same_sums(f"native_{attention.order}", heads[2], threads))
+
+
+@cache
+def _in_order(
+    kind: str,
+    heads: tuple[int, int, int],
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    window: int | None,
+    threads: int,
+) -> bool:
+    """`same_attention`, once in a process for all that it depends on."""
+    return same_attention(BlockAttention(kind, "sdpa"), heads, rows, dtype=dtype, device=device, window=window)
 
 
 @cache

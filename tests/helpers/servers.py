@@ -58,8 +58,8 @@ def running(
             yield f"http://127.0.0.1:{listener.getsockname()[1]}", worker
         finally:
             server.should_exit = True
-            thread.join(20)
-            assert worker.stop(20) and not thread.is_alive()
+            thread.join(60)
+            assert worker.stop(60) and not thread.is_alive()
 
 
 def until(condition: Callable[[], Any], seconds: float = 60) -> None:

@@ -207,6 +207,8 @@ def test_negative_control_batched_blocks_differ(make_model: Callable[..., Any]) 
     """The suite can fail: in bfloat16 the same drafts give other ids where blocks are not exact, and only there."""
     differing = {"bitwise": 0, "batched": 0}
     for seed in (0, 2, 4):
+        if differing["batched"]:
+            break
         model = make_model(seed).bfloat16()
         options = {"inputs": PROMPT, "max_new_tokens": 300, "do_sample": False}
         stock = model.generate(**options)

@@ -26,17 +26,17 @@ def live_tensors() -> int:
 
 
 def test_two_thousand_tokens(make_model: Any) -> None:
-    """Same ids to the end; the second and third time no tensor more is alive, and the peak has not risen."""
+    """Same ids to the end; the second time no tensor more is alive, and the peak has not risen."""
     model = make_model(max_position_embeddings=4096, num_hidden_layers=3)
     options = {"inputs": torch.arange(3, 12)[None], "max_new_tokens": TOKENS, "do_sample": False}
     stock = model.generate(**options)
     heads = FakeHeads("mixed", [1, 2], stock[0].tolist(), vocabulary=128)
     attach(model, SpecBound(model, heads, SpeculationBounds(0.2, 2, 4)))
     peaks, alive = [], []
-    for _ in range(3):
+    for _ in range(2):
         assert torch.equal(model.generate(**options), stock)
         peaks.append(peak_bytes())
         alive.append(live_tensors())
     assert model.specbound.stats.emitted == TOKENS
-    assert alive[2] == alive[1] == alive[0]
-    assert peaks[2] - peaks[0] < 8_000_000
+    assert alive[1] == alive[0]
+    assert peaks[1] - peaks[0] < 8_000_000

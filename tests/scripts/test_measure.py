@@ -23,6 +23,7 @@ from runtime.loading import make_specbound
 from runtime.text.prompts import read_prompts
 from tests.helpers.families import tiny
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import forks
 from tests.helpers.scripts import script
 from train.calibration.traces import TRACES_FILE, Traces
 from train.features.extractor import Sequences
@@ -144,25 +145,34 @@ def test_prompts_of_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         mix.main()
 
 
-def test_gpu(demo_outputs: Path) -> None:
+def test_gpu(demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one command for the day a GPU is there, here on the CPU with small shapes: every step but `scale` runs."""
     prompts = demo_outputs / "prompts.jsonl"
     texts = [" ".join(f"w{(7 * number + place) % 90}" for place in range(2 + number % 6)) for number in range(60)]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     folder, report = demo_outputs / "outputs", demo_outputs / "gpu.json"
     base, adapter = folder / "base" / "smollm2-135m-instruct", folder / "demo" / "adapter"
-    command = ["bash", "scripts/measure/gpu.sh", "--tiny", "--json", str(report), "--prompts", str(prompts)]
-    done = subprocess.run(
-        [*command, "--base", str(base), "--adapter", str(adapter)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    gpu = script("measure/gpu")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(gpu.subprocess, "run", forks.run)
+    gpu.main(report, base, adapter, prompts, tiny=True)
     found = json.loads(report.read_text())
-    assert done.returncode == 0, (done.stdout, found["steps"])
     assert list(found["steps"]) == ["rows", "tests", "audit", "bench", "fit"] and found["hardware"]
     assert any(name.startswith("speed/") for name in found["steps"]["fit"]["report"])
     assert found["steps"]["audit"]["report"]["differing_tokens"] == 0
     assert set(found["steps"]["rows"]["report"]["kept"]) == {"float32", "bfloat16", "float16"}
+
+
+def test_gpu_is_one_command(tmp_path: Path) -> None:
+    """The shell's part of it: from any folder, with all that it is given."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$PWD $*"\n')
+    python.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    command = ["bash", str(ROOT / "scripts/measure/gpu.sh"), "--tiny", "--json", "a"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env={"PATH": path})
+    assert done.stdout == f"{ROOT} scripts/measure/gpu.py --tiny --json a\n"
 
 
 @torch.inference_mode()

@@ -66,7 +66,7 @@ def fit(make_recipe: Callable[..., dict[str, Any]], fresh_accelerate: None) -> C
 
 @pytest.fixture
 def quick_fit(fit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """`fit` without calibration: of the adapter only the weights are written."""
+    """`fit` without calibration and pictures: of the adapter only the weights are written."""
 
     def publish(config: FitConfig, model: Any, tokenizer: Any, heads: Any, *rest: Any, **options: Any) -> Path:
         folder = Path(config.output_dir) / "adapter"
@@ -75,6 +75,7 @@ def quick_fit(fit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Calla
         return folder
 
     monkeypatch.setattr(fit_exits, "write_adapter", publish)
+    monkeypatch.setattr("train.fitting.loop.draw_curves", lambda log, picture: None)
     return fit
 
 

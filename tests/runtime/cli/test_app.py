@@ -1,5 +1,6 @@
 """How the command line starts and ends: its version, a pipe that closes, a library that is not there."""
 
+import json
 import os
 import subprocess
 import sys
@@ -36,6 +37,17 @@ def run(code: str, *arguments: str, cwd: Path | None = None, stdin: str = "") ->
     )  # fmt: skip
 
 
+# Commands one after another, in one process: each prints what it ended with.
+SEVERAL = """
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["specbound", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        print("ended:", ended.code)
+"""
+
+
 def test_version() -> None:
     """That of the distribution, at once."""
     found = run(without(*TRAIN_EXTRA, *SERVE_EXTRA, *SLOW), "--version")
@@ -60,21 +72,18 @@ def test_help_is_in_sentences(verb: str) -> None:
             assert text.endswith("."), line
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_a_verb_of_training_names_its_extra(tmp_path: Path) -> None:
+    """Where the libraries of the train extra are not installed: one line, exit code 1, no file."""
+    commands = [
         ["bench", "--adapter", "a", "--prompts", "p.jsonl", "--json", "b.json"],
         ["profile", "--adapter", "a", "--json", "c.json"],
         ["tune", "--adapter", "a", "--costs", "c.json"],
         ["publish", "a", "org/name"],
-    ],
-    ids=lambda arguments: arguments[0],
-)
-def test_a_verb_of_training_names_its_extra(arguments: list[str], tmp_path: Path) -> None:
-    """Where the libraries of the train extra are not installed: one line, exit code 1, no file."""
-    found = run(without(*TRAIN_EXTRA), *arguments, cwd=tmp_path)
-    assert (found.returncode, found.stdout) == (1, "") and list(tmp_path.iterdir()) == []
-    assert found.stderr == "error: scipy is not installed: pip install 'specbound[train]'\n"
+    ]
+    code = without(*TRAIN_EXTRA).removesuffix("main()") + "import json"
+    found = run(code + SEVERAL, json.dumps(commands), cwd=tmp_path)
+    assert found.stdout == "ended: 1\n" * 4 and list(tmp_path.iterdir()) == []
+    assert found.stderr == "error: scipy is not installed: pip install 'specbound[train]'\n" * 4
 
 
 def test_a_sweep_names_its_own_extra(tmp_path: Path) -> None:
@@ -127,17 +136,18 @@ def test_serve_names_its_own_extra() -> None:
     assert found.returncode == 1 and found.stderr.endswith("is not installed: pip install 'specbound[serve]'\n")
 
 
-@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "buffered"),
     [
-        ["--help"],
-        ["--version"],
-        ["inspect", ADAPTER],
-        ["inspect", "--json", ADAPTER],
-        ["generate", "--adapter", ADAPTER, "w1"],
+        (["--help"], ""),
+        (["--help"], "1"),
+        (["--version"], ""),
+        (["--version"], "1"),
+        (["inspect", ADAPTER], ""),
+        (["inspect", "--json", ADAPTER], "1"),
+        (["generate", "--adapter", ADAPTER, "w1"], ""),
+        (["generate", "--adapter", ADAPTER, "w1"], "1"),
     ],
-    ids=" ".join,
 )
 def test_a_closed_pipe_ends_quietly(demo_outputs: Path, arguments: list[str], buffered: str) -> None:
     """Nobody reads what the command prints: nothing is said of it, whatever notices it first."""

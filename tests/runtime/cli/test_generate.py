@@ -175,7 +175,7 @@ def test_ctrl_c(folders: Any) -> None:
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate(timeout=300)
     assert process.returncode == 130, error
     assert error == b"" and out.endswith(b"\n") and len(out.split()) < 500
 

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from runtime.exact import packed
 from runtime.exact.native.layout import Layout
+from runtime.exact.native.library import native_library
 
 
 @pytest.fixture
 def own_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of its own for certificates."""
+    """A folder of its own for certificates; kernels are built where all tests find them."""
+    native_library()
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
 
 

@@ -24,6 +24,7 @@ from tests.helpers.graphs.segments import GREEDY, STATIC, attached, same_ids
 pytestmark = pytest.mark.usefixtures("own_certificates")
 
 
+@pytest.mark.usefixtures("whole_probes")
 def test_the_certificate_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the policy, apart from that of the ordinary path; a row alone was compared too."""
     model = tiny("llama")

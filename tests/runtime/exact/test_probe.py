@@ -20,6 +20,8 @@ from runtime.generate import attach
 from runtime.handle import SpecBound
 from tests.helpers.fake_heads import FakeHeads
 
+pytestmark = pytest.mark.usefixtures("whole_probes")
+
 
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -106,7 +108,7 @@ def test_attention_runs_in_groups_where_that_keeps_every_bit_and_never_as_a_bloc
         return execution(model, replace(policy, attention="rowwise"), packed)
 
     monkeypatch.setattr(runtime.exact.probe, "execution", steady)
-    monkeypatch.setattr(runtime.exact.probe, "same_attention", lambda *args, **kwargs: True)
+    monkeypatch.setattr(runtime.exact.probe, "_in_order", lambda *args: True)
     certificate = probe(make_model(), max_width=3)
     assert certificate.bitwise and certificate.policy.attention == "grouped"
 

@@ -148,7 +148,7 @@ def test_processes_that_share_a_base_answer_equally_often(model, tokenizer, tmp_
     shutil.copytree(one / "shards", shards)
     for name in ("wave-0-batch-00000", "wave-0-batch-00003", "wave-1-batch-00001"):
         (shards / f"{name}.parquet").unlink()
-    meeting, answered = threading.Barrier(2, timeout=20), []
+    meeting, answered = threading.Barrier(2, timeout=60), []
     generate = Answerer.answer
 
     def together(self, batch, *, name, told):

@@ -15,6 +15,7 @@ from runtime.errors import ConfigError, SpecBoundError
 from tests.helpers.fits import losses, weights
 from train.features.split import Split
 from train.fitting.alarms import STEPS_WITHOUT_GRADIENT, Alarms, dead_heads
+from train.fitting.curves import draw_curves
 
 EXITS = (2, 4)
 
@@ -177,7 +178,8 @@ def test_two_fits_cannot_share_a_folder(quick_fit, tmp_path):
     quick_fit(tmp_path / "out")
 
 
-def test_a_fit_leaves_a_picture_and_figures_of_speed(quick_fit, tmp_path):
+def test_a_fit_leaves_a_picture_and_figures_of_speed(quick_fit, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.fitting.loop.draw_curves", draw_curves)
     folder, _ = quick_fit(tmp_path / "out")
     picture = image.imread(folder / "curves.png")
     assert picture.shape[1] > 2 * picture.shape[0] > 500

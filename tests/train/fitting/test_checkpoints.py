@@ -2,9 +2,7 @@
 
 import errno
 import json
-import os
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 from runtime.errors import ConfigError
 from tests.helpers.fits import assert_same_fit, weights
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import forks
 from train.fitting.checkpoints import STATE_FILE, best_checkpoint, find_checkpoints
 from train.fitting.log import MetricsLog
 
@@ -155,8 +154,9 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_one(quick_fit, tm
     settings = make_recipe(tmp_path / "killed", **RESUMED)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(settings))
-    killed = subprocess.run([sys.executable, "-c", KILL, "--config", str(recipe)], capture_output=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    (tmp_path / "kill.py").write_text(KILL)
+    killed = forks.run([sys.executable, str(tmp_path / "kill.py"), "--config", str(recipe)])
+    assert killed.returncode == -signal.SIGKILL, killed.stdout
     folder = tmp_path / "killed"
     assert (folder / ".checkpoint-9").exists()
     assert names(folder) == ["checkpoint-3", "checkpoint-6"]
@@ -165,11 +165,10 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_one(quick_fit, tm
 
 
 def test_a_kill_at_every_write_of_a_checkpoint_leaves_the_old_or_the_new_state(tmp_path):
-    program = [sys.executable, str(ROOT / "tests" / "helpers" / "kill_points.py"), str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(program, capture_output=True, text=True, timeout=400, env=environment)
-    assert ended.returncode == 0, ended.stderr
-    found = [json.loads(line) for line in ended.stdout.splitlines()]
+    program = [sys.executable, str(ROOT / "tests" / "helpers" / "programs" / "kill_points.py"), str(tmp_path)]
+    ended = forks.run(program)
+    assert ended.returncode == 0, ended.stdout
+    found = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
     assert found[-1]["point"] == "whole" and all(entry["status"] == 9 for entry in found[:-1])
     assert {"half of model.safetensors", "replace", "os.rename .checkpoint-2"} <= {entry["point"] for entry in found}
     assert len(found) > 20

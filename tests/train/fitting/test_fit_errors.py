@@ -157,7 +157,7 @@ def test_logits_that_are_not_finite_stop_the_fit(recipe, tmp_path, monkeypatch):
 def test_the_process_prints_the_line_and_exits_with_one(recipe):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), "--config", str(recipe(exit_layers=[6]))]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert ended.returncode == 1
     assert "expected layers in 1 to 5" in only_line(ended.stderr)
     assert "Traceback" not in ended.stderr + ended.stdout

@@ -1,7 +1,8 @@
 """Fits as their launchers start them: one process, two over gloo, DeepSpeed ZeRO-2, a base spread by
 FSDP or ZeRO-3; all the same losses.
 
-Those of several processes are stopped by a signal to one of them, and go on.
+Those of several processes are stopped by a signal to one of them, and go on. Most launchers run in forks, the first of
+a kind as a program.
 """
 
 import importlib.util
@@ -9,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +22,7 @@ from runtime.adapter.folder import load_adapter
 from runtime.errors import ConfigError
 from tests.helpers.fits import losses as losses_of
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import forks
 from train.fitting.checkpoints import find_checkpoints
 
 SCRIPT = str(ROOT / "train" / "fit_exits.py")
@@ -64,23 +65,16 @@ run(sys.argv[1:])
 """
 
 
-def run_group(command: list[str], environment: dict[str, str], *, stopped: bool = False) -> str:
-    """Run a launcher that must succeed, or be stopped; returns what it printed. Its workers end with it."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    options = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-        "start_new_session": True,
-    }
-    with subprocess.Popen(command, env=environment, **options) as process:
-        try:
-            printed, _ = process.communicate(timeout=280)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    assert (process.returncode != 0) == stopped, printed
-    return printed
+def as_program(command: list[str], *, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """As a user starts it; both streams in one."""
+    return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+
+
+def run_group(command: list[str], environment: dict[str, str], *, stopped: bool = False, run=forks.run) -> str:
+    """Run a launcher that must succeed, or be stopped; returns what it printed."""
+    ended = run(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+    assert (ended.returncode != 0) == stopped, ended.stdout
+    return ended.stdout
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +82,13 @@ def launch(make_recipe, tmp_path_factory, tiny_base):
     """`launch(command, environment, **settings)`: run a fit; its losses, one a step, and all it printed."""
 
     def start(
-        command: list[str], environment: dict[str, str], *, stopped: bool = False, program: str = "", **settings
+        command: list[str],
+        environment: dict[str, str],
+        *,
+        stopped: bool = False,
+        program: str = "",
+        run=forks.run,
+        **settings,
     ) -> tuple[list[float], str]:
         folder, script = tmp_path_factory.mktemp("fit"), SCRIPT
         environment = environment | ({"PYTHONPATH": str(ROOT)} if program else {})
@@ -105,7 +105,7 @@ def launch(make_recipe, tmp_path_factory, tiny_base):
             assert "exitcode  : 143" in printed
             assert [path.name for path in find_checkpoints(folder / "out")] == ["checkpoint-3"]
             flags += ["--resume_from_checkpoint", "latest"]
-        printed = run_group([*command, script, *flags], environment)
+        printed = run_group([*command, script, *flags], environment, run=run)
         assert_generates(folder / "out" / "adapter", settings.get("model_name_or_path", tiny_base))
         assert load_adapter(folder / "out" / "adapter").config.exit_layers == (2, 4)
         lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -128,7 +128,7 @@ def assert_generates(adapter: Path, base: Path) -> None:
 def alone(launch):
     """Losses of one process under `accelerate launch`."""
     config = ["--config_file", str(ROOT / "configs/accelerate/cpu.yaml")]
-    losses, printed = launch([*ACCELERATE, *config], {})
+    losses, printed = launch([*ACCELERATE, *config], {}, run=as_program)
     assert "1 process(es) on cpu" in printed
     for chatter in ("[RANK", "Saving current state", "real_accelerator"):
         assert chatter not in printed
@@ -145,7 +145,9 @@ def test_two_processes_learn_what_one_does(launch, alone):
 
 def test_two_processes_that_diverge_say_so_together(make_recipe, tmp_path):
     (tmp_path / "recipe.yaml").write_text(json.dumps(make_recipe(tmp_path / "out", learning_rate=1.0)))
-    printed = run_group([*TORCHRUN, SCRIPT, "--config", str(tmp_path / "recipe.yaml")], CPU, stopped=True)
+    printed = run_group(
+        [*TORCHRUN, SCRIPT, "--config", str(tmp_path / "recipe.yaml")], CPU, stopped=True, run=as_program
+    )
     said = re.findall(r"error: the fit diverges: [^\n]*", printed)
     assert said and len(set(said)) == 1 and 'Traceback (most recent call last):\n  File "' + SCRIPT not in printed
     assert not (tmp_path / "out" / "adapter").exists()
@@ -174,6 +176,7 @@ def test_two_processes_with_a_part_of_the_base_each_learn_what_one_does(
     make_tokenizer().save_pretrained(tmp_path / "tied")
     settings = {"model_name_or_path": str(tmp_path / "tied"), "corpus_dir": None, "sample_fraction": 0.3}
     settings |= {"exit_threshold": 0.1, "max_draft_tokens": 4}  # so that there are drafts
+    settings |= {"prompt_limit": 60, "calibration_fraction": 0.4}
     expected = losses_of(quick_fit(tmp_path / "alone", max_steps=6, **settings)[1])
     config = ["--config_file", str(ROOT / "configs/accelerate" / f"{name}.yaml"), "--main_process_port", "0"]
     config += ["--num_processes", "2", "--mixed_precision", "no"]

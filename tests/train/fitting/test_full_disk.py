@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from runtime.errors import ConfigError
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import forks
 from train.fitting.checkpoints import FitState, find_checkpoints, load_checkpoint, save_checkpoint
 
 ROW = 1000  # values in a row of the heads: 4 kB, and 8 kB of the optimizer
@@ -105,8 +106,8 @@ def test_two_processes_say_the_same(disk: Callable[[int], Path], tmp_path: Path,
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(program)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     command += [str(folder), str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    ended = forks.run(command, env=environment)
     said = [path.read_text() for path in tmp_path.glob("said-*")]
-    assert len(said) == 2, ended.stderr
+    assert len(said) == 2, ended.stdout
     assert said[0] == said[1] and said[0].startswith("checkpoint-1 cannot be written in") and "\n" not in said[0]
     assert not list(folder.iterdir())

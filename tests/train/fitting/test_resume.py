@@ -30,13 +30,28 @@ def names(folder) -> list[str]:
     return [path.name for path in find_checkpoints(folder)]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Where the uninterrupted fit is, and what was found of it once it is made."""
+    return tmp_path_factory.mktemp("whole"), []
+
+
+@pytest.fixture
+def whole(made, quick_fit, monkeypatch):
+    """The uninterrupted fit, made once: folder and lines, and the text of every step."""
+    folder, found = made
+    if not found:
+        with monkeypatch.context() as patch:
+            seen = after_step(patch, -1, die)
+            found.append((quick_fit(folder / "out", **RESUMED), seen))
+    return found[0]
+
+
 @pytest.mark.parametrize(
     "kills", [[8], [20], [EPOCH], [EPOCH + 1], [2], [5, 8], [EPOCH + 4, EPOCH + 8]], ids=lambda kills: f"{kills}"
 )
-def test_a_killed_fit_that_goes_on_is_the_uninterrupted_one(quick_fit, tmp_path, monkeypatch, kills):
-    with monkeypatch.context() as patch:
-        expected = after_step(patch, -1, die)
-        whole = quick_fit(tmp_path / "whole", **RESUMED)
+def test_a_killed_fit_that_goes_on_is_the_uninterrupted_one(whole, quick_fit, tmp_path, monkeypatch, kills):
+    whole, expected = whole
     assert [line["step"] for line in whole[1] if "held_out/chance" in line] == [EPOCH, 2 * EPOCH, 26]
     seen = {}
     for kill in kills:
@@ -54,9 +69,8 @@ def test_a_killed_fit_that_goes_on_is_the_uninterrupted_one(quick_fit, tmp_path,
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_step_saves_and_leaves(make_recipe, quick_fit, tmp_path, monkeypatch, number, code):
+def test_a_signal_ends_the_step_saves_and_leaves(make_recipe, whole, quick_fit, tmp_path, monkeypatch, number, code):
     """A second signal, as launchers send it after the terminal's, changes nothing."""
-    whole = quick_fit(tmp_path / "whole", **RESUMED)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(make_recipe(tmp_path / "parts", **RESUMED)))
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
@@ -67,7 +81,7 @@ def test_a_signal_ends_the_step_saves_and_leaves(make_recipe, quick_fit, tmp_pat
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert names(tmp_path / "parts") == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
     assert not (tmp_path / "parts" / "adapter").exists()
-    assert_same_fit(whole, quick_fit(tmp_path / "parts", **RESUMED, resume_from_checkpoint="latest"))
+    assert_same_fit(whole[0], quick_fit(tmp_path / "parts", **RESUMED, resume_from_checkpoint="latest"))
 
 
 def test_a_signal_before_the_first_step_ends_at_once(make_recipe, quick_fit, tmp_path, monkeypatch):

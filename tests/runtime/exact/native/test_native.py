@@ -169,9 +169,15 @@ def loaded(home: Path, **environment: str) -> str:
 
 
 def test_without_a_compiler_there_are_none_until_one_has_built_them(kernels: None, tmp_path: Path) -> None:
-    """The reason is a line; what another process has built is used."""
+    """The reason is a line; what another process has built is used. The compiler gives what this process has built."""
+    built, compiler = library.native_library(), tmp_path / "g++"
+    assert built is not None
+    compiler.write_text(
+        f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ncp "{built._name}" "$2"\n', encoding="utf-8"
+    )
+    compiler.chmod(0o755)
     assert "no C++ compiler" in loaded(tmp_path, PATH="")
-    assert loaded(tmp_path, PATH="/usr/bin:/bin:/usr/local/bin") == "None"
+    assert loaded(tmp_path, PATH=f"{tmp_path}:/usr/bin:/bin") == "None"
     assert loaded(tmp_path, PATH="") == "None"
     assert len(list((tmp_path / "specbound").glob("native-*"))) == 1  # nothing half-built stays
 
