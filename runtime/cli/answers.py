@@ -61,7 +61,8 @@ def answer_file(
         os.fsync(file.fileno())
     if output.is_file():  # and no pipe
         lines = output.read_bytes().splitlines(keepends=True)
-        write_atomic(output.resolve(), b"".join(sorted(lines, key=lambda line: int(json.loads(line)["index"]))))
+        lines.sort(key=lambda line: int(json.loads(line)["index"]))
+        write_atomic(output.resolve(), b"".join(lines))
     print(f"{len(left)} answers added to {output}")
 
 

@@ -7,6 +7,7 @@ numbers span more bits than a sum holds, and cancel: what is left is rounding al
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -197,3 +198,23 @@ def _telling_keys(heads: tuple[int, int, int], rows: int, length: int, dtype: to
     keys = cancelling(num_keys * length, size, dtype).view(1, num_keys, length, size)
     values = torch.randn(1, num_keys, length, size, generator=torch.Generator().manual_seed(0))
     return query, keys, values
+
+
+@cache
+def kind_in_order(
+    kind: str,
+    heads: tuple[int, int, int],
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    window: int | None,
+    threads: int,
+) -> bool:
+    """`same_attention`, once in a process for all that it depends on."""
+    return same_attention(BlockAttention(kind, "sdpa"), heads, rows, dtype=dtype, device=device, window=window)
+
+
+@cache
+def kind_sums(kind: str, size: int, threads: int) -> bool:
+    """`same_sums`, once in a process for each kind, head size and number of threads."""
+    return same_sums(BlockAttention(kind, "sdpa"), size)

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from runtime.exact.linear_rows import linear_rows, packed_rows
 from runtime.exact.native.attend import can_attend
 from runtime.exact.native.layout import NATIVE
 from runtime.exact.native.stack import norms as native_norms
-from runtime.exact.order import same_attention, same_norm, same_sums
+from runtime.exact.order import kind_in_order, kind_sums, same_norm
 from runtime.exact.packed import PackedLinears
 from runtime.exact.reference import Reference
 from runtime.exact.static import StaticCache
@@ -174,31 +174,11 @@ def _keeps_order(kind: str, model: PreTrainedModel, reference: Reference, widths
     probed = PROBED_WINDOWS if attention.filled is not None else ()
     windows = [*sorted({min(config.sliding_window, each) for each in probed}), None]
     in_order = all(
-        _in_order(kind, heads, rows, keys.dtype, keys.device, window, threads)
+        kind_in_order(kind, heads, rows, keys.dtype, keys.device, window, threads)
         for rows in sorted({1, 2, max(widths)})
         for window in windows
     )
-    return in_order and (not is_native(kind) or _same_sums(f"native_{attention.order}", heads[2], threads))
-
-
-@cache
-def _in_order(
-    kind: str,
-    heads: tuple[int, int, int],
-    rows: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    window: int | None,
-    threads: int,
-) -> bool:
-    """`same_attention`, once in a process for all that it depends on."""
-    return same_attention(BlockAttention(kind, "sdpa"), heads, rows, dtype=dtype, device=device, window=window)
-
-
-@cache
-def _same_sums(kind: str, size: int, threads: int) -> bool:
-    """`same_sums`, once in a process for each kind, head size and number of threads."""
-    return same_sums(BlockAttention(kind, "sdpa"), size)
+    return in_order and (not is_native(kind) or kind_sums(f"native_{attention.order}", heads[2], threads))
 
 
 @dataclass(frozen=True, slots=True)
