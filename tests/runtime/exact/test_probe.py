@@ -108,7 +108,7 @@ def test_attention_runs_in_groups_where_that_keeps_every_bit_and_never_as_a_bloc
         return execution(model, replace(policy, attention="rowwise"), packed)
 
     monkeypatch.setattr(runtime.exact.probe, "execution", steady)
-    monkeypatch.setattr(runtime.exact.probe, "_in_order", lambda *args: True)
+    monkeypatch.setattr(runtime.exact.probe, "kind_in_order", lambda *args: True)
     certificate = probe(make_model(), max_width=3)
     assert certificate.bitwise and certificate.policy.attention == "grouped"
 
