@@ -17,7 +17,7 @@ from runtime.exact.native import library
 from runtime.exact.native.attend import ORDERS, attend, can_attend
 from runtime.exact.native.products import has_products
 from runtime.exact.order import same_attention
-from tests.helpers.orders import orders_of, score_sum, telling_values, torch_order
+from tests.helpers.native.orders import orders_of, score_sum, telling_values, torch_order
 from tests.helpers.paths import ROOT
 
 HEADS = (4, 2, 64)

@@ -24,7 +24,7 @@ from runtime.generate import attach
 from runtime.handle import SpecBound
 from tests.helpers.fake_heads import FakeHeads
 from tests.helpers.families import INSIDE_ALONE, NATIVE_SHAPE, prompt, randomise
-from tests.helpers.orders import torch_order
+from tests.helpers.native.orders import torch_order
 
 WINDOW = 40  # filled in the midst of the text that is compared, of 24 tokens and 32
 HALF: dict[str, Any] = {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": WINDOW}

@@ -21,7 +21,7 @@ from runtime.exact.order import same_norm
 from runtime.exact.packed import PackedLinears
 from runtime.exact.probe import probe
 from tests.helpers.families import NATIVE_SHAPE, randomise
-from tests.helpers.orders import torch_order
+from tests.helpers.native.orders import torch_order
 
 HALF: dict[str, Any] = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 20}
 OWN: dict[str, dict[str, Any]] = {

@@ -1,0 +1,1 @@
+"""What the tests of our own kernels share."""
