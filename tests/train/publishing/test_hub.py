@@ -15,7 +15,6 @@ from runtime import AdapterError, load_adapter, load_specbound, save_adapter
 from runtime.adapter.hub import resolve_adapter
 from tests.helpers.hub.server import TOKEN
 from tests.helpers.paths import ROOT
-from train import fit_exits
 from train.publishing.contents import write_custom_generate
 
 BASE, NAME = "some-org/tiny-base", "some-org/tiny-specbound"
@@ -57,36 +56,29 @@ def environment(hub, home):
     }  # fmt: skip
 
 
-def use(hub, home, *arguments):
+def run(hub, home, *command):
     done = subprocess.run(
-        [sys.executable, "-c", USE, *arguments],
-        env=environment(hub, home), cwd=home, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, *command], env=environment(hub, home), cwd=home, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return done
 
 
-# huggingface_hub's own call of its HTTP library.
-@pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
-@pytest.mark.usefixtures("fresh_accelerate")
-def test_fit_publish_forget_load_and_the_ids_are_plain_decodings(hub, make_recipe, tiny_base, tmp_path, monkeypatch):
+def test_fit_publish_forget_load_and_the_ids_are_plain_decodings(hub, make_recipe, tiny_base, tmp_path):
     commit = hub.put(BASE, {path.name: path.read_bytes() for path in tiny_base.iterdir()})
     settings = {"model_name_or_path": BASE, "license": "apache-2.0", "push_to_hub": True, "hub_model_id": NAME}
     recipe = make_recipe(tmp_path / "out", corpus_dir=None, **settings)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    fit_exits.run(["--config", "recipe.yaml"])
+    run(hub, tmp_path, ROOT / "train" / "fit_exits.py", "--config", "recipe.yaml")
     files = hub.files(NAME)
     assert hub.repositories[NAME].private and files["model.safetensors"]
     for private in (TOKEN.encode(), str(tmp_path).encode(), b"/tmp/", b"recipe.yaml"):
         assert not [name for name, content in files.items() if private in content]
     assert files["model.safetensors"] == (tmp_path / "out" / "adapter" / "model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "out")
-    (tmp_path / "home").mkdir()
 
     hub.repositories[NAME].tags["v1.0"] = hub.repositories[NAME].branches["main"]
-    found = use(hub, tmp_path / "home", BASE, NAME, ROOT / "docs" / "hub.md")
+    found = json.loads(run(hub, tmp_path, "-c", USE, BASE, NAME, ROOT / "docs" / "hub.md").stdout.splitlines()[-1])
     for way in ("by_name", "cached", "custom_generate", "documented"):
         assert found[way] == found["expected"], way
     assert all(found["emitted"]) and found["revision"] == commit
