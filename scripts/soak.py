@@ -28,7 +28,7 @@ from runtime.conditions import conditions
 from runtime.files import write_atomic
 
 NAME = "soaked"
-LONG = 200  # tokens of the streams that run when the server is told to stop
+LONG = 100  # tokens of the streams that run when the server is told to stop
 GROWTH = 1.1, 32 << 20  # of memory between a quarter of the requests and their end: factor, and bytes beside it
 
 
@@ -43,7 +43,18 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the figures in this file.")] = None,
 ) -> None:
     """Run all requests, print what came of them."""
-    arguments = ["--adapter", adapter, "--dtype", dtype, "--threads", str(threads), "--max-running", str(concurrency)]
+    arguments = [
+        "--adapter",
+        adapter,
+        "--dtype",
+        dtype,
+        "--threads",
+        str(threads),
+        "--max-running",
+        str(concurrency),
+        "--grace",
+        "600",
+    ]
     arguments += ["--model", model] if model else []
     with serving(arguments) as (process, port):
         soak = Soak(port, NAME, process.pid, seed)

@@ -8,14 +8,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import ValidationError
 from starlette.background import BackgroundTask
 
 from runtime.server.answer.answer import Answer, Form
 from runtime.server.answer.chunks import Chunks
 from runtime.server.answer.items import Items
-from runtime.server.errors import ApiError, add_error_forms, first_of
+from runtime.server.errors import PROBLEMS, ApiError, add_error_forms, first_of
 from runtime.server.gate import Gate
 from runtime.server.metrics import Metrics
 from runtime.server.request.limits import Limits, check_bias
@@ -32,6 +32,10 @@ PAGE_POLICY = (
 )
 # Of a client that left; nobody reads it.
 GONE = 499
+# What the document says of answers.
+OBJECT = {"application/json": {"schema": {"type": "object"}}}
+ANSWER: dict[int | str, dict[str, Any]] = {200: {"content": OBJECT | {"text/event-stream": {}}}}
+NOT_READY: dict[int | str, dict[str, Any]] = {503: {"content": OBJECT, "description": "Loading or stopping"}}
 
 
 def make_app(
@@ -50,7 +54,10 @@ def make_app(
         cors_origins: web pages from there may ask too, as `https://example.org`; `*` is all of them.
     """
     # No documentation routes: their page would load scripts from elsewhere.
-    app = FastAPI(title="SpecBound", docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="SpecBound", docs_url=None, redoc_url=None,
+        responses={"default": {"content": {"application/json": {"schema": PROBLEMS}}, "description": "An error"}},
+    )  # fmt: skip
     metrics = Metrics(worker)
     worker.on_round = metrics.rows.observe
     add_error_forms(app)
@@ -73,15 +80,15 @@ def make_app(
 def _add_answers(app: FastAPI, worker: Worker, metrics: Metrics, names: Sequence[str], limits: Limits) -> None:
     """What is answered by the model, in the forms of OpenAI's three routes."""
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=ANSWER)
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await respond(body, request, Chunks(body, names[0]))
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=ANSWER)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await respond(body, request, Chunks(body, names[0]))
 
-    @app.post("/v1/responses")
+    @app.post("/v1/responses", responses=ANSWER)
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         try:
             chat = body.as_chat()
@@ -132,7 +139,7 @@ def _add_looks(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
     def show_page() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
 
-    @app.get("/health")
+    @app.get("/health", responses=NOT_READY)
     def health() -> JSONResponse:
         ready = worker.state == "ready"
         detail: dict[str, Any] = {}
@@ -140,7 +147,7 @@ def _add_looks(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
             detail = {"certificate": str(worker.model.specbound.certificate), "kv_tokens": worker.memory.tokens}
         return JSONResponse({"status": "ok" if ready else worker.state} | detail, 200 if ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def show_metrics() -> Response:
         return Response(metrics.page(), media_type="text/plain; version=0.0.4")
 

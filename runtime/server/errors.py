@@ -13,6 +13,12 @@ from runtime.errors import SpecBoundError
 from runtime.server.request.strict import TOO_DEEP
 from runtime.server.worker import Full, Unavailable
 
+# What the document says of every error.
+TEXT, MAYBE = {"type": "string"}, {"type": ["string", "null"]}
+FIELDS = {"message": TEXT, "type": TEXT, "param": MAYBE, "code": MAYBE}
+PROBLEM = {"type": "object", "properties": FIELDS, "required": [*FIELDS]}
+PROBLEMS = {"type": "object", "properties": {"error": PROBLEM}, "required": ["error"]}
+
 
 class ApiError(Exception):
     """An error as OpenAI's clients read it.

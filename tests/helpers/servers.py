@@ -119,11 +119,16 @@ class Served:
 
     def post(self, body: bytes, path: str = "/v1/completions", **headers: str) -> tuple[int, Any]:
         """Status and JSON."""
+        status, _, text = self.ask(body, path, **headers)
+        return status, json.loads(text)
+
+    def ask(self, body: bytes, path: str, **headers: str) -> tuple[int, str | None, str]:
+        """Status, type and text of an answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request("POST", path, body, {"Content-Type": "application/json"} | headers)
             response = connection.getresponse()
-            return response.status, json.loads(response.read())
+            return response.status, response.getheader("Content-Type"), response.read().decode()
         finally:
             connection.close()
 

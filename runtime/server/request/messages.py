@@ -1,14 +1,21 @@
 """Messages of a chat in OpenAI's form, and how the chat template is to be asked. Knows no model."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from runtime.server.request.strict import Strict
 from runtime.server.request.tools import Call, NamedFunction, NamedTool, Tool
 
 # What clients hold of an answer besides its text, and send back: it says nothing to a template.
 BESIDE = ("id", "annotations", "provider_specific_fields")
+# What the document says of text, or parts of text.
+PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": PART}]}
 
 
 class Message(Strict):
@@ -23,7 +30,7 @@ class Message(Strict):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str
+    content: Annotated[str, WithJsonSchema(CONTENT_SCHEMA)]
     name: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[Call] = Field(default_factory=list)

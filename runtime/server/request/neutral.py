@@ -4,6 +4,7 @@ from collections.abc import Container
 from typing import Any
 
 from runtime.server.errors import ApiError
+from runtime.server.request.strict import describe
 
 # Whatever they say, the answer is the same: of keeping, accounting and caching.
 INERT = {
@@ -58,6 +59,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+def describe_body(schema: dict[str, Any]) -> None:
+    """Say in the document what a body may hold beside its own fields."""
+    describe(schema)
+    told = {name: {"enum": [*values, None]} for name, values in NEUTRAL.items()}
+    schema["properties"] = {name: {} for name in sorted(INERT)} | told | schema["properties"]
+
+
 def without_neutral(fields: dict[str, Any], own: Container[str]) -> dict[str, Any]:
     """The fields of a request that say something.
 
@@ -70,6 +78,7 @@ def without_neutral(fields: dict[str, Any], own: Container[str]) -> dict[str, An
     kept = {name: value for name, value in fields.items() if value is not None and name not in INERT}
     for name in [name for name in kept if name in NEUTRAL and name not in own]:
         value = kept.pop(name)
-        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in NEUTRAL[name]):
+        same = (*NEUTRAL[name], kept.get("n")) if name == "best_of" else NEUTRAL[name]  # of which none is left out
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in same):
             raise ApiError(400, f"{name} is not supported by this server: leave it out", param=name)
     return kept

@@ -3,16 +3,18 @@
 It asks what a chat asks, in other words: it is answered as that chat.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
-from runtime.server.request.neutral import without_neutral
+from runtime.server.request.neutral import describe_body, without_neutral
 from runtime.server.request.schema import ChatRequest, Speculation
 from runtime.server.request.strict import Strict, check_object
 from runtime.server.request.tools import NamedSchema
 
 TEXTS = ("input_text", "output_text", "text", "reasoning_text")
+# What the document says of text, or a list of messages.
+INPUT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
 
 
 class TextFormat(Strict):
@@ -48,8 +50,10 @@ class ResponsesRequest(Strict):
         top_k, min_p, seed, stop, chat_template_kwargs, enable_thinking, specbound: not OpenAI's; as chats have them.
     """
 
+    model_config = ConfigDict(json_schema_extra=describe_body)
+
     model: str
-    input: list[dict[str, Any]]
+    input: Annotated[list[dict[str, Any]], WithJsonSchema(INPUT_SCHEMA)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = None

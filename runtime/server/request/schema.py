@@ -3,12 +3,12 @@
 What cannot be honoured is refused, never ignored, unless it is at the value that changes nothing.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from runtime.server.request.messages import Conversation, Message
-from runtime.server.request.neutral import without_neutral
+from runtime.server.request.neutral import describe_body, without_neutral
 from runtime.server.request.strict import Strict, check_object
 from runtime.server.request.tools import ResponseFormat
 
@@ -20,6 +20,12 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_CHOICES = 128
 MAX_BIAS = 100
+# What the document says of fields that are taken in several forms.
+STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+STOP_SCHEMA = {"anyOf": [STOP, {"type": "array", "items": STOP, "maxItems": MAX_STOP_STRINGS}]}
+IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+TEXT = {"type": "string", "minLength": 1}
+PROMPT_SCHEMA = {"anyOf": [TEXT, IDS, {"type": "array", "items": {"anyOf": [TEXT, IDS]}, "minItems": 1}]}
 
 
 class StreamOptions(Strict):
@@ -64,6 +70,8 @@ class Request(Strict):
         frequency_penalty: the same, once for each time.
     """
 
+    model_config = ConfigDict(json_schema_extra=describe_body)
+
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -71,7 +79,7 @@ class Request(Strict):
     max_completion_tokens: int | None = Field(None, ge=1)
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: list[str] = Field(default_factory=list)
+    stop: Annotated[list[str], WithJsonSchema(STOP_SCHEMA)] = Field(default_factory=list)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=-1)
@@ -176,7 +184,7 @@ class CompletionRequest(Request):
         echo: the answer begins with its prompt, and `logprobs` tells those of its tokens too.
     """
 
-    prompt: list[str | list[int]]
+    prompt: Annotated[list[str | list[int]], WithJsonSchema(PROMPT_SCHEMA)]
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False

@@ -11,10 +11,18 @@ TOO_DEEP = f"is nested deeper than the {MAX_DEPTH} levels that are taken: send i
 AS_JSON = ", sent with the header Content-Type: application/json"
 
 
+def describe(schema: dict[str, Any]) -> None:
+    """Say in the document that null is as if nothing were said, in fields that nobody knows too."""
+    for name, field in schema.get("properties", {}).items():
+        if name not in schema.get("required", ()):
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+    schema["additionalProperties"] = {"type": "null"}
+
+
 class Strict(BaseModel):
     """No unknown fields, and no text where a number is asked for; null is as if nothing were said."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=describe)
 
     @model_validator(mode="before")
     @classmethod

@@ -1,9 +1,9 @@
 """What a chat's answer may be: calls of tools, or JSON of a schema; as OpenAI's requests say it. Knows no model."""
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from runtime.server.request.strict import TOO_DEEP, Strict, check_object
 
@@ -57,7 +57,7 @@ class Called(Strict):
     """
 
     name: str
-    arguments: dict[str, Any]
+    arguments: Annotated[dict[str, Any], WithJsonSchema({"type": ["string", "object"]})]
 
     @field_validator("arguments", mode="before")
     @classmethod

@@ -108,6 +108,28 @@ def test_openapi(open_url: str) -> None:
     assert ask(open_url, "GET", "/docs")[0] == 404
 
 
+def test_openapi_tells_forms_and_errors(open_url: str) -> None:
+    """Fields of several forms, null in any, what changes nothing, and errors as they come."""
+    found = ask(open_url, "GET", "/openapi.json")[1]
+    schemas = found["components"]["schemas"]
+    body = schemas["CompletionRequest"]
+    kinds = [one.get("type") for one in body["properties"]["prompt"]["anyOf"]]
+    assert kinds == ["string", "array", "array"] and {"type": "null"} in body["properties"]["stop"]["anyOf"]
+    assert body["additionalProperties"] == {"type": "null"} and body["properties"]["ignore_eos"] == {
+        "enum": [False, None]
+    }
+    assert {"type": "string"} in schemas["Message"]["properties"]["content"]["anyOf"]
+    assert schemas["Called"]["properties"]["arguments"]["type"] == ["string", "object"]
+    for path, methods in found["paths"].items():
+        for about in methods.values():
+            answers = about["responses"]
+            error = answers["default"]["content"]["application/json"]["schema"]["properties"]["error"]
+            assert error["required"] == ["message", "type", "param", "code"]
+            assert "422" not in answers and answers.keys() <= {"200", "503", "default"}, path
+    answers = found["paths"]["/v1/completions"]["post"]["responses"]["200"]
+    assert answers["content"].keys() == {"application/json", "text/event-stream"}
+
+
 def test_pages_of_other_origins(open_url: str, keyed_url: str) -> None:
     """A preflight needs no key; refusals can be read too; origins that were not named are not let in."""
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
