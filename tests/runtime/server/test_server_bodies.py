@@ -1,4 +1,4 @@
-"""Bodies that other clients send, byte for byte as they do, and what each of them reads from the answer."""
+"""Bodies as other clients send them, shortened, and what each of them reads from the answer."""
 
 import json
 from collections.abc import Iterator
