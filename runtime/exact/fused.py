@@ -127,7 +127,7 @@ def fused_layers(
         joint: the Linears that run packed, by the modules that each stands for.
     """
     family = family_of(model.config)
-    if attention.stock == "eager":
+    if family.norms is None or attention.stock == "eager":
         return
     decoder = text_decoder(model)
     weight: Tensor = decoder.norm.weight

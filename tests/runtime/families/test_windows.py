@@ -90,6 +90,7 @@ def test_a_second_call_goes_on_with_the_cache_of_the_first() -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", sorted(WINDOWS))
+@pytest.mark.usefixtures("whole_probes")
 def test_a_window_that_is_overlooked_shows(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the probe, which finds every bit of logits and cache in the tests above, finds others."""
     require(family)

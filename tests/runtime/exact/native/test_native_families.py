@@ -26,6 +26,7 @@ from tests.helpers.fake_heads import FakeHeads
 from tests.helpers.families import INSIDE_ALONE, NATIVE_SHAPE, prompt, randomise
 from tests.helpers.native.orders import torch_order
 
+pytestmark = pytest.mark.usefixtures("whole_probes")  # beyond windows
 WINDOW = 40  # filled in the midst of the text that is compared, of 24 tokens and 32
 HALF: dict[str, Any] = {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": WINDOW}
 USED = HALF | {"use_sliding_window": True}
