@@ -34,9 +34,8 @@ is_supported() {
     "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
-# Modules are compiled at their first import: most have none, and all at once take a minute.
 pip_install() {
-    "$venv/bin/python" -m pip --disable-pip-version-check -qq install --no-compile "$@"
+    "$venv/bin/python" -m pip --disable-pip-version-check -qq install "$@"
 }
 
 make_venv() {
