@@ -33,7 +33,7 @@ class AttentionHead(ExitHead):
         num_heads, num_key_heads, head_size: H, G and E.
     """
 
-    ages = tuple(range(1, MAX_AGE + 1))  # the last for all further drafts
+    ages = (*range(1, MAX_AGE + 1), MAX_AGE + 2)  # the last for all further drafts
     attends = True
 
     def __init__(self, hidden_size: int, draft_vocab_size: int, rank: int) -> None:
@@ -132,7 +132,7 @@ class AttentionHead(ExitHead):
             mixed, queries, _, values = self.read(*rows)
             attended = values.repeat_interleave(queries.shape[-3] // values.shape[-3], dim=-3)
             return unembedding(self.write(mixed, attended))
-        last = MAX_AGE if bool((context.age == 0).any()) else int(context.age.max())
+        last = max(MAX_AGE if bool((context.age == 0).any()) else 0, int(context.age.max()))
         states = torch.stack(unrolled(self, hidden, context.texts, unembedding, steps=last))
         chosen = context.texts.chosen
         offset = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)[chosen]

@@ -45,11 +45,10 @@ class ExitLog:
         temperatures: Mapping[int, float],
         ages: Sequence[int],
     ) -> "ExitLog":
-        """Run the heads over features, once for each age."""
+        """Run the heads over features."""
         logged = cls(temperatures, ages)
         for batch in batches:
-            logits = [heads(batch.hidden, batch.context(age)) for age in ages]
-            logged.add(batch, logits, heads.draft_to_target)
+            logged.add(batch, by_age(heads, batch, ages), heads.draft_to_target)
         return logged
 
     def add(
@@ -97,6 +96,14 @@ class ExitLog:
     def sequence(self) -> NDArray[np.int64]:
         """Index of each position's sequence, shape [N]."""
         return np.repeat(np.arange(len(self._lengths)), self._lengths)
+
+
+def by_age(heads: DraftHeads, batch: Features, ages: Sequence[int]) -> list[dict[int, torch.Tensor]]:
+    """For each age, exit layer -> draft logits [N, V]."""
+    if not heads.exits.one.attends:
+        return [heads(batch.hidden, batch.context(age)) for age in ages]
+    every = heads(batch.hidden, batch.context(ages))  # a later draft is made of those before: one pass makes all
+    return [{layer: logits[index] for layer, logits in every.items()} for index in range(len(ages))]
 
 
 def _joined(parts: Mapping[int, list[NDArray[Any]]]) -> dict[int, NDArray[Any]]:

@@ -1,13 +1,13 @@
 """Figures of exit heads on text: agreement, expected acceptance, precision and coverage. Knows no files."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.temperature import confidence
-from train.calibration.exit_log import ExitLog
+from train.calibration.exit_log import ExitLog, by_age
 from train.features.extractor import Features
 from train.fitting.losses import Targets, distillation_loss, expected_acceptance
 from train.replay.simulation import Simulation
@@ -43,12 +43,13 @@ def evaluate(
         targets = Targets.of(batch.target, batch.top_ids, batch.top_log_probs, heads.target_to_draft)
         number = len(batch.target)
         positions += number
-        by_age = [heads(batch.hidden, batch.context(age)) for age in ages]
+        each = by_age(heads, batch, ages)
         if simulation is not None:
-            log = log or ExitLog(dict.fromkeys(by_age[0], 1.0), ages)
-            log.add(batch, by_age, heads.draft_to_target)
-        for layer, logits in by_age[0].items():
-            values = _figures(logits, [by_layer[layer] for by_layer in by_age[1:]], targets, kl_weight)
+            log = log or ExitLog(dict.fromkeys(each[0], 1.0), ages)
+            log.add(batch, each, heads.draft_to_target)
+        for layer, logits in each[0].items():
+            later = {age or draft: one[layer] for draft, (age, one) in enumerate(zip(ages, each, strict=True), 1)}
+            values = _figures(logits, later, targets, kl_weight)
             for name, value in values.items():
                 key = f"held_out/{name}/layer_{layer:02d}"
                 sums[key] = sums.get(key, 0.0) + value
@@ -60,9 +61,9 @@ def evaluate(
 
 
 def _figures(
-    logits: torch.Tensor, later: Sequence[torch.Tensor], targets: Targets, kl_weight: float
+    logits: torch.Tensor, by_draft: Mapping[int, torch.Tensor], targets: Targets, kl_weight: float
 ) -> dict[str, float]:
-    """Sums over the positions of a batch, of one exit's logits [N, V] as first and as later drafts."""
+    """Sums over the positions of a batch, of one exit's logits [N, V] as first draft and as the j-th."""
     correct = logits.argmax(-1) == targets.choice
     confident = confidence(logits, 1.0) >= THRESHOLD
     values = {
@@ -73,7 +74,9 @@ def _figures(
         "confident": float(confident.sum()),
         "confident_and_correct": float((confident & correct).sum()),
     }
-    for draft, one in enumerate(later, start=2):
+    for draft, one in by_draft.items():
+        if draft == 1:
+            continue
         values[f"agreement_{draft}"] = float((one.argmax(-1) == targets.choice).sum())
         values[f"recall_{draft}"] = _recalled(one, targets.choice)
     return values
