@@ -188,6 +188,7 @@ class Traces:
             tensors["wrong"] = some.astype(np.int32)
             tensors["after_wrong"] = np.ascontiguousarray(self.after_wrong[:, some], dtype=np.float16)
         save_file(tensors, path, metadata={"weights_sha256": weights_sha256})
+        path.chmod(0o644)  # safetensors lets only the owner read it
 
     @classmethod
     def read(cls, path: Path, *, weights_sha256: str) -> "Traces":
