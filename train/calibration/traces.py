@@ -184,8 +184,7 @@ class Traces:
         if self.uncalibrated is not None:
             tensors["uncalibrated"] = np.ascontiguousarray(self.uncalibrated, dtype=np.float16)
         if self.after_wrong is not None:  # most positions have nothing here
-            some = np.flatnonzero(self.after_wrong[0])
-            tensors["wrong"] = some.astype(np.int32)
+            tensors["wrong"] = (some := np.flatnonzero(self.after_wrong[0])).astype(np.int32)
             tensors["after_wrong"] = np.ascontiguousarray(self.after_wrong[:, some], dtype=np.float16)
         save_file(tensors, path, metadata={"weights_sha256": weights_sha256})
         path.chmod(0o644)  # safetensors lets only the owner read it
