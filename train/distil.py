@@ -17,6 +17,7 @@ from runtime.adapter.identity import base_fingerprint
 from runtime.base import base_config, find_base, load_model, load_tokenizer
 from runtime.decoding.layers import settle_kernels
 from runtime.errors import AdapterError, ConfigError, SpecBoundError
+from train.corpus.answers import check_template
 from train.corpus.collection import Collection
 from train.corpus.corpus import distil
 from train.corpus.options import CorpusOptions
@@ -37,6 +38,7 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
     Raises:
         ConfigError, DataError: see `Collection.mix` and `distil`.
     """
+    check_template(tokenizer, corpus_options(config))  # before anything that takes long
     if state.is_main_process and (longest := config.max_prompt_tokens + config.max_new_tokens) > config.longest:
         logger.warning(
             "max_length %d cuts answers that are generated whole: set it to max_prompt_tokens + max_new_tokens, %d, or"

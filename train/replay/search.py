@@ -31,8 +31,8 @@ MIN_GAIN = 1e-4
 PASSES = 3
 # Costs measured twice on one machine differ by about so much. A trained head is not switched off for less.
 NOISE = 0.02
-# Added to the measured cost of each draft, in tokens of stock `generate`. Costs are noisy and many bounds are nearly
-# as fast as the fastest; those that draft less lose less on other texts and machines.
+# Added to the measured cost of each draft, in tokens of our own loop. Costs are noisy and many bounds are nearly as
+# fast as the fastest; those that draft less lose less on other texts and machines.
 CAUTION = 0.01
 # Candidates are compared on whole texts of about so many positions, and the best of them then on several times more.
 QUICK_POSITIONS, FINALIST_POSITIONS, FINALISTS = 1200, 5000, 2
@@ -100,7 +100,7 @@ def tune(
 
 def _speed(replayed: Totals, costs: CostTable) -> float:
     """Tokens per second with `CAUTION`, rounded so that sums in another order compare equal."""
-    caution = CAUTION * costs.plain * replayed.drafted.total()
+    caution = CAUTION * costs.of_round((), 1)[0] * replayed.drafted.total()
     return round(1000.0 * replayed.emitted / max(1e-9, float(replayed.ms_by_text.sum()) + caution), 6)
 
 
