@@ -20,7 +20,7 @@ PROMPT = torch.tensor([[5, 17, 33, 90]])
 def generate(model, **options):
     torch.manual_seed(0)
     with torch.no_grad():
-        return model.generate(PROMPT, max_new_tokens=40, **{"do_sample": False, **options}).tolist()
+        return model.generate(PROMPT, max_new_tokens=16, **{"do_sample": False, **options}).tolist()
 
 
 def test_the_fingerprint_is_that_of_the_weights_not_of_their_dtype(make_model):

@@ -18,7 +18,7 @@ from runtime.generate import attach
 from runtime.handle import SpecBound
 from tests.helpers.fake_heads import FakeHeads
 
-VOCABULARY, LENGTH, SAMPLES = 8, 4, 1500
+VOCABULARY, LENGTH, SAMPLES = 8, 4, 900
 PROMPT = torch.tensor([[1, 4, 2]])
 
 

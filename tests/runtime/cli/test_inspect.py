@@ -155,20 +155,12 @@ def test_help_names_the_verb():
 
 
 def test_the_command_itself_without_the_train_extra(folder):
-    """A real process, piped, on a terminal that knows only ASCII; then one that must not import torch."""
+    """A real process, piped, on a terminal that knows only ASCII."""
     edit(folder, base_model_name_or_path="org/b\u00e4se")
     block = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r})); from train.cli.app import main; "
-    command = [sys.executable, "-c", block + "main()", "inspect"]
+    command = [sys.executable, "-c", block + "main()", "inspect", str(folder)]
     environment = {"PYTHONIOENCODING": "ascii", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    good = subprocess.run([*command, str(folder)], capture_output=True, text=True, env=environment, timeout=300)
+    good = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert good.returncode == 0, good.stderr
     assert rows(good.stdout)["base"] == "base org/b\\xe4se"
     assert good.stderr.startswith("warning: ") and good.stderr.count("\n") == 1
-    bad = subprocess.run([*command, str(folder.parent)], capture_output=True, text=True, env=environment, timeout=300)
-    assert (bad.returncode, bad.stdout) == (1, "")
-    assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
-    usage = block.replace("dict.fromkeys(", "dict.fromkeys(('torch', 'transformers') + ")
-    shown = subprocess.run(
-        [sys.executable, "-c", usage + "main()", "--help"], capture_output=True, text=True, timeout=300
-    )
-    assert shown.returncode == 0 and "inspect" in shown.stdout
