@@ -49,7 +49,7 @@ class Replica:
         def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             torch.set_num_threads(threads)
             model = load_specbound(adapter, base_model, dtype=dtype)
-            return model, load_tokenizer(model.name_or_path, {})
+            return model, load_tokenizer(str(model.name_or_path), {})
 
         self.name, self.limits, loaded = name, Limits(**limits), threading.Event()
         self.worker = Worker(
