@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import typer
-import yaml
 from typer.testing import CliRunner
 
-from runtime.server.serve import STOP_SECONDS
 from tests.helpers.paths import ROOT
 from train.cli.app import app
 from train.settings.fit_config import FitConfig
@@ -78,26 +76,6 @@ def test_snippets_parse(page: Path) -> None:
             VERBS.commands[words[1]].make_context(words[1], words[2:])
     for words in mentions(page):
         check_options(words)
-
-
-def test_the_manifest_of_kubernetes() -> None:
-    """Its command is one of ours, its labels, ports and memory fit one another, and its end is long enough."""
-    (text,) = blocks(ROOT / "docs" / "serving.md", "yaml")
-    deployment, service = yaml.safe_load_all(text)
-    pod = deployment["spec"]["template"]
-    (container,) = pod["spec"]["containers"]
-    assert container["command"][:2] == ["specbound", "serve"] and "args" not in container
-    given = VERBS.commands["serve"].make_context("serve", container["command"][2:]).params
-    labels = pod["metadata"]["labels"]
-    assert deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"] == labels
-    ports = {container["ports"][0]["containerPort"], container["readinessProbe"]["httpGet"]["port"]}
-    assert ports == {service["spec"]["ports"][0]["targetPort"], given["port"]} == {given["port"]}
-    memory = container["resources"]["limits"]["memory"]
-    assert 0 < given["kv_memory"] < int(memory.removesuffix("Gi"))
-    pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert pause + given["grace"] + STOP_SECONDS < pod["spec"]["terminationGracePeriodSeconds"]
-    assert container["env"][0]["name"] == "SPECBOUND_API_KEY"
-    assert int(container["env"][1]["value"]) == given["threads"] == int(container["resources"]["limits"]["cpu"])
 
 
 def test_the_checks_can_fail() -> None:

@@ -18,7 +18,7 @@ CLI = ROOT / "runtime" / "cli"
 ALLOWED_IN_CLI = {"typer", "rich"}
 # Of the `serve` and `grammar` extras: for the files of this folder alone, which no other file of the package imports.
 SERVER = ROOT / "runtime" / "server"
-ALLOWED_IN_SERVER = {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "llguidance"}
+ALLOWED_IN_SERVER = {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "llguidance", "ray"}
 MAX_LINES = 400
 UNSAFE_MODULES = {"cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "yaml.load", "yaml.unsafe_load"}

@@ -89,7 +89,7 @@ class Conversation(Strict):
         tool_choice: `none`, `auto`, `required`, or the one to be called.
     """
 
-    messages: list[Message]
+    messages: list[Message] = Field(json_schema_extra={"minItems": 1})
     tools: list[Tool] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     add_generation_prompt: bool | None = None

@@ -8,13 +8,36 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from runtime.server.request.neutral import describe_body, without_neutral
+from runtime.server.request.ranges import MinP, Seed, Stop, Temperature, TopK, TopP
 from runtime.server.request.schema import ChatRequest, Speculation
 from runtime.server.request.strict import Strict, check_object
 from runtime.server.request.tools import NamedSchema
 
 TEXTS = ("input_text", "output_text", "text", "reasoning_text")
-# What the document says of text, or a list of messages.
-INPUT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
+# What the document says of text, or a list of messages and of the reasoning that led to them.
+TEXT = {"type": "string"}
+PART = {
+    "type": "object",
+    "properties": {"type": {"enum": [*TEXTS]}, "text": TEXT},
+    "required": ["type", "text"],
+}
+PARTS = {"type": "array", "items": PART}
+MESSAGE = {
+    "type": "object",
+    "properties": {
+        "type": {"enum": ["message", None]},
+        "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+        "content": {"anyOf": [TEXT, PARTS]},
+    },
+    "required": ["role", "content"],
+}
+REASONING = {
+    "type": "object",
+    "properties": {"type": {"const": "reasoning"}, "content": {"anyOf": [TEXT, PARTS, {"type": "null"}]}},
+    "required": ["type"],
+}
+ITEMS = {"type": "array", "items": {"anyOf": [MESSAGE, REASONING]}, "contains": MESSAGE}
+INPUT_SCHEMA = {"anyOf": [TEXT, ITEMS]}
 
 
 class TextFormat(Strict):
@@ -56,14 +79,14 @@ class ResponsesRequest(Strict):
     input: Annotated[list[dict[str, Any]], WithJsonSchema(INPUT_SCHEMA)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     stream: bool = False
     text: TextOptions = TextOptions()
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    stop: list[str] | str | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    seed: Seed | None = None
+    stop: Stop = Field(default_factory=list)
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
     specbound: Speculation = Speculation()
@@ -82,15 +105,17 @@ class ResponsesRequest(Strict):
         messages: list[dict[str, Any]] = []
         reasoning = ""
         for item in items:
-            kind = item.get("type", "message")
+            kind, content = item.get("type"), item.get("content")
             if kind == "reasoning":  # it goes back to the message that it led to
-                reasoning += _text(item.get("content") or [])
-            elif kind == "message":
-                message = {"role": item.get("role"), "content": _text(item.get("content"))}
+                reasoning += "" if content is None else _text(content)
+            elif kind in ("message", None):
+                message = {"role": item.get("role"), "content": _text(content)}
                 messages.append(message | ({"reasoning_content": reasoning} if reasoning else {}))
                 reasoning = ""
             else:
-                raise ValueError(f"an item of type {kind:.40} is not supported by this server: send messages of text")
+                raise ValueError(f"an item of type {kind!s:.40} is not supported by this server: send text")
+        if not messages:
+            raise ValueError("must hold at least one message")
         return messages
 
     def as_chat(self) -> ChatRequest:

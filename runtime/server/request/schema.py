@@ -9,20 +9,14 @@ from pydantic import ConfigDict, Field, WithJsonSchema, field_validator, model_v
 
 from runtime.server.request.messages import Conversation, Message
 from runtime.server.request.neutral import describe_body, without_neutral
-from runtime.server.request.strict import Strict, check_object
+from runtime.server.request.ranges import Bias, MinP, Seed, Stop, Temperature, TopK, TopP
+from runtime.server.request.strict import Strict, check_object, describe
 from runtime.server.request.tools import ResponseFormat
 
-# A number so small that scores divided by it are no longer finite.
-MIN_TEMPERATURE = 1e-6
 # As many as OpenAI's chats take.
 MAX_LOGPROBS = 20
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 256
 MAX_CHOICES = 128
-MAX_BIAS = 100
 # What the document says of fields that are taken in several forms.
-STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
-STOP_SCHEMA = {"anyOf": [STOP, {"type": "array", "items": STOP, "maxItems": MAX_STOP_STRINGS}]}
 IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 TEXT = {"type": "string", "minLength": 1}
 PROMPT_SCHEMA = {"anyOf": [TEXT, IDS, {"type": "array", "items": {"anyOf": [TEXT, IDS]}, "minItems": 1}]}
@@ -78,48 +72,22 @@ class Request(Strict):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     n: int = Field(1, ge=1, le=MAX_CHOICES)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[str], WithJsonSchema(STOP_SCHEMA)] = Field(default_factory=list)
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=-1)
-    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    seed: Seed | None = None
+    stop: Stop = Field(default_factory=list)
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
     repetition_penalty: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
     presence_penalty: float = Field(0, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float = Field(0, ge=-2, le=2, allow_inf_nan=False)
-    logit_bias: dict[str, float] = Field(default_factory=dict)
+    logit_bias: Bias = Field(default_factory=dict)
     specbound: Speculation = Speculation()
 
     @model_validator(mode="before")
     @classmethod
     def _said(cls, fields: Any) -> Any:
         return without_neutral(check_object(fields), cls.model_fields)
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _listed(cls, stop: Any) -> Any:
-        strings = [stop] if isinstance(stop, str) else stop
-        if not isinstance(strings, list) or not all(isinstance(one, str) for one in strings):
-            raise ValueError("must be a string or a list of strings")
-        if len(strings) > MAX_STOP_STRINGS:
-            raise ValueError(f"{len(strings)} strings are too many: this server takes at most {MAX_STOP_STRINGS}")
-        if not all(1 <= len(one) <= MAX_STOP_LENGTH for one in strings):
-            raise ValueError(f"each string must have 1 to {MAX_STOP_LENGTH} characters")
-        return strings
-
-    @field_validator("temperature")
-    @classmethod
-    def _divisible(cls, value: float | None) -> float | None:
-        if value is not None and 0 < value < MIN_TEMPERATURE:
-            raise ValueError(f"must be 0, for greedy decoding, or at least {MIN_TEMPERATURE:g}")
-        return value
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _of_ids(cls, bias: dict[str, float]) -> dict[str, float]:
-        if not all(key.isdecimal() and abs(value) <= MAX_BIAS for key, value in bias.items()):
-            raise ValueError(f"must give token ids, as text, numbers from -{MAX_BIAS} to {MAX_BIAS}")
-        return bias
 
     def sampling(self) -> dict[str, Any]:
         """Options of `generate`; those not asked for are left to it."""
@@ -220,6 +188,14 @@ def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(one) is int for one in value)
 
 
+def _describe_either(schema: dict[str, Any]) -> None:
+    """Say in the document that there is a prompt, or messages, and what goes with a prompt alone."""
+    describe(schema)
+    prompt = {"properties": {"prompt": {"type": "string"}}, "required": ["prompt"]}
+    own = {"messages": {"type": "array"}, "add_special_tokens": {"enum": [False, None]}}
+    schema["oneOf"] = [prompt, {"properties": own, "required": ["messages"]}]
+
+
 class TokenizeRequest(Conversation):
     """Body of /tokenize: a text, or messages.
 
@@ -227,8 +203,10 @@ class TokenizeRequest(Conversation):
         add_special_tokens: to a text, as a completion's prompt gets them; a chat template has its own.
     """
 
+    model_config = ConfigDict(json_schema_extra=_describe_either)
+
     model: str | None = None
-    messages: list[Message] = Field(default_factory=list)
+    messages: list[Message] = Field(default_factory=list, json_schema_extra={"minItems": 1})
     prompt: str | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool = False

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -128,6 +129,19 @@ def test_openapi_tells_forms_and_errors(open_url: str) -> None:
             assert "422" not in answers and answers.keys() <= {"200", "503", "default"}, path
     answers = found["paths"]["/v1/completions"]["post"]["responses"]["200"]
     assert answers["content"].keys() == {"application/json", "text/event-stream"}
+
+
+def test_openapi_tells_ranges(open_url: str) -> None:
+    """What a body is refused for is told, as far as a schema can say it."""
+    schemas = ask(open_url, "GET", "/openapi.json")[1]["components"]["schemas"]
+    chat, response, tokenize = (schemas[f"{name}Request"]["properties"] for name in ("Chat", "Responses", "Tokenize"))
+    assert chat["messages"]["minItems"] == 1 == tokenize["messages"]["anyOf"][0]["minItems"]
+    for field in ("stop", "temperature", "top_p", "top_k", "min_p", "seed"):
+        assert chat[field] == response[field], field
+    bias = chat["logit_bias"]["anyOf"][0]
+    assert re.search(bias["propertyNames"]["pattern"], "12") and not re.search(bias["propertyNames"]["pattern"], "w1")
+    assert bias["additionalProperties"]["maximum"] == 100
+    assert [each["required"] for each in schemas["TokenizeRequest"]["oneOf"]] == [["prompt"], ["messages"]]
 
 
 def test_pages_of_other_origins(open_url: str, keyed_url: str) -> None:
