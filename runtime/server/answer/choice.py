@@ -31,6 +31,7 @@ class Choice:
         form: the tokens' probabilities.
         reader: what of its text is content, reasoning and calls.
         deltas: what the reader found and nobody has taken yet.
+        num_tokens: of the answer so far.
         written: what came of it.
     """
 
@@ -42,6 +43,7 @@ class Choice:
     form: LogprobsForm
     reader: Reader
     deltas: list[Delta] = field(default_factory=list)
+    num_tokens: int = 0
     written: Written | None = None
 
     @classmethod
@@ -109,6 +111,7 @@ class Choice:
     def take(self, event: Event) -> None:
         """Keep what an event tells."""
         if isinstance(event, Token):
+            self.num_tokens += event.id is not None
             self.form.add(event)
             self.deltas += self.reader.feed(event.text)
         elif isinstance(event, Written):

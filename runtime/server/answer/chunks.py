@@ -29,6 +29,7 @@ class Chunks:
         }
         options = body.stream_options
         self.usage: dict[str, Any] = {"usage": None} if options and options.include_usage else {}
+        self.counts = bool(self.usage and options and options.continuous_usage_stats)
 
     def line(self, event: dict[str, Any]) -> str:
         """An event of a stream, as it is sent."""
@@ -85,4 +86,9 @@ class Chunks:
     def _chunk(self, choice: Choice, delta: Delta, finish_reason: str | None = None) -> dict[str, Any]:
         body = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
         about = {"index": choice.index, "logprobs": choice.form.take(), "finish_reason": finish_reason}
-        return self._envelope([about | body], chunk=True) | self.usage
+        return self._envelope([about | body], chunk=True) | (self._so_far(choice) if self.counts else self.usage)
+
+    def _so_far(self, choice: Choice) -> dict[str, Any]:
+        prompt, answer = choice.prompt.num_tokens, choice.num_tokens
+        counts = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+        return {"usage": counts}

@@ -23,9 +23,15 @@ PROMPT_SCHEMA = {"anyOf": [TEXT, IDS, {"type": "array", "items": {"anyOf": [TEXT
 
 
 class StreamOptions(Strict):
-    """What a stream holds besides text."""
+    """What a stream holds besides text.
+
+    Attributes:
+        include_usage: at its end, how many tokens there were.
+        continuous_usage_stats: and with each piece of a choice, how many it has so far; vLLM's.
+    """
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
     @field_validator("include_obfuscation")

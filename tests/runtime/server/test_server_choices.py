@@ -42,8 +42,14 @@ def test_n_choices_of_a_chat(served: Any, client: openai.OpenAI) -> None:
     assert [choice.index for choice in whole.choices] == [0, 1, 2]
     usage: Any = whole.usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(ids), 36) and usage.specbound["emitted"] == 36
-    chunks = list(client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **arguments))
+    told: Any = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(client.chat.completions.create(stream=True, stream_options=told, **arguments))
     assert texts_of(chunks) == (expected, ["length"] * 3)
+    for index in range(3):  # each choice counts its own
+        so_far = [chunk.usage for chunk in chunks if chunk.choices and chunk.choices[0].index == index]
+        counts = [usage.completion_tokens for usage in so_far]
+        assert counts == sorted(counts) and counts[-1] == 12
+        assert {usage.prompt_tokens for usage in so_far} == {len(ids)}
     assert sum(chunk.choices[0].delta.role == "assistant" for chunk in chunks if chunk.choices) == 3
     last: Any = chunks[-1].usage
     assert last.completion_tokens == 36 and not chunks[-1].choices
