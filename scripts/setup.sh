@@ -34,8 +34,9 @@ is_supported() {
     "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
+# Modules are compiled at the end, on all cores.
 pip_install() {
-    "$venv/bin/python" -m pip --disable-pip-version-check -qq install "$@"
+    "$venv/bin/python" -m pip --disable-pip-version-check -qq install --no-compile "$@"
 }
 
 make_venv() {
@@ -97,4 +98,6 @@ has_torch='import sys, torch; sys.exit(torch.__version__.split("+")[0] != sys.ar
 "$venv/bin/python" -c "$has_torch" "$torch" 2>/dev/null || install_torch
 echo "setup: installing specbound[$extra]"
 pip_install -e ".[$extra]" -c "$constraints"
+# Some environments never keep what an import compiles; a library's file for another Python does not compile, or need to.
+"$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true
 printf '%s\n' "${done_before:+$done_before$'\n'}$wanted [$extra]" >"$stamp"

@@ -15,6 +15,8 @@ if [ "${1:-}" = --newest ]; then
 fi
 source scripts/setup.sh dev
 
+# Dozens of processes import the same modules: what the first compiles is kept for the others.
+export PYTHONDONTWRITEBYTECODE=
 # The tokenizers library warns about its threads wherever a test forks a process.
 export TOKENIZERS_PARALLELISM=false
 if [ -n "$newest" ]; then

@@ -62,6 +62,7 @@ def checkout(
     texts = [f"w{number} w{number * 7 % 90} w{number * 3 % 50}" for number in range(40)]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
     monkeypatch.setattr(profile, "SECONDS", 0.0)  # the fewest rounds
+    monkeypatch.setattr(profile, "CONTEXTS", (16, 40))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -11,6 +11,8 @@ from tests.helpers.metamorphic.changes import CHANGES, TABLES
 from tests.helpers.metamorphic.subject import NotApplicable, Subject, base, speculative
 from tests.helpers.paths import ROOT
 
+# Seeds of a base: what is probed of one is kept for the sequences that begin with it again.
+BASES = 5
 # One sequence in so many is compared with a copy that has no adapter, too.
 INDEPENDENT = 4
 
@@ -58,7 +60,7 @@ class Count:
 def run(sequence: Sequence, count: Count) -> str | None:
     """Make the changes to a fresh model and compare; what differs, or None."""
     threads = torch.get_num_threads()
-    subject = Subject(base(sequence.family, sequence.dtype, sequence.seed))
+    subject = Subject(base(sequence.family, sequence.dtype, sequence.seed % BASES))
     step = "before"
     speculated = 0
     try:

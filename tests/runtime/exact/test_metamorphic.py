@@ -20,7 +20,7 @@ from tests.helpers.packing import pretend_to_pack
 
 SEQUENCES = int(os.environ.get("METAMORPHIC_SEQUENCES", "300"))
 CASES = [(family, dtype) for family in FAMILIES for dtype in (torch.float32, torch.bfloat16)]
-# Tokens of a probe, fewer still than in other tests: there are two for each sequence.
+# Tokens of a probe, fewer still than in other tests: most sequences need one.
 PROBE = {"PROMPT_TOKENS": 6, "PROBE_TOKENS": 10, "FAR_TOKENS": 5}
 # Many changes are answered by plain decoding, and rightly so; but a suite in which nothing is drafted proves nothing.
 SPECULATING_SHARE = 0.1

@@ -38,7 +38,7 @@ RUNS = [
     (torch.float32, {"do_sample": False}, SpeculationBounds(0.2, 1, 8, max_branches=3, max_depth=4)),
     (torch.bfloat16, {"do_sample": True, "temperature": 0.8, "top_p": 0.9}, SpeculationBounds(0.2, 1, 5)),
 ]
-NEW = 40
+NEW = 26
 
 
 def states(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ from runtime.handle import SpecBound
 from tests.helpers.fake_heads import FakeHeads
 from tests.helpers.families import INSIDE_ALONE, VOCABULARY, WINDOWS, prompt, require, tiny
 
-WINDOW, NEW = 16, 40
+WINDOW, NEW = 16, 30
 GREEDY: dict[str, Any] = {"do_sample": False}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
 TREES, CHAINS = SpeculationBounds(0.2, 1, 8, max_branches=3, max_depth=4), SpeculationBounds(0.2, 1, 5)

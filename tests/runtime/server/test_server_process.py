@@ -94,7 +94,7 @@ def test_sigterm(adapter: Path, tmp_path: Path) -> None:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=3)
         for path in adapter.iterdir():
             path.write_bytes(b"broken")
-        arguments: Any = {"model": "base", "prompt": PROMPT, "max_tokens": 500, "stream": True}
+        arguments: Any = {"model": "base", "prompt": PROMPT, "max_tokens": 150, "stream": True}
         stream = client.completions.create(**arguments)
         first = next(iter(stream))
         process.send_signal(signal.SIGTERM)

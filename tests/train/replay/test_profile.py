@@ -1,6 +1,7 @@
 """From a fitted adapter to bounds for this machine: `specbound profile`, `specbound tune`."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,28 +14,23 @@ from typer.testing import CliRunner
 from runtime import SpecBoundError, SpeculationBounds, load_specbound
 from runtime.adapter.folder import load_adapter
 from runtime.stats import SpeculationStats
-from tests.helpers.fits import forget
 from train.calibration.traces import Traces
 from train.cli.app import app
 from train.corpus.corpus import load_split
-from train.fit_exits import main
 from train.replay import profile
 from train.replay.agreement import check_agreement
 from train.replay.costs import CostTable
 from train.replay.profile import _Bench, measure
 from train.replay.replay import Replayer
 from train.replay.workload import log_workload
-from train.settings.fit_config import FitConfig
 
 
 @pytest.fixture
-def fitted(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
-    """An adapter folder, its base, and the corpus it was fitted on; heads of the kind that the test asks for."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    recipe = make_recipe(tmp_path, head=getattr(request, "param", "deep"))
-    main(FitConfig(**recipe))
-    yield tmp_path / "adapter", recipe["model_name_or_path"], Path(recipe["corpus_dir"])
-    forget()
+def fitted(fitted: Path, make_recipe: Any, tmp_path: Path) -> tuple[Path, str, Path]:
+    """A copy of the fitted adapter's folder, its base, and the corpus it was fitted on."""
+    recipe = make_recipe(tmp_path)
+    shutil.copytree(fitted, tmp_path / "adapter")
+    return tmp_path / "adapter", recipe["model_name_or_path"], Path(recipe["corpus_dir"])
 
 
 def test_from_profile_to_tuned_bounds(fitted: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -66,11 +62,10 @@ def test_from_profile_to_tuned_bounds(fitted: Any, tmp_path: Path, caplog: pytes
     load_specbound(folder, base)
 
 
-@pytest.mark.parametrize("fitted", ["attention"], indirect=True)
-def test_heads_that_attend_are_measured(fitted: Any) -> None:
+def test_heads_that_attend_are_measured(fit: Any, tiny_base: Path, tmp_path: Path) -> None:
     """After a prompt that they have read; the state of a measurement holds it."""
-    folder, base, _ = fitted
-    model: Any = load_specbound(folder, base)
+    folder, _ = fit(tmp_path, head="attention")
+    model: Any = load_specbound(folder / "adapter", tiny_base)
     model.specbound.prepare(model)
     assert model.specbound.drafter.watched
     with model.specbound.prepared.running(model):

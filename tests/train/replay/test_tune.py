@@ -51,6 +51,12 @@ def honest_traces(texts: int = 12, seed: int = 0) -> Traces:
     )
 
 
+@pytest.fixture(scope="module")
+def tuned() -> tuple[SpeculationBounds, Any]:
+    """Bounds for the honest traces, and what they give."""
+    return tune(honest_traces(), COSTS, progress=False)
+
+
 def constant(*, confidence: float, correct: bool) -> Traces:
     """Every source alike at every position."""
     shape = (3, 90)
@@ -58,10 +64,9 @@ def constant(*, confidence: float, correct: bool) -> Traces:
     return made((0, 2, 6), *given, sequence=np.zeros(90, int), context=np.arange(90))
 
 
-def test_tuned_bounds_are_the_fastest() -> None:
+def test_tuned_bounds_are_the_fastest(tuned: Any) -> None:
     """Faster than the paper's policy at any of its settings; the poor exit is not asked."""
-    traces = honest_traces()
-    bounds, found = tune(traces, COSTS, progress=False)
+    traces, (bounds, found) = honest_traces(), tuned
     replayer = Replayer(traces, COSTS)
     by_hand = [
         SpeculationBounds(tau, deepest, width)
@@ -81,10 +86,9 @@ def test_good_shallow_drafts_pay() -> None:
     assert (bounds.max_draft_tokens, bounds.max_exit_layer) == (max(WIDTHS), 0) and found.speedup > 2
 
 
-def test_drafts_that_barely_pay_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_that_barely_pay_are_left_out(tuned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a draft is charged beyond its cost decides; what is predicted stays without it."""
-    traces = honest_traces()
-    found = tune(traces, COSTS, progress=False)[1]
+    traces, (_, found) = honest_traces(), tuned
     monkeypatch.setattr(tuning, "CAUTION", 0.4)
     fewer, slower = tune(traces, COSTS, progress=False)
     assert slower.drafted.total() < found.drafted.total() and slower.speedup <= found.speedup
@@ -203,11 +207,10 @@ def test_cost_tables_on_disk(tmp_path: Path) -> None:
             CostTable.read(path)
 
 
-def test_ablations_by_replay() -> None:
+def test_ablations_by_replay(tuned: Any) -> None:
     """Each part of the bounds taken away once; less of what pays is slower."""
-    traces = honest_traces()
+    traces, (bounds, found) = honest_traces(), tuned
     logged = replace(traces, uncalibrated=np.sqrt(traces.confidence))
-    bounds, found = tune(logged, COSTS, progress=False)
     ablated = ablate(logged, bounds, COSTS)
     fastest = max(one["predicted_speedup"] for one in ablated.values())
     assert ablated[FULL]["predicted_speedup"] == found.speedup >= fastest - 0.01
