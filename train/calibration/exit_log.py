@@ -100,7 +100,7 @@ class ExitLog:
 
 def by_age(heads: DraftHeads, batch: Features, ages: Sequence[int]) -> list[dict[int, torch.Tensor]]:
     """For each age, exit layer -> draft logits [N, V]."""
-    if not heads.exits.one.attends:
+    if batch.prompts is None:  # heads that do not attend
         return [heads(batch.hidden, batch.context(age)) for age in ages]
     every = heads(batch.hidden, batch.context(ages))  # a later draft is made of those before: one pass makes all
     return [{layer: logits[index] for layer, logits in every.items()} for index in range(len(ages))]
