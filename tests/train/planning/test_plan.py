@@ -37,6 +37,7 @@ PARAMETERS = {
     "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
     "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
     "Qwen/Qwen2.5-Coder-0.5B-Instruct": 494_032_768,
+    "google/gemma-3-270m": 268_098_176,
     "Qwen/Qwen3-8B": 8_190_735_360,
     "Qwen/Qwen3-30B-A3B": 30_532_122_624,
     "lmsys/vicuna-7b-v1.5": 6_738_415_616,
