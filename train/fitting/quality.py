@@ -48,7 +48,7 @@ def evaluate(
             log = log or ExitLog(dict.fromkeys(each[0], 1.0), ages)
             log.add(batch, each, heads.draft_to_target)
         for layer, logits in each[0].items():
-            later = {age or draft: one[layer] for draft, (age, one) in enumerate(zip(ages, each, strict=True), 1)}
+            later = {ages[index] or index + 1: each[index][layer] for index in range(1, len(ages))}
             values = _figures(logits, later, targets, kl_weight)
             for name, value in values.items():
                 key = f"held_out/{name}/layer_{layer:02d}"
@@ -61,9 +61,9 @@ def evaluate(
 
 
 def _figures(
-    logits: torch.Tensor, by_draft: Mapping[int, torch.Tensor], targets: Targets, kl_weight: float
+    logits: torch.Tensor, later: Mapping[int, torch.Tensor], targets: Targets, kl_weight: float
 ) -> dict[str, float]:
-    """Sums over the positions of a batch, of one exit's logits [N, V] as first draft and as the j-th."""
+    """Sums over the positions of a batch, of one exit's logits [N, V] as the first draft and as the j-th."""
     correct = logits.argmax(-1) == targets.choice
     confident = confidence(logits, 1.0) >= THRESHOLD
     values = {
@@ -74,9 +74,7 @@ def _figures(
         "confident": float(confident.sum()),
         "confident_and_correct": float((confident & correct).sum()),
     }
-    for draft, one in by_draft.items():
-        if draft == 1:
-            continue
+    for draft, one in later.items():
         values[f"agreement_{draft}"] = float((one.argmax(-1) == targets.choice).sum())
         values[f"recall_{draft}"] = _recalled(one, targets.choice)
     return values

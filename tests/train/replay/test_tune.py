@@ -86,6 +86,12 @@ def test_good_shallow_drafts_pay() -> None:
     assert (bounds.max_draft_tokens, bounds.max_exit_layer) == (max(WIDTHS), 0) and found.speedup > 2
 
 
+def test_what_a_draft_is_charged_is_of_our_own_loop(tuned: Any) -> None:
+    """However slow stock's `generate` is."""
+    found = tuned[1]
+    assert tuning._speed(found, replace(COSTS, plain=9 * COSTS.plain)) == tuning._speed(found, COSTS)
+
+
 def test_drafts_that_barely_pay_are_left_out(tuned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a draft is charged beyond its cost decides; what is predicted stays without it."""
     traces, (_, found) = honest_traces(), tuned
