@@ -4,7 +4,8 @@ Where prompts that are answered together share the weights (`EngineAnswerer`), e
 gives it; elsewhere they are padded to one batch, whose rounding is its own, and the record says of what size.
 Each finished batch is a shard on disk, so a run that was killed repeats no finished batch when it is resumed.
 Multi-turn prompts are answered wave by wave: wave 1 asks the second turns, after the model's own first answers. On one
-machine and one set of versions a resumed run gives the same corpus.
+machine and one set of versions a resumed run gives the same corpus. A complete corpus grows when prompts are added:
+only they are answered.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from train.corpus.answers import Answerer
 from train.corpus.conversation import Conversation
 from train.corpus.engine import EngineAnswerer
 from train.corpus.given import GivenAnswerer
+from train.corpus.growth import begin_growth, earlier_rows, end_growth
 from train.corpus.on_policy import own_tokens
 from train.corpus.options import CorpusOptions
 from train.corpus.prompts import SPLITS, assign_split, deduplicate, ngram_filter, special_tokens, warn_of_tokens
@@ -84,19 +86,28 @@ def distil(
     if is_complete(folder, settings=settings):
         return folder
     parts = model.eval(), tokenizer, options
-    answerer = _answerer(parts, folder, fingerprint, generator=generator, given=given, together=together)
+    earlier = earlier_rows(folder, settings, kept)
+    answerer = _answerer(
+        parts, folder, fingerprint, generator=generator, given=given, together=together, anew=earlier is not None
+    )
     if generator is not None and together:
         world_size = 1  # all check the same answers, which the first process writes
     if isinstance(answerer, EngineAnswerer):
         del settings["batch_size"]  # no answer depends on it
-    check_settings(folder, settings)
+    check_settings(folder, settings, but=() if earlier is None else ("batch_size", "prompts"))
     shards = Shards(folder / "shards", hashlib.sha256(json.dumps(settings).encode()).hexdigest())
     barrier()  # rank 0 writes nothing before all have read what was there
     if rank == 0:
+        if earlier is not None:
+            logger.info("%d answers of the corpus before are kept", earlier.num_rows)
+            begin_growth(folder, earlier)
         write_record(folder, {"settings": settings, "complete": False})
         if options.chat_template != "none":  # plain text may be written with them on purpose
             warn_of_tokens(kept, special_tokens(tokenizer))
-    tables, num_too_long = Waves(answerer, shards, rank, world_size, barrier, progress).run(kept)
+    answered = set() if earlier is None else set(earlier["prompt_hash"].to_pylist())
+    todo = [prompt for prompt in kept if prompt.hash not in answered]
+    tables, num_too_long = Waves(answerer, shards, rank, world_size, barrier, progress).run(todo)
+    tables += [] if earlier is None else [earlier]
     counts: dict[str, Any] = {"prompts": len(kept), "duplicates": num_duplicates, "sharing_13_words": len(dropped)}
     counts |= {"too_long": num_too_long} | ({"skipped": dict(skipped)} if skipped else {})
     if rank == 0:
@@ -106,6 +117,7 @@ def distil(
         counts["greedy_agreement"] = _own_share(folder, model)
     if rank == 0:
         write_record(folder, {"settings": settings, "counts": counts, "complete": True})
+        end_growth(folder)
     barrier()  # no process returns before the corpus is complete
     return folder
 
@@ -118,13 +130,16 @@ def _answerer(
     generator: str | None,
     given: Sequence[Conversation] | None,
     together: bool,
+    anew: bool,
 ) -> Answerer:
-    """Whoever answers: another engine, the data, or the base; see `distil`."""
+    """Whoever answers: another engine, the data, or the base; see `distil`. `anew`: it may be another than before."""
     if generator is not None:
         return RemoteAnswerer(*parts, generator, together=together)
     if given is not None:
         return GivenAnswerer(*parts, given, together=together)
-    alone = None if together or not begun_alone(folder) else EngineAnswerer.of(*parts, fingerprint=fingerprint)
+    alone = (
+        None if together or not (anew or begun_alone(folder)) else EngineAnswerer.of(*parts, fingerprint=fingerprint)
+    )
     return alone or Answerer(*parts, together=together)
 
 

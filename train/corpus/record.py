@@ -11,8 +11,18 @@ from train.corpus.prompts import SPLITS
 
 
 def is_complete(folder: Path, *, settings: dict[str, Any]) -> bool:
-    """Whether the corpus is there: padded or not, in batches of any size, the answers are the base's own."""
-    check_settings(folder, settings, but=("batch_size",))
+    """Whether the corpus is there: padded or not, in batches of any size, the answers are the base's own.
+
+    Raises:
+        ConfigError: one of other settings is there. A complete one may be of other prompts: it can grow.
+    """
+    whole = is_whole(folder)
+    check_settings(folder, settings, but=("batch_size", "prompts") if whole else ("batch_size",))
+    return whole and read_record(folder)["settings"]["prompts"] == settings["prompts"]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a complete corpus is there, of whatever settings."""
     return bool(read_record(folder).get("complete")) and all(
         (folder / f"{split}.parquet").exists() for split in SPLITS
     )
