@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,18 @@ from runtime.text.prompts import Prompt
 from train.corpus.answers import Answerer
 from train.corpus.conversation import Conversation
 from train.corpus.engine import EngineAnswerer
-from train.corpus.given import GivenAnswerer
-from train.corpus.growth import begin_growth, earlier_rows, end_growth
-from train.corpus.on_policy import own_tokens
+from train.corpus.given import GivenAnswerer, own_tokens
+from train.corpus.growth import begin_growth, earlier_rows, end_growth, unanswered
 from train.corpus.options import CorpusOptions
 from train.corpus.prompts import SPLITS, assign_split, deduplicate, ngram_filter, special_tokens, warn_of_tokens
-from train.corpus.record import begun_alone, check_settings, is_complete, read_record, write_record
+from train.corpus.record import (
+    begun_alone,
+    check_settings,
+    corpus_settings,
+    digest,
+    is_complete,
+    read_record,
+)
 from train.corpus.remote import RemoteAnswerer
 from train.corpus.shards import Shards
 from train.corpus.waves import Waves
@@ -80,67 +85,55 @@ def distil(
     """
     folder, (unique, num_duplicates) = Path(output_dir), deduplicate(prompts)
     kept, dropped = ngram_filter(unique, evaluation_files=options.evaluation_files)
-    settings = _settings(model, tokenizer, kept, options=options, fingerprint=fingerprint)
+    settings = corpus_settings(model, tokenizer, kept, options=options, fingerprint=fingerprint)
     settings |= {} if generator is None else {"external": True}
-    settings |= {} if given is None else {"answers": _digest(sorted((one.prompt.hash, one.answers) for one in given))}
+    settings |= {} if given is None else {"answers": digest(sorted((one.prompt.hash, one.answers) for one in given))}
     if is_complete(folder, settings=settings):
         return folder
     parts = model.eval(), tokenizer, options
     earlier = earlier_rows(folder, settings, kept)
-    answerer = _answerer(
-        parts, folder, fingerprint, generator=generator, given=given, together=together, anew=earlier is not None
-    )
-    if generator is not None and together:
-        world_size = 1  # all check the same answers, which the first process writes
+    alone = bool(earlier) or begun_alone(folder)
+    answerer = _answerer(parts, fingerprint, generator=generator, given=given, together=together, alone=alone)
+    shared = generator is not None and together  # all check the same answers, which the first process writes
     if isinstance(answerer, EngineAnswerer):
         del settings["batch_size"]  # no answer depends on it
-    check_settings(folder, settings, but=() if earlier is None else ("batch_size", "prompts"))
+    check_settings(folder, settings, but=("batch_size", "prompts") if earlier else ())
     shards = Shards(folder / "shards", hashlib.sha256(json.dumps(settings).encode()).hexdigest())
     barrier()  # rank 0 writes nothing before all have read what was there
     if rank == 0:
-        if earlier is not None:
-            logger.info("%d answers of the corpus before are kept", earlier.num_rows)
-            begin_growth(folder, earlier)
-        write_record(folder, {"settings": settings, "complete": False})
-        if options.chat_template != "none":  # plain text may be written with them on purpose
-            warn_of_tokens(kept, special_tokens(tokenizer))
-    answered = set() if earlier is None else set(earlier["prompt_hash"].to_pylist())
-    todo = [prompt for prompt in kept if prompt.hash not in answered]
-    tables, num_too_long = Waves(answerer, shards, rank, world_size, barrier, progress).run(todo)
-    tables += [] if earlier is None else [earlier]
+        begin_growth(folder, earlier, {"settings": settings, "complete": False})
+        warn_of_tokens([] if options.chat_template == "none" else kept, special_tokens(tokenizer))
+    waves = Waves(answerer, shards, rank, 1 if shared else world_size, barrier, progress)
+    tables, num_too_long = waves.run(unanswered(kept, earlier))
     counts: dict[str, Any] = {"prompts": len(kept), "duplicates": num_duplicates, "sharing_13_words": len(dropped)}
     counts |= {"too_long": num_too_long} | ({"skipped": dict(skipped)} if skipped else {})
-    if rank == 0:
-        counts |= _write_splits(folder, tables, options=options)
+    counts |= _write_splits(folder, [*tables, *earlier], options=options) if rank == 0 else {}
     barrier()  # all read the splits
     if given is not None and (rank == 0 or together):
         counts["greedy_agreement"] = _own_share(folder, model)
     if rank == 0:
-        write_record(folder, {"settings": settings, "counts": counts, "complete": True})
-        end_growth(folder)
+        end_growth(folder, {"settings": settings, "counts": counts, "complete": True})
     barrier()  # no process returns before the corpus is complete
     return folder
 
 
 def _answerer(
     parts: tuple[Any, Any, CorpusOptions],
-    folder: Path,
     fingerprint: str,
     *,
     generator: str | None,
     given: Sequence[Conversation] | None,
     together: bool,
-    anew: bool,
+    alone: bool,
 ) -> Answerer:
-    """Whoever answers: another engine, the data, or the base; see `distil`. `anew`: it may be another than before."""
+    """Whoever answers: another engine, the data, or the base, in padded batches unless `alone`; see `distil`."""
     if generator is not None:
         return RemoteAnswerer(*parts, generator, together=together)
     if given is not None:
         return GivenAnswerer(*parts, given, together=together)
-    alone = (
-        None if together or not (anew or begun_alone(folder)) else EngineAnswerer.of(*parts, fingerprint=fingerprint)
-    )
-    return alone or Answerer(*parts, together=together)
+    if together or not alone:
+        return Answerer(*parts, together=together)
+    return EngineAnswerer.of(*parts, fingerprint=fingerprint) or Answerer(*parts)
 
 
 def load_split(corpus_dir: str | Path, split: str) -> datasets.Dataset:
@@ -190,25 +183,6 @@ def _left(counts: dict[str, int]) -> str:
     return ", ".join([f"prompts left after cleaning: {counts.get('prompts', 0)}", *reasons])
 
 
-def _settings(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, options: CorpusOptions, fingerprint: str
-) -> dict[str, Any]:
-    """What the rows depend on, as JSON; evaluation files matter only through the prompts that they leave."""
-
-    generation = model.generation_config.to_diff_dict()
-    generation.pop("transformers_version", None)
-    settings = {"model": fingerprint, "dtype": str(model.dtype), "generation_config": _digest(generation)}
-    settings["tokenizer"] = _digest([tokenizer.chat_template, tokenizer.get_vocab()])
-    settings["prompts"] = _digest(sorted(prompt.hash for prompt in prompts))
-    chosen = asdict(options)
-    del chosen["evaluation_files"]
-    return {**settings, **chosen}
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def _own_share(folder: Path, model: Any) -> float:
     """Share of the tokens of some given answers that the base would choose; warns where it is low."""
     tables = [pq.read_table(folder / f"{split}.parquet") for split in SPLITS]
@@ -240,7 +214,7 @@ def _write_splits(folder: Path, tables: list[pa.Table], *, options: CorpusOption
     table = table.sort_by([("prompt_hash", "ascending"), ("wave", "ascending")])
     fractions = {"calibration_fraction": options.calibration_fraction}
     fractions["held_out_fraction"] = options.held_out_fraction
-    splits = [assign_split(digest, **fractions) for digest in table["prompt_hash"].to_pylist()]
+    splits = [assign_split(name, **fractions) for name in table["prompt_hash"].to_pylist()]
     counts: dict[str, Any] = {"rows": {}, "response_tokens": {}}
     for split in SPLITS:
         rows = table.filter(pa.array([name == split for name in splits], pa.bool_()))

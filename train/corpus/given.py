@@ -1,8 +1,10 @@
-"""`GivenAnswerer`: the answers that the data holds, as token ids, in the place of the base's own."""
+"""`GivenAnswerer`: answers that the data holds, in the place of the base's own; how many tokens the base would choose."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
+
+import torch
 
 from runtime.text.encode import encode
 from runtime.text.prompts import Message, Prompt
@@ -60,3 +62,22 @@ class GivenAnswerer(Answerer):
             ids: list[int] = self.tokenizer(messages[0].content)["input_ids"]
             return ids[:1]
         return super()._encode(messages, prompt=prompt)
+
+
+@torch.no_grad()
+def own_tokens(model: Any, rows: Sequence[tuple[list[int], list[int]]], *, among: int = 1) -> tuple[int, int]:
+    """Count response tokens that are among the base's likeliest at their places, and all of them.
+
+    Args:
+        rows: prompt ids and response ids of each text.
+        among: how many of the likeliest; with 1 the base's greedy choice.
+    """
+    own = total = 0
+    for prompt, response in rows:
+        if response:
+            ids = torch.tensor([[*prompt, *response]], device=model.device)
+            logits = model(ids).logits[0, len(prompt) - 1 : -1]
+            likely = logits.topk(min(among, logits.shape[-1])).indices
+            own += int((likely == ids[0, len(prompt) :, None]).any(-1).sum())
+            total += len(response)
+    return own, total

@@ -1,13 +1,36 @@
 """The record of a corpus: the settings that it is made with, what it holds, and whether it is complete."""
 
+import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import ConfigError, DataError
 from runtime.files import write_atomic
+from runtime.text.prompts import Prompt
+from train.corpus.options import CorpusOptions
 from train.corpus.prompts import SPLITS
+
+
+def corpus_settings(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, options: CorpusOptions, fingerprint: str
+) -> dict[str, Any]:
+    """What the rows depend on, as JSON; evaluation files matter only through the prompts that they leave."""
+    generation = model.generation_config.to_diff_dict()
+    generation.pop("transformers_version", None)
+    settings = {"model": fingerprint, "dtype": str(model.dtype), "generation_config": digest(generation)}
+    settings["tokenizer"] = digest([tokenizer.chat_template, tokenizer.get_vocab()])
+    settings["prompts"] = digest(sorted(prompt.hash for prompt in prompts))
+    chosen = asdict(options)
+    del chosen["evaluation_files"]
+    return {**settings, **chosen}
+
+
+def digest(value: object) -> str:
+    """SHA-256 of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def is_complete(folder: Path, *, settings: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 
 from runtime.errors import ConfigError, DataError
 from train.corpus.answers import Answerer, Told, Turn
-from train.corpus.on_policy import own_tokens
+from train.corpus.given import own_tokens
 from train.corpus.options import CorpusOptions
 
 ATTEMPTS = 5
