@@ -63,7 +63,7 @@ class Generation:
         started, stats = time.perf_counter(), SpeculationStats()
         given, watched = (emitter.input_ids, generation_config, model_kwargs), specbound.drafter.watched
         with stats.timing("prompt"):
-            read, known = ReadPrompt.of(model, prepared.layers, watched, given, memory)
+            read, known = ReadPrompt.of(model, prepared, watched, given, memory)
         stock_cache: DynamicCache = model_kwargs["past_key_values"]
         keeps_cache = generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False)
         stats.reused = emitter.input_ids.shape[1] if known else 0

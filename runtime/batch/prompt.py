@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from runtime.batch.memory import KVMemory
-from runtime.decoding.layers import DecoderLayers, PromptStates
+from runtime.decoding.layers import PromptStates
+from runtime.exact.prepared import PreparedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class ReadPrompt:
     def of(
         cls,
         model: Any,
-        layers: DecoderLayers,
+        prepared: PreparedModel,
         watched: Sequence[int],
         given: tuple[Tensor, GenerationConfig, dict[str, Any]],
         memory: KVMemory | None,
@@ -42,7 +43,7 @@ class ReadPrompt:
         """Read a prompt into the cache among its arguments, or take what was kept of it; whether it was kept.
 
         Args:
-            layers: of the model as it is: of another one nothing is kept.
+            prepared: the model as it is: of another one nothing is kept.
             watched: exit layers whose heads read of the prompt.
             given: what stock's `_prefill` takes.
             memory: where it is kept; None keeps nothing.
@@ -50,12 +51,12 @@ class ReadPrompt:
         cache: DynamicCache = given[2]["past_key_values"]
         key = None if memory is None else _key(*given)
         if memory is not None and key is not None:
-            key = (layers, *watched, *key)
+            key = (prepared.layers, *watched, *key)
             found = memory.find(key)
             if found is not None:
                 cache.layers[:] = map(copy.copy, found.layers)
                 return found, True
-        with layers.watching(watched) as states:
+        with prepared.layers.watching(watched) as states, prepared.reading():
             outputs = model._prefill(*given)
         read = cls(outputs.logits[:, -1].clone(), [copy.copy(layer) for layer in cache.layers], states)
         if memory is not None and key is not None:

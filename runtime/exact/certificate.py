@@ -90,6 +90,8 @@ def _describe(policy: ExecutionPolicy) -> str:
         parts.append("attention in groups of rows")
     if policy.fused:
         parts.append("layers native" if policy.native else "layers fused")
+    if policy.prompts:
+        parts.append("prompts native")
     if policy.static:
         parts.append("segments of fixed shapes")
     return "; ".join(parts)
@@ -140,6 +142,7 @@ def read_certificate(path: Path) -> Certificate | None:
             stored["native"],
             stored["static"],
             stored["expert_rows"],
+            stored["prompts"],
         )
         fields["policy"] = ExecutionPolicy(*how)
         fields["native"] = [tuple(shape) for shape in fields["native"]]
@@ -161,6 +164,7 @@ def write_certificate(path: Path, certificate: Certificate) -> None:
         "native": policy.native,
         "static": policy.static,
         "expert_rows": policy.expert_rows,
+        "prompts": policy.prompts,
     }
     try:
         write_atomic(path, json.dumps(fields).encode())

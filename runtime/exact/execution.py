@@ -21,6 +21,7 @@ from runtime.decoding.layers import NATIVE
 from runtime.decoding.wrappers import text_modules
 from runtime.exact.attention import BlockAttention, block_attention
 from runtime.exact.fused import fused_layers
+from runtime.exact.native.prompt import PromptLayers
 from runtime.exact.native.stack import NativeLayers, norms
 from runtime.exact.packed import PackedLinears
 
@@ -41,6 +42,7 @@ class ExecutionPolicy:
         packed_rows: shape of packed Linears -> rows in one call; these run packed, where a packed copy is at hand.
         fused: layers of the Llama kind whose Linears all run packed run as one function.
         native: these layers run several at a time in our own kernel, where it takes all of them.
+        prompts: and, but for attention, so do those of a prompt's own forward.
         static: layers run over a `StaticCache`, in calls of fixed shapes; `attention` is `batched` then.
         expert_rows: rows in one call of a mixture of experts, which sorts them by expert; None for the whole block.
     """
@@ -53,6 +55,7 @@ class ExecutionPolicy:
     native: bool = False
     static: bool = False
     expert_rows: int | None = 1
+    prompts: bool = False
 
     @classmethod
     def rowwise(cls) -> "ExecutionPolicy":
@@ -140,6 +143,19 @@ def native_layers(
     }
     unembedding: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return NativeLayers.of(text_decoder(model), family, unembedding, joint, attention)
+
+
+def prompt_layers(
+    model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None
+) -> PromptLayers | None:
+    """What runs the layers of a prompt's own forward natively; None where our kernel does not take all of them."""
+    stock = model.config.get_text_config()._attn_implementation
+    native = native_layers(model, policy, packed, BlockAttention(policy.attention, stock))
+    return (
+        None
+        if native is None or family_of(model.config).axes > 1
+        else PromptLayers(text_decoder(model).layers, native)
+    )
 
 
 def linears(model: PreTrainedModel) -> list[nn.Module]:

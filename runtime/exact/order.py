@@ -47,7 +47,7 @@ def same_linear(
         like: a Linear of the model, for its class, input size, dtype and device, and whether there is a bias.
         outputs: numbers that come out, of all Linears that run as one.
     """
-    linear, inputs = _telling_linear(like, outputs)
+    linear, inputs = telling_linear(like, outputs)
     run = make(linear)
     weight: Tensor = linear.weight  # type: ignore[assignment]
     for width in widths:
@@ -66,12 +66,13 @@ def is_plain(module: nn.Module) -> bool:
     return type(module).forward in kinds and type(module.weight) in (nn.Parameter, Tensor)
 
 
-def _telling_linear(like: nn.Module, outputs: int) -> tuple[nn.Module, int]:
-    """A Linear like that, whose rows of weights cancel, and its number of inputs."""
+def telling_linear(like: nn.Module, outputs: int, *, largest: int | None = LARGEST) -> tuple[nn.Module, int]:
+    """A Linear like that, whose rows of weights cancel, and its number of inputs; fewer outputs if too large."""
     weight: Tensor = like.weight  # type: ignore[assignment]
     stands_on_inputs = isinstance(like, Conv1D)
     inputs = weight.shape[0 if stands_on_inputs else 1]
-    outputs = min(outputs, max(1, LARGEST // (inputs * weight.element_size())))
+    if largest is not None:
+        outputs = min(outputs, max(1, largest // (inputs * weight.element_size())))
     pattern = cancelling(min(PATTERNS, outputs), inputs, weight.dtype).to(weight.device)
     rows = pattern.repeat(-(-outputs // len(pattern)), 1)[:outputs]
     linear = type(like).__new__(type(like))

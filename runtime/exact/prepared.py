@@ -8,7 +8,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -18,8 +18,9 @@ from runtime.decoding.families import has_windows
 from runtime.decoding.layers import DecoderLayers
 from runtime.errors import SpecBoundError
 from runtime.exact.certificate import Certificate
-from runtime.exact.execution import execution
+from runtime.exact.execution import execution, prompt_layers
 from runtime.exact.fingerprint import settings, structure, tensors
+from runtime.exact.native.prompt import PromptLayers
 from runtime.exact.packed import PackedLinears
 from runtime.exact.probe import certify
 from runtime.exact.running import why_stock
@@ -61,6 +62,7 @@ class PreparedModel:
     def _forget(self) -> None:
         """Drop all that was found out about the model, and made of it."""
         self.packed: PackedLinears | None = None
+        self.prompts: PromptLayers | None = None
         self._structure: tuple[Any, ...] = ()
         self._tensors: tuple[Any, ...] = ()
         self._why_stock: str | None = None
@@ -69,7 +71,13 @@ class PreparedModel:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all but the lock, and what belongs to the weights where they lie now."""
-        state = self.__dict__ | {"packed": None, "static": None, "_speculating": False, "_generating": Counter()}
+        state = self.__dict__ | {
+            "packed": None,
+            "prompts": None,
+            "static": None,
+            "_speculating": False,
+            "_generating": Counter(),
+        }
         state |= {"_structure": (), "_tensors": (), "_certified_for": ()}
         del state["_lock"]
         return state
@@ -116,7 +124,9 @@ class PreparedModel:
             )
             if static and not self.certificate.policy.static:
                 self.warn("no graphs, because on this machine they have other bits; exactness='batched' takes them")
-            self.packed = packed if self.certificate.policy.packed_rows else None
+            policy = self.certificate.policy
+            self.packed = packed if policy.packed_rows else None
+            self.prompts = prompt_layers(model, policy, self.packed) if policy.prompts else None
             self._certified_for, self._certified_width = now, max_width
         return self.certificate
 
@@ -142,6 +152,10 @@ class PreparedModel:
                 yield
             finally:
                 self.runs = False
+
+    def reading(self) -> AbstractContextManager[None]:
+        """While open, the model's own forward of a prompt runs natively, where its certificate says so."""
+        return nullcontext() if self.prompts is None else self.prompts.reading()
 
     def cache_of(self, prompt: Any, capacity: int) -> KVCache:
         """The cache that decoding goes on with after a prompt, by the certified policy.

@@ -25,7 +25,7 @@ from runtime.decoding.layers import DecoderLayers
 from runtime.errors import UnsupportedModel, one_line
 from runtime.exact.attention import NATIVE_KINDS, WINDOW_KINDS, BlockAttention, is_native
 from runtime.exact.certificate import Certificate, environment, read_certificate, write_certificate
-from runtime.exact.execution import ExecutionPolicy, Shape, execution, native_layers
+from runtime.exact.execution import ExecutionPolicy, Shape, execution, native_layers, prompt_layers
 from runtime.exact.fingerprint import digest as running_digest
 from runtime.exact.linear_rows import linear_rows, packed_rows
 from runtime.exact.native.attend import can_attend
@@ -37,9 +37,11 @@ from runtime.exact.reference import Reference
 from runtime.exact.static import StaticCache
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 22
+PROBE_FORMAT = 23
 # Keys, of windows that attention is looked at with: in one block of the kernel, and in two.
 PROBED_WINDOWS = (37, 520)
+# Tokens of prompts that are read both ways.
+PROMPTS = (9, 45, 150)
 
 
 def certify(
@@ -108,6 +110,9 @@ def probe(
         if agreement.differing == 0:
             break
     bitwise = agreement.differing == 0
+    if bitwise and policy.native:
+        run = prompt_layers(model, policy, packed)
+        policy = replace(policy, prompts=run is not None and run.keeps_bits(model, near.token_ids, PROMPTS))
     return Certificate(
         bitwise=bitwise,
         max_width=max_width if bitwise or whole else 1,

@@ -1,4 +1,4 @@
-"""`GivenAnswerer`: answers that the data holds, in the place of the base's own; how many tokens the base would choose."""
+"""`GivenAnswerer`: answers of the data in the place of the base's own, and how many tokens the base would choose."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace

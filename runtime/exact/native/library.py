@@ -92,9 +92,12 @@ def _declare(library: ctypes.CDLL) -> None:
     floats = ctypes.POINTER(ctypes.c_float)
     place, number, numbers = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)
     products, attention, layers = library.specbound_products, library.specbound_attention, library.specbound_layers
-    products.argtypes, products.restype = [*[place] * 4, *[number] * 6], None
+    products.argtypes, products.restype = [*[place] * 4, *[number] * 7], None
     attention.argtypes, attention.restype = [*[place] * 4, numbers, place, ctypes.c_float, number, number], number
     layers.restype, layers.argtypes = number, [*[place] * 3, numbers, floats, *[place] * 4, number]
+    before, after = library.specbound_before, library.specbound_after
+    before.restype, before.argtypes = None, [place, numbers, floats, *[place] * 6, number]
+    after.restype, after.argtypes = None, [place, numbers, floats, *[place] * 3, number]
     norms = library.specbound_norms
     norms.argtypes, norms.restype = [*[place] * 3, number, number, ctypes.c_float, number], None
     draft, keep = library.specbound_draft, library.specbound_keep

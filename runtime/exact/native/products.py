@@ -21,10 +21,12 @@ class Order:
     Attributes:
         tiles: by the CPU's tiles (AMX), even and odd numbers of 32 apart; otherwise pairs in order.
         block: numbers that are summed apart, then added in order.
+        group: numbers of blocks that are added up apart from others, then added in order; 0 for all together.
     """
 
     tiles: bool
     block: int
+    group: int = 0
 
 
 def orders(inputs: int) -> list[Order]:
@@ -71,6 +73,7 @@ def products(hidden: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, 
         weight.shape[1],
         order.block // 2,
         order.tiles,
+        order.group // 2,
         torch.get_num_threads(),
     )
     return output

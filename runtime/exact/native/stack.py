@@ -24,6 +24,7 @@ HEAD_MULTIPLE, INNER_MULTIPLE = 32, 64
 # Columns of the table of layers, as `stack.h` declares them: weights, biases, norms (four each), norms of heads (two),
 # the table of angles, the window.
 COLUMNS = 16
+UNGROUPED = (0, 0, 0, 0)  # of the four products: for few rows torch adds all blocks along K together
 
 
 class NativeLayers:
@@ -57,6 +58,7 @@ class NativeLayers:
         unembeds: bool,
     ) -> None:
         first = parts[0]
+        self.parts, self.hidden_size = parts, first.linears[0][0].in_features
         self.sizes = (*first.heads, first.inner, ORDERS.index(order[0]))
         self.along = (int(orders[0].tiles), *(each.block // 2 for each in orders))
         self.ways = (tables.turned, int(tables.rounds), WEIGHINGS.index(family.weighing), int(first.norms_all_heads))
@@ -132,16 +134,8 @@ class NativeLayers:
             output = blocks[0].hidden.clone(memory_format=torch.contiguous_format)
         else:
             output = torch.cat([block.hidden for block in blocks], 1)
-        sizes = (
-            stop - start,
-            len(blocks),
-            sum(rows),
-            output.shape[2],
-            *self.sizes,
-            *self.along,
-            *self.ways,
-            self.filled,
-        )
+        sizes = (stop - start, len(blocks), sum(rows), output.shape[2], *self.sizes, *self.along, *self.ways)
+        sizes += (self.filled, *UNGROUPED)
         library = native_library()
         assert library is not None
         fine = library.specbound_layers(

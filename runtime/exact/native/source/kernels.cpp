@@ -3,17 +3,17 @@
 
 #include "attention.h"
 #include "heads.h"
-#include "stack.h"
-#include "multiply.h"
+#include "prompt.h"
 
 // Whether the CPU's tiles can be used in this process.
 extern "C" int64_t specbound_tiles() { return ask_for_tiles(); }
 
 // See `products.py` for the arguments.
 extern "C" void specbound_products(const void* weight, const void* input, const void* bias, void* output, int64_t rows,
-                                   int64_t outputs, int64_t pairs, int64_t block, int64_t tiles, int64_t threads) {
+                                   int64_t outputs, int64_t pairs, int64_t block, int64_t tiles, int64_t group,
+                                   int64_t threads) {
   const Product p{(const uint32_t*)weight, (const uint32_t*)input, (const uint16_t*)bias, (uint16_t*)output, rows, outputs,
-                  pairs, {block, tiles != 0}, nullptr, nullptr, 1.f};
+                  pairs, {block, tiles != 0, group}, nullptr, nullptr, 1.f};
 #pragma omp parallel num_threads(threads)
   multiply(p);
 }
@@ -39,16 +39,21 @@ extern "C" void specbound_norms(const void* hidden, const void* weight, void* ou
          (Weighing)weighing);
 }
 
+static Run run_of(const void* layers, const void* parts, const void* caches, const int64_t* sizes, const float* floats,
+                  const float* cosines, const float* sines, const void* opened) {
+  return {(const Layer*)layers, (const Part*)parts, (const Cache*)caches, cosines, sines,
+          (const uint16_t*)opened,
+          sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7],
+          sizes[8], floats[0], floats[1], floats[2], sizes[9] != 0,
+          {sizes[10], sizes[11], sizes[12], sizes[13]}, sizes[14], sizes[15] != 0, (Weighing)sizes[16],
+          sizes[17] != 0, sizes[18], {sizes[19], sizes[20], sizes[21], sizes[22]}};
+}
+
 // See `stack.py` for the arguments. Returns 0 where some score is no finite number: nothing is promised then.
 extern "C" int64_t specbound_layers(const void* layers, const void* parts, const void* caches, const int64_t* sizes,
                                     const float* floats, const float* cosines, const float* sines, const void* opened,
                                     void* hidden, int64_t threads) {
-  const Run run{(const Layer*)layers, (const Part*)parts, (const Cache*)caches, cosines, sines,
-                (const uint16_t*)opened,
-                sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7],
-                sizes[8], floats[0], floats[1], floats[2], sizes[9] != 0,
-                {sizes[10], sizes[11], sizes[12], sizes[13]}, sizes[14], sizes[15] != 0, (Weighing)sizes[16],
-                sizes[17] != 0, sizes[18]};
+  const Run run = run_of(layers, parts, caches, sizes, floats, cosines, sines, opened);
   std::vector<uint16_t> heads(run.rows * (run.queries + 2 * run.keys) * run.size);
   std::vector<uint16_t> attended(run.rows * run.queries * run.size), inner(run.rows * run.inner);
   std::vector<uint16_t> branch(run.rows * run.hidden);
@@ -56,6 +61,28 @@ extern "C" int64_t specbound_layers(const void* layers, const void* parts, const
 #pragma omp parallel num_threads(threads)
   through(run, (uint16_t*)hidden, heads.data(), attended.data(), inner.data(), branch.data(), numbers);
   return numbers;
+}
+
+// See `prompt.py` for the arguments.
+extern "C" void specbound_before(const void* layer, const int64_t* sizes, const float* floats, const float* cosines,
+                                 const float* sines, const void* hidden, void* heads, void* keys, void* values, int64_t threads) {
+  Layer own = *(const Layer*)layer;
+  own.table = std::min<int64_t>(own.table, 0);  // the angles that are given are this layer's
+  const Part part{sizes[2], 0, 0, nullptr};
+  const Cache cache{(uint16_t*)keys, (uint16_t*)values, sizes[2]};
+  const Run run = run_of(&own, &part, &cache, sizes, floats, cosines, sines, nullptr);
+  std::vector<uint16_t> normed(run.rows * run.hidden);
+#pragma omp parallel num_threads(threads)
+  before_attention(run, {sizes[23], sizes[9] != 0, sizes[24]}, (const uint16_t*)hidden, normed.data(), (uint16_t*)heads);
+}
+
+// See `prompt.py` for the arguments.
+extern "C" void specbound_after(const void* layer, const int64_t* sizes, const float* floats, const void* opened,
+                                const void* attended, void* hidden, int64_t threads) {
+  const Run run = run_of(layer, nullptr, nullptr, sizes, floats, nullptr, nullptr, opened);
+  std::vector<uint16_t> normed(run.rows * run.hidden), inner(run.rows * run.inner), branch(run.rows * run.hidden);
+#pragma omp parallel num_threads(threads)
+  after_attention(run, (const uint16_t*)attended, (uint16_t*)hidden, normed.data(), inner.data(), branch.data());
 }
 
 // See `heads.py` for the arguments. `count` draft ids and chances of each row; id -1 where no logit is a number.

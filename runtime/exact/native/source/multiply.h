@@ -61,18 +61,18 @@ class Tiles {
   template <int B>
   void tile(const Product& p, int64_t row, int64_t count, int64_t part) {
     alignas(64) float sums[B][TILE_ROWS][LANES];
-    __m512 total[TILE_ROWS][B];
+    __m512 total[TILE_ROWS][B], before[TILE_ROWS][B];
     const uint32_t *weight = p.weight + part * p.pairs * LANES, *input = p.input + row * p.pairs;
     for (int64_t start = 0; start < p.pairs; start += p.along.block) {
       add<B>(weight, input, start, std::min(start + p.along.block, p.pairs), apart_of(p), p.pairs);
       _tile_stored(0, sums[0], TILE_BYTES);
       if (B == 2) _tile_stored(1, sums[B - 1], TILE_BYTES);
       for (int64_t m = 0; m < count; m++)
-        for (int b = 0; b < B; b++) {
-          const __m512 sum = _mm512_load_ps(sums[b][m]);
-          total[m][b] = start == 0 ? sum : _mm512_add_ps(total[m][b], sum);
-        }
+        for (int b = 0; b < B; b++) add_block(p.along, start, _mm512_load_ps(sums[b][m]), total[m][b], before[m][b]);
     }
+    if (p.along.group && p.along.group < p.pairs)
+      for (int64_t m = 0; m < count; m++)
+        for (int b = 0; b < B; b++) total[m][b] = _mm512_add_ps(before[m][b], total[m][b]);
     for (int64_t m = 0; m < count; m++) finish<B>(p, row + m, part, total[m]);
   }
 

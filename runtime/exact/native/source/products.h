@@ -17,6 +17,7 @@ constexpr int ROWS = 8;  // rows that fit into registers beside a tile
 struct Along {    // how numbers are added along K
   int64_t block;  // pairs that are summed apart
   bool tiles;     // by the CPU's tiles
+  int64_t group;  // pairs of blocks that are added up apart from others, as by a thread each; 0 for all together
 };
 
 struct Product {
@@ -29,6 +30,7 @@ struct Product {
   const uint16_t* silu;      // of every bfloat16, where the first half of the outputs gates the second; or null
   const uint16_t* residual;  // [rows][outputs], added to the rounded outputs; or null
   float multiplier;          // of the rounded outputs before that
+  int64_t stride = outputs;  // numbers from a row of outputs to the next, where nothing gates
 };
 
 // Parts of a weight: 16 outputs each.
@@ -45,7 +47,7 @@ inline __m256i biased(const Product& p, int64_t part, __m512 sum) {
 // Stores 16 outputs of a row, fewer at the end.
 inline void finish_part(const Product& p, int64_t row, int64_t part, __m512 sum) {
   const __mmask16 mask = mask_of(p, part);
-  const int64_t place = row * p.outputs + part * LANES;
+  const int64_t place = row * p.stride + part * LANES;
   __m256i output = biased(p, part, sum);
   if (p.multiplier != 1.f) output = narrow(_mm512_mul_ps(widen(output), _mm512_set1_ps(p.multiplier)));
   if (p.residual)
@@ -73,10 +75,17 @@ void finish(const Product& p, int64_t row, int64_t part, const __m512* sums) {
 // Words from the weights of one register of outputs to those of the next.
 inline int64_t apart_of(const Product& p) { return (p.silu ? parts_of(p) / 2 : 1) * p.pairs * LANES; }
 
+// Adds the sum of the block that begins at a pair to the total of its group; a total that is whole, to those before.
+inline void add_block(const Along& along, int64_t start, __m512 sum, __m512& total, __m512& before) {
+  const bool begins = along.group && start && start % along.group == 0;
+  if (begins) before = start == along.group ? total : _mm512_add_ps(before, total);
+  total = start == 0 || begins ? sum : _mm512_add_ps(total, sum);
+}
+
 // M rows by B registers of outputs.
 template <int M, int B>
 void tile(const Product& p, int64_t row, int64_t part) {
-  __m512 total[M][B];
+  __m512 total[M][B], before[M][B];
   const uint32_t* weight = p.weight + part * p.pairs * LANES;
   const int64_t apart = apart_of(p);
   const uint32_t* input = p.input + row * p.pairs;
@@ -98,8 +107,11 @@ void tile(const Product& p, int64_t row, int64_t part) {
       }
     }
     for (int m = 0; m < M; m++)
-      for (int b = 0; b < B; b++) total[m][b] = start == 0 ? sum[m][b] : _mm512_add_ps(total[m][b], sum[m][b]);
+      for (int b = 0; b < B; b++) add_block(p.along, start, sum[m][b], total[m][b], before[m][b]);
   }
+  if (p.along.group && p.along.group < p.pairs)
+    for (int m = 0; m < M; m++)
+      for (int b = 0; b < B; b++) total[m][b] = _mm512_add_ps(before[m][b], total[m][b]);
   for (int m = 0; m < M; m++) finish<B>(p, row + m, part, total[m]);
 }
 

@@ -52,6 +52,7 @@ struct Run {
   Weighing weighing;  // of all norms
   bool whole;         // whether the norms of queries and keys are of all heads together
   int64_t filled;     // order of additions in attention where a window is full
+  int64_t groups[4];  // of blocks, as `Along` has them
 };
 
 // The sum of squares in the order of torch's float32 sum: vectors of 8 dealt to four sums in turn, each in levels of 16
@@ -184,6 +185,20 @@ inline void place_heads(const Run& run, const Layer& layer, const Cache* caches,
   }
 }
 
+// A product that ends a branch: added to the hidden states, after a norm where there is one.
+inline void end_branch(const Run& run, const uint32_t* weight, const uint16_t* input, const uint16_t* bias, int64_t inputs,
+                       int64_t block, int64_t group, const uint16_t* after, uint16_t* branch, uint16_t* hidden) {
+  multiply({weight, (const uint32_t*)input, bias, after ? branch : hidden, run.rows, run.hidden, inputs / 2, {block, run.tiles, group},
+            nullptr, after ? nullptr : hidden, after ? 1.f : run.multiplier});
+  if (after) add_normed(run, after, branch, hidden);
+}
+
+// What the gated part reads, opened and multiplied.
+inline void gate(const Run& run, const Layer& layer, const uint16_t* input, uint16_t* inner) {
+  multiply({layer.gate_up, (const uint32_t*)input, layer.gate_up_bias, inner, run.rows, 2 * run.inner, run.hidden / 2,
+            {run.blocks[2], run.tiles, run.groups[2]}, run.opened, nullptr, 1.f});
+}
+
 // What one thread of the team does; `hidden` [rows][hidden] becomes that above the last layer.
 inline void through(const Run& run, uint16_t* hidden, uint16_t* heads, uint16_t* attended, uint16_t* inner,
                     uint16_t* branch, std::atomic<bool>& numbers) {
@@ -195,22 +210,11 @@ inline void through(const Run& run, uint16_t* hidden, uint16_t* heads, uint16_t*
       norm(hidden + row * run.hidden, weight, run.hidden, run.epsilon, normed.data() + row * run.hidden, run.weighing);
     return normed.data();
   };
-  auto product = [&](const uint32_t* weight, const uint16_t* input, const uint16_t* bias, uint16_t* output, int64_t outputs,
-                     int64_t inputs, int64_t block, const uint16_t* opened, const uint16_t* residual) {
-    const float multiplier = residual ? run.multiplier : 1.f;
-    multiply({weight, (const uint32_t*)input, bias, output, run.rows, outputs, inputs / 2, {block, run.tiles}, opened,
-              residual, multiplier});
-  };
-  auto end_branch = [&](const uint32_t* weight, const uint16_t* input, const uint16_t* bias, int64_t inputs, int64_t block,
-                        const uint16_t* after) {
-    product(weight, input, bias, after ? branch : hidden, run.hidden, inputs, block, nullptr, after ? nullptr : hidden);
-    if (after) add_normed(run, after, branch, hidden);
-  };
   const int64_t wide = (run.queries + 2 * run.keys) * run.size, all = run.queries * run.size;
   for (int64_t i = 0; i < run.count; i++) {
     const Layer& layer = run.layers[i];
-    product(layer.query_key_value, normalised(layer.norm), layer.query_key_value_bias, heads, wide, run.hidden, run.blocks[0],
-            nullptr, nullptr);
+    multiply({layer.query_key_value, (const uint32_t*)normalised(layer.norm), layer.query_key_value_bias, heads, run.rows, wide,
+              run.hidden / 2, {run.blocks[0], run.tiles, run.groups[0]}, nullptr, nullptr, 1.f});
     if (layer.query_norm && run.whole) norm_all_heads(run, layer, heads);
     const Cache* caches = run.caches + i * run.requests;
     place_heads(run, layer, caches, heads);
@@ -224,10 +228,9 @@ inline void through(const Run& run, uint16_t* hidden, uint16_t* heads, uint16_t*
       first += part.rows;
     }
     attend(rows.data(), run.requests, run.order, numbers);
-    end_branch(layer.output, attended, layer.output_bias, all, run.blocks[1], layer.after_norm);
-    product(layer.gate_up, normalised(layer.second_norm), layer.gate_up_bias, inner, 2 * run.inner, run.hidden, run.blocks[2],
-            run.opened, nullptr);
-    end_branch(layer.down, inner, layer.down_bias, run.inner, run.blocks[3], layer.after_second_norm);
+    end_branch(run, layer.output, attended, layer.output_bias, all, run.blocks[1], run.groups[1], layer.after_norm, branch, hidden);
+    gate(run, layer, normalised(layer.second_norm), inner);
+    end_branch(run, layer.down, inner, layer.down_bias, run.inner, run.blocks[3], run.groups[3], layer.after_second_norm, branch, hidden);
   }
 }
 

@@ -1,0 +1,154 @@
+"""`PromptLayers`: the layers of a prompt's own forward in our kernel, around torch's attention, with the same bits.
+
+Products of many rows, norms and what lies between them take it a third to a half of the time. Whether every bit
+is kept is the probe's business, and for how many rows that of `PromptOrders`. Knows no policy and no probe.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from runtime.exact.native.library import native_library
+from runtime.exact.native.products import Order
+from runtime.exact.native.prompt_orders import PromptOrders
+from runtime.exact.native.stack import NativeLayers
+
+# Torch shares out operations number by number to threads, so many to each at least, and takes so many at once.
+GRAIN, VECTORS = 32768, 64
+
+
+class PromptLayers:
+    """What layers do to a prompt of one request.
+
+    Shape suffixes: T tokens of the prompt, D hidden size, E head size, R numbers of a head that are turned.
+
+    Args:
+        layers: of the model.
+        native: what runs blocks of few rows; its packed weights are used.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], native: NativeLayers) -> None:
+        self.layers, self.native = layers, native
+        attend, output, gate_up, down = native.parts[0].linears
+        # Queries may have another shape than keys and values, which have the same.
+        one_each = [attend[0], attend[-1], output[0], gate_up[0], down[0]]
+        self.orders = PromptOrders(one_each, bool(native.along[0]))
+        self.steady = is_steady(native.parts[0].activation, native.opened)
+        self._given: Tensor | None = None
+        self._angles: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While open, the model's forward of a prompt runs its layers natively where their orders are known."""
+        try:
+            for index, layer in enumerate(self.layers):
+                layer.__dict__["forward"] = partial(self._forward, index)
+            yield
+        finally:
+            for layer in self.layers:
+                layer.__dict__.pop("forward", None)
+            self._given = None
+
+    def keeps_bits(self, model: Any, token_ids: Tensor, lengths: Sequence[int]) -> bool:
+        """Whether prompts leave the same keys, values and logits as in the model's own layers.
+
+        Args:
+            token_ids: shape [1, N], repeated for longer prompts.
+            lengths: of the prompts, in tokens.
+        """
+        for length in lengths:
+            ids = token_ids.repeat(1, -(-length // token_ids.shape[1]))[:, :length]
+            found = []
+            for way in (nullcontext(), self.reading()):
+                cache = DynamicCache(config=model.config)
+                with way:
+                    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                layers: list[Any] = cache.layers
+                found.append([logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values))])
+            if not all(map(torch.equal, *found)):
+                return False
+        return True
+
+    def _forward(self, index: int, hidden_states: Tensor, *args: Any, **given: Any) -> Any:
+        """As the layer's own `forward`, [1, T, D] to [1, T, D]."""
+        rows, cache = hidden_states.shape[1], given.get("past_key_values")
+        orders = None
+        if not args and cache is not None and hidden_states.shape[0] == 1 and rows > 1 and self._activates(rows):
+            orders = self.orders(rows)
+        if orders is None or cache is None:
+            layer: Any = self.layers[index]
+            return type(layer).forward(layer, hidden_states, *args, **given)
+        module = self.native.parts[index].attention
+        query, keys, values = self._before(index, orders, hidden_states, *given["position_embeddings"])
+        keys, values = cache.update(keys, values, module.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        mask = given.get("attention_mask")
+        attended, _ = attend(module, query, keys, values, mask, dropout=0.0, scaling=module.scaling)
+        return self._after(index, orders, attended, hidden_states)
+
+    def _activates(self, rows: int) -> bool:
+        """Whether torch activates so many rows as the table does: what fills no vector of a thread may differ."""
+        numbers = rows * self.native.parts[0].inner
+        threads = min(torch.get_num_threads(), -(-numbers // GRAIN))
+        return self.steady or -(-numbers // threads) % VECTORS == 0
+
+    def _before(
+        self, index: int, orders: tuple[Order, ...], hidden: Tensor, cosines: Tensor, sines: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [1, H, T, E], and keys and values [1, G, T, E], turned to their positions; tables are [1, T, R]."""
+        rows = hidden.shape[1]
+        queries, shared, size = self.native.parts[index].heads
+        if self._given is not cosines:
+            self._angles = cosines.float().contiguous(), sines.float().contiguous()
+            self._given = cosines
+        hidden = hidden.contiguous()
+        heads = hidden.new_empty((1, rows, queries + 2 * shared, size))
+        keys, values = hidden.new_empty((2, 1, shared, rows, size)).unbind()
+        library = native_library()
+        assert library is not None
+        library.specbound_before(
+            self.native.table[index:].ctypes.data,
+            self._sizes(rows, orders),
+            self.native.floats,
+            *(tensor.data_ptr() for tensor in (*self._angles, hidden, heads, keys, values)),
+            torch.get_num_threads(),
+        )
+        return heads[:, :, :queries].transpose(1, 2), keys, values
+
+    def _after(self, index: int, orders: tuple[Order, ...], attended: Tensor, hidden: Tensor) -> Tensor:
+        """Hidden states [1, T, D] one layer further, from what was attended, [1, T, H, E]."""
+        output = hidden.clone(memory_format=torch.contiguous_format)
+        attended = attended.contiguous()
+        library = native_library()
+        assert library is not None
+        library.specbound_after(
+            self.native.table[index:].ctypes.data,
+            self._sizes(hidden.shape[1], orders),
+            self.native.floats,
+            *(tensor.data_ptr() for tensor in (self.native.opened, attended, output)),
+            torch.get_num_threads(),
+        )
+        return output
+
+    def _sizes(self, rows: int, orders: tuple[Order, ...]) -> Any:
+        """As `NativeLayers` gives them, of one layer and one request, and the block of keys and values."""
+        native, (queries, keys, *others) = self.native, orders
+        own = queries, *others
+        blocks, groups = (each.block // 2 for each in own), (each.group // 2 for each in own)
+        along = queries.tiles, *blocks, *native.ways, native.filled, *groups, keys.block // 2, keys.group // 2
+        sizes = (1, 1, rows, native.hidden_size, *native.sizes, *along)
+        return (ctypes.c_int64 * len(sizes))(*sizes)
+
+
+def is_steady(activation: nn.Module, table: Tensor) -> bool:
+    """Whether torch gives every number the same activation outside of vectors, too."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    apart = activation(bits.repeat_interleave(2)[::2])
+    return bool(((apart == table[:-1]) | (apart.isnan() & table[:-1].isnan())).all())
