@@ -3,10 +3,12 @@
 #include <cstdio>
 #include <vector>
 
-extern "C" void specbound_products(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+extern "C" void specbound_products(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 extern "C" int64_t specbound_tiles();
 extern "C" int64_t specbound_attention(const void*, const void*, const void*, void*, const int64_t*, const int64_t*, float, int64_t, int64_t);
 
+extern "C" void specbound_before(const void*, const int64_t*, const float*, const float*, const float*, const void*, void*, void*, void*, int64_t);
+extern "C" void specbound_after(const void*, const int64_t*, const float*, const void*, const void*, void*, int64_t);
 extern "C" int64_t specbound_layers(const void*, const void*, const void*, const int64_t*, const float*, const float*, const float*, const void*, void*, int64_t);
 
 static std::vector<uint16_t> numbers(int64_t count) {
@@ -27,7 +29,9 @@ int main() {
         auto weight = numbers((outputs + 15) / 16 * pairs * 32), input = numbers(rows * pairs * 2), bias = numbers(outputs);
         std::vector<uint16_t> output(rows * outputs);
         for (int64_t tiles = 0; tiles <= (has_tiles && pairs % 16 == 0); tiles++)
-          specbound_products(weight.data(), input.data(), bias.data(), output.data(), rows, outputs, pairs, 256, tiles, 2);
+          for (int64_t block : {256, 64, 16})  // one group, the first of two whole and the other cut short, and three
+            for (int64_t group : {int64_t{0}, (pairs + 2 * block - 1) / (2 * block) * block, (pairs + 3 * block - 1) / (3 * block) * block})
+              specbound_products(weight.data(), input.data(), bias.data(), output.data(), rows, outputs, pairs, block, tiles, group, 2);
       }
   int64_t turn = 0;  // each window occurs with each order, with others at each size
   for (int64_t rows : {1, 3, 64})
@@ -73,9 +77,16 @@ int main() {
         const void* parts[] = {(const void*)rows, (const void*)held, (const void*)held, nullptr, (const void*)further, nullptr, nullptr, nullptr};
         const void* caches[] = {key.data(), value.data(), (const void*)capacity, other_key.data(), other_value.data(), (const void*)further};
         const int64_t sizes[] = {1, 2, rows + further, hidden, queries, keys, size, inner, 1, has_tiles && hidden % 32 == 0, 256, 256, 256, 256, turned,
-                                 kind != 2, kind, kind == 2, 3};
+                                 kind != 2, kind, kind == 2, 3, 0, 0, 0, 0};
         const float floats[] = {1e-5f, 0.1f, 0.5f};
         if (!specbound_layers(layer, parts, caches, sizes, floats, angles.data(), angles.data(), table.data(), state.data(), 2)) return 2;
+        // The same layer of a prompt, around its attention.
+        auto hidden_rows = numbers(rows * hidden), attended = numbers(rows * queries * size);
+        std::vector<uint16_t> heads(rows * (queries + 2 * keys) * size), new_keys(keys * rows * size), new_values(keys * rows * size);
+        const int64_t own[] = {1, 1, rows, hidden, queries, keys, size, inner, 1, has_tiles && hidden % 32 == 0, 16, 32, 16, 16, turned,
+                               kind != 2, kind, kind == 2, 3, 0, 64, 16, 0, 16, 16};
+        specbound_before(layer, own, floats, angles.data(), angles.data(), hidden_rows.data(), heads.data(), new_keys.data(), new_values.data(), 2);
+        specbound_after(layer, own, floats, table.data(), attended.data(), hidden_rows.data(), 2);
       }
   std::puts("fine");
 }

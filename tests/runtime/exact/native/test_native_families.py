@@ -14,7 +14,7 @@ from runtime.decoding.families import FAMILIES, Family, family_of
 from runtime.decoding.layers import NATIVE, DecoderLayers
 from runtime.decoding.rows import TreeRows
 from runtime.exact.attention import WINDOW_KINDS, BlockAttention
-from runtime.exact.execution import ExecutionPolicy, execution, native_layers
+from runtime.exact.execution import ExecutionPolicy, execution, native_layers, prompt_layers
 from runtime.exact.native.library import why_not_native
 from runtime.exact.order import same_attention
 from runtime.exact.packed import PackedLinears
@@ -107,6 +107,17 @@ def test_every_native_family_is_tried() -> None:
 def test_layers_have_the_bits_of_the_model_s_own(family: str) -> None:
     """From before the edge of a window to beyond it."""
     assert differing(base(family)) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", OWN)
+def test_prompts_leave_the_bits_of_the_model_s_own_layers(family: str) -> None:
+    """Logits, keys and values, in every order of additions that torch takes for so many rows, beyond windows too."""
+    model = base(family)
+    packed = PackedLinears.of(model)
+    run = prompt_layers(model, policy_of(model, packed), packed)
+    assert run is not None
+    assert run.keeps_bits(model, prompt(64), (2, 17, 33, 64, 130))
 
 
 @pytest.mark.parametrize("family", ["mistral", "olmo3", "gemma3_text"])
