@@ -14,11 +14,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from runtime.adapter.folder import Adapter, load_adapter
+from runtime.adapter.hub import resolve_adapter
 from runtime.adapter.identity import weights_sha256
+from runtime.base import check_base
 from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.heads import ExitHeads
-from runtime.errors import DataError, SpecBoundError
+from runtime.errors import ConfigError, DataError, SpecBoundError
 from train.calibration.calibration import unseen_rows
 from train.calibration.temperatures import require_positions
 from train.corpus.corpus import counts_of
@@ -81,10 +84,11 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     splits = _load_splits(config, accelerator, layers)
 
     # 2) the heads, on the tokens the base uses most
-    vocabulary, covered = _vocabulary(config, tokenizer, splits, vocab_size)
+    earlier = _earlier(config, model, tokenizer)
+    vocabulary, covered = _vocabulary(config, tokenizer, splits, vocab_size, earlier)
     accelerator.print(f"draft vocabulary: {len(vocabulary)} tokens, {100 * covered:.1f} % of held-out text")
     set_seed(config.seed)  # only here, so that earlier random draws do not change the new heads
-    heads = make_heads(config, layers, vocabulary)
+    heads = make_heads(config, layers, vocabulary, earlier)
 
     # 3) fit, calibrate, publish
     start_trackers(accelerator, config)
@@ -120,11 +124,37 @@ def _load(config: FitConfig, accelerator: Accelerator, spread: str | None) -> tu
     return DecoderLayers(model.to(accelerator.device).requires_grad_(False).eval()), tokenizer
 
 
-def _vocabulary(config: FitConfig, tokenizer: Any, splits: dict[str, Split], vocab_size: int) -> tuple[Tensor, float]:
+def _earlier(config: FitConfig, model: Any, tokenizer: Any) -> Adapter | None:
+    """The adapter whose heads the fit begins with, where one is named.
+
+    Raises:
+        AdapterError, BaseModelMismatch: it cannot be read, or is another model's.
+        ConfigError: its heads are of another kind or size than the recipe's.
+    """
+    if config.init_adapter is None:
+        return None
+    adapter = load_adapter(resolve_adapter(config.init_adapter))
+    check_base(model, tokenizer, adapter, strict=False)
+    own = adapter.config
+    for name, theirs in {"head": own.head, "head_rank": own.head_rank, "exit_layers": list(own.exit_layers)}.items():
+        if getattr(config, name) != theirs:
+            raise ConfigError(f"{name}: expected {theirs!r}, as init_adapter has; got {getattr(config, name)!r}")
+    size, whole = config.draft_vocab_size or own.vocab_size, own.draft_vocab_size
+    if size != whole:
+        raise ConfigError(f"draft_vocab_size: expected {whole}, as init_adapter has; got {size}")
+    return adapter
+
+
+def _vocabulary(
+    config: FitConfig, tokenizer: Any, splits: dict[str, Split], vocab_size: int, earlier: Adapter | None
+) -> tuple[Tensor, float]:
     """Choose the draft vocabulary: the target id of each draft id, and the share of held-out tokens it covers."""
     responses = {name: [response for _, response in split.sequences.rows] for name, split in splits.items()}
     keep = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    vocabulary = draft_vocabulary(responses["fit"], size=config.draft_vocab_size, vocab_size=vocab_size, keep=keep)
+    if earlier is not None:
+        vocabulary = earlier.draft_to_target
+    else:
+        vocabulary = draft_vocabulary(responses["fit"], size=config.draft_vocab_size, vocab_size=vocab_size, keep=keep)
     return vocabulary, coverage(responses["held_out"], vocabulary)
 
 
@@ -161,8 +191,10 @@ def _open_caches(config: FitConfig, accelerator: Accelerator, splits: dict[str, 
     accelerator.print(require_disk(config.features_path, needed, own=own))
 
 
-def make_heads(config: FitConfig, layers: DecoderLayers, draft_to_target: Tensor) -> DraftHeads:
-    """Make the heads with their initial weights."""
+def make_heads(
+    config: FitConfig, layers: DecoderLayers, draft_to_target: Tensor, earlier: Adapter | None = None
+) -> DraftHeads:
+    """Make the heads with their initial weights, or those of an adapter."""
     exits = ExitHeads(
         config.head,
         config.exit_layers,
@@ -173,6 +205,8 @@ def make_heads(config: FitConfig, layers: DecoderLayers, draft_to_target: Tensor
     heads = DraftHeads.of(exits, layers, draft_to_target)
     for head in exits:
         head.start(heads.unembedding)
+    if earlier is not None:
+        exits.load_state_dict(earlier.heads.state_dict())
     return use_peft(heads)
 
 

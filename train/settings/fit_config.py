@@ -79,6 +79,10 @@ class FitConfig:
     head_rank: int = field(default=256, metadata=_help("inner width of a head"))
     draft_vocab_size: int = field(default=8192, metadata=_help("tokens a head can draft; 0: all"))
 
+    init_adapter: str | None = field(
+        default=None, metadata=_help("adapter (folder or Hub id) whose heads and vocabulary the fit begins with")
+    )
+
     output_dir: str = field(metadata=_help("folder of the adapter, checkpoints and logs"))
     dry_run: bool = field(default=False, metadata=_help("go up to the first step, say what the fit takes, and stop"))
     features: str = field(

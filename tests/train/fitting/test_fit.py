@@ -8,6 +8,7 @@ import torch
 from runtime import load_specbound
 from runtime.adapter.folder import load_adapter
 from runtime.drafting.heads import HEAD_KINDS
+from runtime.errors import AdapterError, ConfigError
 from tests.helpers.fits import assert_same_fit, losses, weights
 from train.fitting.schedule import Plan
 from train.settings.fit_config import FitConfig
@@ -52,6 +53,22 @@ def test_cached_features_learn_what_online_features_do(quick_fit, tmp_path):
     folder, cached = quick_fit(tmp_path / "cache", features="cache", max_steps=8)
     assert len(list((folder / "features").rglob("*.safetensors"))) == 3
     assert losses(cached) == pytest.approx(losses(quick_fit(tmp_path / "online", max_steps=8)[1]), rel=1e-4)
+
+
+def test_a_fit_begins_with_the_heads_of_an_adapter(quick_fit, tmp_path, fitted):
+    """Its first loss is below that of new heads; the vocabulary is the adapter's; other heads are refused."""
+    own = load_adapter(fitted)
+    text = {"max_steps": 1, "learning_rate": 1e-9}
+    folder, begun = quick_fit(tmp_path / "begun", init_adapter=str(fitted), **text)
+    assert losses(begun)[0] < 0.99 * losses(quick_fit(tmp_path / "new", **text)[1])[0]
+    for name, tensor in own.heads.state_dict().items():
+        torch.testing.assert_close(weights(folder)[name], tensor, rtol=1e-4, atol=1e-6)
+    for settings in ({"head": "linear"}, {"head_rank": 8}, {"exit_layers": [2]}, {"draft_vocab_size": 32}):
+        (name,) = settings
+        with pytest.raises(ConfigError, match=f"{name}: expected .* as init_adapter has"):
+            quick_fit(tmp_path / name, init_adapter=str(fitted), **settings)
+    with pytest.raises(AdapterError, match="does not exist"):
+        quick_fit(tmp_path / "none", init_adapter="no/such/adapter/here")
 
 
 @pytest.mark.parametrize(
