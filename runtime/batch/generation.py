@@ -63,10 +63,10 @@ class Generation:
         started, stats = time.perf_counter(), SpeculationStats()
         given, watched = (emitter.input_ids, generation_config, model_kwargs), specbound.drafter.watched
         with stats.timing("prompt"):
-            read, known = ReadPrompt.of(model, prepared, watched, given, memory)
+            read, reused = ReadPrompt.of(model, prepared, watched, given, memory)
         stock_cache: DynamicCache = model_kwargs["past_key_values"]
         keeps_cache = generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False)
-        stats.reused = emitter.input_ids.shape[1] if known else 0
+        stats.reused = reused
         prompt_length, drafts = stock_cache.get_seq_length(), bounds.max_draft_tokens
         kv = prepared.cache_of(stock_cache, prompt_length + min(emitter.remaining, AHEAD) + drafts)
         kv.most = rows_of(prompt_length + emitter.remaining, drafts)

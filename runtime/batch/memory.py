@@ -109,6 +109,10 @@ class KVMemory:
         self._prompts.move_to_end(key)
         return self._prompts[key][1]
 
+    def items(self) -> list[tuple[Any, Any]]:
+        """Keys and what was kept, of all prompts, the newest first."""
+        return [(key, prompt) for key, (_, prompt) in reversed(self._prompts.items())]
+
     def _make_room(self, tokens: int) -> None:
         """Drop prompts until so many tokens more have room."""
         while self._prompts and self.used + self.kept + tokens > self.tokens:

@@ -1,7 +1,7 @@
 """`ReadPrompt`: what a prompt's own forward leaves, for every call that asks the same prompt. Knows no call.
 
-An identical prompt leaves identical bits. A shorter part of it does not: where it is cut, kernels may add in another
-order.
+An identical prompt leaves identical bits. One that begins alike does for as many tokens as `PromptLayers.common` says:
+then the others are read alone. The first of a kind is read whole as well, and compared.
 """
 
 import copy
@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from runtime.batch.memory import KVMemory
 from runtime.decoding.layers import PromptStates
 from runtime.exact.prepared import PreparedModel
+
+Given = tuple[Tensor, GenerationConfig, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +36,9 @@ class ReadPrompt:
 
     @classmethod
     def of(
-        cls,
-        model: Any,
-        prepared: PreparedModel,
-        watched: Sequence[int],
-        given: tuple[Tensor, GenerationConfig, dict[str, Any]],
-        memory: KVMemory | None,
-    ) -> "tuple[ReadPrompt, bool]":
-        """Read a prompt into the cache among its arguments, or take what was kept of it; whether it was kept.
+        cls, model: Any, prepared: PreparedModel, watched: Sequence[int], given: Given, memory: KVMemory | None
+    ) -> "tuple[ReadPrompt, int]":
+        """Read a prompt into the cache among its arguments, or take what was kept; how many tokens were taken.
 
         Args:
             prepared: the model as it is: of another one nothing is kept.
@@ -50,18 +48,113 @@ class ReadPrompt:
         """
         cache: DynamicCache = given[2]["past_key_values"]
         key = None if memory is None else _key(*given)
-        if memory is not None and key is not None:
-            key = (prepared.layers, *watched, *key)
-            found = memory.find(key)
-            if found is not None:
-                cache.layers[:] = map(copy.copy, found.layers)
-                return found, True
+        if memory is None or key is None:
+            return cls._whole(model, prepared, watched, given), 0
+        key = ((prepared.layers, *watched), *key)
+        found = memory.find(key)
+        if found is not None:
+            cache.layers[:] = map(copy.copy, found.layers)
+            return found, given[0].shape[1]
+        earlier, taken, length = _beginning(prepared, key, memory)
+        if earlier is None:
+            read = cls._whole(model, prepared, watched, given)
+        else:
+            read, taken = cls._joined(model, prepared, watched, given, (earlier, taken, length))
+        memory.keep(key, cache.get_seq_length(), read)
+        return read, taken
+
+    @classmethod
+    def _whole(cls, model: Any, prepared: PreparedModel, watched: Sequence[int], given: Given) -> "ReadPrompt":
+        """Read all of it."""
         with prepared.layers.watching(watched) as states, prepared.reading():
             outputs = model._prefill(*given)
-        read = cls(outputs.logits[:, -1].clone(), [copy.copy(layer) for layer in cache.layers], states)
-        if memory is not None and key is not None:
-            memory.keep(key, cache.get_seq_length(), read)
-        return read, False
+        return cls._left(outputs, given, states)
+
+    @classmethod
+    def _joined(
+        cls,
+        model: Any,
+        prepared: PreparedModel,
+        watched: Sequence[int],
+        given: Given,
+        beginning: "tuple[ReadPrompt, int, int]",
+    ) -> "tuple[ReadPrompt, int]":
+        """As `_rest`, and how many tokens were taken: none where that was found not to keep every bit."""
+        assert prepared.prompts is not None
+        proven, total = prepared.prompts.prefixes.proven, given[0].shape[1]
+        kind = prepared.prompts.prefixes.kind(beginning[2], total)
+        read = cls._rest(model, prepared, watched, given, beginning)
+        if kind in proven:
+            return read, beginning[1]
+        cache = given[2]["past_key_values"]
+        given = (*given[:2], given[2] | {"past_key_values": DynamicCache(config=model.config)})
+        whole = cls._whole(model, prepared, watched, given)
+        proven[kind] = all(map(torch.equal, read.tensors, whole.tensors))
+        if proven[kind]:
+            return read, beginning[1]
+        cache.layers[:] = map(copy.copy, whole.layers)
+        return whole, 0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Logits, keys and values."""
+        return [self.logits, *(tensor for layer in self.layers for tensor in (layer.keys, layer.values))]
+
+    @classmethod
+    def _rest(
+        cls,
+        model: Any,
+        prepared: PreparedModel,
+        watched: Sequence[int],
+        given: Given,
+        beginning: "tuple[ReadPrompt, int, int]",
+    ) -> "ReadPrompt":
+        """Read what follows the tokens taken from another prompt, of so many tokens."""
+        earlier, taken, length = beginning
+        input_ids, cache = given[0], given[2]["past_key_values"]
+        total = input_ids.shape[1]
+        cache.layers[:] = map(copy.copy, earlier.layers)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, :taken], layer.values[:, :, :taken]
+        positions = torch.arange(taken, total, device=input_ids.device)[None]
+        others = {"position_ids": positions, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        with prepared.layers.watching(watched) as states, prepared.reading(total):
+            outputs = model(input_ids=input_ids[:, taken:], **others)
+        states.follow(earlier.states, length - taken)
+        return cls._left(outputs, given, states)
+
+    @classmethod
+    def _left(cls, outputs: Any, given: Given, states: PromptStates) -> "ReadPrompt":
+        layers = given[2]["past_key_values"].layers
+        return cls(outputs.logits[:, -1].clone(), [copy.copy(layer) for layer in layers], states)
+
+
+def _beginning(
+    prepared: PreparedModel, key: tuple[Any, ...], memory: KVMemory
+) -> "tuple[ReadPrompt | None, int, int]":
+    """The kept prompt that begins alike for longest, of how many tokens its rows can be taken, and how many it has."""
+    kind, ids, positions = key
+    best: tuple[ReadPrompt | None, int, int] = None, 0, 0
+    if prepared.prompts is None or not _counts_up(positions):
+        return best
+    for other, read in memory.items():
+        if other[0] != kind or not _counts_up(other[2]):
+            continue
+        alike = min(_alike(ids, other[1]), len(ids) - 1)
+        if alike > best[1]:
+            taken = prepared.prompts.common(len(other[1]), len(ids), alike)
+            best = max(best, (read, taken, len(other[1])), key=lambda one: one[1])
+    return best
+
+
+def _counts_up(positions: tuple[int, ...] | None) -> bool:
+    return positions is None or positions == tuple(range(len(positions)))
+
+
+def _alike(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """Tokens with which both begin."""
+    shorter = min(len(one), len(other))
+    return next((place for place in range(shorter) if one[place] != other[place]), shorter)
 
 
 def _key(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> tuple[Any, ...] | None:

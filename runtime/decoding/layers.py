@@ -223,6 +223,13 @@ class PromptStates:
         hidden = output[0] if isinstance(output, tuple) else output
         self._by_depth[depth] = hidden[0, -PROMPT_TOKENS - 1 :]
 
+    def follow(self, earlier: "PromptStates", unlike: int) -> None:
+        """Put what another prompt left before these: all of its positions but so many at its end."""
+        for depth, states in self._by_depth.items():
+            before = earlier._by_depth[depth]
+            kept = before[: max(0, len(before) - unlike)]
+            self._by_depth[depth] = torch.cat([kept, states])[-PROMPT_TOKENS - 1 :]
+
     @property
     def settled(self) -> dict[int, SettledStates]:
         """By exit layer: what its head reads of the prompt's last positions; empty where nothing was taken."""

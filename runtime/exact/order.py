@@ -107,7 +107,7 @@ def same_attention(
     module.__dict__["num_key_value_groups"] = heads[0] // heads[1]
     module.__dict__["sliding_window"] = window
     for length in (length for length in LENGTHS if length >= rows):
-        for given in (_telling_values(heads, rows, length, dtype), _telling_keys(heads, rows, length, dtype)):
+        for given in (telling_values(heads, rows, length, dtype), _telling_keys(heads, rows, length, dtype)):
             query, keys, values = (tensor.to(device, dtype).contiguous() for tensor in given)
             block, _ = attention(module, query, keys, values, None)
             for row in range(rows):
@@ -181,7 +181,7 @@ def same_norm(norm: nn.Module, run: Callable[[nn.Module, Tensor], Tensor]) -> bo
     return True
 
 
-def _telling_values(heads: tuple[int, int, int], rows: int, length: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def telling_values(heads: tuple[int, int, int], rows: int, length: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Values that cancel: every other head weighs its keys as text does, the rest weigh all alike."""
     num_queries, num_keys, size = heads
     generator = torch.Generator().manual_seed(0)

@@ -153,9 +153,13 @@ class PreparedModel:
             finally:
                 self.runs = False
 
-    def reading(self) -> AbstractContextManager[None]:
-        """While open, the model's own forward of a prompt runs natively, where its certificate says so."""
-        return nullcontext() if self.prompts is None else self.prompts.reading()
+    def reading(self, whole: int = 0) -> AbstractContextManager[None]:
+        """While open, the model's own forward of a prompt runs natively, where its certificate says so.
+
+        Args:
+            whole: as `PromptLayers.reading` has it.
+        """
+        return nullcontext() if self.prompts is None else self.prompts.reading(whole)
 
     def cache_of(self, prompt: Any, capacity: int) -> KVCache:
         """The cache that decoding goes on with after a prompt, by the certified policy.

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from runtime.exact.native.library import native_library
+from runtime.exact.native.prefix import Prefixes
 from runtime.exact.native.products import Order
 from runtime.exact.native.prompt_orders import PromptOrders
 from runtime.exact.native.stack import NativeLayers
@@ -41,12 +42,25 @@ class PromptLayers:
         one_each = [attend[0], attend[-1], output[0], gate_up[0], down[0]]
         self.orders = PromptOrders(one_each, bool(native.along[0]))
         self.steady = is_steady(native.parts[0].activation, native.opened)
+        scaling = native.parts[0].attention.scaling
+        self.prefixes = Prefixes(native.parts[0].heads, scaling, ALL_ATTENTION_FUNCTIONS["sdpa"], self.orders)
+        self._whole = 0
         self._given: Tensor | None = None
         self._angles: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
+    def common(self, one: int, other: int, alike: int) -> int:
+        """Rows that prompts of so many tokens, so many of them alike, have in common to the bit; see `Prefixes`."""
+        windows = any(parts.window is not None for parts in self.native.parts)
+        return 0 if windows or not self._activates(other) else self.prefixes.common(one, other, alike)
+
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """While open, the model's forward of a prompt runs its layers natively where their orders are known."""
+    def reading(self, whole: int = 0) -> Iterator[None]:
+        """While open, the model's forward of a prompt runs its layers natively where their orders are known.
+
+        Args:
+            whole: tokens of a prompt whose beginning is in the cache already; the forward is given the others.
+        """
+        self._whole = whole
         try:
             for index, layer in enumerate(self.layers):
                 layer.__dict__["forward"] = partial(self._forward, index)
@@ -54,7 +68,7 @@ class PromptLayers:
         finally:
             for layer in self.layers:
                 layer.__dict__.pop("forward", None)
-            self._given = None
+            self._given, self._whole = None, 0
 
     def keeps_bits(self, model: Any, token_ids: Tensor, lengths: Sequence[int]) -> bool:
         """Whether prompts leave the same keys, values and logits as in the model's own layers.
@@ -79,9 +93,9 @@ class PromptLayers:
     def _forward(self, index: int, hidden_states: Tensor, *args: Any, **given: Any) -> Any:
         """As the layer's own `forward`, [1, T, D] to [1, T, D]."""
         rows, cache = hidden_states.shape[1], given.get("past_key_values")
-        orders = None
-        if not args and cache is not None and hidden_states.shape[0] == 1 and rows > 1 and self._activates(rows):
-            orders = self.orders(rows)
+        orders, whole = None, self._whole or rows
+        if not args and cache is not None and hidden_states.shape[0] == 1 and whole > 1 and self._activates(whole):
+            orders = self.orders(whole)
         if orders is None or cache is None:
             layer: Any = self.layers[index]
             return type(layer).forward(layer, hidden_states, *args, **given)
@@ -90,8 +104,12 @@ class PromptLayers:
         keys, values = cache.update(keys, values, module.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
         mask = given.get("attention_mask")
+        if whole > rows:  # torch's call for the whole prompt, since its blocks depend on the number of queries
+            given_query, mask = query, None
+            query = query.new_zeros(1, whole, *query.shape[1::2]).transpose(1, 2)
+            query[:, :, whole - rows :] = given_query
         attended, _ = attend(module, query, keys, values, mask, dropout=0.0, scaling=module.scaling)
-        return self._after(index, orders, attended, hidden_states)
+        return self._after(index, orders, attended[:, whole - rows :], hidden_states)
 
     def _activates(self, rows: int) -> bool:
         """Whether torch activates so many rows as the table does: what fills no vector of a thread may differ."""

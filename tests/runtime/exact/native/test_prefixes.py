@@ -1,0 +1,132 @@
+"""Prompts that begin alike: what is taken of another, what is not, and that every bit is that of the whole."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from runtime import SpeculationBounds, detach
+from runtime.batch import Batch, generated
+from runtime.batch.memory import KVMemory
+from runtime.batch.prompt import ReadPrompt
+from runtime.exact.native.library import why_not_native
+from runtime.exact.native.prefix import Prefixes
+from runtime.generate import attach
+from runtime.handle import SpecBound
+from tests.helpers.fake_heads import FakeHeads
+from tests.helpers.families import NATIVE_SHAPE, randomise
+from tests.helpers.native.orders import torch_order
+
+HOW: dict[str, Any] = {"do_sample": False, "max_new_tokens": 9}
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> None:
+    """All of it needs them."""
+    if why_not_native() is not None or torch_order() is None:
+        pytest.skip(f"no native kernels here, or torch adds in an order of its own: {why_not_native()}")
+
+
+def base(**own: Any) -> PreTrainedModel:
+    """A random model of sizes that the kernel takes, for long texts."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mistral" if "sliding_window" in own else "llama", **(NATIVE_SHAPE | own))
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    randomise(made)
+    return made
+
+
+def text(length: int, seed: int = 0) -> Tensor:
+    """A random prompt; of one seed the shorter ones are beginnings of the longer ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 90, (1, 2048), generator=generator)[:, :length]
+
+
+def taken(model: PreTrainedModel, prompts: list[Tensor]) -> list[int]:
+    """Tokens that each prompt was spared, one after the other; all ids compared with plain generate's."""
+    expected = [model.generate(prompt, **HOW) for prompt in prompts]
+    heads = FakeHeads("mixed", [1], expected[-1][0].tolist(), 96)
+    attach(model, SpecBound(model, heads, SpeculationBounds(0.2, 1, 3)))
+    reused = []
+    try:
+        with Batch(model, 1, KVMemory(20_000)) as batch:
+            for prompt, stock in zip(prompts, expected, strict=True):
+                mask = torch.ones_like(prompt)
+                call = batch.add(prompt[0].tolist(), attention_mask=mask, **HOW)
+                while not call.ended:
+                    batch.round()
+                assert generated(call) == stock[0, prompt.shape[1] :].tolist()
+                reused.append(model.specbound.stats.reused)
+    finally:
+        detach(model)
+    return reused
+
+
+def test_whole_blocks_are_taken_where_all_is_added_alike() -> None:
+    """Of the prompt that has most in common; the very same prompt is taken whole."""
+    other_end = torch.cat([text(1100), text(60, seed=1)], 1)
+    prompts = [
+        text(1090),
+        text(700, seed=2),
+        text(1200),
+        other_end,
+        text(1200),
+        torch.cat([text(500), text(700, 3)], 1),
+    ]
+    reused = taken(base(), prompts)
+    assert reused[:2] == [0, 0] and reused[4] == 1200 and reused[5] == 0
+    assert reused[2] in (0, 1024) and reused[3] in (0, 1024)  # 0 where torch adds otherwise for so many rows
+    assert torch.get_num_threads() > 2 or reused[2:4] == [1024, 1024]
+
+
+def test_a_prompt_inside_another_is_read_for_its_last_token() -> None:
+    """At least one token is read: its logits are asked for."""
+    assert taken(base(), [text(1100), text(1024)])[1] in (0, 512)
+
+
+def test_layers_with_windows_read_all_of_it() -> None:
+    """Which keys they keep depends on the length."""
+    assert taken(base(sliding_window=600), [text(1100), text(1200)]) == [0, 0]
+
+
+def test_what_does_not_keep_every_bit_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: rows that differ are seen in the first prompt, whose ids are right, and not tried again."""
+    monkeypatch.setattr(Prefixes, "common", lambda self, one, other, alike: _common(self, one, other))
+    rest, tried = ReadPrompt._rest.__func__, []  # type: ignore[attr-defined]
+
+    def spoilt(cls: Any, *given: Any) -> ReadPrompt:
+        tried.append(given[-1][1])
+        layers = given[3][2]["past_key_values"].layers
+        read: ReadPrompt = rest(cls, *given)
+        layers[0].keys[0, 0, 3].view(torch.int16).bitwise_xor_(0x40)
+        return read
+
+    def _common(prefixes: Prefixes, one: int, other: int) -> int:
+        return 512 if prefixes.proven.get(prefixes.kind(one, other), True) else 0
+
+    monkeypatch.setattr(ReadPrompt, "_rest", classmethod(spoilt))
+    assert taken(base(), [text(1100), text(1200), text(1210)]) == [0, 0, 0]
+    assert tried == [512]
+
+
+@torch.no_grad()
+def test_attention_that_adds_otherwise_shows() -> None:
+    """A kernel that adds otherwise from some length on: nothing is common there, nor where orders are not known."""
+
+    def attend(_: Any, query: Tensor, keys: Tensor, values: Tensor, *__: Any, **given: Any) -> tuple[Tensor, None]:
+        scale = given["scaling"]
+        if query.shape[2] < 1100:
+            stock = torch.nn.functional.scaled_dot_product_attention
+            return stock(query, keys, values, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2), None
+        scores = query @ keys.repeat_interleave(2, 1).transpose(-1, -2) * scale
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return (weights @ values.repeat_interleave(2, 1)).transpose(1, 2), None
+
+    prefixes = Prefixes((4, 2, 64), 0.125, attend, lambda rows: ())
+    assert prefixes.common(1050, 1090, 1050) == 1024
+    assert prefixes.common(1050, 1150, 1050) == 0
+    assert prefixes.common(1050, 1090, 500) == 0
+    assert Prefixes((4, 2, 64), 0.125, attend, lambda rows: None).common(1050, 1090, 1050) == 0
