@@ -53,7 +53,7 @@ SOURCES: list[tuple[str, tuple[int, int], Callable[[Row], Row]]] = [
     ("t0_subset/adversarial_qa.jsonl", (300, 60), _plain("prompt")),
     ("t0_subset/cosmos_qa.jsonl", (300, 40), _plain("prompt")),
     ("t0_subset/hotpotqa_kilt.jsonl", (200, 0), _plain("prompt")),
-    ("sgd/sgd_turns_dev_test.jsonl", (500, 100), _service),
+    ("sgd/sgd_turns_dev_test.jsonl", (0, 100), _service),
     ("llamafactory/dpo_en_demo.json", (150, 150), _conversation),
     ("llamafactory/glaive_toolcall_en_demo.json", (50, 50), _conversation),
 ]
