@@ -1,6 +1,6 @@
 """Prompts in pieces: how many positions have other keys or values than in stock's one forward of the whole prompt.
 
-That is why nothing shorter than a whole prompt is read again from memory, and prompts are not read in chunks. Example:
+That is why prompts are not read in chunks, and of others that began alike only whole blocks of 512 are taken. Example:
 python scripts/cuts.py HuggingFaceTB/SmolLM2-135M-Instruct --threads 2
 """
 

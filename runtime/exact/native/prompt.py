@@ -51,7 +51,9 @@ class PromptLayers:
     def common(self, one: int, other: int, alike: int) -> int:
         """Rows that prompts of so many tokens, so many of them alike, have in common to the bit; see `Prefixes`."""
         windows = any(parts.window is not None for parts in self.native.parts)
-        return 0 if windows or not self._activates(other) else self.prefixes.common(one, other, alike)
+        if windows or not (self._activates(one) and self._activates(other)):
+            return 0
+        return self.prefixes.common(one, other, alike)
 
     @contextmanager
     def reading(self, whole: int = 0) -> Iterator[None]:
@@ -71,13 +73,15 @@ class PromptLayers:
             self._given, self._whole = None, 0
 
     def keeps_bits(self, model: Any, token_ids: Tensor, lengths: Sequence[int]) -> bool:
-        """Whether prompts leave the same keys, values and logits as in the model's own layers.
+        """Whether prompts run here, and leave the same keys, values and logits as in the model's own layers.
 
         Args:
             token_ids: shape [1, N], repeated for longer prompts.
             lengths: of the prompts, in tokens.
         """
         for length in lengths:
+            if self.orders(length) is None:
+                return False
             ids = token_ids.repeat(1, -(-length // token_ids.shape[1]))[:, :length]
             found = []
             for way in (nullcontext(), self.reading()):

@@ -105,6 +105,16 @@ def test_another_order_shows() -> None:
         assert torch.equal(ours, telling.linear(rows)) == (other == order)
 
 
+def test_where_no_order_is_known_the_certificate_says_nothing(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts stay with the model's own layers."""
+    monkeypatch.setattr(native.PromptOrders, "__call__", lambda self, rows: None)
+    certificate = probe(model, max_width=3, packed=PackedLinears.of(model))
+    assert certificate.policy.native and not certificate.policy.prompts
+    assert "prompts native" not in str(certificate)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["_before", "_after"])
 def test_spoilt_layers_are_refused(part: str, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
