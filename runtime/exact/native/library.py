@@ -96,8 +96,8 @@ def _declare(library: ctypes.CDLL) -> None:
     attention.argtypes, attention.restype = [*[place] * 4, numbers, place, ctypes.c_float, number, number], number
     layers.restype, layers.argtypes = number, [*[place] * 3, numbers, floats, *[place] * 4, number]
     before, after = library.specbound_before, library.specbound_after
-    before.restype, before.argtypes = None, [place, numbers, floats, *[place] * 6, number]
-    after.restype, after.argtypes = None, [place, numbers, floats, *[place] * 3, number]
+    before.restype, before.argtypes = None, [place, numbers, floats, *[place] * 7, number]
+    after.restype, after.argtypes = None, [place, numbers, floats, *[place] * 4, number]
     norms = library.specbound_norms
     norms.argtypes, norms.restype = [*[place] * 3, number, number, ctypes.c_float, number], None
     draft, keep = library.specbound_draft, library.specbound_keep

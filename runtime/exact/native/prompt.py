@@ -45,6 +45,7 @@ class PromptLayers:
         scaling = native.parts[0].attention.scaling
         self.prefixes = Prefixes(native.parts[0].heads, scaling, ALL_ATTENTION_FUNCTIONS["sdpa"], self.orders)
         self._whole = 0
+        self._room: Tensor | None = None  # for what lies between products, the same for all layers of a prompt
         self._given: Tensor | None = None
         self._angles: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
@@ -70,7 +71,7 @@ class PromptLayers:
         finally:
             for layer in self.layers:
                 layer.__dict__.pop("forward", None)
-            self._given, self._whole = None, 0
+            self._given, self._room, self._whole = None, None, 0
 
     def keeps_bits(self, model: Any, token_ids: Tensor, lengths: Sequence[int]) -> bool:
         """Whether prompts run here, and leave the same keys, values and logits as in the model's own layers.
@@ -139,7 +140,7 @@ class PromptLayers:
             self.native.table[index:].ctypes.data,
             self._sizes(rows, orders),
             self.native.floats,
-            *(tensor.data_ptr() for tensor in (*self._angles, hidden, heads, keys, values)),
+            *(tensor.data_ptr() for tensor in (*self._angles, hidden, heads, keys, values, self._space(rows))),
             torch.get_num_threads(),
         )
         return heads[:, :, :queries].transpose(1, 2), keys, values
@@ -154,10 +155,17 @@ class PromptLayers:
             self.native.table[index:].ctypes.data,
             self._sizes(hidden.shape[1], orders),
             self.native.floats,
-            *(tensor.data_ptr() for tensor in (self.native.opened, attended, output)),
+            *(tensor.data_ptr() for tensor in (self.native.opened, attended, output, self._space(hidden.shape[1]))),
             torch.get_num_threads(),
         )
         return output
+
+    def _space(self, rows: int) -> Tensor:
+        """Two hidden states and the gated part of each row."""
+        numbers = rows * (2 * self.native.hidden_size + self.native.parts[0].inner)
+        if self._room is None or self._room.numel() < numbers:
+            self._room = torch.empty(numbers, dtype=torch.bfloat16)
+        return self._room
 
     def _sizes(self, rows: int, orders: tuple[Order, ...]) -> Any:
         """As `NativeLayers` gives them, of one layer and one request, and the block of keys and values."""

@@ -65,24 +65,24 @@ extern "C" int64_t specbound_layers(const void* layers, const void* parts, const
 
 // See `prompt.py` for the arguments.
 extern "C" void specbound_before(const void* layer, const int64_t* sizes, const float* floats, const float* cosines,
-                                 const float* sines, const void* hidden, void* heads, void* keys, void* values, int64_t threads) {
+                                 const float* sines, const void* hidden, void* heads, void* keys, void* values, void* room,
+                                 int64_t threads) {
   Layer own = *(const Layer*)layer;
   own.table = std::min<int64_t>(own.table, 0);  // the angles that are given are this layer's
   const Part part{sizes[2], 0, 0, nullptr};
   const Cache cache{(uint16_t*)keys, (uint16_t*)values, sizes[2]};
   const Run run = run_of(&own, &part, &cache, sizes, floats, cosines, sines, nullptr);
-  std::vector<uint16_t> normed(run.rows * run.hidden);
 #pragma omp parallel num_threads(threads)
-  before_attention(run, {sizes[23], sizes[9] != 0, sizes[24]}, (const uint16_t*)hidden, normed.data(), (uint16_t*)heads);
+  before_attention(run, {sizes[23], sizes[9] != 0, sizes[24]}, (const uint16_t*)hidden, (uint16_t*)room, (uint16_t*)heads);
 }
 
 // See `prompt.py` for the arguments.
 extern "C" void specbound_after(const void* layer, const int64_t* sizes, const float* floats, const void* opened,
-                                const void* attended, void* hidden, int64_t threads) {
+                                const void* attended, void* hidden, void* room, int64_t threads) {
   const Run run = run_of(layer, nullptr, nullptr, sizes, floats, nullptr, nullptr, opened);
-  std::vector<uint16_t> normed(run.rows * run.hidden), inner(run.rows * run.inner), branch(run.rows * run.hidden);
+  uint16_t *normed = (uint16_t*)room, *branch = normed + run.rows * run.hidden, *inner = branch + run.rows * run.hidden;
 #pragma omp parallel num_threads(threads)
-  after_attention(run, (const uint16_t*)attended, (uint16_t*)hidden, normed.data(), inner.data(), branch.data());
+  after_attention(run, (const uint16_t*)attended, (uint16_t*)hidden, normed, inner, branch);
 }
 
 // See `heads.py` for the arguments. `count` draft ids and chances of each row; id -1 where no logit is a number.

@@ -7,8 +7,8 @@ extern "C" void specbound_products(const void*, const void*, const void*, void*,
 extern "C" int64_t specbound_tiles();
 extern "C" int64_t specbound_attention(const void*, const void*, const void*, void*, const int64_t*, const int64_t*, float, int64_t, int64_t);
 
-extern "C" void specbound_before(const void*, const int64_t*, const float*, const float*, const float*, const void*, void*, void*, void*, int64_t);
-extern "C" void specbound_after(const void*, const int64_t*, const float*, const void*, const void*, void*, int64_t);
+extern "C" void specbound_before(const void*, const int64_t*, const float*, const float*, const float*, const void*, void*, void*, void*, void*, int64_t);
+extern "C" void specbound_after(const void*, const int64_t*, const float*, const void*, const void*, void*, void*, int64_t);
 extern "C" int64_t specbound_layers(const void*, const void*, const void*, const int64_t*, const float*, const float*, const float*, const void*, void*, int64_t);
 
 static std::vector<uint16_t> numbers(int64_t count) {
@@ -82,11 +82,11 @@ int main() {
         if (!specbound_layers(layer, parts, caches, sizes, floats, angles.data(), angles.data(), table.data(), state.data(), 2)) return 2;
         // The same layer of a prompt, around its attention.
         auto hidden_rows = numbers(rows * hidden), attended = numbers(rows * queries * size);
-        std::vector<uint16_t> heads(rows * (queries + 2 * keys) * size), new_keys(keys * rows * size), new_values(keys * rows * size);
+        std::vector<uint16_t> heads(rows * (queries + 2 * keys) * size), new_keys(keys * rows * size), new_values(keys * rows * size), room(rows * (2 * hidden + inner));
         const int64_t own[] = {1, 1, rows, hidden, queries, keys, size, inner, 1, has_tiles && hidden % 32 == 0, 16, 32, 16, 16, turned,
                                kind != 2, kind, kind == 2, 3, 0, 64, 16, 0, 16, 16};
-        specbound_before(layer, own, floats, angles.data(), angles.data(), hidden_rows.data(), heads.data(), new_keys.data(), new_values.data(), 2);
-        specbound_after(layer, own, floats, table.data(), attended.data(), hidden_rows.data(), 2);
+        specbound_before(layer, own, floats, angles.data(), angles.data(), hidden_rows.data(), heads.data(), new_keys.data(), new_values.data(), room.data(), 2);
+        specbound_after(layer, own, floats, table.data(), attended.data(), hidden_rows.data(), room.data(), 2);
       }
   std::puts("fine");
 }
