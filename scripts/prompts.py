@@ -1,7 +1,8 @@
-"""Prompts: time of the model's own forward and of ours by length; turns of a chat with a memory and without.
+"""Prompts: time of the model's own forward and of ours by length; turns of a chat with a memory and without; pieces.
 
-Keys, values and logits are compared bit for bit, ids with those of plain `generate`. The chat begins with a document; its
-turns are the prompts of a file, each after the base's own answers. Example:
+Keys, values and logits are compared bit for bit, ids with those of plain `generate`. The chat begins with a document;
+its turns are the prompts of a file, each after the base's own answers. Last, how many positions of a prompt have other
+keys or values where stock reads it in two pieces: why beginnings are taken from memory in whole blocks alone. Example:
 python scripts/prompts.py adapters/smollm2-135m-instruct configs/data/demo_prompts.jsonl --threads 2 \\
     --json prompts.json
 """
@@ -29,6 +30,7 @@ from runtime.files import write_atomic
 from runtime.text.encode import encode
 from runtime.text.prompts import read_prompts
 
+CASES = [(100, 32), (100, 64), (200, 128), (600, 256), (600, 512), (900, 512), (900, 768), (1200, 1024)]
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 1500)
 REPEATS, TURNS, ANSWER, DOCUMENT = 7, 10, 48, 700  # runs, turns, and tokens
 
@@ -65,13 +67,15 @@ def main(
     lengths = [by_length(model, ids[:, :length]) for length in tqdm(LENGTHS, "lengths")]
     document = tokenizer.decode(ids[0, :DOCUMENT])
     turns = chat(model, tokenizer, [f"{document}\n\n{texts[0]}", *texts[1:TURNS]])
-    for rows in (lengths, turns):
+    with model.specbound.disabled():
+        pieces = [in_pieces(model, *case) for case in tqdm(CASES, "cuts")]
+    for rows in (lengths, turns, pieces):
         table = Table(*rows[0])
         for row in rows:
             table.add_row(*map(str, row.values()))
         Console().print(table)
     if json_file is not None:
-        figures = conditions(model.device, model.dtype) | {"lengths": lengths, "turns": turns}
+        figures = conditions(model.device, model.dtype) | {"lengths": lengths, "turns": turns, "pieces": pieces}
         write_atomic(json_file, (json.dumps(figures, indent=1) + "\n").encode())
     raise typer.Exit(not all(row["identical"] for row in (*lengths, *turns)))
 
@@ -95,6 +99,27 @@ def by_length(model: Any, ids: torch.Tensor) -> dict[str, Any]:
     same = all(map(torch.equal, left["stock"], left["ours"]))
     rounded = {"stock ms": round(stock, 1), "ours ms": round(ours, 1), "times": round(stock / ours, 2)}
     return {"tokens": ids.shape[1], **rounded, "identical": same}
+
+
+@torch.inference_mode()
+def in_pieces(model: Any, length: int, cut: int) -> dict[str, Any]:
+    """Positions with other keys or values in any layer, where stock reads a random prompt in two pieces."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(length))
+    whole, pieces = rows(model, [ids]), rows(model, [ids[:, :cut], ids[:, cut:]])
+    other = (whole != pieces).any(0).any(-1)
+    before, after = int(other[:cut].sum()), int(other[cut:].sum())
+    words = {"other before the cut": f"{before} of {cut}", "other after it": f"{after} of {length - cut}"}
+    return {"prompt": length, "cut at": cut, **words}
+
+
+def rows(model: Any, pieces: list[torch.Tensor]) -> torch.Tensor:
+    """Keys and values of all layers, shape [layers, T, numbers], after forwards of these pieces."""
+    cache = DynamicCache(config=model.config)
+    for piece in pieces:
+        model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    both = [torch.cat([layer.keys, layer.values], 1)[0] for layer in cache.layers]
+    return torch.stack([heads.transpose(0, 1).flatten(1) for heads in both])
 
 
 def chat(model: Any, tokenizer: Any, questions: list[str]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from runtime.batch.memory import KVMemory
-from runtime.decoding.layers import PromptStates
+from runtime.drafting.prompt_states import PromptStates
 from runtime.exact.prepared import PreparedModel
 
 Given = tuple[Tensor, GenerationConfig, dict[str, Any]]

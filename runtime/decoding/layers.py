@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from runtime.decoding.cache import Block, KVCache, position_ids
 from runtime.decoding.families import check_supported
 from runtime.decoding.rows import TreeRows
-from runtime.drafting.exit_head import PROMPT_TOKENS, SettledStates
+from runtime.drafting.prompt_states import PromptStates
 
 # Of the model's body, while it runs under a policy of native layers: what runs several at once.
 NATIVE = "specbound_native"
@@ -183,7 +183,7 @@ class DecoderLayers:
         return list(torch.split(together, rows, 1)), list(torch.split(self.unembed(together), rows, 1))
 
     @contextmanager
-    def watching(self, exit_layers: Sequence[int] = ()) -> Iterator["PromptStates"]:
+    def watching(self, exit_layers: Sequence[int] = ()) -> Iterator[PromptStates]:
         """While open, a forward of the model leaves there what heads read of a prompt.
 
         Args:
@@ -207,48 +207,11 @@ class DecoderLayers:
                 each.remove()
 
 
-class PromptStates:
-    """Hidden states that a forward left, by depth, those of its last positions; see `DecoderLayers.watching`."""
-
-    def __init__(self) -> None:
-        self.top: Tensor | None = None
-        self._by_depth: dict[int, Tensor] = {}
-
-    def see_top(self, state: Tensor) -> None:
-        """Keep the last position's normed top state, shape [D]."""
-        self.top = state
-
-    def see(self, depth: int, output: Any) -> None:
-        """Keep hidden states [1, T, D] at a depth, or a tuple that begins with them."""
-        hidden = output[0] if isinstance(output, tuple) else output
-        self._by_depth[depth] = hidden[0, -PROMPT_TOKENS - 1 :]
-
-    def follow(self, earlier: "PromptStates", unlike: int) -> None:
-        """Put what another prompt left before these: all of its positions but so many at its end."""
-        for depth, states in self._by_depth.items():
-            before = earlier._by_depth[depth]
-            kept = before[: max(0, len(before) - unlike)]
-            self._by_depth[depth] = torch.cat([kept, states])[-PROMPT_TOKENS - 1 :]
-
-    @property
-    def settled(self) -> dict[int, SettledStates]:
-        """By exit layer: what its head reads of the prompt's last positions; empty where nothing was taken."""
-        if not self._by_depth:
-            return {}
-        embedding, *exits, top = (self._by_depth[depth] for depth in sorted(self._by_depth))
-        deep = torch.cat([torch.zeros_like(top[:1]), top[:-1]])
-        layers = sorted(self._by_depth)[1:-1]
-        return {
-            layer: SettledStates(hidden, embedding, deep, False) for layer, hidden in zip(layers, exits, strict=True)
-        }
-
-
 def settle_kernels() -> None:
     """Let the CPU's vector maths choose its kernels, from one thread.
 
-    It chooses in the first call of a process, and where two threads make that call together one of them may get
-    another kernel, for that call only: rotary tables, and with them all of the first forward, then have other bits
-    than ever after (38 of 300 processes; torch 2.13 with MKL, 2 threads).
+    In a process's first call two threads may get different ones, once: rotary tables, and all of the first forward,
+    then have other bits than ever after (38 of 300 processes; torch 2.13 with MKL, 2 threads).
     """
     for function in (torch.cos, torch.sin):
         function(torch.ones(1))

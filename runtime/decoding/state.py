@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from runtime.decoding.cache import Block, KVCache
-from runtime.decoding.layers import DecoderLayers, PromptStates
+from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.rows import TreeRows, is_chain
 from runtime.drafting.exit_head import SettledStates
 from runtime.drafting.head_memory import WINDOW, HeadMemory
 from runtime.drafting.lookup import ContextLookup
+from runtime.drafting.prompt_states import PromptStates
 
 
 @dataclass(slots=True)

@@ -61,7 +61,7 @@ def bias_first(linear: Any) -> Callable[[Tensor], Tensor]:
 
 def test_the_place_of_a_bias_shows() -> None:
     """Two ways that differ in it alone."""
-    linear, inputs = order._telling_linear(nn.Linear(64, 96), 96)
+    linear, inputs = order.telling_linear(nn.Linear(64, 96), 96)
     given = torch.ones(1, 1, inputs)
     last = bias_first(SimpleNamespace(weight=linear.weight, bias=torch.zeros(96)))(given) + linear.bias
     assert not torch.equal(bias_first(linear)(given), last)

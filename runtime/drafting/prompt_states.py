@@ -1,0 +1,44 @@
+"""`PromptStates`: what a forward of the base left of a prompt, for heads that read of it. Knows no model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.drafting.exit_head import PROMPT_TOKENS, SettledStates
+
+
+class PromptStates:
+    """Hidden states that a forward left, by depth, those of its last positions; see `DecoderLayers.watching`."""
+
+    def __init__(self) -> None:
+        self.top: Tensor | None = None
+        self._by_depth: dict[int, Tensor] = {}
+
+    def see_top(self, state: Tensor) -> None:
+        """Keep the last position's normed top state, shape [D]."""
+        self.top = state
+
+    def see(self, depth: int, output: Any) -> None:
+        """Keep hidden states [1, T, D] at a depth, or a tuple that begins with them."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        self._by_depth[depth] = hidden[0, -PROMPT_TOKENS - 1 :]
+
+    def follow(self, earlier: "PromptStates", unlike: int) -> None:
+        """Put what another prompt left before these: all of its positions but so many at its end."""
+        for depth, states in self._by_depth.items():
+            kept = earlier._by_depth[depth][: -unlike or None]
+            self._by_depth[depth] = torch.cat([kept, states])[-PROMPT_TOKENS - 1 :]
+
+    @property
+    def settled(self) -> dict[int, SettledStates]:
+        """By exit layer: what its head reads of the prompt's last positions; empty where nothing was taken."""
+        if not self._by_depth:
+            return {}
+        depths = sorted(self._by_depth)
+        embedding, *exits, top = (self._by_depth[depth] for depth in depths)
+        deep = torch.cat([torch.zeros_like(top[:1]), top[:-1]])
+        return {
+            layer: SettledStates(hidden, embedding, deep, False)
+            for layer, hidden in zip(depths[1:-1], exits, strict=True)
+        }
