@@ -47,10 +47,13 @@ class Telling:
         scales = torch.exp2(torch.arange(rows) % 5 - 2.0).to(self.packed.device, torch.bfloat16)
         hidden = scales[:, None].expand(rows, self.inputs).contiguous()[None]
         expected = self.linear(hidden)
+        if bias is None and not torch.equal(expected[0], expected[0, :1] * (scales / scales[0])[:, None]):
+            return None  # rows add in several orders
         for order in dict.fromkeys([*tried, *_orders(self.inputs, tiles)]):
             how = bias, self.outputs, order
             if torch.equal(products(hidden[:, :1], self.packed, *how), expected[:, :1]):
-                return order if torch.equal(products(hidden, self.packed, *how), expected) else None
+                alike = bias is None or torch.equal(products(hidden, self.packed, *how), expected)
+                return order if alike else None
         return None
 
 
