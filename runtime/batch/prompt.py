@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from runtime.batch.memory import KVMemory
+from runtime.decoding.wrappers import prompt_arguments
 from runtime.drafting.prompt_states import PromptStates
 from runtime.exact.prepared import PreparedModel
 
@@ -47,7 +48,7 @@ class ReadPrompt:
             memory: where it is kept; None keeps nothing.
         """
         cache: DynamicCache = given[2]["past_key_values"]
-        key = None if memory is None else _key(*given)
+        key = None if memory is None else _key(model, *given)
         if memory is None or key is None:
             return cls._whole(model, prepared, watched, given), 0
         key = ((prepared.layers, *watched), *key)
@@ -157,9 +158,14 @@ def _alike(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     return next((place for place in range(shorter) if one[place] != other[place]), shorter)
 
 
-def _key(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+def _key(
+    model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> tuple[Any, ...] | None:
     """What the forward of a prompt depends on, besides the model; None where that is more than its ids."""
-    embeds, positions = model_kwargs.get("inputs_embeds"), model_kwargs.get("position_ids")
-    if embeds is not None or config.prefill_chunk_size is not None or model_kwargs["past_key_values"].get_seq_length():
+    more = {"inputs_embeds", *prompt_arguments(model.config)}  # pictures, for instance
+    if any(model_kwargs.get(name) is not None for name in more) or config.prefill_chunk_size is not None:
         return None
+    if model_kwargs["past_key_values"].get_seq_length():
+        return None
+    positions = model_kwargs.get("position_ids")
     return tuple(input_ids[0].tolist()), None if positions is None else tuple(positions.flatten().tolist())

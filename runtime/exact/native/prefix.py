@@ -16,6 +16,7 @@ from runtime.exact.order import telling_values
 
 BLOCK = 512  # keys that torch's kernel takes together
 LIKE = 256  # tokens; the longest of its blocks of queries
+MOST = 4096  # pairs of lengths that are remembered
 
 Attend = Callable[..., tuple[Tensor, Any]]
 
@@ -59,6 +60,8 @@ class Prefixes:
             return 0
         key = one, other, torch.get_num_threads()
         if key not in self._found:
+            if len(self._found) == MOST:
+                self._found.clear()
             self._found[key] = self._same_rows(one, other)
         return rows if rows <= self._found[key] else 0
 

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoM
 from runtime import SpeculationBounds, detach, load_specbound, supports
 from runtime.adapter.folder import save_adapter
 from runtime.adapter.identity import base_fingerprint
-from runtime.batch import generation
+from runtime.batch import Batch, generated, generation
 from runtime.decoding import families
 from runtime.decoding.cache import KVCache
 from runtime.decoding.layers import DecoderLayers
@@ -162,6 +162,25 @@ def test_pictures_go_through_the_prompt_alone(name: str, caplog: pytest.LogCaptu
     torch.manual_seed(3)
     other = model.generate(**given | {"pixel_values": -3 * given["pixel_values"]}, **SAMPLED)
     assert not torch.equal(other, stock)
+
+
+@pytest.mark.parametrize("name", ["mistral3", "qwen2_5_vl"])
+def test_prompts_with_other_pictures_are_other_prompts(name: str) -> None:
+    """Of the same ids, in one batch: what was read with one picture is not taken for another, or for none."""
+    model, given = wrapper(name), picture(name, torch.float32)
+    prompts = [given, given | {"pixel_values": -3 * given["pixel_values"]}, {"input_ids": given["input_ids"]}]
+    stock = [model.generate(**each, **GREEDY)[0].tolist() for each in prompts]
+    assert stock[0] != stock[1]
+    attach(model, SpecBound(model, FakeHeads("mixed", [1], stock[0], VOCABULARY), TREES))
+    found = []
+    with Batch(model, 1) as batch:
+        for each in prompts:
+            call = batch.add(**each, **GREEDY)
+            while not call.ended:
+                batch.round()
+            found.append(each["input_ids"][0].tolist() + generated(call))
+    detach(model)
+    assert found == stock
 
 
 @pytest.mark.parametrize("name", ["mistral3", "qwen3_vl"])
