@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from runtime.drafting.heads import ExitHeads
 from runtime.exact.native.library import why_not_native
 from runtime.generate import attach
 from runtime.loading import make_specbound
-from runtime.text.prompts import read_prompts
 from tests.helpers.families import tiny
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import forks
@@ -114,37 +112,6 @@ def test_scale(make_model: Any) -> None:
     assert found["over_plain"] == found["over_stock"] > 1 and found["plain_over_stock"] == 1
 
 
-def test_prompts_of_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every kind of row becomes a prompt that is read back; the same rows every time; what is missing is named."""
-    mix = script("make_mix_prompts")
-    rows = {
-        "question": " Why? ", "prompt": "Sum it up.", "instruction": "Write", "input": "a poem",
-        "turns": [{"speaker": who, "text": f"t{n}"} for n, who in enumerate(["USER", "SYSTEM"] * 3)],
-        "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}],
-    }  # fmt: skip
-    for name, _, _ in mix.SOURCES:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps([rows]) if path.suffix == ".json" else json.dumps(rows) + "\n")
-    (tmp_path / "ntrex").mkdir()
-    for name in ("src.eng", "ref.deu", "ref.fra", "ref.spa"):
-        (tmp_path / "ntrex" / f"newstest2019-{name}.txt").write_text("Ein Satz.\nA sentence.\n")
-    texts = []
-    for out in (tmp_path / "one.jsonl", tmp_path / "two.jsonl"):
-        monkeypatch.setattr(sys, "argv", ["make_mix_prompts.py", str(tmp_path), str(out)])
-        mix.main()
-        texts.append(out.read_text())
-    assert texts[0] == texts[1]
-    prompts = read_prompts(str(tmp_path / "one.jsonl"))
-    assert {message.role for prompt in prompts for message in prompt.messages} == {"user", "assistant"}
-    assert all(prompt.messages[-1].role == "user" for prompt in prompts)
-    asked = {prompt.messages[0].content for prompt in prompts}
-    assert {"Why?", "Write\na poem", "hi", "Translate German to English: Ein Satz."} <= asked
-    (tmp_path / "gsm8k/train.jsonl").unlink()
-    with pytest.raises(SystemExit, match=r"train.jsonl cannot be read"):
-        mix.main()
-
-
 def test_gpu(demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one command for the day a GPU is there, here on the CPU with small shapes: every step but `scale` runs."""
     prompts = demo_outputs / "prompts.jsonl"
@@ -233,13 +200,3 @@ def test_recall_of_heads_rises_with_k(make_model, make_adapter, tmp_path, head):
         for shares in drafts.values():
             assert list(shares.values()) == sorted(shares.values())
     assert len(heads.lines(found)) == 4
-
-
-def test_cuts(make_model: Any) -> None:
-    """A prompt is compared with itself in pieces; in one piece it has its own bits, other text has others."""
-    cuts, model = script("cuts"), make_model()
-    before, after = cuts.differing(model, 40, 16)
-    assert 0 <= before <= 16 and 0 <= after <= 24
-    ids = torch.arange(10)[None]
-    assert torch.equal(cuts.rows(model, [ids]), cuts.rows(model, [ids]))
-    assert not torch.equal(cuts.rows(model, [ids]), cuts.rows(model, [ids + 1]))
