@@ -31,6 +31,7 @@ from runtime.decoding.rounds import run_to_end
 from runtime.decoding.wrappers import prompt_arguments
 from runtime.errors import SpecBoundError
 from runtime.exact.fingerprint import STOCK
+from runtime.exact.running import unknown_version
 from runtime.handle import SpecBound
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def _sample(
     specbound: SpecBound | None = getattr(self, "specbound", None)
     if specbound is None:
         return stock(**model_kwargs)  # type: ignore[no-any-return]
-    reason = _plain_reason(self, input_ids, generation_config, synced_gpus, model_kwargs)
+    reason = unknown_version() or _plain_reason(self, input_ids, generation_config, synced_gpus, model_kwargs)
     if isinstance(streamer, Waiting):
         return streamer.take(given, model_kwargs, reason)  # type: ignore[return-value]
     if specbound.enabled and reason is None:

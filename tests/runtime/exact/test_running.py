@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from runtime.exact import packed
+from runtime.exact import packed, running
 from runtime.exact.fingerprint import checksum
 from tests.helpers.attached import GREEDY, PROMPT, attached_model, same, speculated
 
@@ -133,6 +133,16 @@ def test_code_of_others_decodes_by_stocks_loop(model: Any, name: str, caplog: py
     CHANGES[name](model)
     assert same(model) and not speculated(model) and same(model)
     assert sum("plain decoding for this call" in record.message for record in caplog.records) == 1
+
+
+def test_a_transformers_that_is_not_known_decodes_by_stocks_loop(
+    model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It calls caches by another name; what to install is said."""
+    monkeypatch.setattr(running, "CACHE", "another_name")
+    model.specbound.prepared._forget()
+    assert same(model) and not speculated(model)
+    assert "pip install 'transformers<5.24'" in caplog.text
 
 
 def test_negative_control_code_of_others(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
