@@ -56,11 +56,14 @@ class ReadPrompt:
         if found is not None:
             cache.layers[:] = map(copy.copy, found.layers)
             return found, given[0].shape[1]
-        earlier, taken, length = _beginning(prepared, key, memory)
-        if earlier is None:
-            read = cls._whole(model, prepared, watched, given)
+        beginning = _beginning(prepared, key, memory)
+        if beginning is None:
+            read, taken = cls._whole(model, prepared, watched, given), 0
         else:
-            read, taken = cls._joined(model, prepared, watched, given, (earlier, taken, length))
+            read, taken = cls._rest(model, prepared, watched, given, beginning), beginning[1]
+            if not cls._is_proven(model, prepared, given, read, beginning[2]):
+                cache.layers[:] = DynamicCache(config=model.config).layers
+                read, taken = cls._whole(model, prepared, watched, given), 0
         memory.keep(key, cache.get_seq_length(), read)
         return read, taken
 
@@ -72,29 +75,16 @@ class ReadPrompt:
         return cls._left(outputs, given, states)
 
     @classmethod
-    def _joined(
-        cls,
-        model: Any,
-        prepared: PreparedModel,
-        watched: Sequence[int],
-        given: Given,
-        beginning: "tuple[ReadPrompt, int, int]",
-    ) -> "tuple[ReadPrompt, int]":
-        """As `_rest`, and how many tokens were taken: none where that was found not to keep every bit."""
+    def _is_proven(cls, model: Any, prepared: PreparedModel, given: Given, read: "ReadPrompt", length: int) -> bool:
+        """Whether a prompt read behind another of so many tokens has every bit of the whole: looked at once a kind."""
         assert prepared.prompts is not None
-        proven, total = prepared.prompts.prefixes.proven, given[0].shape[1]
-        kind = prepared.prompts.prefixes.kind(beginning[2], total)
-        read = cls._rest(model, prepared, watched, given, beginning)
-        if kind in proven:
-            return read, beginning[1]
-        cache = given[2]["past_key_values"]
-        given = (*given[:2], given[2] | {"past_key_values": DynamicCache(config=model.config)})
-        whole = cls._whole(model, prepared, watched, given)
-        proven[kind] = all(map(torch.equal, read.tensors, whole.tensors))
-        if proven[kind]:
-            return read, beginning[1]
-        cache.layers[:] = map(copy.copy, whole.layers)
-        return whole, 0
+        prefixes = prepared.prompts.prefixes
+        kind = prefixes.kind(length, given[0].shape[1])
+        if kind not in prefixes.proven:
+            given = (*given[:2], given[2] | {"past_key_values": DynamicCache(config=model.config)})
+            whole = cls._whole(model, prepared, (), given)
+            prefixes.proven[kind] = all(map(torch.equal, read.tensors, whole.tensors))
+        return prefixes.proven[kind]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -132,19 +122,20 @@ class ReadPrompt:
 
 def _beginning(
     prepared: PreparedModel, key: tuple[Any, ...], memory: KVMemory
-) -> "tuple[ReadPrompt | None, int, int]":
-    """The kept prompt that begins alike for longest, of how many tokens its rows can be taken, and how many it has."""
+) -> "tuple[ReadPrompt, int, int] | None":
+    """A kept prompt, of how many tokens its rows can be taken, and how many it has: that of which most can be."""
     kind, ids, positions = key
-    best: tuple[ReadPrompt | None, int, int] = None, 0, 0
+    best: tuple[ReadPrompt, int, int] | None = None
     if prepared.prompts is None or not _counts_up(positions):
         return best
     for other, read in memory.items():
         if other[0] != kind or not _counts_up(other[2]):
             continue
         alike = min(_alike(ids, other[1]), len(ids) - 1)
-        if alike > best[1]:
-            taken = prepared.prompts.common(len(other[1]), len(ids), alike)
-            best = max(best, (read, taken, len(other[1])), key=lambda one: one[1])
+        most = 0 if best is None else best[1]
+        taken = prepared.prompts.common(len(other[1]), len(ids), alike) if alike > most else 0
+        if taken > most:
+            best = read, taken, len(other[1])
     return best
 
 
