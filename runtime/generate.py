@@ -26,7 +26,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from runtime.batch.generation import Generation, position_after
 from runtime.batch.waiting import Waiting, stock_class
 from runtime.decoding.emitter import TargetEmitter
-from runtime.decoding.families import has_windows
+from runtime.decoding.families import CACHE, has_windows
 from runtime.decoding.rounds import run_to_end
 from runtime.decoding.wrappers import prompt_arguments
 from runtime.errors import SpecBoundError
@@ -42,7 +42,7 @@ PLAIN_MODES = {"_beam_search": "beam search", "_assisted_decoding": "assisted de
 # What plain decoding of text passes to the base's forward, and what `generate` adds that the forward ignores; any
 # other argument may change what layers compute.
 KNOWN_ARGUMENTS = {
-    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds", "tokenizer",
+    "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds", "tokenizer",
     "assistant_tokenizer",
 }  # fmt: skip
 
@@ -191,7 +191,7 @@ def _plain_reason(
     model_kwargs: dict[str, Any],
 ) -> str | None:
     """Why this call cannot speculate and keep every bit; None if it can."""
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     given = {key for key, value in model_kwargs.items() if value is not None}
     unknown = given - KNOWN_ARGUMENTS - prompt_arguments(model.config)
     embeds = model_kwargs.get("inputs_embeds")

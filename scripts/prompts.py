@@ -26,6 +26,7 @@ from runtime.batch import Batch, generated
 from runtime.batch.memory import KVMemory
 from runtime.cli.options import load_with_adapter
 from runtime.conditions import conditions
+from runtime.decoding.families import CACHE
 from runtime.files import write_atomic
 from runtime.text.encode import encode
 from runtime.text.prompts import read_prompts
@@ -91,7 +92,7 @@ def by_length(model: Any, ids: torch.Tensor) -> dict[str, Any]:
             cache = DynamicCache(config=model.config)
             started = time.perf_counter()
             with reading():
-                logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+                logits = model(input_ids=ids, logits_to_keep=1, **{CACHE: cache}).logits
             seconds[way].append(time.perf_counter() - started)
             layers: list[Any] = cache.layers
             left[way] = [logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values))]
@@ -117,7 +118,7 @@ def rows(model: Any, pieces: list[torch.Tensor]) -> torch.Tensor:
     """Keys and values of all layers, shape [layers, T, numbers], after forwards of these pieces."""
     cache = DynamicCache(config=model.config)
     for piece in pieces:
-        model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=piece, use_cache=True, logits_to_keep=1, **{CACHE: cache})
     both = [torch.cat([layer.keys, layer.values], 1)[0] for layer in cache.layers]
     return torch.stack([heads.transpose(0, 1).flatten(1) for heads in both])
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests, as continuous integration runs them. Arguments go to pytest:
 #   bash scripts/test.sh -x -k accept
-# With --newest first, only pytest, in an environment of its own with the newest torch, transformers (below 5.24) and all else:
+# With --newest first, only pytest, in an environment of its own with the newest torch, transformers (below 5.25) and all else:
 #   bash scripts/test.sh --newest tests/runtime     # $SPECBOUND_VENV keeps it in a folder, for a second run
 set -euo pipefail
 cd "$(dirname "$0")/.."

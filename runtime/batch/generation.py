@@ -12,6 +12,7 @@ from runtime.batch.memory import KVMemory, rows_of
 from runtime.batch.prompt import ReadPrompt
 from runtime.decoding.cache import KVCache
 from runtime.decoding.emitter import TargetEmitter
+from runtime.decoding.families import CACHE
 from runtime.decoding.request import Request
 from runtime.decoding.state import DecodeState
 from runtime.drafting.controller import Controller
@@ -64,7 +65,7 @@ class Generation:
         given, watched = (emitter.input_ids, generation_config, model_kwargs), specbound.drafter.watched
         with stats.timing("prompt"):
             read, reused = ReadPrompt.of(model, prepared, watched, given, memory)
-        stock_cache: DynamicCache = model_kwargs["past_key_values"]
+        stock_cache: DynamicCache = model_kwargs[CACHE]
         keeps_cache = generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False)
         stats.reused = reused
         prompt_length, drafts = stock_cache.get_seq_length(), bounds.max_draft_tokens

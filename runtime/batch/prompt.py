@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from runtime.batch.memory import KVMemory
+from runtime.decoding.families import CACHE
 from runtime.decoding.wrappers import prompt_arguments
 from runtime.drafting.prompt_states import PromptStates
 from runtime.exact.prepared import PreparedModel
@@ -47,7 +48,7 @@ class ReadPrompt:
             given: what stock's `_prefill` takes.
             memory: where it is kept; None keeps nothing.
         """
-        cache: DynamicCache = given[2]["past_key_values"]
+        cache: DynamicCache = given[2][CACHE]
         key = None if memory is None else _key(model, *given)
         if memory is None or key is None:
             return cls._whole(model, prepared, watched, given), 0
@@ -81,7 +82,7 @@ class ReadPrompt:
         prefixes = prepared.prompts.prefixes
         kind = prefixes.kind(length, given[0].shape[1])
         if kind not in prefixes.proven:
-            given = (*given[:2], given[2] | {"past_key_values": DynamicCache(config=model.config)})
+            given = (*given[:2], given[2] | {CACHE: DynamicCache(config=model.config)})
             whole = cls._whole(model, prepared, (), given)
             prefixes.proven[kind] = all(map(torch.equal, read.tensors, whole.tensors))
         return prefixes.proven[kind]
@@ -102,13 +103,13 @@ class ReadPrompt:
     ) -> "ReadPrompt":
         """Read what follows the tokens taken from another prompt, of so many tokens."""
         earlier, taken, length = beginning
-        input_ids, cache = given[0], given[2]["past_key_values"]
+        input_ids, cache = given[0], given[2][CACHE]
         total = input_ids.shape[1]
         cache.layers[:] = map(copy.copy, earlier.layers)
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys[:, :, :taken], layer.values[:, :, :taken]
         positions = torch.arange(taken, total, device=input_ids.device)[None]
-        others = {"position_ids": positions, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        others = {"position_ids": positions, CACHE: cache, "use_cache": True, "logits_to_keep": 1}
         with prepared.layers.watching(watched) as states, prepared.reading(total):
             outputs = model(input_ids=input_ids[:, taken:], **others)
         states.follow(earlier.states, length - taken)
@@ -116,7 +117,7 @@ class ReadPrompt:
 
     @classmethod
     def _left(cls, outputs: Any, given: Given, states: PromptStates) -> "ReadPrompt":
-        layers = given[2]["past_key_values"].layers
+        layers = given[2][CACHE].layers
         return cls(outputs.logits[:, -1].clone(), [copy.copy(layer) for layer in layers], states)
 
 
@@ -156,7 +157,7 @@ def _key(
     more = {"inputs_embeds", *prompt_arguments(model.config)}  # pictures, for instance
     if any(model_kwargs.get(name) is not None for name in more) or config.prefill_chunk_size is not None:
         return None
-    if model_kwargs["past_key_values"].get_seq_length():
+    if model_kwargs[CACHE].get_seq_length():
         return None
     positions = model_kwargs.get("position_ids")
     return tuple(input_ids[0].tolist()), None if positions is None else tuple(positions.flatten().tolist())

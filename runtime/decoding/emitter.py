@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from runtime.decoding.families import CACHE
+
 
 class TargetEmitter:
     """Chooses, records and hands on tokens exactly as stock's loop does, one call a token.
@@ -96,6 +98,5 @@ class TargetEmitter:
         sequences: Tensor = self.input_ids
         if not self.return_dict:
             return sequences
-        return GenerateDecoderOnlyOutput(
-            sequences=self.input_ids, scores=self.scores, logits=self.logits, past_key_values=cache
-        )
+        kept: dict[str, Any] = {CACHE: cache}
+        return GenerateDecoderOnlyOutput(sequences=self.input_ids, scores=self.scores, logits=self.logits, **kept)

@@ -7,10 +7,14 @@ Knows nothing of drafting, exits or files.
 from dataclasses import dataclass, replace
 from typing import Any
 
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
 from runtime.decoding.missing import missing_part
 from runtime.decoding.wrappers import WRAPPERS
 from runtime.errors import UnsupportedModel
 
+# What models, `generate` and what it returns call their cache: "cache" from transformers 5.24 on.
+CACHE = next((name for name in ("cache", "past_key_values") if hasattr(GenerateDecoderOnlyOutput, name)), "")
 # Names of a layer's norms: before attention, after it, before the gated part, after it; None where there is none.
 Norms = tuple[str | None, str | None, str | None, str | None]
 BEFORE: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
@@ -48,7 +52,7 @@ class Family:
     norm: str = "norm"
     rotary: str | None = "rotary_emb"
     positions: str | None = None
-    cache_argument: str = "past_key_values"
+    cache_argument: str = CACHE
     norms: Norms | None = None
     weighing: str = "rounded"
     rounds_turns: bool = True

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from runtime.decoding.families import family_of, text_decoder
+from runtime.decoding.families import CACHE, family_of, text_decoder
 from runtime.decoding.rows import TreeRows
 from runtime.exact.attention import BlockAttention
 from runtime.exact.native.parts import LayerParts
@@ -85,9 +85,8 @@ class FusedLayer:
         hidden: Tensor,
         *,
         position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Any,
         attention_mask: TreeRows | None = None,
-        **ignored: Any,
+        **given: Any,
     ) -> Tensor:
         """Hidden states [1, T, D] one layer further; appends to the cache."""
         length = hidden.shape[1]
@@ -95,7 +94,7 @@ class FusedLayer:
         turning, value = heads.split_with_sizes([self.num_queries + self.num_keys, self.num_keys], 1)
         turned = _rotate(turning, *self.shared.tables(*position_embeddings))
         query, key = turned.split_with_sizes([self.num_queries, self.num_keys], 1)
-        keys, values = past_key_values.update(key, value, self.module.layer_idx)
+        keys, values = given[CACHE].update(key, value, self.module.layer_idx)
         options = {"scaling": self.module.scaling, "sliding_window": self.window}
         attended, _ = self.attention(self.module, query, keys, values, attention_mask, **options)
         hidden = self.output(attended.reshape(1, length, -1)).add_(hidden)

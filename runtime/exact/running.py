@@ -5,7 +5,6 @@ do what their classes say. Code of others in the way (a hook, a subclass, a repl
 such a model decodes by stock's own loop. Knows no policy and no probe.
 """
 
-from dataclasses import fields
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -13,11 +12,10 @@ from typing import Any
 import transformers
 from torch import nn
 from torch.nn.modules import module as torch_module
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from runtime.decoding.families import check_supported
+from runtime.decoding.families import CACHE, check_supported
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.wrappers import text_modules
 from runtime.errors import UnsupportedModel
@@ -25,8 +23,6 @@ from runtime.exact.attention import SUPPORTED
 from runtime.exact.execution import mixtures
 from runtime.exact.fingerprint import INTERNAL, STOCK, hooks_of
 
-# What models, `generate` and what it returns call their cache, up to transformers 5.23.
-CACHE = "past_key_values"
 # How mixtures of experts may compute.
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
 # Whose modules may run on a block; the probe then decides whether each row keeps its bits.
@@ -95,9 +91,9 @@ def why_stock(model: Any) -> str | None:
 
 def unknown_version() -> str | None:
     """Why this transformers cannot be driven, and what to install; None where it can."""
-    if CACHE in {field.name for field in fields(GenerateDecoderOnlyOutput)}:
+    if CACHE:
         return None
-    return f"transformers {transformers.__version__} is newer than what is known: pip install 'transformers<5.24'"
+    return f"transformers {transformers.__version__} is newer than what is known: pip install 'transformers<5.25'"
 
 
 def _why_not_experts(model: Any) -> str | None:

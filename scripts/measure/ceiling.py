@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from runtime.cli.options import load_with_adapter
 from runtime.conditions import hardware
 from runtime.decoding.cache import KVCache
+from runtime.decoding.families import CACHE
 from runtime.drafting.policy import SpeculationBounds
 from runtime.files import write_atomic
 from train.calibration.traces import TRACES_FILE, Traces
@@ -66,11 +67,11 @@ def split(model: Any, context: int, repeats: int) -> dict[str, Any]:
     specbound.prepare(model)
     ids = torch.randint(model.config.vocab_size, (1, context + 1), generator=torch.Generator().manual_seed(0))
     stock = DynamicCache()
-    model(input_ids=ids[:, :context], past_key_values=stock, use_cache=True)
+    model(input_ids=ids[:, :context], use_cache=True, **{CACHE: stock})
     cache = KVCache.from_dynamic(stock, context + 1)
 
     def before() -> None:
-        model(input_ids=ids[:, -1:], past_key_values=stock, use_cache=True)
+        model(input_ids=ids[:, -1:], use_cache=True, **{CACHE: stock})
         stock.crop(-1)
 
     def after() -> None:

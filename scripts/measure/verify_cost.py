@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from runtime.adapter.identity import base_fingerprint
 from runtime.conditions import hardware
 from runtime.decoding.cache import KVCache
+from runtime.decoding.families import CACHE
 from runtime.decoding.layers import DecoderLayers
 from runtime.exact.execution import ExecutionPolicy, execution
 from runtime.exact.packed import PackedLinears
@@ -57,12 +58,12 @@ def measure(model: Any, context: int, widths: list[int], repeats: int) -> dict[s
     certificate = certify(model, base_fingerprint(model), max_width=max(widths), packed=packed)
     stock = DynamicCache()
     token_ids = torch.randint(model.config.vocab_size, (1, context + max(widths)), device=model.device)
-    model(input_ids=token_ids[:, :context], past_key_values=stock, use_cache=True)
+    model(input_ids=token_ids[:, :context], use_cache=True, **{CACHE: stock})
     cache = KVCache.from_dynamic(stock, context + max(widths))
     layers = DecoderLayers(model)
 
     def one_token() -> None:
-        model(input_ids=token_ids[:, :1], past_key_values=stock, use_cache=True)
+        model(input_ids=token_ids[:, :1], use_cache=True, **{CACHE: stock})
         stock.crop(-1)
 
     def block(width: int, policy: ExecutionPolicy) -> None:

@@ -10,6 +10,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from runtime import SpeculationBounds
 from runtime.batch import Batch, Call, generated
 from runtime.decoding.drafter import HeadDrafter
+from runtime.decoding.families import CACHE
 from runtime.decoding.layers import DecoderLayers
 from runtime.drafting import policy
 from runtime.drafting.draft_heads import DraftHeads
@@ -155,7 +156,7 @@ def test_scores_cache_and_streamer_are_stock_s() -> None:
             batch.round()
     found = calls[3].output
     assert all(torch.equal(one, other) for one, other in zip(stock.scores, found.scores, strict=True))
-    for layer, other in zip(stock.past_key_values.layers, found.past_key_values.layers, strict=True):
+    for layer, other in zip(stock[CACHE].layers, found[CACHE].layers, strict=True):
         assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
     assert streamers[0].said == streamers[1].said and streamers[1].ended
 

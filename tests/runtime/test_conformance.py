@@ -17,6 +17,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from runtime import SpeculationBounds, detach
+from runtime.decoding.families import CACHE
 from runtime.generate import attach
 from runtime.handle import SpecBound
 from tests.helpers.fake_heads import FakeHeads
@@ -148,12 +149,12 @@ def test_prefix_cache(model: Any, plain: list[int]) -> None:
     for _ in range(2):
         cache = DynamicCache()
         with torch.no_grad():
-            model(PROMPT[:, :4], past_key_values=cache, use_cache=True)
+            model(PROMPT[:, :4], use_cache=True, **{CACHE: cache})
         caches.append(cache)
     options = {"inputs": PROMPT, "max_new_tokens": NEW_TOKENS, "do_sample": False}
-    stock = model.generate(**options, past_key_values=caches[0])
+    stock = model.generate(**options, **{CACHE: caches[0]})
     truth = stock[0].tolist()
-    found, specbound = with_speculation(model, truth, lambda: model.generate(**options, past_key_values=caches[1]))
+    found, specbound = with_speculation(model, truth, lambda: model.generate(**options, **{CACHE: caches[1]}))
     assert torch.equal(found, stock)
     assert specbound.stats.accepted.total() > 0
     for mine, theirs in zip(caches[1].layers, caches[0].layers, strict=True):

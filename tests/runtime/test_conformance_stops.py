@@ -11,6 +11,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from runtime.decoding.families import CACHE
 from tests.helpers.speculation import NEW_TOKENS, PROMPT, both, with_speculation
 
 
@@ -33,8 +34,8 @@ def test_eos_inside_an_accepted_block(model: Any, plain: list[int]) -> None:
             return_dict_in_generate=True,
         )  # fmt: skip
         assert torch.equal(found.sequences, stock.sequences)
-        assert found.past_key_values.get_seq_length() == stock.past_key_values.get_seq_length()
-        for mine, theirs in zip(found.past_key_values.layers, stock.past_key_values.layers, strict=True):
+        assert found[CACHE].get_seq_length() == stock[CACHE].get_seq_length()
+        for mine, theirs in zip(found[CACHE].layers, stock[CACHE].layers, strict=True):
             assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
 
 

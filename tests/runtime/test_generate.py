@@ -12,6 +12,7 @@ from runtime import SpeculationBounds, UnsupportedModel, detach
 from runtime.decoding.accept import Accepted
 from runtime.decoding.cache import KVCache
 from runtime.decoding.drafter import head_context
+from runtime.decoding.families import CACHE
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.state import DecodeState
 from runtime.drafting.heads import MAX_AGE
@@ -48,8 +49,8 @@ def test_layers_one_by_one_equal_forward(family: str, attention: str) -> None:
     stock = None
     with torch.no_grad():
         for position in range(ids.shape[1]):
-            output = model(input_ids=ids[:, position : position + 1], past_key_values=stock, use_cache=True)
-            stock = output.past_key_values
+            output = model(input_ids=ids[:, position : position + 1], use_cache=True, **{CACHE: stock})
+            stock = output[CACHE]
             hidden = layers.embed(ids[:, position : position + 1], position)
             for depth in range(layers.num_layers):
                 hidden = layers.run(hidden, depth, depth + 1, position, cache)

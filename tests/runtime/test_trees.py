@@ -11,6 +11,7 @@ import runtime.decoding.rounds
 from runtime import SpeculationBounds, detach
 from runtime.decoding.accept import Accepted
 from runtime.decoding.cache import KVCache
+from runtime.decoding.families import CACHE
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.rows import TreeRows
 from runtime.decoding.state import DecodeState
@@ -124,7 +125,7 @@ def test_a_tree_that_is_interrupted_leaves_stock_s_cache() -> None:
                 attach(model, SpecBound(model, Siblings(stock, 1), bounds))
             with pytest.raises(KeyboardInterrupt):
                 model.generate(
-                    prompt(), max_new_tokens=NEW, past_key_values=cache, stopping_criteria=[stop], do_sample=False
+                    prompt(), max_new_tokens=NEW, stopping_criteria=[stop], do_sample=False, **{CACHE: cache}
                 )
             detach(model)
             caches.append([tensor for layer in cache.layers for tensor in (layer.keys, layer.values)])

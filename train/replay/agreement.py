@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from runtime.decoding.cache import KVCache
 from runtime.decoding.drafter import Drafter, Proposals
+from runtime.decoding.families import CACHE
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.request import Request
 from runtime.decoding.rounds import run_to_end
@@ -89,7 +90,7 @@ def run_on(
         prefix = DynamicCache()
         with layers.watching(drafter.watched) as seen:
             logits = model(
-                input_ids=torch.tensor([list(prompt)], device=layers.device), past_key_values=prefix, use_cache=True
+                input_ids=torch.tensor([list(prompt)], device=layers.device), use_cache=True, **{CACHE: prefix}
             ).logits[:, -1]
         cache = KVCache.from_dynamic(prefix, len(prompt) + len(response) + bounds.max_draft_tokens)
         state = DecodeState(layers, cache, list(prompt), prompt=seen)

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from runtime.conditions import hardware
 from runtime.decoding.cache import KVCache
+from runtime.decoding.families import CACHE
 from runtime.decoding.state import DecodeState
 from runtime.drafting.policy import SpeculationBounds
 from runtime.errors import SpecBoundError
@@ -160,7 +161,7 @@ class _Bench:
         self.token_ids = ids.to(model.device)
         stock = DynamicCache()
         with self.layers.watching(self.specbound.drafter.watched) as self.prompt:
-            model(input_ids=self.token_ids[:, :length], past_key_values=stock, use_cache=True)
+            model(input_ids=self.token_ids[:, :length], use_cache=True, **{CACHE: stock})
         certificate = self.specbound.certificate
         kind = StaticCache if certificate is not None and certificate.policy.static else KVCache
         self.cache = kind.from_dynamic(stock, length + max_width + 1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from runtime.decoding.families import CACHE
 from runtime.exact.native.library import native_library
 from runtime.exact.native.prefix import Prefixes
 from runtime.exact.native.products import Order
@@ -88,7 +89,7 @@ class PromptLayers:
             for way in (nullcontext(), self.reading()):
                 cache = DynamicCache(config=model.config)
                 with way:
-                    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                    logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits
                 layers: list[Any] = cache.layers
                 found.append([logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values))])
             if not all(map(torch.equal, *found)):
@@ -97,7 +98,7 @@ class PromptLayers:
 
     def _forward(self, index: int, hidden_states: Tensor, *args: Any, **given: Any) -> Any:
         """As the layer's own `forward`, [1, T, D] to [1, T, D]."""
-        rows, cache = hidden_states.shape[1], given.get("past_key_values")
+        rows, cache = hidden_states.shape[1], given.get(CACHE)
         orders, whole = None, self._whole or rows
         if not args and cache is not None and hidden_states.shape[0] == 1 and whole > 1 and self._activates(whole):
             orders = self.orders(whole)

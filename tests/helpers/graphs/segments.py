@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from runtime import SpeculationBounds
 from runtime.decoding.cache import KVCache
+from runtime.decoding.families import CACHE
 from runtime.decoding.layers import DecoderLayers
 from runtime.exact.execution import ExecutionPolicy, execution
 from runtime.exact.static import StaticCache
@@ -44,7 +45,7 @@ def prefilled(model: Any, ids: torch.Tensor) -> DynamicCache:
     """What the prompt's forward leaves."""
     cache = DynamicCache()
     with torch.no_grad():
-        model(ids, past_key_values=cache, use_cache=True)
+        model(ids, use_cache=True, **{CACHE: cache})
     return cache
 
 

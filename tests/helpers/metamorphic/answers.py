@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from runtime import detach
+from runtime.decoding.families import CACHE
 from tests.helpers.metamorphic.subject import Coached, Subject
 
 PROMPT = torch.tensor([[5, 17, 33, 8, 5, 17, 60]])
@@ -79,14 +80,14 @@ def outcome(model: Any, *, prefix: int = 0, stop_after: int | None = None, **opt
     torch.manual_seed(11)
     if stop_after is not None:
         options["streamer"] = Interrupting(stop_after)
-    settings = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False, "past_key_values": cache}
+    settings = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False, CACHE: cache}
     settings |= {"attention_mask": torch.ones_like(PROMPT)}
     if getattr(model.generation_config, "max_new_tokens", None) is None:
         settings["max_new_tokens"] = NEW_TOKENS
     try:
         if prefix:
             with torch.no_grad():
-                model(PROMPT[:, :prefix], past_key_values=cache, use_cache=True)
+                model(PROMPT[:, :prefix], use_cache=True, **{CACHE: cache})
         output = model.generate(PROMPT, **settings | options)
         parts["ids"] = output.sequences
         parts |= {f"logits {index}": logits for index, logits in enumerate(output.logits or ())}

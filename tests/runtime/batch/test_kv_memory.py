@@ -8,6 +8,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from runtime.batch import Batch, KVMemory, generated
 from runtime.batch.memory import MAX_PROMPTS, TooLong, bytes_per_token
+from runtime.decoding.families import CACHE
 from runtime.errors import ConfigError
 from tests.helpers.families import tiny
 from tests.helpers.speculation import BOUNDS, GREEDY, PROMPTS, adapted, alone, base
@@ -20,7 +21,7 @@ LONGEST = max(map(len, PROMPTS)) + 24 + BESIDE
 def test_a_token_takes_what_its_keys_and_values_do(family: str) -> None:
     """As transformers' own cache holds them; bytes are as many tokens as fit."""
     model = tiny(family)
-    cache = model(torch.arange(2, 12)[None]).past_key_values
+    cache = model(torch.arange(2, 12)[None])[CACHE]
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert bytes_per_token(model) * 10 == held
     assert KVMemory.of(model, held + 3).tokens == 10 and KVMemory.of(model).tokens > 10_000

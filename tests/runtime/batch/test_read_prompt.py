@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from runtime.batch import Batch, KVMemory, generated
+from runtime.decoding.families import CACHE
 from runtime.decoding.layers import DecoderLayers
 from runtime.generate import attach
 from runtime.handle import SpecBound
@@ -76,7 +77,7 @@ def test_scores_and_cache_are_stock_s(window: int | None, read: list[DecoderLaye
         assert call.output.sequences[0].tolist() == whole
         pairs = zip(stock.scores, call.output.scores, strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
-        for layer, other in zip(stock.past_key_values.layers, call.output.past_key_values.layers, strict=True):
+        for layer, other in zip(stock[CACHE].layers, call.output[CACHE].layers, strict=True):
             assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
             assert layer.get_seq_length() == other.get_seq_length()
 
@@ -87,12 +88,12 @@ def test_what_differs_is_read_again(read: list[DecoderLayers]) -> None:
     expected = alone(model, GREEDY)
     made, memory = adapted(model, expected), KVMemory(10_000)
     ids = torch.tensor([PROMPTS[0]])
-    before = made.generate(ids[:, :4], past_key_values=DynamicCache(config=made.config), max_new_tokens=1,
-                           return_dict_in_generate=True, do_sample=False).past_key_values  # fmt: skip
+    before = made.generate(ids[:, :4], max_new_tokens=1, **{CACHE: DynamicCache(config=made.config)},
+                           return_dict_in_generate=True, do_sample=False)[CACHE]  # fmt: skip
     read.clear()
     with Batch(made, 1, memory) as batch:
         calls = [batch.add(PROMPTS[0], **GREEDY), batch.add(PROMPTS[1], **GREEDY)]
-        calls.append(batch.add(PROMPTS[0], past_key_values=before, **GREEDY))
+        calls.append(batch.add(PROMPTS[0], **{CACHE: before}, **GREEDY))
         calls.append(batch.add(PROMPTS[0], position_ids=torch.arange(5, 5 + len(PROMPTS[0]))[None], **GREEDY))
         run(batch, *calls)
     assert len(read) == 4

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from runtime import SpecBoundError, SpeculationBounds, detach
+from runtime.decoding.families import CACHE
 from runtime.exact import packed
 from runtime.generate import attach
 from tests.helpers.attached import GREEDY, PROMPT, attached_model, ids_of, same, speculated
@@ -78,7 +79,7 @@ def test_an_interrupted_call_leaves_the_callers_cache_as_stock_does(model: Any, 
         model.specbound.enabled = enabled
         caches.append(DynamicCache())
         with pytest.raises(KeyboardInterrupt):
-            model.generate(PROMPT, past_key_values=caches[-1], streamer=Interrupts(calls), **GREEDY)
+            model.generate(PROMPT, streamer=Interrupts(calls), **{CACHE: caches[-1]}, **GREEDY)
     for mine, theirs in zip(*(cache.layers for cache in caches), strict=True):
         assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from runtime.decoding.cache import KVCache
+from runtime.decoding.families import CACHE
 from runtime.exact.static import StaticCache
 from tests.helpers.fake_heads import FakeHeads
 from tests.helpers.families import FAMILIES, LAYERS, prompt, tiny
@@ -62,7 +63,7 @@ def test_prompts_of_one_token_and_around_the_first_size(length: int, way: str) -
     found = model.generate(ids, **options)
     assert torch.equal(found.sequences, stock.sequences)
     assert specbound.stats.mean_accepted_length > 17
-    for mine, theirs in zip(found.past_key_values.layers, stock.past_key_values.layers, strict=True):
+    for mine, theirs in zip(found[CACHE].layers, stock[CACHE].layers, strict=True):
         torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(mine.values, theirs.values, rtol=1e-3, atol=1e-3)
 

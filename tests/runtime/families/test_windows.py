@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from runtime import SpeculationBounds, UnsupportedModel, detach
 from runtime.decoding import families
+from runtime.decoding.families import CACHE
 from runtime.exact.attention import BlockAttention
 from runtime.exact.execution import ExecutionPolicy
 from runtime.exact.probe import compare
@@ -50,7 +51,7 @@ def test_from_before_the_edge_to_beyond_it(family: str) -> None:
     require(family)
     stock, found = both(tiny(family, window=WINDOW), prompt(7), TREES, **GREEDY)
     assert torch.equal(found.sequences, stock.sequences) and len(set(stock.sequences[0].tolist())) > 3
-    for own, other in zip(found.past_key_values.layers, stock.past_key_values.layers, strict=True):
+    for own, other in zip(found[CACHE].layers, stock[CACHE].layers, strict=True):
         assert torch.equal(own.keys, other.keys) and torch.equal(own.values, other.values)
         assert own.get_seq_length() == other.get_seq_length() and own.is_sliding == other.is_sliding
 
@@ -83,8 +84,8 @@ def test_a_second_call_goes_on_with_the_cache_of_the_first() -> None:
     model = tiny("mistral", window=WINDOW)
     stock, found = both(model, prompt(7), TREES, **GREEDY)
     again = torch.cat([stock.sequences, prompt(3)], dim=1)
-    first = model.generate(again, past_key_values=stock.past_key_values, max_new_tokens=9, **GREEDY)
-    assert torch.equal(first, model.generate(again, past_key_values=found.past_key_values, max_new_tokens=9, **GREEDY))
+    first = model.generate(again, max_new_tokens=9, **{CACHE: stock[CACHE]}, **GREEDY)
+    assert torch.equal(first, model.generate(again, max_new_tokens=9, **{CACHE: found[CACHE]}, **GREEDY))
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from runtime import SpeculationBounds, detach
 from runtime.decoding.cache import Block, KVCache
-from runtime.decoding.families import FAMILIES, Family, family_of
+from runtime.decoding.families import CACHE, FAMILIES, Family, family_of
 from runtime.decoding.layers import NATIVE, DecoderLayers
 from runtime.decoding.rows import TreeRows
 from runtime.exact.attention import WINDOW_KINDS, BlockAttention
@@ -162,7 +162,7 @@ def test_trees_see_the_last_keys_of_their_own_paths(window: int) -> None:
 
     def cache_of(length: int) -> KVCache:
         prefix = DynamicCache(config=model.config)
-        model(input_ids=ids[:, :length], past_key_values=prefix)
+        model(input_ids=ids[:, :length], **{CACHE: prefix})
         return KVCache.from_dynamic(prefix, 100)
 
     def block(length: int, given: torch.Tensor, tree: TreeRows | None = None) -> Block:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from runtime import SpeculationBounds, detach
 from runtime.decoding.drafter import NoDrafter
-from runtime.decoding.families import text_decoder
+from runtime.decoding.families import CACHE, text_decoder
 from runtime.decoding.layers import DecoderLayers
 from runtime.exact.execution import prompt_layers
 from runtime.exact.native import prompt as native
@@ -167,7 +167,7 @@ def test_heads_are_given_what_they_would_be_given(model: PreTrainedModel) -> Non
         with layers.watching([1]) as states:
             if native_too:
                 with run.reading():
-                    model(prompt(40), past_key_values=None, use_cache=True)
+                    model(prompt(40), use_cache=True, **{CACHE: None})
             else:
                 model(prompt(40), use_cache=True)
         settled = states.settled[1]

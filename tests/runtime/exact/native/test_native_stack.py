@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from runtime.decoding.cache import Block, KVCache
+from runtime.decoding.families import CACHE
 from runtime.decoding.layers import NATIVE, DecoderLayers
 from runtime.decoding.state import DecodeState
 from runtime.exact.certificate import Certificate
@@ -103,7 +104,7 @@ def test_a_tree_has_the_bits_of_its_paths(family: str) -> None:
 
     prefix = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=torch.tensor([ids]), past_key_values=prefix, use_cache=True)
+        model(input_ids=torch.tensor([ids]), use_cache=True, **{CACHE: prefix})
 
     def state() -> DecodeState:
         made = DecodeState(layers, KVCache.from_dynamic(prefix, 64), ids)
@@ -153,7 +154,7 @@ def test_states_that_are_no_numbers_go_to_torch() -> None:
     ids = torch.arange(2, 12)[None]
     stock = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(ids, past_key_values=stock)
+        model(ids, **{CACHE: stock})
         cache, layers = KVCache.from_dynamic(stock, 32), DecoderLayers(model)
         hidden = layers.embed(ids[:, :3], 10)
         hidden[0, 1, 7] = torch.inf

@@ -11,6 +11,7 @@ from runtime import SpeculationBounds, detach
 from runtime.batch import Batch, generated
 from runtime.batch.memory import KVMemory
 from runtime.batch.prompt import ReadPrompt
+from runtime.decoding.families import CACHE
 from runtime.exact.native.library import why_not_native
 from runtime.exact.native.prefix import Prefixes
 from runtime.generate import attach
@@ -98,7 +99,7 @@ def test_what_does_not_keep_every_bit_is_not_taken(monkeypatch: pytest.MonkeyPat
 
     def spoilt(cls: Any, *given: Any) -> ReadPrompt:
         tried.append(given[-1][1])
-        layers = given[3][2]["past_key_values"].layers
+        layers = given[3][2][CACHE].layers
         read: ReadPrompt = rest(cls, *given)
         layers[0].keys[0, 0, 3].view(torch.int16).bitwise_xor_(0x40)
         return read
