@@ -21,6 +21,9 @@ from train.features.extractor import Features
 from train.features.split import Split
 from train.settings.fit_config import FitConfig
 
+# Logged of each split: figures are steady from a fraction of it on, and an adapter's folder stays small.
+MOST_POSITIONS = 40_000
+
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
@@ -65,16 +68,18 @@ def calibrate(config: FitConfig, model: Any, heads: DraftHeads, calibration: Spl
     def logged(features: Sequence[Features]) -> ExitLog:
         return ExitLog.collect(moved(features, "log"), heads, temperatures=schedule.temperatures, ages=ages)
 
-    features = [batch.to("cpu") for batch in tqdm(calibration.batches(size), "features", unit="batch")]
+    chosen = texts_of(calibration.sequences.rows)
+    first = calibration.batches(size, end=len(chosen))
+    features = [batch.to("cpu") for batch in tqdm(first, "features", unit="batch")]
     confidences = collect(moved(features, "calibrate"), heads)
     require_positions(len(confidences.sequence))
     schedule, scores = fit_schedule(confidences, config.schedule, layers)
-    looked_up = LookupTraces.collect(calibration.sequences.rows, confidences.targets)
+    looked_up = LookupTraces.collect(chosen, confidences.targets)
     table = looked_up.fit()
-    traces = Traces.of(calibration.sequences.rows, logged(features), (looked_up, table))
+    traces = Traces.of(chosen, logged(features), (looked_up, table))
 
     rows = unseen_rows(held_out)
-    others = held_out.batches(size, first=held_out.num_judges)
+    others = held_out.batches(size, first=held_out.num_judges, end=held_out.num_judges + len(rows))
     features = [batch.to("cpu") for batch in tqdm(others, "features held out", unit="batch")]
     log = logged(features)
     looked_up = LookupTraces.collect(rows, log.targets)
@@ -91,13 +96,19 @@ def calibrate(config: FitConfig, model: Any, heads: DraftHeads, calibration: Spl
     return Calibration(schedule, table, traces, unseen, told, rows, figures)
 
 
+def texts_of(rows: list[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
+    """The first texts whose answers have `MOST_POSITIONS` together, or a little more."""
+    before = np.cumsum([0, *(len(response) for _, response in rows[:-1])])
+    return rows[: int((before < MOST_POSITIONS).sum())]
+
+
 def unseen_rows(held_out: Split) -> list[tuple[list[int], list[int]]]:
-    """The held-out texts that judge no checkpoint.
+    """The held-out texts that judge no checkpoint, as many as figures are told of.
 
     Raises:
         DataError: none of them has two tokens, so that nothing could be drafted.
     """
-    rows = held_out.sequences.rows[held_out.num_judges :]
+    rows = texts_of(held_out.sequences.rows[held_out.num_judges :])
     if all(len(response) < 2 for _, response in rows):
         raise DataError(
             "no held-out answer has two tokens, so no figures can be told: add prompts or raise held_out_fraction"

@@ -39,7 +39,7 @@ class FitState:
         step: steps done.
         skipped: batches left out so far because their loss was not finite.
         start, mean, low, norm, risen: what `Divergence` keeps.
-        score: mean accepted length by replay of held-out text, where it was measured at this step.
+        score: predicted speed-up by replay of held-out text, by layer counts, where it was measured at this step.
         best: the highest score up to this step.
         waited: evaluations since the best.
     """

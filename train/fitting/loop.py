@@ -82,8 +82,8 @@ def fit(
     with stop.waiting():
         _steps(config, plan, state, learner, judge, speed, settings, stop)
     if config.load_best_model_at_end and (best := load_best(accelerator, Path(config.output_dir))) is not None:
-        length = f"mean accepted length {best.score:.2f} by replay"
-        accelerator.print(f"the adapter is made from step {best.step} of {plan.total}, the best: {length}")
+        foretold = f"{best.score:.2f}x by layer counts in replay"
+        accelerator.print(f"the adapter is made from step {best.step} of {plan.total}, the best: {foretold}")
     if accelerator.is_main_process:
         log = Path(config.output_dir) / "metrics.jsonl"
         draw_curves(log, Path(config.output_dir) / "curves.png")
@@ -146,7 +146,7 @@ def _is_over(config: FitConfig, plan: Plan, state: FitState) -> str:
     if config.early_stopping_patience is None or state.waited < config.early_stopping_patience:
         return ""
     return (
-        f"step {state.step} of {plan.total}, no mean accepted length above {state.best:.2f} in {state.waited}"
+        f"step {state.step} of {plan.total}, no predicted speed-up above {state.best:.2f} in {state.waited}"
         f" evaluations (early_stopping_patience {config.early_stopping_patience})"
     )
 
@@ -186,7 +186,7 @@ class _Judge:
 
     def scored(self, state: FitState, values: dict[str, float]) -> FitState:
         """The state with its score; the main process's, since those of others may differ in the last bit."""
-        score = broadcast_object_list([values.get("held_out/accepted_length")])[0]
+        score = broadcast_object_list([values.get("held_out/predicted_speedup")])[0]
         if score is None:
             return state
         if state.best is None or score > state.best:

@@ -11,6 +11,7 @@ from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.heads import ExitHeads
 from runtime.drafting.policy import SpeculationBounds
 from runtime.errors import DataError
+from train.calibration import calibration
 from train.calibration.calibration import calibrate, unseen_rows
 from train.features.extractor import FeatureExtractor, Sequences
 from train.features.split import Split
@@ -71,6 +72,17 @@ def test_the_base_reads_each_text_once(model, heads, split, read):
     assert found.traces.layers == found.unseen.layers == (0, *EXITS)
     assert len(found.traces) == TEXTS * (LENGTH - 5) == 2 * len(found.unseen)
     assert found.rows == others.sequences.rows[TEXTS // 2 :]
+
+
+def test_of_long_splits_the_first_texts_are_read(model, heads, split, read, monkeypatch):
+    """Texts are whole: the last one may reach over the bound. Figures say how many there were."""
+    one = LENGTH - 5
+    monkeypatch.setattr(calibration, "MOST_POSITIONS", 7 * one + 1)
+    mine, others = split(0), split(1, 20)
+    found = calibrate(CONFIG, model, heads, mine, others)
+    assert len(read) == 16 and found.rows == others.sequences.rows[10:18]
+    assert len(found.traces) == len(found.unseen) == 8 * one
+    assert found.figures["fitted_on"] == {"positions": 8 * one, "sequences": 8} and found.figures["sequences"] == 8
 
 
 def test_figures_are_of_text_that_nothing_was_chosen_on(model, heads, split):

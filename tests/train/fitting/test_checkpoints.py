@@ -90,10 +90,10 @@ def test_a_checkpoint_that_would_run_code_is_refused(quick_fit, tmp_path, monkey
 
 
 def test_only_the_newest_and_the_best_are_kept_and_hold_no_base_rows(quick_fit, tmp_path, monkeypatch):
-    lengths = iter([1.5, 1.9, 1.2])  # by epoch
+    speeds = iter([1.5, 1.9, 1.2])  # by epoch
 
     def figures(*rest):
-        return {"held_out/accepted_length": next(lengths), "held_out/predicted_speedup": 1.0}
+        return {"held_out/accepted_length": 1.0, "held_out/predicted_speedup": next(speeds)}
 
     monkeypatch.setattr("train.replay.simulation.Simulation.figures", figures)
     settings = {"head": "lora", "max_steps": 26, "save_steps": 5, "save_total_limit": 2}
@@ -106,9 +106,9 @@ def test_only_the_newest_and_the_best_are_kept_and_hold_no_base_rows(quick_fit, 
 
 
 def test_the_adapter_is_made_from_the_best_checkpoint(quick_fit, tmp_path, monkeypatch, capsys):
-    def judged(lengths):
-        found = iter(lengths)
-        figures = lambda *rest: {"held_out/accepted_length": next(found), "held_out/predicted_speedup": 1.0}  # noqa: E731
+    def judged(speeds):
+        found = iter(speeds)
+        figures = lambda *rest: {"held_out/accepted_length": 1.0, "held_out/predicted_speedup": next(found)}  # noqa: E731
         monkeypatch.setattr("train.replay.simulation.Simulation.figures", figures)
 
     def made_from(folder):
@@ -121,7 +121,7 @@ def test_the_adapter_is_made_from_the_best_checkpoint(quick_fit, tmp_path, monke
     judged([1.5, 1.9, 1.2])
     folder, _ = quick_fit(tmp_path / "out", **settings)
     assert made_from(folder) == [20]
-    assert "from step 20 of 26, the best: mean accepted length 1.90 by replay" in capsys.readouterr().out
+    assert "from step 20 of 26, the best: 1.90x by layer counts" in capsys.readouterr().out
     settings["resume_from_checkpoint"] = "latest"
     quick_fit(folder, **settings, load_best_model_at_end=False)
     assert made_from(folder) == [26]
