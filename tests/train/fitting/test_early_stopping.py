@@ -1,4 +1,4 @@
-"""A fit ends when the speed foretold on held-out text no longer rises; evaluations every `eval_steps`; both may change later."""
+"""A fit ends when its foretold speed no longer rises; evaluations every `eval_steps`; both may change later."""
 
 import pytest
 
