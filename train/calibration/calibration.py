@@ -21,7 +21,7 @@ from train.features.extractor import Features
 from train.features.split import Split
 from train.settings.fit_config import FitConfig
 
-# Logged of each split: figures are steady from a fraction of it on, and an adapter's folder stays small.
+# Answer tokens logged of each split: an adapter's folder holds the traces, and stays small.
 MOST_POSITIONS = 40_000
 
 
