@@ -22,7 +22,7 @@ Through = Callable[[Tensor, int, int, Tensor, "KVCache", Tensor | TreeRows | Non
 def position_ids(position: int, length: int, device: torch.device, tree: TreeRows | None = None) -> Tensor:
     """Positions of a block, shape [1, T], from that of its first token."""
     if tree is not None:
-        return tree.positions(position, device)
+        return torch.tensor([tree.positions(position)], device=device)
     return torch.arange(position, position + length, device=device).unsqueeze(0)
 
 
@@ -44,9 +44,11 @@ class Block:
     cache: "KVCache"
     tree: TreeRows | None = None
 
-    def positions(self) -> Tensor:
-        """Of all its tokens, shape [1, T]."""
-        return position_ids(self.position, self.hidden.shape[1], self.hidden.device, self.tree)
+    def positions(self) -> Sequence[int]:
+        """Of all its tokens."""
+        if self.tree is not None:
+            return self.tree.positions(self.position)
+        return range(self.position, self.position + self.hidden.shape[1])
 
 
 class KVCache:
@@ -62,6 +64,8 @@ class KVCache:
         self._values: list[Tensor | None] = [None] * num_layers
         self._capacity = max(capacity, MIN_CAPACITY)
         self.most: int | None = None
+        self._addresses: list[int] = []  # of the buffers, where their addresses are known
+        self._room = 0  # rows that each of these has room for
 
     @classmethod
     def from_dynamic(cls, cache: Any, capacity: int) -> "KVCache":
@@ -107,7 +111,7 @@ class KVCache:
         value_buffer = self._grown(self._values[layer_idx], values, start, end)
         key_buffer.narrow(2, start, end - start).copy_(keys)
         value_buffer.narrow(2, start, end - start).copy_(values)
-        self._keys[layer_idx], self._values[layer_idx] = key_buffer, value_buffer
+        self._hold(layer_idx, key_buffer, value_buffer)
         self.lengths[layer_idx] = end
         return key_buffer.narrow(2, 0, end), value_buffer.narrow(2, 0, end)
 
@@ -118,8 +122,24 @@ class KVCache:
         held = self.lengths[layer_idx]
         if length > keys.shape[2]:
             keys, values = (self._grown(buffer, buffer, held, length) for buffer in (keys, values))
-            self._keys[layer_idx], self._values[layer_idx] = keys, values
+            self._hold(layer_idx, keys, values)
         return keys, values
+
+    def places(self, start: int, stop: int, length: int) -> list[int]:
+        """Of layers `start` to `stop - 1`, with room for `length` rows: addresses of keys and values, capacity."""
+        if not self._addresses or length > self._room:
+            buffers = [self.reserve(index, length) for index in range(len(self.lengths))]
+            self._addresses = [
+                number for keys, values in buffers for number in (keys.data_ptr(), values.data_ptr(), keys.shape[2])
+            ]
+            self._room = min(keys.shape[2] for keys, _ in buffers)
+        return self._addresses[3 * start : 3 * stop]
+
+    def _hold(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
+        """Set a layer's buffers."""
+        if keys is not self._keys[layer_idx]:
+            self._addresses = []
+        self._keys[layer_idx], self._values[layer_idx] = keys, values
 
     def run(
         self, through: Through, hidden: Tensor, start: int, stop: int, position: int, tree: TreeRows | None = None

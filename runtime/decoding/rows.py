@@ -24,10 +24,10 @@ class TreeRows:
     settled: int
     paths: tuple[tuple[int, ...], ...]
 
-    def positions(self, first: int, device: torch.device) -> Tensor:
-        """Positions of the rows, shape [1, T], int64; `first` is that of the first row."""
+    def positions(self, first: int) -> list[int]:
+        """Positions of the rows; `first` is that of the first row."""
         start = first - len(self.paths[0])
-        return torch.tensor([[start + len(path) for path in self.paths]], device=device)
+        return [start + len(path) for path in self.paths]
 
     def keys(self, row: int, device: torch.device) -> Tensor:
         """Places in the cache of the keys that a row sees, in order, shape [keys], int64."""

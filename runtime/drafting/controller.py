@@ -16,7 +16,9 @@ from runtime.drafting.policy import SpeculationBounds
 # Rounds without drafts that the price of a plain token is taken from, and the fewest.
 PLAIN_WINDOW, FIRST_PLAIN = 8, 2
 # The gain of speculation is the tokens it emitted less what its rounds cost, in plain tokens, summed up. At a loss of
-# ALLOWED_LOSS drafting rests. The sum never exceeds KEPT_GAIN, so that an old gain does not hide a new loss for long.
+# ALLOWED_LOSS drafting rests; where it has paid before, the machine may have become slower since a plain token was
+# priced last, so it is priced anew first and the sum begins again. The sum never exceeds KEPT_GAIN: an old gain does
+# not hide a new loss for long.
 ALLOWED_LOSS, KEPT_GAIN = 3.0, 12.0
 # A round without drafts now and then, while speculating, keeps the price of a plain token fresh.
 REFRESH = 48
@@ -44,6 +46,7 @@ class Controller:
         self._rest = FIRST_REST
         self._plain: deque[float] = deque(maxlen=PLAIN_WINDOW)
         self._won = 0.0
+        self._has_paid = False  # since it rested last, or was doubted
         self._since_plain = 0
         self._records: dict[int, tuple[float, float]] = {}
         self._started = 0.0
@@ -81,11 +84,14 @@ class Controller:
             price: of the round, in plain tokens; one that was held up by something else counts as a dear one at most.
         """
         self._won = min(KEPT_GAIN, self._won + tokens - min(price, DEAREST))
-        if self._won <= -ALLOWED_LOSS:
+        if self._won <= -ALLOWED_LOSS and self._has_paid:
+            self._plain.clear()
+            self._won, self._has_paid = 0.0, False
+        elif self._won <= -ALLOWED_LOSS:
             self.resting, self._rest = self._rest, min(REST_GROWTH * self._rest, MAX_REST)
             self._won = 0.0
         elif self._won == KEPT_GAIN:
-            self._rest = FIRST_REST
+            self._rest, self._has_paid = FIRST_REST, True
 
     def _observe(self, judged: Sequence[tuple[int, float, bool]]) -> None:
         """Hold the confidences of drafts that were judged against what came of them."""

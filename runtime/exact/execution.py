@@ -73,13 +73,23 @@ class ExecutionPolicy:
 
 
 @contextmanager
-def execution(model: PreTrainedModel, policy: ExecutionPolicy, packed: PackedLinears | None = None) -> Iterator[None]:
-    """While open, `model` computes blocks by `policy`; afterwards its modules are as they were."""
+def execution(
+    model: PreTrainedModel,
+    policy: ExecutionPolicy,
+    packed: PackedLinears | None = None,
+    native: NativeLayers | None = None,
+) -> Iterator[None]:
+    """While open, `model` computes blocks by `policy`; afterwards its modules are as they were.
+
+    Args:
+        native: its layers, where they were made for this policy before.
+    """
     patched: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
     body = text_decoder(model)
     with block_attention(model, policy.attention) as attention:
         try:
-            native = native_layers(model, policy, packed, attention) if policy.native else None
+            if native is None and policy.native:
+                native = native_layers(model, policy, packed, attention)
             body.__dict__[NATIVE] = native
             for module, forward in _forwards(model, policy, packed, attention, native):
                 patched.append((module, module.__dict__.get("forward")))

@@ -146,7 +146,8 @@ class PreparedModel:
     def running(self, model: PreTrainedModel) -> Iterator[None]:
         """While open, the model computes blocks as its certificate says."""
         assert self.certificate is not None
-        with execution(model, self.certificate.policy, self.packed):
+        native = None if self.prompts is None else self.prompts.native
+        with execution(model, self.certificate.policy, self.packed, native):
             self.runs = True
             try:
                 yield

@@ -37,7 +37,7 @@ from runtime.exact.reference import Reference
 from runtime.exact.static import StaticCache
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 23
+PROBE_FORMAT = 24
 # Keys, of windows that attention is looked at with: in one block of the kernel, and in two.
 PROBED_WINDOWS = (37, 520)
 # Tokens of prompts that are read both ways.

@@ -109,7 +109,7 @@ class StaticCache(KVCache):
                 self._trees[width] = steps, store.new_zeros(1, 1, width, store.shape[4])
         steps, mask = self._trees[width]
         count = len(tree.paths)
-        steps[:, :count].copy_(tree.positions(position, torch.device("cpu")))
+        steps[:, :count].copy_(torch.tensor(tree.positions(position)))
         mask.fill_(-torch.inf)
         mask[..., : tree.settled] = 0
         hidden = tree.hidden(store.shape[4], torch.device("cpu"))

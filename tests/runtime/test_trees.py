@@ -157,7 +157,7 @@ WRONG: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         TreeRows, "keys", lambda self, row, device: torch.arange(self.settled + self.paths[row][-1] + 1)
     ),
     "positions count rows": lambda patch: patch.setattr(
-        TreeRows, "positions", lambda self, first, device: torch.arange(first, first + len(self.paths))[None]
+        TreeRows, "positions", lambda self, first: list(range(first, first + len(self.paths)))
     ),
     "the first draft is taken": lambda patch: patch.setattr(
         runtime.decoding.rounds,

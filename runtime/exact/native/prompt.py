@@ -65,12 +65,17 @@ class PromptLayers:
             whole: tokens of a prompt whose beginning is in the cache already; the forward is given the others.
         """
         self._whole = whole
+        unembedding = None if self.native.unembedding is None else self.native.unembedding.modules[0]
+        if unembedding is not None and "forward" in unembedding.__dict__:  # a hook of others
+            unembedding = None
         try:
             for index, layer in enumerate(self.layers):
                 layer.__dict__["forward"] = partial(self._forward, index)
+            if unembedding is not None:
+                unembedding.__dict__["forward"] = self._unembed
             yield
         finally:
-            for layer in self.layers:
+            for layer in (*self.layers, *([] if unembedding is None else [unembedding])):
                 layer.__dict__.pop("forward", None)
             self._given, self._room, self._whole = None, None, 0
 
@@ -116,6 +121,13 @@ class PromptLayers:
             query[:, :, whole - rows :] = given_query
         attended, _ = attend(module, query, keys, values, mask, dropout=0.0, scaling=module.scaling)
         return self._after(index, orders, attended[:, whole - rows :], hidden_states)
+
+    def _unembed(self, normed: Tensor) -> Tensor:
+        """As the unembedding's own `forward`: in our kernel where one row is asked for, as in decoding."""
+        packed = self.native.unembedding
+        module: Any = packed.modules[0]
+        logits: Tensor = packed(normed) if normed.shape[:-1].numel() == 1 else type(module).forward(module, normed)
+        return logits
 
     def _activates(self, rows: int) -> bool:
         """Whether torch activates so many rows as the table does: what fills no vector of a thread may differ."""

@@ -41,7 +41,7 @@ class NativeLayers:
         final: the norm above the layers.
         tables: of angles, for the kinds of layers that there are.
         kinds: of the layers, names of `tables`.
-        unembeds: whether the unembedding runs in our kernel too, so that any number of rows keep their bits.
+        unembedding: the packed one, where that runs in our kernel too, so that any number of rows keep their bits.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class NativeLayers:
         final: Any,
         tables: RotaryTables,
         kinds: Sequence[str],
-        unembeds: bool,
+        unembedding: Any,
     ) -> None:
         first = parts[0]
         self.parts, self.hidden_size = parts, first.linears[0][0].in_features
@@ -65,7 +65,7 @@ class NativeLayers:
         self.filled = ORDERS.index(order[1])
         self.floats = (ctypes.c_float * 3)(epsilon(first.all_norms[0]), first.attention.scaling, first.multiplier)
         self.tables = tables
-        self.final, self.weighing, self.unembeds = final, family.weighing, unembeds
+        self.final, self.weighing, self.unembedding = final, family.weighing, unembedding
         self.opened = table_of(first.activation)
         self.norms = [norm for each in parts for norm in each.all_norms]
         self.held = (packed, self.norms)  # the table holds addresses alone
@@ -113,7 +113,7 @@ class NativeLayers:
         if len(alike) != 3 or len({each.tiles for each in orders}) != 1 or tables.turned % HEAD_MULTIPLE:
             return None
         more = {"family": family, "final": body.norm, "tables": tables, "kinds": kinds}
-        return cls(whole, weights, orders, (order, filled or order), **more, unembeds=(unembedding,) in packed)
+        return cls(whole, weights, orders, (order, filled or order), **more, unembedding=packed.get((unembedding,)))
 
     def __call__(self, blocks: Sequence[Block]) -> list[Tensor] | None:
         """Hidden states [1, T, D] of each block at the depth that all of them go to; appended to their caches.
@@ -126,8 +126,7 @@ class NativeLayers:
         start, stop = blocks[0].start, blocks[0].stop
         held = [block.cache.lengths[start] for block in blocks]
         rows = [block.hidden.shape[1] for block in blocks]
-        positions = [block.positions() for block in blocks]
-        cosines, sines = self.tables(positions[0] if len(blocks) == 1 else torch.cat(positions, 1))
+        cosines, sines = self.tables([place for block in blocks for place in block.positions()])
         parts, tables = _parts(blocks, held, rows)
         caches = _places(blocks, start, stop, held, rows)
         if len(blocks) == 1:
@@ -188,13 +187,13 @@ def _parts(blocks: Sequence[Block], held: Sequence[int], rows: Sequence[int]) ->
 
 def _places(blocks: Sequence[Block], start: int, stop: int, held: Sequence[int], rows: Sequence[int]) -> list[int]:
     """Of each layer and request: where keys and values lie, and for how many rows there is room."""
-    places: list[int] = []
-    for index in range(start, stop):
-        for block, before, number in zip(blocks, held, rows, strict=True):
-            assert block.cache.lengths[index] == before
-            keys, values = block.cache.reserve(index, before + number)
-            places += keys.data_ptr(), values.data_ptr(), keys.shape[2]
-    return places
+    own = [
+        block.cache.places(start, stop, before + number)
+        for block, before, number in zip(blocks, held, rows, strict=True)
+    ]
+    if len(own) == 1:
+        return own[0]
+    return [number for layer in range(stop - start) for places in own for number in places[3 * layer : 3 * layer + 3]]
 
 
 def norms(module: Any, rows: Tensor, weighing: str = WEIGHINGS[0]) -> Tensor:

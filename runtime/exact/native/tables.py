@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+# Positions whose cosines and sines are kept: a round asks for the same ones several times.
+KEPT = 1024
+
 
 class RotaryTables:
-    """Cosines and sines of a block's positions, in the operations of a model's own rotary module.
+    """Cosines and sines of positions, in the operations of a model's own rotary module.
 
     They depend on the position alone; there is one table for each kind of layer.
 
@@ -27,6 +30,9 @@ class RotaryTables:
         self.frequencies: list[Tensor] = [getattr(rotary, f"{name}inv_freq") for name in names]
         self.magnitudes: list[float] = [getattr(rotary, f"{name}attention_scaling") for name in names]
         self.rounds = rounds
+        self._at = [-1] * KEPT  # the position that stands at a place of the tables kept
+        with torch.inference_mode(False):  # what is made there cannot be written elsewhere
+            self._kept = torch.empty(2, len(names), KEPT, self.turned)
 
     @property
     def turned(self) -> int:
@@ -34,15 +40,31 @@ class RotaryTables:
         (size,) = {2 * len(frequencies) for frequencies in self.frequencies}
         return size
 
-    def __call__(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [K, T, R] of positions [1, T], float32."""
-        both = [self._of(position_ids, *kind) for kind in zip(self.frequencies, self.magnitudes, strict=True)]
-        cosines, sines = zip(*both, strict=True)
-        return torch.cat(cosines), torch.cat(sines)
+    def __call__(self, positions: Sequence[int]) -> Tensor:
+        """Cosines, then sines [2, K, T, R] of T positions, float32, contiguous."""
+        places = [position % KEPT for position in positions]
+        new = [position for position, place in zip(positions, places, strict=True) if self._at[place] != position]
+        if new:
+            at = [position % KEPT for position in new]
+            self._kept[:, :, at] = self._of_all(new)
+            for position, place in zip(new, at, strict=True):
+                self._at[place] = position
+            if [self._at[place] for place in places] != list(positions):
+                return self._of_all(positions)  # two of them have one place
+        first, last = places[0], places[-1]
+        if len(self.frequencies) == 1 and places == list(range(first, last + 1)):
+            return torch.stack([kept[:, first : last + 1] for kept in self._kept])
+        return self._kept[:, :, places]
 
-    def _of(self, position_ids: Tensor, frequencies: Tensor, magnitude: float) -> tuple[Tensor, Tensor]:
-        """Of one kind, [1, T, R]."""
-        angles = position_ids[..., None].float() * frequencies
+    def _of_all(self, positions: Sequence[int]) -> Tensor:
+        """Of all kinds, [2, K, T, R]."""
+        given = torch.tensor(positions, device=self.frequencies[0].device)
+        kinds = zip(self.frequencies, self.magnitudes, strict=True)
+        return torch.stack([torch.stack(self._of(given, *kind)) for kind in kinds], 1)
+
+    def _of(self, positions: Tensor, frequencies: Tensor, magnitude: float) -> tuple[Tensor, Tensor]:
+        """Of one kind, [T, R] each."""
+        angles = positions[:, None].float() * frequencies
         angles = torch.cat((angles, angles), -1)
         cosines, sines = angles.cos(), angles.sin()
         if magnitude != 1.0:

@@ -52,8 +52,8 @@ def test_a_defect_is_found(make_model: Any, monkeypatch: pytest.MonkeyPatch, con
     model = attached(make_model(), prompt, 30)
     update = KVCache.update
 
-    def broken(self: KVCache, keys: torch.Tensor, values: torch.Tensor, *rest: Any) -> Any:
-        return update(self, keys * 0.5, values, *rest)
+    def broken(self: KVCache, keys: torch.Tensor, values: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        return update(self, keys * 0.5, values, *rest, **more)
 
     monkeypatch.setattr(KVCache, "update", broken)
     for found in audit(model, [prompt] * concurrency, concurrency=concurrency, max_new_tokens=30, do_sample=False):

@@ -87,6 +87,28 @@ def test_a_pause_of_the_machine_is_not_taken_for_slowness() -> None:
     assert sum(world.drafting) > 0.9 * len(world.drafting)
 
 
+def test_a_machine_that_becomes_slower_is_not_taken_for_slow_drafts() -> None:
+    """All takes twice as long every other hundred rounds: the price of a plain token is looked up again, no rest."""
+
+    def slow() -> float:
+        return 1.0 + (world.rounds // 100 % 2)
+
+    world = World(cost=lambda _: 1.5 * slow(), accepted=lambda _: 1)
+    begin, rests = world.controller.begin, []
+
+    def timed(bounds: SpeculationBounds) -> SpeculationBounds:
+        rests.append(world.controller.resting)
+        allowed = begin(bounds)
+        if not allowed.max_draft_tokens:
+            world.now += slow() - 1.0  # `World` adds the other second
+        return allowed
+
+    world.controller.begin = timed  # type: ignore[method-assign]
+    world.run(3000)
+    assert not any(rests)
+    assert sum(world.drafting) > 0.93 * len(world.drafting)
+
+
 def test_a_source_that_overstates_itself_is_asked_for_more() -> None:
     """Sure at 0.9 and right one time of ten: its threshold rises, within reason; other sources keep theirs. Rounds
     become narrower."""

@@ -66,8 +66,8 @@ def test_bitwise_takes_segments_that_keep_every_bit(monkeypatch: pytest.MonkeyPa
     AttentionInterface.register("by_mask", lambda *args, **kwargs: by_mask("sdpa", *args, **kwargs))
 
     @contextmanager
-    def exact(model: Any, policy: ExecutionPolicy, packed: Any = None) -> Iterator[None]:
-        with execution(model, policy, packed):
+    def exact(model: Any, policy: ExecutionPolicy, *more: Any) -> Iterator[None]:
+        with execution(model, policy, *more):
             if policy.static:
                 model.config._attn_implementation = "by_mask"
             yield

@@ -98,6 +98,26 @@ def test_attention_has_the_bits_of_each_row_alone(attention_order: str, length: 
         assert torch.equal(block[:, row], stock[:, :, 0])
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shared", [1, 2, 3, 4, 7])
+def test_rows_and_heads_that_go_together_have_the_bits_they_have_alone(kernels: None, shared: int, order: str) -> None:
+    """However many rows, and heads on the same keys; with numbers too small to be normal among the values."""
+    torch.manual_seed(shared)
+    for length, rows, size in ((9, 9, 80), (64, 3, 64), (71, 8, 48), (600, 6, 64)):
+        query = torch.randn(1, 2 * shared, rows, size).bfloat16()
+        keys, values = torch.randn(2, 1, 2, length, size).bfloat16()
+        values[:, :, :, ::5] *= 1e-38
+        block = attend(query, keys, values, None, order)
+        assert block is not None
+        for row in range(rows):
+            own = [part[:, :, : length - rows + row + 1] for part in (keys, values)]
+            for head in range(2 * shared):
+                group = slice(head // shared, head // shared + 1)
+                one = query[:, head : head + 1, row : row + 1]
+                alone = attend(one, *(part[:, group] for part in own), None, order)
+                assert alone is not None and torch.equal(block[:, row, head], alone[:, 0, 0])
+
+
 def test_the_other_order_of_attention_is_refused(attention_order: str) -> None:
     """Negative control: the orders differ, and the probe sees it."""
     assert [name for name in ORDERS if in_order(name)] == [attention_order]

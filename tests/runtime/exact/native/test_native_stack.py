@@ -17,7 +17,7 @@ from runtime.exact.certificate import Certificate
 from runtime.exact.execution import execution
 from runtime.exact.native import stack as native
 from runtime.exact.native.library import why_not_native
-from runtime.exact.native.tables import table_of
+from runtime.exact.native.tables import KEPT, RotaryTables, table_of
 from runtime.exact.order import same_norm
 from runtime.exact.packed import PackedLinears
 from runtime.exact.probe import probe
@@ -165,3 +165,40 @@ def test_states_that_are_no_numbers_go_to_torch() -> None:
         assert NATIVE not in model.model.__dict__ and cache.lengths == [13] * 3
         alone = layers.run(hidden[:, :1], 0, 3, 10, KVCache.from_dynamic(stock, 32))
     assert torch.equal(block[:, :1], alone) and not torch.isfinite(block[:, 1]).all()
+
+
+def test_angles_that_are_kept_are_those_of_their_positions() -> None:
+    """Again and again, side by side or apart, and where two positions would stand in one place."""
+    rotary = base("llama").get_submodule("model.rotary_emb")
+    tables = RotaryTables(rotary, [""], rounds=True)
+    for positions in (
+        [5, 6, 7],
+        [6, 7, 8, 8, 9],
+        [3, KEPT + 3, 4],
+        [KEPT - 1, KEPT],
+        [KEPT + 3, KEPT + 4],
+        [3],
+        [5, 6],
+    ):
+        expected = rotary(torch.zeros(1, dtype=torch.bfloat16), torch.tensor([positions]))
+        found = tables(positions)
+        assert found.is_contiguous() and torch.equal(found[:, 0], torch.cat(expected).float())
+
+
+def test_places_of_a_cache_are_those_of_its_buffers() -> None:
+    """Also after it has grown, by either way."""
+    cache = KVCache(2, 64)
+    rows = torch.zeros(1, 1, 60, 8)
+
+    def check(length: int) -> None:
+        places = cache.places(1, 2, length)
+        keys, values = cache.reserve(1, 0)
+        assert places == [keys.data_ptr(), values.data_ptr(), keys.shape[2]] and places[2] >= length
+
+    for layer in range(2):
+        cache.update(rows, rows, layer)
+    check(64)
+    check(65)  # grows
+    cache.update(torch.cat([rows] * 4, 2), torch.cat([rows] * 4, 2), 1)  # grows one layer
+    check(70)
+    check(400)
