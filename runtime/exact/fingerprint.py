@@ -115,7 +115,8 @@ def words(tensor: Tensor) -> list[tuple[Tensor, int]]:
     flat = tensor.detach().view(-1).view(torch.uint8)
     number = flat.numel() // 8
     aligned, rest = flat[: 8 * number].view(torch.int64), flat[8 * number :]
-    width = number // tensor.shape[0] if tensor.dim() > 1 and number % tensor.shape[0] == 0 else WIDTH
+    whole_rows = tensor.dim() > 1 and number >= tensor.shape[0] and number % tensor.shape[0] == 0
+    width = number // tensor.shape[0] if whole_rows else WIDTH
     table = aligned[: number // width * width].view(-1, width)
     parts = [(table, 1), (table[::SAMPLED], 0), (aligned[table.numel() :], -1), (rest, -1)]
     return [(part, dimension) for part, dimension in parts if part.numel()]

@@ -77,6 +77,13 @@ def test_a_checksum_sees_one_bit_and_exchanged_rows_and_columns(shape: tuple[int
         assert not torch.equal(checksum(tensor.index_select(dimension, order)), first)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (0, 4), (2, 2)])
+def test_a_checksum_of_less_than_a_word_a_row(shape: tuple[int, ...]) -> None:
+    tensor = torch.ones(shape, dtype=torch.bfloat16)
+    assert torch.equal(checksum(tensor), checksum(tensor.clone()))
+    assert not tensor.numel() or not torch.equal(checksum(tensor), checksum(2 * tensor))
+
+
 def mixing(module: nn.Module, args: Any, output: Any) -> Any:
     return output + output.mean(1, keepdim=True)
 
