@@ -127,6 +127,7 @@ class KVCache:
 
     def places(self, start: int, stop: int, length: int) -> list[int]:
         """Of layers `start` to `stop - 1`, with room for `length` rows: addresses of keys and values, capacity."""
+        assert stop <= len(self.lengths) and len(set(self.lengths[start:stop])) == 1
         if not self._addresses or length > self._room:
             buffers = [self.reserve(index, length) for index in range(len(self.lengths))]
             self._addresses = [

@@ -104,6 +104,7 @@ class TargetEmitter:
 
 def _best(scores: Tensor) -> Tensor:
     """`torch.argmax` of scores [1, V], shape [1]: the first of equal ones. On a CPU NumPy is 25 times as fast."""
-    if scores.device.type != "cpu" or scores.dtype != torch.float32 or scores.requires_grad:
+    plain = type(scores) is Tensor and scores.dtype == torch.float32 and scores.device.type == "cpu"
+    if not plain or scores.requires_grad or scores.is_neg():
         return torch.argmax(scores, dim=-1)
     return torch.from_numpy(scores.numpy().argmax(-1))

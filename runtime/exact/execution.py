@@ -88,6 +88,7 @@ def execution(
     body = text_decoder(model)
     with block_attention(model, policy.attention) as attention:
         try:
+            assert native is None or policy.native
             if native is None and policy.native:
                 native = native_layers(model, policy, packed, attention)
             body.__dict__[NATIVE] = native

@@ -147,6 +147,8 @@ class PreparedModel:
         """While open, the model computes blocks as its certificate says."""
         assert self.certificate is not None
         native = None if self.prompts is None else self.prompts.native
+        if native is not None:
+            native.tables.forget()
         with execution(model, self.certificate.policy, self.packed, native):
             self.runs = True
             try:

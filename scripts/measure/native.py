@@ -41,7 +41,8 @@ def main(
     figures = conditions(model.device, model.dtype)
     with torch.inference_mode():
         figures |= {"prompt": {number: prompt(model, number, repeats) for number in rows}}
-        figures |= {"draft": draft(model.specbound.drafter.heads, 20 * repeats)}
+        if not model.specbound.drafter.heads.attends:
+            figures |= {"draft": draft(model.specbound.drafter.heads, 20 * repeats)}
     print(json.dumps(figures, indent=1))
     if json_file is not None:
         write_atomic(json_file, (json.dumps(figures, indent=1) + "\n").encode())

@@ -30,8 +30,8 @@ class RotaryTables:
         self.frequencies: list[Tensor] = [getattr(rotary, f"{name}inv_freq") for name in names]
         self.magnitudes: list[float] = [getattr(rotary, f"{name}attention_scaling") for name in names]
         self.rounds = rounds
-        self._at = [-1] * KEPT  # the position that stands at a place of the tables kept
-        with torch.inference_mode(False):  # what is made there cannot be written elsewhere
+        self.forget()
+        with torch.inference_mode(False):  # a tensor that is made in inference mode cannot be written outside of it
             self._kept = torch.empty(2, len(names), KEPT, self.turned)
 
     @property
@@ -39,6 +39,10 @@ class RotaryTables:
         """R, the same for all kinds."""
         (size,) = {2 * len(frequencies) for frequencies in self.frequencies}
         return size
+
+    def forget(self) -> None:
+        """Compute all anew, from the frequencies as they are now: a write through `.data` is seen by nobody."""
+        self._at: list[int | None] = [None] * KEPT  # the position that stands at a place of the tables kept
 
     def __call__(self, positions: Sequence[int]) -> Tensor:
         """Cosines, then sines [2, K, T, R] of T positions, float32, contiguous."""

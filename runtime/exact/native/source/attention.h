@@ -1,5 +1,5 @@
-// Attention of one query row in bfloat16, with the order of additions of torch's kernel for one row (flash attention on
-// a CPU with AVX512-BF16): keys in blocks of 512, a running maximum, weights rounded to bfloat16, sums in an `Order`. Query
+// Attention of rows in bfloat16, each with the order of additions of torch's kernel for one row (flash attention on a CPU
+// with AVX512-BF16): keys in blocks of 512, a running maximum, weights rounded to bfloat16, sums in an `Order`. Query
 // heads that share keys, and rows, go through the keys together. Each row sees its own keys, and reads no others; where it has
 // a window, its blocks begin with the first key of that.
 #pragma once
@@ -57,7 +57,8 @@ class Group {
 
  private:
   static constexpr int R = ROWS_TOGETHER;
-  static constexpr int MOST = O == FOURS ? 1 : H < 4 ? 4 : 2;  // rows whose sums there are registers for
+  // Rows whose sums there are registers for: of values, and of scores, which are four sums each in one order.
+  static constexpr int VALUED = H < 4 ? 4 : 2, SCORED = O == FOURS ? VALUED / 2 : VALUED;
 
   const Attention& a_;
   const uint16_t *keys_, *values_;
@@ -76,7 +77,7 @@ class Group {
   }
 
   // Calls `some(rows, r)` for all rows, with a number of them that is known when this is compiled.
-  template <class Some>
+  template <int MOST, class Some>
   void by_rows(const Some& some) const {
     int64_t r = 0;
     for (; MOST >= 4 && r + 4 <= rows_; r += 4) some(std::integral_constant<int, MOST>(), r);
@@ -89,7 +90,7 @@ class Group {
     for (int64_t key = 0; key < all; key += LANES) {
       if (!apart || first + key + LANES <= a_.settled) {
         turn<O, false>(a_, keys_ + (first + key) * a_.key_row, nullptr, all - key, turned_);
-        by_rows([&](auto rows, int64_t r) { scores<rows * H, O>(a_, query_[r], turned_, (float(*)[BLOCK])(part_[r][0] + key)); });
+        by_rows<SCORED>([&](auto rows, int64_t r) { scores<rows * H, O>(a_, query_[r], turned_, (float(*)[BLOCK])(part_[r][0] + key)); });
         continue;
       }
       for (int64_t r = 0; r < rows_; r++) {
@@ -126,7 +127,7 @@ class Group {
     const int64_t joint = common / (2 * LANES) * (2 * LANES);
     const uint16_t* values = values_ + first * a_.value_row;
     if (joint)
-      by_rows([&](auto rows, int64_t r) { add_values<rows * H, O, false>(a_, values, nullptr, 0, joint, part_[r], result_[r]); });
+      by_rows<VALUED>([&](auto rows, int64_t r) { add_values<rows * H, O, false>(a_, values, nullptr, 0, joint, part_[r], result_[r]); });
     for (int64_t r = 0; r < rows_; r++) {
       const int64_t count = std::min<int64_t>(BLOCK, own_[r] - first);
       if (count <= joint) continue;

@@ -15,9 +15,9 @@ inline void fetch(const uint16_t* from) { _mm_prefetch((const char*)from, _MM_HI
 
 enum Order { PAIRS, FOURS, EIGHTS, TILES };  // how products are added, of scores and of values
 
-// Whether numbers are taken two at a time, by the CPU's instruction for pairs. Where this adds a pair to a sum it is as two
-// fused additions, the odd number's first, so that these do as well: on Intel's CPUs four times as fast a piece (on AMD's
-// half as fast, where pairs are added in order). Unlike them it takes numbers too small to be normal for 0.
+// Whether numbers are taken two at a time, by the CPU's instruction for pairs. What that does is two fused additions, the odd
+// number's first, with numbers too small to be normal taken for 0. Other orders have it by such additions: an Intel CPU makes
+// more than four of them in the time of one instruction. Where they drop small numbers, so do the sums of sums between them.
 constexpr bool in_words(Order order) { return order == PAIRS; }
 constexpr bool drops_small(Order order) { return order == EIGHTS || order == TILES; }
 

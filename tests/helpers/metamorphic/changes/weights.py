@@ -151,6 +151,13 @@ def write_a_buffer(subject: Subject) -> None:
     subject.body.rotary_emb.inv_freq.mul_(0.75)
 
 
+def write_a_buffer_through_data(subject: Subject) -> None:
+    """Rotary frequencies through `.data`."""
+    if not hasattr(subject.body, "rotary_emb"):
+        subject.nothing("no rotary positions")
+    subject.body.rotary_emb.inv_freq.data *= 0.75
+
+
 def change_an_epsilon(subject: Subject) -> None:
     """What a norm adds before the root."""
     norm = subject.part("norm")
@@ -224,6 +231,6 @@ CHANGES = (
     write_a_bias_through_data, scale_a_norm, scale_a_norm_through_data, write_then_write_back, point_data_elsewhere,
     replace_a_parameter, replace_a_parameter_in_inference_mode, swap_two_weights, load_a_state_dict,
     load_part_of_a_state_dict, assign_a_state_dict, step_of_an_optimizer, tie, untie, flip_requires_grad,
-    write_a_buffer, change_an_epsilon, change_a_scaling, resize_the_embeddings, parametrize_a_weight, norm_a_weight,
-    remove_the_parametrizations, prune_a_weight, copy_a_layer_into_another,
+    write_a_buffer, write_a_buffer_through_data, change_an_epsilon, change_a_scaling, resize_the_embeddings,
+    parametrize_a_weight, norm_a_weight, remove_the_parametrizations, prune_a_weight, copy_a_layer_into_another,
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Prompts in our own kernel: orders of many rows, what is refused, and what is left as it was."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from runtime.exact.native.library import has_tiles, why_not_native
 from runtime.exact.native.products import Order, pack_for_products, products
 from runtime.exact.native.prompt import PromptLayers, is_steady
 from runtime.exact.native.prompt_orders import PromptOrders, Telling
-from runtime.exact.native.tables import table_of
+from runtime.exact.native.tables import RotaryTables, table_of
 from runtime.exact.packed import PackedLinears
 from runtime.exact.probe import probe
 from runtime.generate import attach
@@ -156,6 +157,26 @@ def test_ids_are_those_of_plain_generate(model: PreTrainedModel) -> None:
         detach(model)
     depth = len(text_decoder(model).layers)
     assert [runs.count(rows) // depth for rows in (2, 30, 47, 25)] == [1, 1, 1, 2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("control", [False, True])
+def test_what_is_written_through_data_between_calls_counts(
+    control: bool, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frequencies, norms and matrices; where angles were kept from call to call, ids would be others."""
+    twin = copy.deepcopy(model)
+    attach(model, SpecBound(model, NoDrafter(), SpeculationBounds(2.0, 0, 2)))
+    how: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
+    same = [torch.equal(model.generate(prompt(30), **how), twin.generate(prompt(30), **how))]
+    if control:
+        monkeypatch.setattr(RotaryTables, "forget", lambda self: None)
+    for name, factor in (("rotary_emb.inv_freq", 0.1), ("layers.0.input_layernorm.weight", 1.5), ("norm.weight", -1)):
+        for one in (model, twin):
+            dict([*one.model.named_parameters(), *one.model.named_buffers()])[name].data.mul_(factor)
+        same.append(torch.equal(model.generate(prompt(30), **how), twin.generate(prompt(30), **how)))
+    detach(model)
+    assert same[0] and all(same) != control
 
 
 @torch.no_grad()

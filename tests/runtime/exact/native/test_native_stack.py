@@ -171,6 +171,7 @@ def test_angles_that_are_kept_are_those_of_their_positions() -> None:
     """Again and again, side by side or apart, and where two positions would stand in one place."""
     rotary = base("llama").get_submodule("model.rotary_emb")
     tables = RotaryTables(rotary, [""], rounds=True)
+    assert tables([-1]).isfinite().all()
     for positions in (
         [5, 6, 7],
         [6, 7, 8, 8, 9],
