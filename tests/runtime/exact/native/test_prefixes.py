@@ -114,7 +114,8 @@ def test_what_does_not_keep_every_bit_is_not_taken(monkeypatch: pytest.MonkeyPat
 
 @torch.no_grad()
 def test_attention_that_adds_otherwise_shows() -> None:
-    """A kernel that adds otherwise from some length on: nothing is common there, nor where orders are not known."""
+    """A kernel that adds otherwise from some length on: nothing is common there, nor where orders of products are not
+    known, or are others."""
 
     def attend(_: Any, query: Tensor, keys: Tensor, values: Tensor, *__: Any, **given: Any) -> tuple[Tensor, None]:
         scale = given["scaling"]
@@ -131,3 +132,6 @@ def test_attention_that_adds_otherwise_shows() -> None:
     assert prefixes.common(1050, 1150, 1050) == 0
     assert prefixes.common(1050, 1090, 500) == 0
     assert Prefixes((4, 2, 64), 0.125, attend, lambda rows: None).common(1050, 1090, 1050) == 0
+    by_rows: Any = Prefixes((4, 2, 64), 0.125, attend, lambda rows: (rows > 1060,))
+    assert by_rows.common(1070, 1090, 1050) == 1024
+    assert by_rows.common(1050, 1090, 1050) == 0
