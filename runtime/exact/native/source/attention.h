@@ -4,6 +4,7 @@
 // a window, its blocks begin with the first key of that.
 #pragma once
 #include <immintrin.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <atomic>
@@ -149,12 +150,6 @@ class Group {
 // Rows of one request that go through the keys together: one, where some fill their windows.
 inline int64_t together(const Attention& a) { return a.length >= a.window ? 1 : ROWS_TOGETHER; }
 
-// Groups that the rows of one request take.
-inline int64_t tasks_of(const Attention& a) {
-  const int64_t chunks = (a.rows + together(a) - 1) / together(a);
-  return chunks * (a.queries / a.shared) * ((a.shared + HEADS - 1) / HEADS);
-}
-
 // Query heads that share keys, up to `HEADS` of them; whether all of it are numbers.
 template <Order O>
 bool some_heads(const Attention& a, int64_t row, int64_t rows, int64_t head, int64_t count) {
@@ -175,23 +170,40 @@ inline bool some_heads(int64_t order, const Attention& a, int64_t row, int64_t r
   }
 }
 
-// Every row and query head of several requests; called by every thread of a team, which waits for all at the end.
-// `numbers` becomes false where some score is no finite number: nothing is promised then.
-inline void attend(const Attention* all, int64_t count, int64_t order, std::atomic<bool>& numbers) {
-  int64_t tasks = 0;
-  for (int64_t i = 0; i < count; i++) tasks += tasks_of(all[i]);
-#pragma omp for schedule(static)
-  for (int64_t each = 0; each < tasks; each++) {
-    int64_t task = each, request = 0;
-    while (task >= tasks_of(all[request])) task -= tasks_of(all[request++]);
-    const Attention& a = all[request];
-    const int64_t parts = (a.shared + HEADS - 1) / HEADS, groups = a.queries / a.shared;
-    const int64_t row = task / (groups * parts) * together(a), part = task % parts;
-    const int64_t rows = std::min(together(a), a.rows - row);
-    const int64_t head = task / parts % groups * a.shared + part * HEADS;
+// Query heads `part` * HEADS on of those that share keys, of every row: units `from` to `to`, a unit is a head of a row.
+inline bool some_units(int64_t order, const Attention& a, int64_t group, int64_t part, int64_t from, int64_t to) {
+  const int64_t first = group * a.shared + part * HEADS, heads = std::min<int64_t>(HEADS, a.shared - part * HEADS);
+  bool fine = true;
+  for (int64_t unit = from, taken; unit < to; unit += taken) {
+    const int64_t row = unit / heads, head = unit % heads;
+    const bool whole = head == 0 && unit + heads <= to;
+    const int64_t rows = whole ? std::min(together(a), (to - unit) / heads) : 1;
+    const int64_t count = whole ? heads : std::min(heads - head, to - unit);
     const int64_t own = seen(a, row) < a.window ? order : a.filled;
-    if (!some_heads(own, in_window(a, row), row, rows, head, std::min<int64_t>(HEADS, a.shared - part * HEADS))) numbers = false;
+    fine &= some_heads(own, in_window(a, row), row, rows, first + head, count);
+    taken = rows * count;
   }
+  return fine;
+}
+
+// Every row and query head of several requests, shared out evenly; called by every thread of a team, which waits for all at
+// the end. `numbers` becomes false where some score is no finite number: nothing is promised then.
+inline void attend(const Attention* all, int64_t count, int64_t order, std::atomic<bool>& numbers) {
+  const int64_t team = omp_get_num_threads(), thread = omp_get_thread_num();
+  int64_t units = 0, before = 0;
+  for (int64_t i = 0; i < count; i++) units += all[i].rows * all[i].queries;
+  const int64_t begin = units * thread / team, end = units * (thread + 1) / team;
+  for (int64_t i = 0; i < count; i++) {
+    const Attention& a = all[i];
+    for (int64_t group = 0; group < a.queries / a.shared; group++)
+      for (int64_t part = 0; part * HEADS < a.shared; part++) {
+        const int64_t own = a.rows * std::min<int64_t>(HEADS, a.shared - part * HEADS);
+        const int64_t from = std::max<int64_t>(0, begin - before), to = std::min(own, end - before);
+        if (from < to && !some_units(order, a, group, part, from, to)) numbers = false;
+        before += own;
+      }
+  }
+#pragma omp barrier
 }
 
 }  // namespace

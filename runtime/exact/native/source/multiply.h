@@ -2,6 +2,7 @@
 // and 16 outputs: even and odd numbers are summed apart, from zero, and both sums are then added to the output's.
 #pragma once
 #include <immintrin.h>
+#include <omp.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -94,19 +95,21 @@ class Tiles {
   }
 };
 
-// All rows of B registers of outputs; the weight stays in the cache for further rows.
+// All rows of B registers of outputs, in passes of as many rows each as can be; the weight stays in the cache for further ones.
 template <int B>
-void rows(const Product& p, int64_t part) {
-  for (int64_t row = 0; row < p.rows; row += ROWS) {
-    switch (std::min<int64_t>(ROWS, p.rows - row)) {
-      case 1: tile<1, B>(p, row, part); break;
-      case 2: tile<2, B>(p, row, part); break;
-      case 3: tile<3, B>(p, row, part); break;
-      case 4: tile<4, B>(p, row, part); break;
-      case 5: tile<5, B>(p, row, part); break;
-      case 6: tile<6, B>(p, row, part); break;
-      case 7: tile<7, B>(p, row, part); break;
-      default: tile<8, B>(p, row, part);
+void rows(const Product& p, int64_t part, bool last) {
+  Pass pass{0, (p.rows + ROWS - 1) / ROWS, last};
+  const int64_t each = (p.rows + pass.count - 1) / pass.count;
+  for (int64_t row = 0; row < p.rows; row += each, pass.number++) {
+    switch (std::min(each, p.rows - row)) {
+      case 1: tile<1, B>(p, row, part, pass); break;
+      case 2: tile<2, B>(p, row, part, pass); break;
+      case 3: tile<3, B>(p, row, part, pass); break;
+      case 4: tile<4, B>(p, row, part, pass); break;
+      case 5: tile<5, B>(p, row, part, pass); break;
+      case 6: tile<6, B>(p, row, part, pass); break;
+      case 7: tile<7, B>(p, row, part, pass); break;
+      default: tile<8, B>(p, row, part, pass);
     }
   }
 }
@@ -115,15 +118,16 @@ void rows(const Product& p, int64_t part) {
 inline void multiply(const Product& p) {
   const int64_t parts = parts_of(p), tiles = (parts + TILE - 1) / TILE;
   Tiles own;
-#pragma omp for schedule(static)
-  for (int64_t t = 0; t < tiles; t++) {
+  const int64_t team = omp_get_num_threads(), thread = omp_get_thread_num(), stop = tiles * (thread + 1) / team;
+  for (int64_t t = tiles * thread / team; t < stop; t++) {
     const int64_t part = p.silu ? t : t * TILE;
     const bool whole = p.silu || part + TILE <= parts;
     if (p.along.tiles)
       whole ? own.rows<TILE>(p, part) : own.rows<1>(p, part);
     else
-      whole ? rows<TILE>(p, part) : rows<1>(p, part);
+      whole ? rows<TILE>(p, part, t + 1 == stop) : rows<1>(p, part, true);
   }
+#pragma omp barrier
 }
 
 }  // namespace

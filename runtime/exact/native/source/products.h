@@ -82,12 +82,21 @@ inline void add_block(const Along& along, int64_t start, __m512 sum, __m512& tot
   total = start == 0 || begins ? sum : _mm512_add_ps(total, sum);
 }
 
+// Some rows of a tile. While they are added up, their share of the next tile's weights is fetched: without that, memory
+// rests while a CPU adds, and an AMD EPYC takes 1.3 times as long for 16 rows.
+struct Pass {
+  int64_t number, count;
+  bool last;  // whether no tile follows
+};
+
 // M rows by B registers of outputs.
 template <int M, int B>
-void tile(const Product& p, int64_t row, int64_t part) {
+void tile(const Product& p, int64_t row, int64_t part, Pass pass) {
   __m512 total[M][B], before[M][B];
   const uint32_t* weight = p.weight + part * p.pairs * LANES;
-  const int64_t apart = apart_of(p);
+  const int64_t apart = apart_of(p), ahead = (p.silu ? 1 : B) * p.pairs * LANES;
+  const int64_t every = pass.last ? INT64_MAX : pass.count;  // so many pairs, those of one are fetched
+  int64_t since = pass.number;
   const uint32_t* input = p.input + row * p.pairs;
   for (int64_t start = 0; start < p.pairs; start += p.along.block) {
     const int64_t stop = std::min(start + p.along.block, p.pairs);
@@ -100,6 +109,10 @@ void tile(const Product& p, int64_t row, int64_t part) {
         const uint32_t* from = weight + b * apart + k * LANES;
         _mm_prefetch((const char*)(from + 24 * LANES), _MM_HINT_T0);
         numbers[b] = (__m512bh)_mm512_loadu_si512(from);
+      }
+      if (++since == every) {
+        since = 0;
+        for (int b = 0; b < B; b++) _mm_prefetch((const char*)(weight + b * apart + k * LANES + ahead), _MM_HINT_T1);
       }
       for (int m = 0; m < M; m++) {
         const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)input[m * p.pairs + k]);

@@ -13,6 +13,7 @@ from runtime.decoding.cache import Block, KVCache
 from runtime.decoding.families import CACHE
 from runtime.decoding.layers import NATIVE, DecoderLayers
 from runtime.decoding.state import DecodeState
+from runtime.exact.attention import BlockAttention
 from runtime.exact.certificate import Certificate
 from runtime.exact.execution import execution
 from runtime.exact.native import stack as native
@@ -59,7 +60,12 @@ def probed(model: PreTrainedModel) -> tuple[Certificate, PackedLinears]:
 @pytest.mark.parametrize("family", OWN)
 def test_layers_have_the_bits_of_the_model_s_own(family: str) -> None:
     """Under the policy that the probe finds; `test_native_families.py` tries every family."""
-    certificate, _ = probed(base(family))
+    model = base(family)
+    certificate, _ = probed(model)
+    kind = certificate.policy.attention
+    if getattr(model.config, "sliding_window", None) and BlockAttention(kind, "sdpa").filled is None:
+        assert certificate.bitwise and not certificate.policy.native
+        pytest.skip("torch attends in an order of its own here where a window is full")
     assert certificate.bitwise and certificate.policy.native
     assert "layers native" in str(certificate)
 
