@@ -21,7 +21,8 @@ from runtime.server.metrics import Metrics
 from runtime.server.request.limits import Limits, check_bias
 from runtime.server.request.prompts import prompts_of, tokenized
 from runtime.server.request.responses import ResponsesRequest
-from runtime.server.request.schema import ChatRequest, CompletionRequest, TokenizeRequest
+from runtime.server.request.schema import ChatRequest, CompletionRequest
+from runtime.server.request.tokenize import TokenizeRequest
 from runtime.server.tally import ADMITTED, Tally
 from runtime.server.worker import Worker
 

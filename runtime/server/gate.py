@@ -16,6 +16,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 # What needs the key, where there is one; the page and /health tell nothing of anybody's.
 GUARDED = ("/v1/", "/metrics", "/tokenize")
 TOO_LARGE = 413
+ENCODED = 415
 THROWN_AWAY = 1 << 20  # bytes of a body that is too large are read so far
 
 
@@ -45,6 +46,8 @@ class Gate:
             await refuse(error, send)
             return
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+        if scope["method"] == "HEAD":  # the answer to GET, whose body the server leaves out
+            scope = {**scope, "method": "GET"}
 
         async def replay() -> MutableMapping[str, Any]:
             return next(messages, None) or await receive()
@@ -60,6 +63,8 @@ class Gate:
             return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
         if int(headers.get("content-length", b"0")) > self.max_body_bytes:  # uvicorn lets only numbers through
             return self._too_large()
+        if headers.get("content-encoding", b"").lower() not in (b"", b"identity"):
+            return ApiError(ENCODED, "a Content-Encoding is not supported by this server: send the body as it is")
         return None
 
     def _has_key(self, given: bytes) -> bool:

@@ -23,7 +23,8 @@ from runtime.server.request.schema import ChatRequest
 # Between the signs of JSON: without a bound a weak model may write spaces for ever.
 GUIDANCE = {"x-guidance": {"whitespace_pattern": r"[ \n]{0,20}"}}
 
-PLACE = re.compile(r"^at \d+\(\d+\): ")  # in the grammar, which the client has not written
+# Of the grammar, which the client has not written: a place in it, it, and how far the library came.
+OURS = re.compile(r"^at \d+\(\d+\): | 1 \| start: .*| <state>.*")
 
 
 class Grammar:
@@ -116,7 +117,7 @@ def grammar_of(model: Any, tokenizer: Any, body: ChatRequest, dialect: Dialect, 
         said = f"{param} is not supported by this server: it was installed without specbound[grammar]"
         raise ApiError(400, said, param=param) from None
     except ValueError as error:
-        reason = PLACE.sub("", " ".join(str(error).split()))
+        reason = OURS.sub("", " ".join(str(error).split()))
         raise ApiError(400, f"{param} cannot be kept: {reason:.300}", param=param) from None
 
 

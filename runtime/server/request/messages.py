@@ -9,13 +9,26 @@ from runtime.server.request.tools import Call, NamedFunction, NamedTool, Tool
 
 # What clients hold of an answer besides its text, and send back: it says nothing to a template.
 BESIDE = ("id", "annotations", "provider_specific_fields")
+BESIDE_TEXT = ("annotations", "cache_control", "citations", "id", "index", "logprobs", "phase")
 # What the document says of text, or parts of text.
 PART = {
     "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "properties": {name: {} for name in BESIDE_TEXT} | {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
+    "additionalProperties": {"type": "null"},
 }
 CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": PART}]}
+
+
+def check_part(part: dict[str, Any]) -> None:
+    """Whether nothing stands in a part of text that would have to be acted on.
+
+    Raises:
+        ValueError: something does.
+    """
+    for name in [name for name, value in part.items() if value is not None]:
+        if name not in ("type", "text", *BESIDE_TEXT):
+            raise ValueError(f"{name:.40} of a part of text is not known to this server: leave it out")
 
 
 class Message(Strict):
@@ -66,6 +79,7 @@ class Message(Strict):
             if kind != "text" or not isinstance(part.get("text"), str):
                 found = f"a part of type {kind}" if isinstance(kind, str) and kind != "text" else "a part without text"
                 raise ValueError(f"{found:.80} is not supported by this server: send parts of type text only")
+            check_part(part)
         return "".join(part["text"] for part in content)
 
     def for_template(self) -> dict[str, Any]:

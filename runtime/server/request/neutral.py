@@ -4,7 +4,7 @@ from collections.abc import Container
 from typing import Any
 
 from runtime.server.errors import ApiError
-from runtime.server.request.strict import describe
+from runtime.server.request.strict import describe, without_null
 
 # Whatever they say, the answer is the same: of keeping, accounting and caching.
 INERT = {
@@ -77,7 +77,7 @@ def without_neutral(fields: dict[str, Any], own: Container[str]) -> dict[str, An
     """
     kept = {name: value for name, value in fields.items() if value is not None and name not in INERT}
     for name in [name for name in kept if name in NEUTRAL and name not in own]:
-        value = kept.pop(name)
+        value = without_null(kept.pop(name))
         same = (*NEUTRAL[name], kept.get("n")) if name == "best_of" else NEUTRAL[name]  # of which none is left out
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in same):
             raise ApiError(400, f"{name} is not supported by this server: leave it out", param=name)

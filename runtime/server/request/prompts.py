@@ -11,7 +11,8 @@ from runtime.server.dialect import TEXT, Dialect
 from runtime.server.errors import ApiError
 from runtime.server.grammar import Grammar, grammar_of
 from runtime.server.request.messages import Conversation
-from runtime.server.request.schema import ChatRequest, CompletionRequest, TokenizeRequest
+from runtime.server.request.schema import ChatRequest, CompletionRequest
+from runtime.server.request.tokenize import TokenizeRequest
 from runtime.server.worker import Worker
 from runtime.text.encode import encode
 
@@ -78,7 +79,7 @@ def chat_ids(tokenizer: Any, chat: Conversation) -> list[int]:
     """Token ids of a conversation in the chat template.
 
     Raises:
-        ApiError: the model has no template, or it refuses the conversation, or has no place for tools.
+        ApiError: the model has no template, or it refuses the conversation, or has no place for tools or calls.
     """
     if tokenizer.chat_template is None:
         raise ApiError(400, "this model has no chat template: use /v1/completions", param="messages")
@@ -92,10 +93,29 @@ def chat_ids(tokenizer: Any, chat: Conversation) -> list[int]:
     messages = [message.for_template() for message in chat.messages]
     options = chat.template_variables | chat.template_options | ({"tools": tools} if tools else {})
     try:
-        return encode(tokenizer, messages, options=options)
+        ids = encode(tokenizer, messages, options=options)
     except Exception as error:  # templates raise what they like on roles that they do not take
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ApiError(400, f"the model's chat template refuses this: {first}", param="messages") from None
+    if any("tool_calls" in each for each in messages):
+        _check_called(tokenizer, messages, options, ids)
+    return ids
+
+
+def _check_called(tokenizer: Any, messages: list[dict[str, Any]], options: dict[str, Any], ids: list[int]) -> None:
+    """Whether the template tells the calls that the assistant made.
+
+    Raises:
+        ApiError: the ids are the same without them.
+    """
+    silent = [{key: value for key, value in each.items() if key != "tool_calls"} for each in messages]
+    try:
+        same = encode(tokenizer, silent, options=options) == ids
+    except Exception:  # it needs them
+        return
+    if same:
+        said = "messages: this model's chat template has no place for tool_calls: leave them out"
+        raise ApiError(400, said, param="messages")
 
 
 def tokenized(worker: Worker, body: TokenizeRequest) -> dict[str, Any]:

@@ -10,8 +10,8 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 2.0
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_BIAS = 100
-# More digits than any vocabulary's ids have; Python itself reads no more than 4,300.
-ID = "[0-9]{1,12}"
+# More digits than any vocabulary's ids have; Python itself reads no more than 4,300. One id is written in one way.
+ID = "(0|[1-9][0-9]{0,11})"
 
 
 def _listed(stop: Any) -> Any:

@@ -7,34 +7,45 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
+from runtime.server.request.messages import BESIDE_TEXT, check_part
 from runtime.server.request.neutral import describe_body, without_neutral
 from runtime.server.request.ranges import MinP, Seed, Stop, Temperature, TopK, TopP
 from runtime.server.request.schema import ChatRequest, Speculation
-from runtime.server.request.strict import Strict, check_object
+from runtime.server.request.strict import Strict, check_object, without_null
 from runtime.server.request.tools import NamedSchema
 
 TEXTS = ("input_text", "output_text", "text", "reasoning_text")
+# What clients hold of items besides, and send back. What reasoning is hidden in is not to be read here.
+BESIDE = ("id", "phase", "status", "type")
+BESIDE_REASONING = (*BESIDE, "content", "summary")
 # What the document says of text, or a list of messages and of the reasoning that led to them.
 TEXT = {"type": "string"}
+NULL = {"type": "null"}
 PART = {
     "type": "object",
-    "properties": {"type": {"enum": [*TEXTS]}, "text": TEXT},
+    "properties": {name: {} for name in BESIDE_TEXT} | {"type": {"enum": [*TEXTS]}, "text": TEXT},
     "required": ["type", "text"],
+    "additionalProperties": NULL,
 }
 PARTS = {"type": "array", "items": PART}
 MESSAGE = {
     "type": "object",
-    "properties": {
+    "properties": {name: {} for name in BESIDE}
+    | {name: {"anyOf": [TEXT, NULL]} for name in ("name", "reasoning_content", "tool_call_id")}
+    | {
         "type": {"enum": ["message", None]},
         "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
         "content": {"anyOf": [TEXT, PARTS]},
     },
     "required": ["role", "content"],
+    "additionalProperties": NULL,
 }
 REASONING = {
     "type": "object",
-    "properties": {"type": {"const": "reasoning"}, "content": {"anyOf": [TEXT, PARTS, {"type": "null"}]}},
+    "properties": {name: {} for name in BESIDE}
+    | {"type": {"const": "reasoning"}, "content": {"anyOf": [TEXT, PARTS, NULL]}, "summary": {"maxItems": 0}},
     "required": ["type"],
+    "additionalProperties": NULL,
 }
 ITEMS = {"type": "array", "items": {"anyOf": [MESSAGE, REASONING]}, "contains": MESSAGE}
 INPUT_SCHEMA = {"anyOf": [TEXT, ITEMS]}
@@ -63,6 +74,12 @@ class TextOptions(Strict):
     verbosity: Literal["medium"] | None = None
 
 
+class Quiet(Speculation):
+    """As chats have it, but events of responses have no place for rounds."""
+
+    rounds: Literal[False] = False
+
+
 class ResponsesRequest(Strict):
     """Body of /v1/responses.
 
@@ -89,7 +106,7 @@ class ResponsesRequest(Strict):
     stop: Stop = Field(default_factory=list)
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
-    specbound: Speculation = Speculation()
+    specbound: Quiet = Quiet()
 
     @model_validator(mode="before")
     @classmethod
@@ -104,13 +121,15 @@ class ResponsesRequest(Strict):
             raise ValueError("must be a text, or a list of messages")
         messages: list[dict[str, Any]] = []
         reasoning = ""
-        for item in items:
+        for item in map(without_null, items):
             kind, content = item.get("type"), item.get("content")
             if kind == "reasoning":  # it goes back to the message that it led to
+                _check_reasoning(item)
                 reasoning += "" if content is None else _text(content)
             elif kind in ("message", None):
-                message = {"role": item.get("role"), "content": _text(content)}
-                messages.append(message | ({"reasoning_content": reasoning} if reasoning else {}))
+                said = {name: value for name, value in item.items() if name not in BESIDE}
+                before = {"reasoning_content": reasoning} if reasoning else {}
+                messages.append(said | {"content": _text(content)} | before)
                 reasoning = ""
             else:
                 raise ValueError(f"an item of type {kind!s:.40} is not supported by this server: send text")
@@ -148,6 +167,18 @@ class ResponsesRequest(Strict):
         return {name: getattr(self, name) for name in kept} | {"text": text, "metadata": {}}
 
 
+def _check_reasoning(item: dict[str, Any]) -> None:
+    """Whether all of the reasoning is there as text.
+
+    Raises:
+        ValueError: it is not.
+    """
+    wrong = [name for name in item if name not in BESIDE_REASONING]
+    wrong += ["summary"] if item.get("summary") else []
+    if wrong:
+        raise ValueError(f"{wrong[0]:.40} of an item of reasoning is not supported by this server: leave it out")
+
+
 def _text(content: Any) -> str:
     """Text of a message's parts.
 
@@ -162,4 +193,5 @@ def _text(content: Any) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in TEXTS or not isinstance(part.get("text"), str):
             raise ValueError(f"a part of type {kind!s:.40} is not supported by this server: send parts of text only")
+        check_part(part)
     return "".join(part["text"] for part in content)

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
-from runtime.server.request.messages import Conversation, Message
+from runtime.server.request.messages import Conversation
 from runtime.server.request.neutral import describe_body, without_neutral
 from runtime.server.request.ranges import Bias, MinP, Seed, Stop, Temperature, TopK, TopP
-from runtime.server.request.strict import Strict, check_object, describe
+from runtime.server.request.strict import Strict, check_object
 from runtime.server.request.tools import ResponseFormat
 
 # As many as OpenAI's chats take.
@@ -47,7 +47,7 @@ class Speculation(Strict):
 
     Attributes:
         enabled: False is plain decoding.
-        rounds: streams tell what drafted each token.
+        rounds: streams of chats and completions tell what drafted each token.
     """
 
     enabled: bool = True
@@ -94,6 +94,12 @@ class Request(Strict):
     @classmethod
     def _said(cls, fields: Any) -> Any:
         return without_neutral(check_object(fields), cls.model_fields)
+
+    @model_validator(mode="after")
+    def _shown(self) -> "Request":
+        if self.specbound.rounds and not self.stream:
+            raise ValueError("specbound.rounds needs stream: true")
+        return self
 
     def sampling(self) -> dict[str, Any]:
         """Options of `generate`; those not asked for are left to it."""
@@ -192,40 +198,3 @@ class CompletionRequest(Request):
 
 def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(one) is int for one in value)
-
-
-def _describe_either(schema: dict[str, Any]) -> None:
-    """Say in the document that there is a prompt, or messages, and what goes with a prompt alone."""
-    describe(schema)
-    prompt = {"properties": {"prompt": {"type": "string"}}, "required": ["prompt"]}
-    own = {"messages": {"type": "array"}, "add_special_tokens": {"enum": [False, None]}}
-    schema["oneOf"] = [prompt, {"properties": own, "required": ["messages"]}]
-
-
-class TokenizeRequest(Conversation):
-    """Body of /tokenize: a text, or messages.
-
-    Attributes:
-        add_special_tokens: to a text, as a completion's prompt gets them; a chat template has its own.
-    """
-
-    model_config = ConfigDict(json_schema_extra=_describe_either)
-
-    model: str | None = None
-    messages: list[Message] = Field(default_factory=list, json_schema_extra={"minItems": 1})
-    prompt: str | None = None
-    add_special_tokens: bool | None = None
-    return_token_strs: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _said(cls, fields: Any) -> Any:
-        return check_object(fields)
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> "TokenizeRequest":
-        if bool(self.messages) == (self.prompt is not None):
-            raise ValueError("give either a prompt or messages")
-        if self.messages and self.add_special_tokens:
-            raise ValueError("add_special_tokens goes with a prompt: leave it out, the chat template adds its own")
-        return self

@@ -1,5 +1,6 @@
 """`Strict`: what the parts of every body have in common."""
 
+import math
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -19,6 +20,11 @@ def describe(schema: dict[str, Any]) -> None:
     schema["additionalProperties"] = {"type": "null"}
 
 
+def without_null(value: Any) -> Any:
+    """An object without what it says nothing of; any other value as it is."""
+    return {key: one for key, one in value.items() if one is not None} if type(value) is dict else value
+
+
 class Strict(BaseModel):
     """No unknown fields, and no text where a number is asked for; null is as if nothing were said."""
 
@@ -27,11 +33,11 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _given(cls, fields: Any) -> Any:
-        return {key: value for key, value in fields.items() if value is not None} if type(fields) is dict else fields
+        return without_null(fields)
 
 
 def check_object(value: Any) -> dict[str, Any]:
-    """A value that is a JSON object, and not nested too deep.
+    """A value that is a JSON object, not nested too deep, of texts and numbers that are such.
 
     Raises:
         ValueError: it is not.
@@ -40,8 +46,35 @@ def check_object(value: Any) -> dict[str, Any]:
         raise ValueError("must be a JSON object" + (AS_JSON if isinstance(value, bytes) else ""))
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
-        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
-        level = [each for each in level if isinstance(each, dict | list)]
+        level = [inner for each in level for inner in _inside(each)]
     if level:
         raise ValueError(TOO_DEEP)
     return value
+
+
+def _inside(value: dict[str, Any] | list[Any]) -> list[Any]:
+    """Objects and lists that stand in one.
+
+    Raises:
+        ValueError: a text beside them cannot be written, or a number is none. Python's reader takes both.
+    """
+    found = []
+    for name, one in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(one, dict | list):
+            found.append(one)
+        elif isinstance(one, float) and not math.isfinite(one):
+            raise ValueError(f"{name!a:.80} must be a finite number")
+        if not (_is_whole(name) and _is_whole(one)):
+            raise ValueError(f"{name!a:.80} holds half of a surrogate pair, which is no character")
+    return found
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is no text, or one that can be encoded."""
+    if not isinstance(value, str) or value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -91,7 +91,7 @@ def served(make_model: Any, make_tokenizer: Any) -> Iterator[Served]:
     from runtime.server.request.limits import Limits
 
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = TEMPLATE + "{% for message in messages %}{{ message.tool_calls }}{% endfor %}"
     with held(make_model(), tokenizer, Limits()) as found:
         yield found
 

@@ -101,6 +101,23 @@ def test_a_wrong_method_is_told_the_right_one(open_url: str) -> None:
     assert status == 405 and headers["allow"] == "POST" and answer["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/v1/models", f"/v1/models/{MODEL_ID}", "/openapi.json"])
+def test_head_is_get_without_the_body(open_url: str, path: str) -> None:
+    """As probes of load balancers ask; a route without GET has no HEAD."""
+    status, answer, headers = ask(open_url, "HEAD", path)
+    assert status == 200 and answer == b""
+    assert headers["content-type"] == ask(open_url, "GET", path)[2]["content-type"]
+    assert ask(open_url, "HEAD", "/v1/completions")[0] == 405 and ask(open_url, "HEAD", "/nothing")[0] == 404
+
+
+def test_encoded_bodies_are_refused(open_url: str) -> None:
+    """Those that say they are, whether or not they are; `identity` says nothing."""
+    for encoding in ("gzip", "br", "deflate, gzip"):
+        status, answer, _ = ask(open_url, "POST", "/v1/completions", BODY, **{"Content-Encoding": encoding})
+        assert status == 415 and "Content-Encoding is not supported" in answer["error"]["message"]
+    assert ask(open_url, "POST", "/v1/completions", BODY, **{"Content-Encoding": "Identity"})[0] == 200
+
+
 def test_openapi(open_url: str) -> None:
     """It describes the routes; the pages that would load scripts from elsewhere are not there."""
     status, found, _ = ask(open_url, "GET", "/openapi.json")

@@ -144,6 +144,14 @@ def test_the_mask_is_a_function_of_the_ids(served: Any) -> None:
         one(torch.tensor([prompt + tokenizer("no")["input_ids"]]), scores)
 
 
+@pytest.mark.parametrize("schema", [{"$ref": "#"}, {"enum": []}, {"type": "string", "pattern": "("}])
+def test_a_schema_that_cannot_be_kept_is_told_without_our_grammar(client: openai.OpenAI, schema: Any) -> None:
+    format: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match=r"cannot be kept: .{10}") as caught:
+        client.chat.completions.create(model=MODEL_ID, messages=MESSAGES, max_tokens=2, response_format=format)
+    assert not re.search("start:|%json|<state>|Parser", str(caught.value))
+
+
 @pytest.mark.parametrize(
     ("format", "said"),
     [
