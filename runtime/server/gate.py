@@ -68,9 +68,9 @@ class Gate:
         return None
 
     def _has_key(self, given: bytes) -> bool:
-        """Whether a key stands behind the scheme, whose case is of no account; each is compared, found or not."""
+        """Whether a key stands behind the scheme, in any case, and spaces; each is compared, found or not."""
         scheme, _, key = given.partition(b" ")
-        found = [hmac.compare_digest(key, known) for known in self.api_keys]
+        found = [hmac.compare_digest(key.lstrip(b" "), known) for known in self.api_keys]
         return scheme.lower() == b"bearer" and any(found)
 
     def _too_large(self) -> ApiError:

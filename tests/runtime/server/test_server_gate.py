@@ -73,6 +73,7 @@ def test_names_of_others_are_not_answered_to(open_url: str, name: str) -> None:
         ("Bearer first", 200),
         ("bearer second", 200),
         ("BEARER first", 200),
+        ("Bearer  first", 200),
         ("Basic first", 401),
         ("Bearer firs", 401),
         ("Bearer first second", 401),
