@@ -22,6 +22,10 @@ LARGEST = 2**26
 PATTERNS = 32
 # Keys -> times that so many heads are looked at: no full vector of keys, an odd and an even number of them, blocks.
 SUMMED, SUMMED_HEADS = {13: 64, 30: 64, 47: 64, 203: 32, 527: 16, 1035: 16}, 256
+KEY_BLOCK, SMALL_WINDOW = (
+    512,
+    37,
+)  # keys: that torch's kernel weighs together; of a window that every base is looked at with
 FINER = (-4, -3, -2)  # keys whose values move an output in finer and finer steps
 NORMED_PARTS, NORMED_NUMBERS, NORMED_ALONE = 16, 2**21, 512
 
@@ -199,6 +203,12 @@ def _telling_keys(heads: tuple[int, int, int], rows: int, length: int, dtype: to
     keys = cancelling(num_keys * length, size, dtype).view(1, num_keys, length, size)
     values = torch.randn(1, num_keys, length, size, generator=torch.Generator().manual_seed(0))
     return query, keys, values
+
+
+def windows_like(window: int) -> list[int]:
+    """Windows to look at in the place of one: a small one, and one of at most two blocks of keys, the last as long."""
+    own = window if window <= 2 * KEY_BLOCK else KEY_BLOCK + (window % KEY_BLOCK or KEY_BLOCK)
+    return sorted({min(window, SMALL_WINDOW), own})
 
 
 @cache

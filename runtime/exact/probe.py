@@ -31,15 +31,13 @@ from runtime.exact.linear_rows import linear_rows, packed_rows
 from runtime.exact.native.attend import can_attend
 from runtime.exact.native.layout import NATIVE
 from runtime.exact.native.stack import norms as native_norms
-from runtime.exact.order import kind_in_order, kind_sums, same_norm
+from runtime.exact.order import kind_in_order, kind_sums, same_norm, windows_like
 from runtime.exact.packed import PackedLinears
 from runtime.exact.reference import Reference
 from runtime.exact.static import StaticCache
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 24
-# Keys, of windows that attention is looked at with: in one block of the kernel, and in two.
-PROBED_WINDOWS = (37, 520)
+PROBE_FORMAT = 25
 # Tokens of prompts that are read both ways.
 PROMPTS = (9, 45, 150)
 
@@ -175,9 +173,10 @@ def _keeps_order(kind: str, model: PreTrainedModel, reference: Reference, widths
     if stock != "sdpa" or not widths or (is_native(kind) and not can_attend(keys, keys, values)):
         return False
     heads, threads = (config.num_attention_heads, keys.shape[1], keys.shape[3]), torch.get_num_threads()
+    if heads[0] % heads[1]:  # a layer's own numbers are others than the config's
+        return False
     attention = BlockAttention(kind, stock)
-    probed = PROBED_WINDOWS if attention.filled is not None else ()
-    windows = [*sorted({min(config.sliding_window, each) for each in probed}), None]
+    windows = [*(windows_like(config.sliding_window) if attention.filled is not None else ()), None]
     in_order = all(
         kind_in_order(kind, heads, rows, keys.dtype, keys.device, window, threads)
         for rows in sorted({1, 2, max(widths)})

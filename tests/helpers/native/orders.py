@@ -36,6 +36,8 @@ def value_sum(terms: Tensor, order: str) -> Tensor:
         return _in_pairs(terms)
     if order == "tiles":
         return _by_tiles(terms)
+    if order == "ones":
+        return _in_blocks(terms)
     total = torch.zeros_like(terms[0])
     if order == "eights":
         for eight in torch.split(terms, 8):
@@ -55,6 +57,8 @@ def score_sum(terms: Tensor, order: str) -> Tensor:
         return _in_pairs(terms)
     if order == "tiles":
         return _by_tiles(terms)
+    if order == "ones":
+        return _in_blocks(terms)
     if order == "fours":
         zero, one, two, three = (_one_by_one(terms[first::4]) for first in range(4))
         return (zero + two) + (one + three)
@@ -73,6 +77,12 @@ def _one_by_one(terms: Tensor) -> Tensor:
     for term in terms:
         total = total + term
     return total
+
+
+def _in_blocks(terms: Tensor) -> Tensor:
+    """Sum of terms [K, N]: in order, blocks of 192 apart, or halves of fewer than two of these."""
+    block = len(terms) if len(terms) <= 192 else -(-len(terms) // 2) if len(terms) < 384 else 192
+    return _one_by_one(torch.stack([_one_by_one(part) for part in torch.split(terms, block)]))
 
 
 def telling_values(keys: int, size: int) -> tuple[Tensor, Tensor, Tensor]:

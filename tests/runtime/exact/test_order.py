@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from runtime.exact import order
-from runtime.exact.attention import BlockAttention
+from runtime.exact.attention import WINDOW_KINDS, BlockAttention
 from runtime.exact.execution import in_rows
-from runtime.exact.order import cancelling, same_attention, same_linear
+from runtime.exact.native.library import why_not_native
+from runtime.exact.order import cancelling, same_attention, same_linear, windows_like
 from runtime.exact.probe import probe
+from tests.helpers.native.orders import torch_order
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 HEADS = [(4, 2, 8), (8, 8, 32), (9, 3, 64)]
@@ -122,3 +124,25 @@ def test_groups_are_taken_only_where_they_keep_the_order(
     model = make_model().bfloat16()
     kept = same_attention(BlockAttention("grouped", "sdpa"), (4, 2, 8), 5, dtype=model.dtype, device=model.device)
     assert probe(model, max_width=5).policy.attention == ("grouped" if kept else "rowwise")
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [(20, [20]), (512, [37, 512]), (777, [37, 777]), (1024, [37, 1024]), (1030, [37, 518]), (4096, [37, 1024])],
+)
+def test_windows_end_as_the_model_s_own_does(window: int, expected: list[int]) -> None:
+    """Torch's order goes by the keys of its last block of 512."""
+    assert windows_like(window) == expected
+
+
+def test_orders_of_full_windows_are_told_apart() -> None:
+    """At most one of them passes, also where the last block of keys is short."""
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    kinds = [kind for kind in WINDOW_KINDS if kind.startswith(f"native_{torch_order()}_")]
+    if why_not_native() is not None or not kinds:
+        pytest.skip(f"no native kernels here, or torch attends in an order of its own: {why_not_native()}")
+    for window in (64, 383, 512, 520):
+        passing = [
+            k for k in kinds if same_attention(BlockAttention(k, "sdpa"), (8, 2, 64), 1, window=window, **options)
+        ]
+        assert len(passing) <= 1

@@ -125,7 +125,7 @@ class Group {
   void add(int64_t first, int64_t all, bool apart) {
     const Dropping dropping(drops_small(O));
     const int64_t common = std::clamp((apart ? a_.settled : fewest_) - first, int64_t{0}, all);
-    const int64_t joint = common / (2 * LANES) * (2 * LANES);
+    const int64_t joint = O != ONES ? common / (2 * LANES) * (2 * LANES) : common < all ? 0 : all;
     const uint16_t* values = values_ + first * a_.value_row;
     if (joint)
       by_rows<VALUED>([&](auto rows, int64_t r) { add_values<rows * H, O, false>(a_, values, nullptr, 0, joint, part_[r], result_[r]); });
@@ -166,6 +166,7 @@ inline bool some_heads(int64_t order, const Attention& a, int64_t row, int64_t r
     case PAIRS: return some_heads<PAIRS>(a, row, rows, head, count);
     case FOURS: return some_heads<FOURS>(a, row, rows, head, count);
     case EIGHTS: return some_heads<EIGHTS>(a, row, rows, head, count);
+    case ONES: return some_heads<ONES>(a, row, rows, head, count);
     default: return some_heads<TILES>(a, row, rows, head, count);
   }
 }

@@ -13,13 +13,16 @@ constexpr int AHEAD = 32;  // keys to come that are fetched from memory meanwhil
 
 inline void fetch(const uint16_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
 
-enum Order { PAIRS, FOURS, EIGHTS, TILES };  // how products are added, of scores and of values
+enum Order { PAIRS, FOURS, EIGHTS, TILES, ONES };  // how products are added, of scores and of values
 
 // Whether numbers are taken two at a time, by the CPU's instruction for pairs. What that does is two fused additions, the odd
 // number's first, with numbers too small to be normal taken for 0. Other orders have it by such additions: an Intel CPU makes
 // more than four of them in the time of one instruction. Where they drop small numbers, so do the sums of sums between them.
 constexpr bool in_words(Order order) { return order == PAIRS; }
 constexpr bool drops_small(Order order) { return order == EIGHTS || order == TILES; }
+
+// Of so many numbers that are added one by one, those that are summed apart: 192, or halves of fewer than two such blocks.
+inline int64_t summed_apart(int64_t count) { return count <= 192 ? count : count < 384 ? (count + 1) / 2 : 192; }
 
 // While it stands, numbers too small to be normal are 0 for this thread, if asked for.
 class Dropping {

@@ -56,7 +56,22 @@ void by_tiles(int64_t size, const float (*query)[MAX_SIZE], const float (*keys)[
   }
 }
 
-// Of N queries: pairs along the head in order, or four sums of every fourth number, or sixteen, or by tiles.
+// One by one, some of them summed apart.
+template <int N>
+void by_ones(int64_t size, const float (*query)[MAX_SIZE], const float (*keys)[LANES], __m512 (*sum)[4]) {
+  const int64_t block = summed_apart(size);
+  for (int64_t start = 0; start < size; start += block) {
+    __m512 part[N];
+    for (int n = 0; n < N; n++) part[n] = _mm512_setzero_ps();
+    for (int64_t e = start; e < std::min(start + block, size); e++) {
+      const __m512 numbers = _mm512_load_ps(keys[e]);
+      for (int n = 0; n < N; n++) part[n] = _mm512_fmadd_ps(numbers, _mm512_set1_ps(query[n][e]), part[n]);
+    }
+    for (int n = 0; n < N; n++) sum[n][0] = _mm512_add_ps(sum[n][0], part[n]);
+  }
+}
+
+// Of N queries: pairs along the head in order, or four sums of every fourth number, or sixteen, or by tiles, or one by one.
 template <int N, Order O>
 __attribute__((noinline)) void scores(const Attention& a, const float (*query)[MAX_SIZE], const float (*keys)[LANES],
                                       float (*into)[BLOCK]) {
@@ -72,6 +87,8 @@ __attribute__((noinline)) void scores(const Attention& a, const float (*query)[M
     by_eights<N>(a.size / 2, query, keys, sum);
   } else if (O == TILES) {
     by_tiles<N>(a.size, query, keys, sum);
+  } else if (O == ONES) {
+    by_ones<N>(a.size, query, keys, sum);
   } else {
     for (int64_t e = 0; e < a.size; e += 4)
       for (int i = 0; i < 4; i++) {

@@ -12,8 +12,8 @@
 namespace {
 
 // Keys `start` to `stop` of N rows of weights, E vectors of the head from `from` on. Pairs of keys in order, or fours and the
-// rest backwards, or pairs in order within eights, or even and odd keys of 32 apart; `start` begins one of each. Apart,
-// values stand at `places`.
+// rest backwards, or pairs in order within eights, or even and odd keys of 32 apart, or one by one, all keys of a block of
+// 512 at once; `start` begins one of each. Apart, values stand at `places`.
 template <int N, int E, Order O, bool APART>
 struct Values {
   const uint16_t* values;
@@ -85,6 +85,18 @@ struct Values {
     }
   }
 
+  void by_ones(int64_t start, __m512 (*sum)[E]) const {
+    const int64_t block = summed_apart(stop - start);
+    for (int64_t key = start; key < stop; key += block) {
+      __m512 part[N][E];
+      for (int n = 0; n < N; n++)
+        for (int v = 0; v < E; v++) part[n][v] = _mm512_setzero_ps();
+      for (int64_t i = key; i < std::min(key + block, stop); i++) add_one(i, part);
+      for (int n = 0; n < N; n++)
+        for (int v = 0; v < E; v++) sum[n][v] = _mm512_add_ps(sum[n][v], part[n][v]);
+    }
+  }
+
   void by_fours(int64_t start, __m512 (*sum)[E]) const {
     int64_t i = start;
     for (; i + 4 <= stop; i += 4)
@@ -109,6 +121,7 @@ struct Values {
     if (O == FOURS) by_fours(start, sum);
     if (O == EIGHTS) by_eights(start, sum);
     if (O == TILES) by_tiles(start, sum);
+    if (O == ONES) by_ones(start, sum);
     for (int n = 0; n < N; n++)
       for (int v = 0; v < E; v++) _mm512_store_ps(result[n] + from + v * LANES, sum[n][v]);
   }
