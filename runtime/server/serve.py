@@ -57,6 +57,8 @@ def serve(
         server.run([listener])
     except KeyboardInterrupt:
         interrupted = True
+    # Who tells it again is not heard: the thread would meet the interpreter's end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     stopped = worker.stop(timeout=STOP_SECONDS)
     if not stopped:  # still loading, or deep in a prompt: a thread in torch must not meet the interpreter's end
         os._exit(130 if interrupted else 0)

@@ -77,7 +77,14 @@ class TextOptions(Strict):
 class Quiet(Speculation):
     """As chats have it, but events of responses have no place for rounds."""
 
-    rounds: Literal[False] = False
+    rounds: Annotated[bool, WithJsonSchema({"enum": [False]})] = False
+
+    @field_validator("rounds")
+    @classmethod
+    def _untold(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("is not told by this route: leave it out")
+        return value
 
 
 class ResponsesRequest(Strict):

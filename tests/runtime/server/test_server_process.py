@@ -110,6 +110,29 @@ def test_sigterm(adapter: Path, tmp_path: Path) -> None:
         process.wait()
 
 
+def test_an_impatient_interrupt() -> None:
+    """Ctrl-C again, while what runs is waited for: the same end, and not one in the middle of torch."""
+    program = """
+import signal, threading, time
+from runtime.server import serve
+from runtime.server.listener import bind
+
+serve.STOP_SECONDS = 3.0
+main, stop = threading.main_thread(), serve.Worker.stop
+
+def stopped(worker, timeout):
+    threading.Timer(0.5, signal.pthread_kill, (main.ident, signal.SIGINT)).start()
+    return stop(worker, timeout)
+
+serve.Worker.stop = stopped
+with bind("127.0.0.1", 0, has_key=False) as listener:
+    threading.Timer(1.0, signal.pthread_kill, (main.ident, signal.SIGINT)).start()
+    serve.serve(lambda: time.sleep(60), listener, names=["m"])
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert (found.returncode, found.stderr) == (130, "")
+
+
 def test_the_port_is_bound_before_slow_libraries(tmp_path: Path) -> None:
     """Who comes early waits, and is not refused; a port that is taken is told at once."""
     watch = """
