@@ -14,8 +14,8 @@ from runtime.exact.native.library import native_library
 MAX_SIZE = 256  # of a head
 NO_WINDOW = 2**62  # keys: more than there are
 # How products are added: pairs in order; or every fourth number apart, for values fours of keys, the rest backwards;
-# or every 16th pair apart, for values eights of keys; or 32 at a time, even and odd ones apart, as the CPU's tiles do; or one
-# by one, blocks of them apart.
+# or every 16th pair apart, for values eights of keys; or 32 at a time, even and odd ones apart, as the CPU's tiles do;
+# or one by one, blocks of them apart.
 ORDERS = ("pairs", "fours", "eights", "tiles", "ones")
 
 
