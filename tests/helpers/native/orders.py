@@ -80,8 +80,8 @@ def _one_by_one(terms: Tensor) -> Tensor:
 
 
 def _in_blocks(terms: Tensor) -> Tensor:
-    """Sum of terms [K, N]: in order, blocks of 192 apart, or halves of fewer than two of these."""
-    block = len(terms) if len(terms) <= 192 else -(-len(terms) // 2) if len(terms) < 384 else 192
+    """Sum of terms [K, N]: in order, blocks of 192 apart, or half of fewer than two of these."""
+    block = len(terms) if len(terms) <= 192 else len(terms) // 2 if len(terms) < 384 else 192
     return _one_by_one(torch.stack([_one_by_one(part) for part in torch.split(terms, block)]))
 
 

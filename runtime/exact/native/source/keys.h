@@ -21,8 +21,8 @@ enum Order { PAIRS, FOURS, EIGHTS, TILES, ONES };  // how products are added, of
 constexpr bool in_words(Order order) { return order == PAIRS; }
 constexpr bool drops_small(Order order) { return order == EIGHTS || order == TILES; }
 
-// Of so many numbers that are added one by one, those that are summed apart: 192, or halves of fewer than two such blocks.
-inline int64_t summed_apart(int64_t count) { return count <= 192 ? count : count < 384 ? (count + 1) / 2 : 192; }
+// Of so many numbers that are added one by one, those that are summed apart: 192, or half of fewer than two such blocks.
+inline int64_t summed_apart(int64_t count) { return count <= 192 ? count : count < 384 ? count / 2 : 192; }
 
 // While it stands, numbers too small to be normal are 0 for this thread, if asked for.
 class Dropping {
