@@ -28,7 +28,7 @@ def _figures(records: Sequence[Record], name: str) -> dict[str, Any]:
     """Compute one method's figures. A speed-up is the median over prompts of the ratio of seconds per token."""
     runs = [record["runs"][name] for record in records]
     tokens, seconds = (np.array([run[key] for run in runs], dtype=float) for key in ("tokens", "seconds"))
-    low, high = _interval(len(runs), lambda chosen: tokens[chosen].sum() / seconds[chosen].sum())
+    low, high = interval(len(runs), lambda chosen: tokens[chosen].sum() / seconds[chosen].sum())
     figures: dict[str, Any] = {
         "tokens_per_second": round(float(tokens.sum() / seconds.sum()), 3),
         "tokens_per_second_interval": [round(low, 3), round(high, 3)],
@@ -41,7 +41,7 @@ def _figures(records: Sequence[Record], name: str) -> dict[str, Any]:
         if other in records[0]["runs"]:
             pairs = [(record["runs"][other], record["runs"][name]) for record in records]
             ratios = np.array([_pace(theirs) / _pace(ours) for theirs, ours in pairs])
-            low, high = _interval(len(runs), lambda chosen, ratios=ratios: float(np.median(ratios[chosen])))
+            low, high = interval(len(runs), lambda chosen, ratios=ratios: float(np.median(ratios[chosen])))
             figures[f"speedup_over_{other}"] = round(float(np.median(ratios)), 4)
             figures[f"speedup_over_{other}_interval"] = [round(low, 4), round(high, 4)]
             after = [_pace(theirs, prompt=False) / _pace(ours, prompt=False) for theirs, ours in pairs]
@@ -86,7 +86,7 @@ def _pace(run: Record, *, prompt: bool = True) -> float:
     return float((run["seconds"] - run["first_token"]) / (run["tokens"] - 1))
 
 
-def _interval(number: int, statistic: Callable[..., float]) -> tuple[float, float]:
+def interval(number: int, statistic: Callable[..., float]) -> tuple[float, float]:
     """Compute a 95 % bootstrap interval of a statistic; it is called with the indices of resampled prompts."""
     generator = np.random.default_rng(0)
     draws = [statistic(generator.integers(number, size=number)) for _ in range(RESAMPLES)]
