@@ -39,13 +39,13 @@ int main() {
       for (int64_t size : {4, 20, 64, 80, 128, 256}) {
         const int64_t windows[] = {length + 1, length, (length + 1) / 2, 1};
         turn++;
-        for (int64_t order : {0, 1, 2, 3}) {
+        for (int64_t order : {0, 1, 2, 3, 4}) {
           const int64_t window = windows[(order + turn) % 4];
           if (rows > length || rows * length > 8192 * 3) continue;
           const int64_t queries = 5, groups = 1;
           auto query = numbers(queries * rows * size), keys = numbers(groups * length * size), values = keys;
           std::vector<uint16_t> output(rows * queries * size);
-          const int64_t sizes[] = {rows, queries, queries / groups, size, length, rows * size, size, length * size, size, length * size, size, length - rows, window, 3};
+          const int64_t sizes[] = {rows, queries, queries / groups, size, length, rows * size, size, length * size, size, length * size, size, length - rows, window, (order + turn) % 5};
           if (!specbound_attention(query.data(), keys.data(), values.data(), output.data(), sizes, nullptr, 0.1f, order, 2)) return 1;
           std::vector<int64_t> paths(rows * (1 + rows));  // each row sees every other one before it, and itself
           for (int64_t row = 0; row < rows; row++) {
