@@ -117,6 +117,7 @@ import signal, threading, time
 from runtime.server import serve
 from runtime.server.listener import bind
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 serve.STOP_SECONDS = 3.0
 main, stop = threading.main_thread(), serve.Worker.stop
 
