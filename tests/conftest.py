@@ -42,6 +42,7 @@ torch.set_num_threads(1)
 LONG = (
     "test_fit_processes",
     "test_metamorphic",
+    "test_native_changes",
     "test_smollm2",
     "test_checkpoints",
     "test_resume",

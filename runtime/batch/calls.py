@@ -19,6 +19,7 @@ from runtime.batch.waiting import Waiting, run_plain
 from runtime.decoding.emitter import TargetEmitter
 from runtime.decoding.engine import Engine
 from runtime.errors import ConfigError
+from runtime.exact.fingerprint import contents
 from runtime.handle import SpecBound
 from runtime.stats import SpeculationStats
 
@@ -76,7 +77,7 @@ class Batch:
             raise ConfigError(f"max_requests is {max_requests}: expected at least 1")
         self.model, self.max_requests = model, max_requests
         self.specbound: SpecBound = model.specbound
-        self.memory = KVMemory.of(model) if memory is None else memory
+        self.memory, self._lasts = (KVMemory.of(model), False) if memory is None else (memory, True)
         self.calls: deque[Call] = deque()  # that have not begun
         self.running: list[Call] = []
         self.rows = 0
@@ -91,6 +92,8 @@ class Batch:
                 self._reason = self.specbound.why_stock(self.model)
             self._held = held.pop_all()
         self._engine.drafter = self.specbound.drafter  # made ready for the model as it is
+        if self._lasts:  # beyond this batch, so that others may have filled it
+            self.memory.belong_to(contents(self.model))
         certificate = self.specbound.certificate
         if certificate is not None and certificate.policy.static:  # there is one static cache
             self.max_requests = 1

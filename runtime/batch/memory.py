@@ -38,6 +38,7 @@ class KVMemory:
     def __init__(self, tokens: int) -> None:
         self.tokens, self.used, self.kept = tokens, 0, 0
         self._prompts: OrderedDict[Any, tuple[int, Any]] = OrderedDict()
+        self._read_by: torch.Tensor | None = None
 
     @classmethod
     def of(cls, model: Any, num_bytes: int | None = None) -> "KVMemory":
@@ -101,6 +102,13 @@ class KVMemory:
             self.kept += tokens
         while len(self._prompts) > MAX_PROMPTS:
             self._drop()
+
+    def belong_to(self, weights: torch.Tensor) -> None:
+        """Forget prompts that were read by other weights, told by sums: a write through `.data` tells nothing."""
+        if self._read_by is not None and not torch.equal(self._read_by, weights):
+            while self._prompts:
+                self._drop()
+        self._read_by = weights
 
     def find(self, key: Any) -> Any:
         """What was kept of a prompt; None where it is not."""

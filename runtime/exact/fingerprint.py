@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from runtime.adapter.identity import plain_tensors
@@ -33,7 +33,8 @@ def structure(model: PreTrainedModel) -> tuple[Any, ...]:
     Objects are compared by identity, and held here so that no new one takes their address.
     """
     parts: list[Any] = [*hooks_of(torch_module.__dict__, "_global"), *_settings(model.config)]
-    parts.append(ALL_ATTENTION_FUNCTIONS.get(model.config.get_text_config()._attn_implementation))
+    text = model.config.get_text_config()
+    parts.append(ALL_ATTENTION_FUNCTIONS.get(text._attn_implementation))
     for module in _modules(model):
         values = module.__dict__
         parts += (type(module), type(module).forward, *values["_modules"])
@@ -48,6 +49,9 @@ def structure(model: PreTrainedModel) -> tuple[Any, ...]:
                 parts.append(value)
             elif isinstance(value, (list, tuple, dict, set)) and (plain := _plain(value)) is not None:
                 parts.append((name, plain))
+            elif isinstance(value, PreTrainedConfig):
+                parts.append((name, id(value)))  # by itself two are equal where they say the same
+                parts += () if value is model.config or value is text else _settings(value)
     return tuple(parts)
 
 
@@ -97,6 +101,11 @@ def checksum(tensor: Tensor) -> Tensor:
     """
     whole = tensor.detach().contiguous()
     return sums(words(whole if is_whole(whole) else whole.clone()))
+
+
+def contents(model: nn.Module) -> Tensor:
+    """`checksum` of all tensors, on the CPU."""
+    return torch.cat([checksum(tensor).cpu() for tensor in _all_tensors(model)])
 
 
 def is_whole(tensor: Tensor) -> bool:

@@ -143,6 +143,7 @@ def _is_packable(module: nn.Module) -> bool:
         and "forward" not in module.__dict__
         and not (module._forward_hooks or module._forward_pre_hooks)
         and (module.bias is None or (module.bias.dtype == torch.bfloat16 and is_whole(module.bias)))
+        and (module.bias is None or module.bias.shape == module.weight.shape[:1])
         and is_whole(module.weight)
         and module.weight.dtype == torch.bfloat16
         and module.weight.device.type == "cpu"

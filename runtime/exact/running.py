@@ -12,6 +12,7 @@ from typing import Any
 import transformers
 from torch import nn
 from torch.nn.modules import module as torch_module
+from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -84,6 +85,9 @@ def why_stock(model: Any) -> str | None:
         return f"the model has {len(layers.layers)} layers, its config says {config.num_hidden_layers}"
     for name, module in text_modules(model):
         reason = _why_not_module(module)
+        given = module.__dict__.get("config") if "layer_idx" in module.__dict__ else None
+        if isinstance(given, PreTrainedConfig) and given is not config and given is not model.config:
+            reason = "has a config of its own"  # how it attends to a block is said in the model's
         if reason is not None:
             return f"{name or 'the model'} {reason}"
     return None

@@ -47,10 +47,10 @@ class LayerParts:
 
     @property
     def heads(self) -> tuple[int, int, int]:
-        """Heads of queries, of keys, and the size of each."""
+        """Heads of queries, of keys, and the size of each, as the weights have them."""
         size: int = self.attention.head_dim
-        queries = self.linears[1][0].in_features // size
-        whole = sum(linear.out_features for linear in self.linears[0]) // size
+        queries = self.linears[1][0].weight.shape[1] // size
+        whole = sum(linear.weight.shape[0] for linear in self.linears[0]) // size
         return queries, (whole - queries) // 2, size
 
     @property
@@ -62,8 +62,32 @@ class LayerParts:
     @property
     def inner(self) -> int:
         """Size of the gated part."""
-        size: int = self.linears[3][0].in_features
+        size: int = self.linears[3][0].weight.shape[1]
         return size
+
+    @property
+    def hidden(self) -> int:
+        """Size of the hidden state."""
+        size: int = self.linears[0][0].weight.shape[1]
+        return size
+
+    @property
+    def fits_together(self) -> bool:
+        """Whether weights have the shapes that the sizes above ask for: a kernel reads so much of each."""
+        (queries, keys, size), hidden, inner = self.heads, self.hidden, self.inner
+        wanted = ((queries + 2 * keys) * size, hidden), (hidden, queries * size), (2 * inner, hidden), (hidden, inner)
+        outputs = [sum(linear.weight.shape[0] for linear in group) for group in self.linears]
+        inputs = [{linear.weight.shape[1] for linear in group} for group in self.linears]
+        pairs = zip(outputs, inputs, wanted, strict=True)
+        each = (queries * size, keys * size) if self.norms_all_heads else (size, size)
+        heads = zip(self.head_norms, each, strict=True)
+        return (
+            all((rows, columns) == (one, {other}) for rows, columns, (one, other) in pairs)
+            and keys > 0
+            and queries % keys == 0
+            and all(norm.weight.shape == (hidden,) for norm in self.norms if norm is not None)
+            and all(norm.weight.shape == (numbers,) for norm, numbers in heads if norm is not None)
+        )
 
     @classmethod
     def of(cls, layer: Any, family: Family) -> "LayerParts | None":

@@ -32,9 +32,10 @@ class Telling:
     @classmethod
     def of(cls, like: nn.Linear) -> "Telling":
         """Of the class and shape of another; of that size, since the order depends on it."""
-        linear, inputs = telling_linear(like, like.out_features, largest=None)
+        outputs = like.weight.shape[0]
+        linear, inputs = telling_linear(like, outputs, largest=None)
         weight: Tensor = linear.weight  # type: ignore[assignment]
-        return cls(linear, pack_for_products(weight), inputs, like.out_features)
+        return cls(linear, pack_for_products(weight), inputs, outputs)
 
     def order(self, rows: int, tiles: bool, tried: Sequence[Order]) -> Order | None:
         """In which the Linear adds where it takes so many rows; None where it is none that is known.
@@ -92,15 +93,21 @@ class PromptOrders:
     def _of(self, rows: int) -> tuple[Order, ...] | None:
         found: dict[tuple[int, int, bool], Order] = {}
         for linear in self.linears:
-            shape = linear.out_features, linear.in_features, linear.bias is not None
+            shape = _shape(linear)
             if shape in found:
                 continue
             if shape not in self._telling:
                 self._telling[shape] = Telling.of(linear)
-            seen = self._seen.setdefault(linear.in_features, {})
+            seen = self._seen.setdefault(shape[1], {})
             order = self._telling[shape].order(rows, self.tiles, list(seen))
             if order is None:
                 return None
             seen[order] = None
             found[shape] = order
-        return tuple(found[each.out_features, each.in_features, each.bias is not None] for each in self.linears)
+        return tuple(found[_shape(each)] for each in self.linears)
+
+
+def _shape(linear: nn.Linear) -> tuple[int, int, bool]:
+    """Outputs and inputs as the weight has them, and whether there is a bias."""
+    outputs, inputs = linear.weight.shape
+    return outputs, inputs, linear.bias is not None

@@ -58,7 +58,7 @@ class NativeLayers:
         unembedding: Any,
     ) -> None:
         first = parts[0]
-        self.parts, self.hidden_size = parts, first.linears[0][0].in_features
+        self.parts, self.hidden_size = parts, first.hidden
         self.sizes = (*first.heads, first.inner, ORDERS.index(order[0]))
         self.along = (int(orders[0].tiles), *(each.block // 2 for each in orders))
         self.ways = (tables.turned, int(tables.rounds), WEIGHINGS.index(family.weighing), int(first.norms_all_heads))
@@ -104,13 +104,19 @@ class NativeLayers:
                 return None
             whole.append(parts)
             weights.append([(packed[modules].weight, packed[modules].bias) for modules in parts.linears])
-            alike.add((*parts.heads, parts.inner, epsilon(parts.all_norms[0]), parts.attention.scaling))
+            alike.add((*parts.heads, parts.inner, parts.hidden, epsilon(parts.all_norms[0]), parts.attention.scaling))
             alike.add((parts.multiplier, parts.norms_all_heads, type(parts.activation)))
             orders = tuple(packed[modules].layout.order for modules in parts.linears)
             alike.add(orders)
         kinds = body.config.layer_types if family.rotary_by_layer else [""] * len(whole)
         tables = RotaryTables(body.rotary_emb, sorted(set(kinds)), family.rounds_turns)
-        if len(alike) != 3 or len({each.tiles for each in orders}) != 1 or tables.turned % HEAD_MULTIPLE:
+        if (
+            len(alike) != 3
+            or len({each.tiles for each in orders}) != 1
+            or body.norm.weight.shape != (whole[0].hidden,)
+        ):
+            return None
+        if tables.turned % HEAD_MULTIPLE or tables.turned > whole[0].heads[2]:
             return None
         more = {"family": family, "final": body.norm, "tables": tables, "kinds": kinds}
         return cls(whole, weights, orders, (order, filled or order), **more, unembedding=packed.get((unembedding,)))
@@ -228,6 +234,7 @@ def _is_fit(parts: LayerParts) -> bool:
         and parts.inner % INNER_MULTIPLE == 0
         and all(map(_is_known, parts.all_norms))
         and len({epsilon(norm) for norm in parts.all_norms}) == 1
+        and parts.fits_together
     )
 
 

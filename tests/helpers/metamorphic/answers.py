@@ -128,9 +128,12 @@ def compare_answers(subject: Subject, *, independent: bool = False, **options: A
     Coached.truth = [] if ids is None else ids[0].tolist()
     before = subject.model.specbound.stats
     mine = outcome(subject.model, **options)
-    stats = subject.model.specbound.stats
+    stats, certificate = subject.model.specbound.stats, subject.model.specbound.certificate
+    accepted = stats is not before and stats.accepted.total() > 0
     subject.answers += 1
-    subject.speculated += stats is not before and stats.accepted.total() > 0
+    subject.speculated += accepted
+    subject.native += accepted and "layers native" in str(certificate)
+    subject.stock = stock
     difference = mine.difference(stock)
     if difference is not None:
         raise Differs(difference)

@@ -2,7 +2,7 @@
 
 import random
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -43,12 +43,21 @@ class Sequence:
 
 @dataclass
 class Count:
-    """Sequences run, those in which an answer after some change accepted drafts, and answers compared."""
+    """Sequences run, those in which an answer after some change accepted drafts, and answers compared.
+
+    Attributes:
+        begun: sequences whose answer before any change came from our own kernels.
+        native: those in which one after a change did.
+        altered: last changes after which stock answered otherwise than before all changes.
+    """
 
     sequences: int = 0
     speculating: int = 0
     answers: int = 0
     accepting: int = 0
+    begun: int = 0
+    native: int = 0
+    altered: set[str] = field(default_factory=set)
 
     def __str__(self) -> str:
         return (
@@ -62,11 +71,11 @@ def run(sequence: Sequence, count: Count) -> str | None:
     threads = torch.get_num_threads()
     subject = Subject(base(sequence.family, sequence.dtype, sequence.seed % BASES))
     step = "before"
-    speculated = 0
+    speculated = native = 0
     try:
         speculative(subject.model)
         compare_answers(subject)
-        speculated = subject.speculated
+        speculated, native, before = subject.speculated, subject.native, subject.stock
         for step, seed in sequence.steps:
             subject.numbers.seed(seed)
             try:
@@ -78,6 +87,8 @@ def run(sequence: Sequence, count: Count) -> str | None:
                     raise
         step = "after"
         compare_answers(subject, independent=sequence.seed % INDEPENDENT == 0)
+        if before.difference(subject.stock) is not None:
+            count.altered.update(name for name, _ in sequence.steps[-1:])
     except Exception as error:
         return f"{step}: {type(error).__name__}: {error}"
     finally:
@@ -88,6 +99,8 @@ def run(sequence: Sequence, count: Count) -> str | None:
         count.speculating += subject.speculated > speculated
         count.answers += subject.answers
         count.accepting += subject.speculated
+        count.begun += native
+        count.native += subject.native > native
     return None
 
 

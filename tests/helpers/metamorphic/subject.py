@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from runtime import SpeculationBounds, TemperatureSchedule
 from runtime.decoding.drafter import HeadDrafter
@@ -17,6 +17,7 @@ from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.heads import ExitHeads
 from runtime.generate import attach
 from runtime.handle import SpecBound
+from tests.helpers.families import NATIVE_SHAPE, SCALED
 
 VOCABULARY = 96
 LAYERS = 3
@@ -37,6 +38,12 @@ FAMILIES: dict[str, Any] = {
     "qwen2": Qwen2Config(**SHAPE, num_key_value_heads=2, intermediate_size=64, tie_word_embeddings=True),
     "gpt2": GPT2Config(**SHAPE, n_inner=64, embd_pdrop=0.0),
 }
+# Of sizes that our own kernels take, in bfloat16; between them all that a layer may have in a run, but windows.
+UNNAMED: dict[str, Any] = {key: value for key, value in NATIVE_SHAPE.items() if key != "head_dim"}
+NATIVE: dict[str, Any] = {
+    "native qwen3": Qwen3Config(**NATIVE_SHAPE, attention_bias=True, attention_dropout=0.1),
+    "native granite": GraniteConfig(**UNNAMED, **SCALED),
+}
 
 
 class NotApplicable(Exception):
@@ -47,7 +54,7 @@ def base(family: str, dtype: torch.dtype, seed: int) -> Any:
     """A tiny model with random weights, biases, norms and scales."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family])).eval()
+        model = AutoModelForCausalLM.from_config(copy.deepcopy((FAMILIES | NATIVE)[family])).eval()
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
@@ -97,7 +104,7 @@ def drafter(model: Any, seed: int = 0) -> Coached:
     chosen = torch.arange(0, VOCABULARY, 2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        heads = ExitHeads("deep", EXITS, hidden_size=32, draft_vocab_size=len(chosen), rank=8)
+        heads = ExitHeads("deep", EXITS, hidden_size=model.config.hidden_size, draft_vocab_size=len(chosen), rank=8)
     temperatures = TemperatureSchedule.linear(0.5, EXITS, LAYERS)
     made = DraftHeads.of(heads.requires_grad_(False).eval(), layers, chosen)
     return Coached(HeadDrafter(made, temperatures))
@@ -119,6 +126,8 @@ class Subject:
         handles: of hooks that may be removed again.
         restore: undoes what outlives the model, last first.
         answers: answers compared so far, and how many of them accepted drafts.
+        native: how many of these ran in our own kernels.
+        stock: what stock answered last.
     """
 
     model: Any
@@ -128,6 +137,8 @@ class Subject:
     restore: list[Callable[[], Any]] = field(default_factory=list)
     answers: int = 0
     speculated: int = 0
+    native: int = 0
+    stock: Any = None
 
     @property
     def body(self) -> Any:
@@ -163,6 +174,11 @@ class Subject:
         """A module whose class name ends so, in any case: `attention`, `mlp`, `norm`."""
         found = [module for module in self.model.modules() if type(module).__name__.lower().endswith(ending)]
         return self.numbers.choice(found or self.nothing(f"no {ending}"))
+
+    def copied(self, module: nn.Module) -> Any:
+        """A copy of a module under the model's own config."""
+        config = self.model.config
+        return copy.deepcopy(module, {id(config): config})
 
     def nothing(self, why: str) -> Any:
         """Pass over this change."""

@@ -107,6 +107,12 @@ def test_what_differs_is_read_again(read: list[DecoderLayers]) -> None:
             run(batch, call)
         assert generated(call) == alone(model, GREEDY, PROMPTS[:1])[0] != expected[0]
     assert kept.kept == 0
+    for one in (made, model):
+        one.lm_head.weight.data.neg_()  # neither its place nor its version tells
+    with Batch(made, 1, memory) as batch:
+        call = batch.add(PROMPTS[0], **GREEDY)
+        run(batch, call)
+    assert generated(call) == alone(model, GREEDY, PROMPTS[:1])[0] == expected[0]
 
 
 def test_a_prompt_of_another_shows(monkeypatch: pytest.MonkeyPatch) -> None:

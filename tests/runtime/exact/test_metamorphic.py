@@ -21,7 +21,7 @@ from tests.helpers.packing import pretend_to_pack
 SEQUENCES = int(os.environ.get("METAMORPHIC_SEQUENCES", "300"))
 CASES = [(family, dtype) for family in FAMILIES for dtype in (torch.float32, torch.bfloat16)]
 # Tokens of a probe, fewer still than in other tests: most sequences need one.
-PROBE = {"PROMPT_TOKENS": 6, "PROBE_TOKENS": 10, "FAR_TOKENS": 5}
+PROBE = {"PROMPT_TOKENS": 4, "PROBE_TOKENS": 8, "FAR_TOKENS": 4}
 # Many changes are answered by plain decoding, and rightly so; but a suite in which nothing is drafted proves nothing.
 SPECULATING_SHARE = 0.1
 
@@ -51,6 +51,15 @@ def test_every_answer_is_stocks(family: str, dtype: torch.dtype) -> None:
     print(f"{family} {dtype}: {count}, {len(failures)} differ")
     assert not failures, "\n".join(failures)
     assert count.speculating > SPECULATING_SHARE * count.sequences
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "seed"),
+    [("llama", "give_a_layer_a_config_of_its_own", 0), ("gpt2", "change_a_head_size", 2)],
+)
+def test_what_was_wrong_once(family: str, change: str, seed: int) -> None:
+    """Attention of a layer's own kind; heads of other numbers than the config's in the first layer."""
+    assert run(Sequence(family, torch.float32, seed, ((change, 7 * seed),)), Count()) is None
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ TARGETS = {
     "qwen2": ["q_proj", "v_proj", "o_proj", "up_proj"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
 }
+TARGETS |= {"qwen3": TARGETS["llama"], "granite": TARGETS["qwen2"]}
 
 
 def _targets(subject: Subject) -> list[str]:

@@ -49,7 +49,7 @@ def replace_the_embedding(subject: Subject) -> None:
 def replace_a_layer(subject: Subject) -> None:
     """A decoder layer by a copy with other weights."""
     index = subject.numbers.randrange(len(subject.layers))
-    new = copy.deepcopy(subject.layers[index])
+    new = subject.copied(subject.layers[index])
     for parameter in new.parameters():
         parameter.data += subject.noise(parameter, 0.05)
     subject.layers[index] = new
@@ -134,28 +134,29 @@ class Wrapped:
         return output if altered is None else altered
 
 
-def _wrap(subject: Subject, module: nn.Module, *effects: str) -> None:
+def wrap(subject: Subject, module: nn.Module, *effects: str) -> None:
+    """Put a wrapper around a module's `forward`."""
     module.forward = Wrapped(module, subject.numbers.choice(effects))  # type: ignore[assignment]
 
 
 def wrap_the_model(subject: Subject) -> None:
     """`model.forward = wrapper`."""
-    _wrap(subject, subject.model, "nothing", "scale", "last")
+    wrap(subject, subject.model, "nothing", "scale", "last")
 
 
 def wrap_the_body(subject: Subject) -> None:
     """`model.model.forward = wrapper`."""
-    _wrap(subject, subject.body, "nothing", "scale", "mix")
+    wrap(subject, subject.body, "nothing", "scale", "mix")
 
 
 def wrap_a_layer(subject: Subject) -> None:
     """A layer's `forward`."""
-    _wrap(subject, subject.numbers.choice(list(subject.layers)), "nothing", "scale", "mix")
+    wrap(subject, subject.numbers.choice(list(subject.layers)), "nothing", "scale", "mix")
 
 
 def wrap_a_linear(subject: Subject) -> None:
     """A Linear's `forward`."""
-    _wrap(subject, subject.linear(), "nothing", "scale", "mix")
+    wrap(subject, subject.linear(), "nothing", "scale", "mix")
 
 
 def unwrap(subject: Subject) -> None:
