@@ -92,7 +92,7 @@ class Batch:
                 self._reason = self.specbound.why_stock(self.model)
             self._held = held.pop_all()
         self._engine.drafter = self.specbound.drafter  # made ready for the model as it is
-        if self._lasts:  # beyond this batch, so that others may have filled it
+        if self._lasts and not self.memory.sole:  # others may have filled it, from other weights
             self.memory.belong_to(contents(self.model))
         certificate = self.specbound.certificate
         if certificate is not None and certificate.policy.static:  # there is one static cache

@@ -29,19 +29,20 @@ class KVMemory:
 
     Args:
         tokens: that have room.
+        sole: nobody else can write the model's weights while it lives, so that they need not be summed for it.
 
     Attributes:
         used: tokens that requests have taken.
         kept: tokens of prompts.
     """
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens, self.used, self.kept = tokens, 0, 0
+    def __init__(self, tokens: int, *, sole: bool = False) -> None:
+        self.tokens, self.sole, self.used, self.kept = tokens, sole, 0, 0
         self._prompts: OrderedDict[Any, tuple[int, Any]] = OrderedDict()
         self._read_by: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, model: Any, num_bytes: int | None = None) -> "KVMemory":
+    def of(cls, model: Any, num_bytes: int | None = None, *, sole: bool = False) -> "KVMemory":
         """So many bytes of a model's keys and values; half of what is free now where none are given.
 
         Raises:
@@ -51,7 +52,7 @@ class KVMemory:
         room = int(SHARE * _free(model)) if num_bytes is None else num_bytes
         if room < each:
             raise ConfigError(f"{room} bytes for keys and values: one token of this model takes {each}, give more")
-        return cls(room // each)
+        return cls(room // each, sole=sole)
 
     @property
     def usage(self) -> float:

@@ -22,10 +22,8 @@ LARGEST = 2**26
 PATTERNS = 32
 # Keys -> times that so many heads are looked at: no full vector of keys, an odd and an even number of them, blocks.
 SUMMED, SUMMED_HEADS = {13: 64, 30: 64, 47: 64, 203: 32, 527: 16, 1035: 16}, 256
-KEY_BLOCK, SMALL_WINDOW = (
-    512,
-    37,
-)  # keys: that torch's kernel weighs together; of a window that every base is looked at with
+KEY_BLOCK = 512  # keys that torch's kernel weighs together
+SMALL_WINDOW = 37  # keys: every base with windows is looked at with such a one too
 FINER = (-4, -3, -2)  # keys whose values move an output in finer and finer steps
 NORMED_PARTS, NORMED_NUMBERS, NORMED_ALONE = 16, 2**21, 512
 

@@ -160,7 +160,7 @@ class Worker:
     def _work(self) -> None:
         try:
             loaded = self.load()
-            self.memory = KVMemory.of(loaded[0], self.kv_bytes)
+            self.memory = KVMemory.of(loaded[0], self.kv_bytes, sole=True)  # this thread alone has the model
         except BaseException as error:  # told in the main thread, where it can end the process
             self.error = error
             self._become("failed")

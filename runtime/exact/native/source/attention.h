@@ -125,6 +125,7 @@ class Group {
   void add(int64_t first, int64_t all, bool apart) {
     const Dropping dropping(drops_small(O));
     const int64_t common = std::clamp((apart ? a_.settled : fewest_) - first, int64_t{0}, all);
+    // One by one, a block of keys is summed whole: together where all rows see all of it.
     const int64_t joint = O != ONES ? common / (2 * LANES) * (2 * LANES) : common < all ? 0 : all;
     const uint16_t* values = values_ + first * a_.value_row;
     if (joint)
