@@ -172,12 +172,11 @@ def _speculate(
     model_kwargs: dict[str, Any],
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Prompt through the stock forward, then rounds; what plain `generate` returns comes back."""
-    controller = specbound.controller
-    generation = Generation.of(model, specbound, emitter, generation_config, model_kwargs, controller)
+    generation = Generation.of(model, specbound, emitter, generation_config, model_kwargs)
     specbound.stats = generation.request.stats
     try:
         with specbound.prepared.running(model):
-            run_to_end(generation.request, generation.prompt_logits, specbound.drafter)
+            run_to_end(generation.request, generation.prompt_logits, specbound.drafter, specbound.controller)
     finally:
         generation.leave_cache()
     return generation.finish()

@@ -31,7 +31,8 @@ class SpecBound:
         config: what the adapter's `config.json` says; None where a drafter was attached by hand.
         drafter: makes the drafts; may be replaced between calls.
         bounds: how far it drafts; may be replaced between calls.
-        controller: rests where speculation does not pay; None speculates always, and reproducibly so.
+        controller: rests where speculation does not pay, and learns it once for all calls and batches; None speculates
+            always, and reproducibly so.
         exactness: `bitwise` or `batched`.
         stats: counts of the last `generate` call that speculated.
         source: adapter and revision, where `custom_generate` loaded it; None where `load_specbound` did.

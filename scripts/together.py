@@ -58,7 +58,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the figures in this file.")] = None,
 ) -> None:
     """Measure, print, keep the figures."""
-    model = load_with_adapter(adapter, None, dtype="bfloat16", threads=threads, adaptive=False)
+    model = load_with_adapter(adapter, None, dtype="bfloat16", threads=threads)
     model.specbound.prepare(model)
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     ids: Texts = []

@@ -91,7 +91,7 @@ class Batch:
             if self.specbound.enabled:
                 self._reason = self.specbound.why_stock(self.model)
             self._held = held.pop_all()
-        self._engine.drafter = self.specbound.drafter  # made ready for the model as it is
+        self._engine = Engine(self.specbound.drafter, self.specbound.controller)  # made ready for the model as it is
         if self._lasts and not self.memory.sole:  # others may have filled it, from other weights
             self.memory.belong_to(contents(self.model))
         certificate = self.specbound.certificate
@@ -197,7 +197,7 @@ class Batch:
                 return
             emitter = TargetEmitter(input_ids, processors, criteria, config, streamer, call.waiting.generator)
             kwargs = call.waiting.model_kwargs
-            call.generation = Generation.of(self.model, self.specbound, emitter, config, kwargs, None, self.memory)
+            call.generation = Generation.of(self.model, self.specbound, emitter, config, kwargs, self.memory)
             request = call.generation.request
             if not call.speculate:
                 request.bounds = replace(request.bounds, max_draft_tokens=0)

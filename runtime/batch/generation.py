@@ -15,7 +15,6 @@ from runtime.decoding.emitter import TargetEmitter
 from runtime.decoding.families import CACHE
 from runtime.decoding.request import Request
 from runtime.decoding.state import DecodeState
-from runtime.drafting.controller import Controller
 from runtime.handle import SpecBound
 from runtime.stats import SpeculationStats
 
@@ -50,7 +49,6 @@ class Generation:
         emitter: TargetEmitter,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
-        controller: Controller | None,
         memory: KVMemory | None = None,
     ) -> "Generation":
         """Run the prompt through the stock forward; `specbound` is ready for the model as it is.
@@ -80,7 +78,7 @@ class Generation:
         ids = emitter.input_ids[0].tolist()
         state = DecodeState(prepared.layers, kv, ids, prompt=read.states, position_offset=offset)
         on_round = getattr(emitter.streamer, "end_round", None)  # a streamer may ask what became of the drafts
-        request = Request(state, bounds, emitter, stats, controller, on_round)
+        request = Request(state, bounds, emitter, stats, on_round)
         return cls(request, emitter, read.logits, started, kv, stock_cache, prompt_length, bool(keeps_cache))
 
     def leave_cache(self) -> None:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from runtime.decoding.accept import Accepted
 from runtime.decoding.state import DecodeState
-from runtime.drafting.controller import Controller
 from runtime.drafting.policy import SpeculationBounds
 from runtime.stats import SpeculationStats
 
@@ -34,7 +33,6 @@ class Request:
 
     Attributes:
         state: settled up to, but not including, `newest`.
-        controller: may allow less than `bounds`.
         on_round: told what was drafted (a `Draft`) and what became of it, after the round's tokens were emitted.
         newest: the last emitted token.
         stopped: whether the text has ended.
@@ -45,7 +43,6 @@ class Request:
     bounds: SpeculationBounds
     emitter: Emitter
     stats: SpeculationStats
-    controller: Controller | None = None
     on_round: Callable[[Any, Accepted], None] | None = None
     newest: int = -1
     stopped: bool = False

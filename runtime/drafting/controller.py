@@ -6,57 +6,49 @@ Knows no model.
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from statistics import median
 
-from runtime.drafting.policy import SpeculationBounds
+from runtime.drafting.policy import MAX_ROWS, SpeculationBounds, widths
+from runtime.drafting.trial import Trial
 
-# Rounds without drafts that the price of a plain token is taken from, and the fewest.
-PLAIN_WINDOW, FIRST_PLAIN = 8, 2
-# The gain of speculation is the tokens it emitted less what its rounds cost, in plain tokens, summed up. At a loss of
-# ALLOWED_LOSS drafting rests; where it has paid before, the machine may have become slower since a plain token was
-# priced last, so it is priced anew first and the sum begins again. The sum never exceeds KEPT_GAIN: an old gain does
-# not hide a new loss for long.
-ALLOWED_LOSS, KEPT_GAIN = 3.0, 12.0
-# A round without drafts now and then, while speculating, keeps the price of a plain token fresh.
-REFRESH = 48
-# A round dearer than this, in plain tokens, was held up by something else.
-DEAREST = 3.0
-# Rounds without drafts after a trial that did not pay: longer each time, so that trials cost ever less.
-FIRST_REST, REST_GROWTH, MAX_REST = 16, 3, 768
 # A source's record: how many observations its own confidence counts for, and how fast old ones are forgotten.
 PRIOR, KEEP = 8.0, 0.98
 
 
 class Controller:
-    """Bounds for each round of one model, call after call.
+    """Bounds for each round of one model, call after call, however many requests decode together.
+
+    Each number of requests has prices and a verdict of its own, which stay when requests join and leave. How far the
+    sources are to be believed is learned from all of them.
 
     Args:
         clock: seconds, never running backwards.
-
-    Attributes:
-        resting: rounds without drafts still to come because speculation did not pay.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
-        self.resting = 0
-        self._rest = FIRST_REST
-        self._plain: deque[float] = deque(maxlen=PLAIN_WINDOW)
-        self._won = 0.0
-        self._has_paid = False  # since it rested last, or was doubted
-        self._since_plain = 0
+        self._trials = {1: Trial(1, [MAX_ROWS], [])}
+        self._together: list[Trial] = []  # those of more than one request
+        self._trial = self._trials[1]  # of this round
         self._records: dict[int, tuple[float, float]] = {}
         self._started = 0.0
-        self._is_plain = False
 
-    def begin(self, bounds: SpeculationBounds) -> SpeculationBounds:
-        """Start a round; what it may draft, which is never more than `bounds` say."""
-        fresh = len(self._plain) >= FIRST_PLAIN and self._since_plain < REFRESH
-        self._is_plain = self.resting > 0 or not fresh
-        allowed = replace(bounds, max_draft_tokens=0) if self._is_plain else self._corrected(bounds)
+    @property
+    def resting(self) -> int:
+        """Rounds of as many requests as the last one still to come without drafts, because they did not pay."""
+        return self._trial.resting
+
+    def begin(self, bounds: Sequence[SpeculationBounds]) -> list[SpeculationBounds]:
+        """Start a round of requests with these bounds; what each may draft, which is never more."""
+        requests = len(bounds)
+        if requests not in self._trials:
+            self._trials[requests] = Trial(requests, widths(requests), self._together)
+        self._trial = self._trials[requests]
+        rows = self._trial.begin()
+        allowed = [
+            self._corrected(own.among(requests, rows)) if rows else replace(own, max_draft_tokens=0) for own in bounds
+        ]
         self._started = self.clock()
         return allowed
 
@@ -65,33 +57,12 @@ class Controller:
 
         Args:
             judged: source and confidence of each draft that followed an accepted token, and whether it was right.
-            num_tokens: tokens emitted.
+            num_tokens: tokens emitted, of all requests.
         """
         seconds = self.clock() - self._started
-        if self._is_plain:
-            self._plain.append(seconds)
-            self._since_plain = 0
-            self.resting = max(0, self.resting - 1)
-            return
-        self._since_plain += 1
-        self._observe(judged)
-        self._judge(seconds / max(median(self._plain), 1e-9), num_tokens)
-
-    def _judge(self, price: float, tokens: int) -> None:
-        """Add a round's gain over plain decoding to the sum (a CUSUM test), and go on, or rest.
-
-        Args:
-            price: of the round, in plain tokens; one that was held up by something else counts as a dear one at most.
-        """
-        self._won = min(KEPT_GAIN, self._won + tokens - min(price, DEAREST))
-        if self._won <= -ALLOWED_LOSS and self._has_paid:
-            self._plain.clear()
-            self._won, self._has_paid = 0.0, False
-        elif self._won <= -ALLOWED_LOSS:
-            self.resting, self._rest = self._rest, min(REST_GROWTH * self._rest, MAX_REST)
-            self._won = 0.0
-        elif self._won == KEPT_GAIN:
-            self._rest, self._has_paid = FIRST_REST, True
+        if not self._trial.is_plain:
+            self._observe(judged)
+        self._trial.end(seconds, num_tokens)
 
     def _observe(self, judged: Sequence[tuple[int, float, bool]]) -> None:
         """Hold the confidences of drafts that were judged against what came of them."""

@@ -11,9 +11,19 @@ from typing import Any
 from runtime.errors import ConfigError
 from runtime.fields import shown
 
-# Rows of a round that drafts, of all requests together, and of one request at least. Beyond, asking the heads costs
-# more than their drafts give: docs/benchmark.md, several requests.
+# Rows of a round that drafts, of all requests together, and a request's share of them at least. Beyond, asking the
+# heads costs more than their drafts give: docs/benchmark.md, several requests.
 MAX_ROWS, FEWEST_ROWS = 16, 3
+
+
+def widths(requests: int) -> list[int]:
+    """Rows that a round of so many requests may have if it drafts, the most first; none where no round should.
+
+    Half of the rows give each request fewer drafts, and are far cheaper on some machines.
+    """
+    if MAX_ROWS // requests < FEWEST_ROWS:
+        return []
+    return [rows for rows in (MAX_ROWS, MAX_ROWS // 2) if rows >= 2 * requests]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +80,16 @@ class SpeculationBounds:
             if not 0.0 <= share <= 1.0:
                 raise ConfigError(f"{name} is {share}: expected a number from 0 to 1")
 
-    def among(self, requests: int) -> "SpeculationBounds":
-        """A request's bounds where so many decode together: its share of the rows that pay; alone these."""
+    def among(self, requests: int, rows: int | None = None) -> "SpeculationBounds":
+        """A request's bounds where so many decode together: its share of the rows; alone these.
+
+        Args:
+            rows: of the round, one of `widths`; by default the most.
+        """
         if requests == 1:
             return self
-        share = MAX_ROWS // requests
-        most = share - 1 if share >= FEWEST_ROWS else 0
-        return replace(self, max_draft_tokens=min(self.max_draft_tokens, most))
+        most = max(widths(requests), default=0) if rows is None else rows
+        return replace(self, max_draft_tokens=min(self.max_draft_tokens, max(0, most // requests - 1)))
 
     def threshold(self, layer: int) -> float:
         """Tau of an exit."""

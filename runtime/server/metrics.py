@@ -33,6 +33,7 @@ class Metrics:
         self.hits = self._counter("prefix_cache_hits", "Tokens of prompts that were read for another answer.")
         self.tokens = self._counter("generation_tokens", "Tokens generated.")
         self.rounds = self._counter("rounds", "Verification passes of the target, those of each answer.")
+        self.resting = self._counter("resting_rounds", "Those in which nothing was drafted because it did not pay.")
         self.drafted = self._counter("drafted_tokens", "Drafts by exit layer; 0 is the lookup.", "exit_layer")
         self.accepted = self._counter("accepted_tokens", "Accepted drafts by exit layer.", "exit_layer")
         self.generating = self._counter("generating_seconds", "Time in which the model worked.")
@@ -61,6 +62,7 @@ class Metrics:
         self.hits.inc(stats.reused)
         self.tokens.inc(stats.emitted)
         self.rounds.inc(stats.rounds)
+        self.resting.inc(stats.resting_rounds)
         self.generating.inc(stats.seconds)
         for layer, count in stats.drafted.items():
             self.drafted.labels(layer).inc(count)

@@ -1,7 +1,7 @@
 """The controller on a clock of its own: what pays goes on, what does not is dropped soon and tried again cheaply."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -9,8 +9,9 @@ import torch
 
 from runtime.decoding.accept import Accepted
 from runtime.decoding.draft import Draft, judged
-from runtime.drafting.controller import ALLOWED_LOSS, MAX_REST, Controller
+from runtime.drafting.controller import Controller
 from runtime.drafting.policy import SpeculationBounds
+from runtime.drafting.trial import ALLOWED_LOSS, MAX_REST
 from runtime.generate import attach
 from runtime.handle import SpecBound
 from tests.helpers.fake_heads import FakeHeads
@@ -31,7 +32,7 @@ class World:
         """Emit so many tokens; tokens a second, plain decoding being 1."""
         began, target = self.now, self.tokens + tokens
         while self.tokens < target:
-            allowed = self.controller.begin(BOUNDS)
+            (allowed,) = self.controller.begin([BOUNDS])
             assert allowed.max_draft_tokens <= BOUNDS.max_draft_tokens
             drafts = allowed.max_draft_tokens if allowed.threshold(self.layer) <= 0.9 else 0
             self.drafting.append(allowed.max_draft_tokens > 0)
@@ -96,10 +97,10 @@ def test_a_machine_that_becomes_slower_is_not_taken_for_slow_drafts() -> None:
     world = World(cost=lambda _: 1.5 * slow(), accepted=lambda _: 1)
     begin, rests = world.controller.begin, []
 
-    def timed(bounds: SpeculationBounds) -> SpeculationBounds:
+    def timed(bounds: Sequence[SpeculationBounds]) -> list[SpeculationBounds]:
         rests.append(world.controller.resting)
         allowed = begin(bounds)
-        if not allowed.max_draft_tokens:
+        if not allowed[0].max_draft_tokens:
             world.now += slow() - 1.0  # `World` adds the other second
         return allowed
 
@@ -114,15 +115,14 @@ def test_a_source_that_overstates_itself_is_asked_for_more() -> None:
     become narrower."""
     controller = Controller(lambda: 0.0)
     for step in range(200):
-        controller.begin(BOUNDS)
+        controller.begin([BOUNDS])
         controller.end([(4, 0.9, step % 10 == 0)], 1 + (step % 10 == 0))
-    controller.resting = 0
     allowed = controller._corrected(BOUNDS)
     assert allowed.threshold(4) > 0.8 and allowed.threshold(0) == BOUNDS.exit_threshold
     assert 1 <= allowed.max_draft_tokens < BOUNDS.max_draft_tokens
     honest = Controller(lambda: 0.0)
     for _ in range(200):
-        honest.begin(BOUNDS)
+        honest.begin([BOUNDS])
         honest.end([(4, 0.9, True)], 2)
     assert honest._corrected(BOUNDS).threshold(4) == BOUNDS.exit_threshold
     assert honest._corrected(BOUNDS).max_draft_tokens == BOUNDS.max_draft_tokens

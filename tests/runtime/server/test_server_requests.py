@@ -156,6 +156,8 @@ def test_metrics(served: Served) -> None:
     assert after["specbound_generation_tokens_total"] - before["specbound_generation_tokens_total"] == 20
     assert after["specbound_prompt_tokens_total"] - before["specbound_prompt_tokens_total"] == 3
     assert after["specbound_rounds_total"] - before["specbound_rounds_total"] == usage.specbound["rounds"]
+    resting = after["specbound_resting_rounds_total"] - before["specbound_resting_rounds_total"]
+    assert resting == usage.specbound["resting_rounds"]
     assert after["specbound_ready"] == 1 and after["specbound_num_requests_waiting"] == 0
     drafted = 'specbound_drafted_tokens_total{exit_layer="2"}'
     assert after[drafted] - before.get(drafted, 0) == usage.specbound["drafted"]["2"]
