@@ -1,7 +1,8 @@
 """Many prompts: tokens a second of requests together, one after the other, and in stock's padded batches.
 
-All in one process, in turn, several times; medians. Ids are compared with stock's of each prompt alone. The time to
-the first token is that of the last of the requests that arrive together. Example:
+All in one process, in turn, several times; medians. SpecBound has its controller, which learns in the first run. Ids
+are compared with stock's of each prompt alone. The time to the first token is that of the last of the requests that
+arrive together. Example:
 python scripts/together.py adapters/smollm2-135m-instruct configs/data/demo_prompts.jsonl --threads 2 \\
     --json together.json
 """

@@ -141,7 +141,7 @@ class Race:
         self._price[self._turn] += price
         (tokens, others), (price, other_price) = self._tokens, self._price
         # Tokens that the first has won more than the second, each against what both give for their price.
-        lead = 2 * (tokens * other_price - others * price) / (price + other_price)
+        lead = 2 * (tokens * other_price - others * price) / max(price + other_price, 1e-9)
         self._turn = 1 - self._turn
         if abs(lead) >= ALLOWED_LOSS:
             self._turn, self.settled = int(lead < 0), SETTLED
