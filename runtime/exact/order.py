@@ -20,6 +20,7 @@ LENGTHS = (*range(1, 5), *range(5, 60, 3), 511, 514, 526, 1035)
 # Larger weights are looked at by their first rows: bytes.
 LARGEST = 2**26
 PATTERNS = 32
+WHOLE = 64  # outputs that fill vectors: those that do not are added in other orders
 # Keys -> times that so many heads are looked at: no full vector of keys, an odd and an even number of them, blocks.
 SUMMED, SUMMED_HEADS = {13: 64, 30: 64, 47: 64, 203: 32, 527: 16, 1035: 16}, 256
 KEY_BLOCK = 512  # keys that torch's kernel weighs together
@@ -74,7 +75,8 @@ def telling_linear(like: nn.Module, outputs: int, *, largest: int | None = LARGE
     stands_on_inputs = isinstance(like, Conv1D)
     inputs = weight.shape[0 if stands_on_inputs else 1]
     if largest is not None:
-        outputs = min(outputs, max(1, largest // (inputs * weight.element_size())))
+        fewer = largest // (inputs * weight.element_size())
+        outputs = min(outputs, max(1, fewer - fewer % WHOLE))
     pattern = cancelling(min(PATTERNS, outputs), inputs, weight.dtype).to(weight.device)
     rows = pattern.repeat(-(-outputs // len(pattern)), 1)[:outputs]
     linear = type(like).__new__(type(like))

@@ -1,7 +1,7 @@
-"""Linears packed once instead of in every call, for our own kernel or for oneDNN's.
+"""Linears that run in our own kernels or in oneDNN's, in bfloat16 from weights that are packed once.
 
 Linears that read the same input (query, key and value; gate and up) run as one. Whether the rows have the bits of
-the model's own Linears is the probe's business; what packs is bfloat16 on a CPU. Knows no policy and no probe.
+the model's own Linears is the probe's business; all of this is for CPUs. Knows no policy and no probe.
 """
 
 import logging
@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from runtime.errors import UnsupportedModel, one_line
 from runtime.exact.fingerprint import is_whole, sums, words
 from runtime.exact.native.layout import Layout, has_onednn, layout_of
+from runtime.exact.native.products import has_products
+from runtime.exact.native.singles import is_fit
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +42,7 @@ class JointLinear:
         self.layout = layout
         self.sizes = [module.weight.shape[0] for module in modules]
         self.shape = _shape(modules)
-        weight = torch.cat([module.weight.detach() for module in modules])
-        self.weight = layout.pack(weight)
+        self.weight = layout.pack([module.weight.detach() for module in modules])
         self.bias = None if modules[0].bias is None else torch.cat([module.bias.detach() for module in modules])
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -85,8 +86,9 @@ class PackedLinears:
 
     def __init__(self, groups: Sequence[Sequence[nn.Linear]]) -> None:
         layouts = {_shape(group): layout_of(group[0], _shape(group)[0]) for group in groups}
-        self.joint = [JointLinear(group, layouts[_shape(group)]) for group in groups]
-        held = _held(groups)
+        chosen = [(group, layouts[_shape(group)]) for group in groups]
+        self.joint = [JointLinear(group, layout) for group, layout in chosen if layout is not None]
+        held = _held([joint.modules for joint in self.joint])
         self._lie = [(tensor.data_ptr(), tensor._version) for tensor in held]
         self._words = [part for tensor in held for part in words(tensor)]
         self._sums = sums(self._words)
@@ -95,7 +97,8 @@ class PackedLinears:
     def of(cls, model: PreTrainedModel) -> "PackedLinears | None":
         """All Linears of the model that can be packed; None where there are none, or no room for a copy."""
         groups = packable(model)
-        needed = sum(module.weight.nbytes for group in groups for module in group)
+        copied = [module for group in groups for module in group if module.weight.dtype == torch.bfloat16]
+        needed = sum(module.weight.nbytes for module in copied)
         free = free_memory()
         if not groups:
             return None
@@ -115,6 +118,11 @@ class PackedLinears:
         )
 
 
+def _dtype(module: nn.Module) -> torch.dtype:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.dtype
+
+
 def _shape(modules: Sequence[nn.Linear]) -> tuple[int, int]:
     """Of the weights of several Linears under one another."""
     return sum(module.weight.shape[0] for module in modules), modules[0].weight.shape[1]
@@ -125,31 +133,40 @@ def pack_in_place(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if isinstance(module, nn.Linear):
             module.__dict__.pop("forward", None)
-            if _is_packable(module) and has_onednn():
-                module.__dict__["forward"] = JointLinear([module], layout_of(module, module.weight.shape[0]))
+            if module.weight.dtype == torch.bfloat16 and _is_packable(module) and has_onednn():
+                layout = layout_of(module, module.weight.shape[0])
+                assert layout is not None
+                module.__dict__["forward"] = JointLinear([module], layout)
 
 
 def packable(model: PreTrainedModel) -> list[list[nn.Linear]]:
     """The model's Linears that can be packed, those that read the same input together."""
-    if model.device.type != "cpu" or not has_onednn():
+    if model.device.type != "cpu" or not (has_onednn() or has_products()):
         return []
-    return [group for group in _by_input(model) if all(map(_is_packable, group))]
+    return [group for group in _by_input(model) if all(map(_is_packable, group)) and len(set(map(_dtype, group))) == 1]
 
 
 def _is_packable(module: nn.Module) -> bool:
-    """A Linear of torch's own class and forward, its weight a plain bfloat16 tensor without gaps, and large enough."""
+    """A Linear of torch's own class and forward, its weight a plain tensor without gaps, and large enough."""
     return (
         type(module) is nn.Linear
         and "forward" not in module.__dict__
         and not (module._forward_hooks or module._forward_pre_hooks)
-        and (module.bias is None or (module.bias.dtype == torch.bfloat16 and is_whole(module.bias)))
+        and (module.bias is None or (module.bias.dtype == module.weight.dtype and is_whole(module.bias)))
         and (module.bias is None or module.bias.shape == module.weight.shape[:1])
         and is_whole(module.weight)
-        and module.weight.dtype == torch.bfloat16
+        and _has_kernel(module.weight)
         and module.weight.device.type == "cpu"
         and not module.weight.is_inference()
         and module.weight.numel() >= MIN_WEIGHTS
     )
+
+
+def _has_kernel(weight: Tensor) -> bool:
+    """Whether there may be one for a weight of this dtype, shape and place."""
+    if weight.dtype == torch.float32:
+        return has_products() and is_fit(weight)
+    return weight.dtype == torch.bfloat16 and has_onednn()
 
 
 @torch.no_grad()

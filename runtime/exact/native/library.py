@@ -93,6 +93,7 @@ def _declare(library: ctypes.CDLL) -> None:
     place, number, numbers = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)
     products, attention, layers = library.specbound_products, library.specbound_attention, library.specbound_layers
     products.argtypes, products.restype = [*[place] * 4, *[number] * 7], None
+    library.specbound_singles.argtypes, library.specbound_singles.restype = [*[place] * 4, *[number] * 6], None
     attention.argtypes, attention.restype = [*[place] * 4, numbers, place, ctypes.c_float, number, number], number
     layers.restype, layers.argtypes = number, [*[place] * 3, numbers, floats, *[place] * 4, number]
     before, after = library.specbound_before, library.specbound_after

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "heads.h"
 #include "prompt.h"
+#include "singles.h"
 
 // Whether the CPU's tiles can be used in this process.
 extern "C" int64_t specbound_tiles() { return ask_for_tiles(); }
@@ -16,6 +17,14 @@ extern "C" void specbound_products(const void* weight, const void* input, const 
                   pairs, {block, tiles != 0, group}, nullptr, nullptr, 1.f};
 #pragma omp parallel num_threads(threads)
   multiply(p);
+}
+
+// See `singles.py` for the arguments.
+extern "C" void specbound_singles(const void* weight, const void* input, const void* bias, void* output, int64_t rows,
+                                  int64_t outputs, int64_t inputs, int64_t stride, int64_t lanes, int64_t threads) {
+  const Single p{(const float*)weight, (const float*)input, (const float*)bias, (float*)output, rows, outputs, inputs, stride};
+#pragma omp parallel num_threads(threads)
+  multiply_singles(p, lanes);
 }
 
 // See `attend.py` for the arguments. Returns 0 where some score is no finite number: nothing is promised then.

@@ -4,6 +4,7 @@
 #include <vector>
 
 extern "C" void specbound_products(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+extern "C" void specbound_singles(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 extern "C" int64_t specbound_tiles();
 extern "C" int64_t specbound_attention(const void*, const void*, const void*, void*, const int64_t*, const int64_t*, float, int64_t, int64_t);
 
@@ -33,6 +34,15 @@ int main() {
             for (int64_t group : {int64_t{0}, (pairs + 2 * block - 1) / (2 * block) * block, (pairs + 3 * block - 1) / (3 * block) * block})
               specbound_products(weight.data(), input.data(), bias.data(), output.data(), rows, outputs, pairs, block, tiles, group, 2);
       }
+  for (int64_t rows : {1, 2, 7, 8, 9, 64})
+    for (int64_t outputs : {16, 48})
+      for (int64_t inputs : {16, 17, 18, 19, 32, 33, 577})
+        for (int64_t lanes : {4, 16}) {
+          std::vector<float> weight(outputs * inputs, 0.5f), input(rows * inputs, 0.5f), bias(outputs, 0.5f), output(rows * outputs);
+          specbound_singles(weight.data(), input.data(), bias.data(), output.data(), rows, outputs, inputs, outputs, lanes, 2);
+          for (float one : output)
+            if (one != 0.25f * (float)inputs + 0.5f) return 4;
+        }
   int64_t turn = 0;  // each window occurs with each order, with others at each size
   for (int64_t rows : {1, 3, 64})
     for (int64_t length : {1, 2, 15, 17, 511, 512, 513, 8192})
