@@ -1,4 +1,4 @@
-"""Requests that decode together, on a clock of their own: drafts where they pay, in the rows that pay, costing little."""
+"""Requests that decode together, on a clock of their own: they draft where it pays, and in as many rows as pay."""
 
 import random
 from collections.abc import Callable, Sequence
