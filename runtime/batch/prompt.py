@@ -20,6 +20,7 @@ from runtime.drafting.prompt_states import PromptStates
 from runtime.exact.prepared import PreparedModel
 
 Given = tuple[Tensor, GenerationConfig, dict[str, Any]]
+TRIED = 4  # kept prompts, those with the longest common beginning: to look at one takes some milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +127,16 @@ def _beginning(
 ) -> "tuple[ReadPrompt, int, int] | None":
     """A kept prompt, of how many tokens its rows can be taken, and how many it has: that of which most can be."""
     kind, ids, positions = key
-    best: tuple[ReadPrompt, int, int] | None = None
     if prepared.prompts is None or not _counts_up(positions):
-        return best
-    for other, read in memory.items():
-        if other[0] != kind or not _counts_up(other[2]):
-            continue
-        alike = min(_alike(ids, other[1]), len(ids) - 1)
+        return None
+    kept = [(other[1], read) for other, read in memory.items() if other[0] == kind and _counts_up(other[2])]
+    alike = [(min(_alike(ids, other), len(ids) - 1), len(other), read) for other, read in kept]
+    best: tuple[ReadPrompt, int, int] | None = None
+    for number, length, read in sorted(alike, key=lambda one: -one[0])[:TRIED]:
         most = 0 if best is None else best[1]
-        taken = prepared.prompts.common(len(other[1]), len(ids), alike) if alike > most else 0
+        taken = prepared.prompts.common(length, len(ids), number) if number > most else 0
         if taken > most:
-            best = read, taken, len(other[1])
+            best = read, taken, length
     return best
 
 

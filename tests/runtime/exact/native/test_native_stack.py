@@ -143,7 +143,7 @@ def test_a_tree_has_the_bits_of_its_paths(family: str) -> None:
             assert all(torch.equal(mine, old[:, :, path]) for mine, old in zip(kept, written[index], strict=True))
 
 
-@pytest.mark.parametrize("size", [64, 100, 256, 576, 2048, 4096])
+@pytest.mark.parametrize("size", [64, 100, 256, 576, 2048, 4096, 8192])
 def test_norms_add_in_the_order_of_torch(size: int) -> None:
     """Of each row alone, at sizes that fill vectors and levels and those that do not; a sum backwards is refused."""
     if why_not_native() is not None:
