@@ -69,7 +69,9 @@ def serve_command(
             try:
                 from runtime.server.request.limits import Limits
                 from runtime.server.serve import serve
-            except ImportError as error:
+            except ModuleNotFoundError as error:
+                if (error.name or "runtime").partition(".")[0] == "runtime":  # a mistake of ours
+                    raise
                 raise ConfigError(f"{error.name} is not installed: pip install 'specbound[serve]'") from None
             load = _loader(adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness)
             names = name or [_default_name(adapter, model)]
