@@ -17,7 +17,7 @@ from runtime.exact.order import cancelling
 
 # Queries that torch's kernel takes together, by the least number of them in all.
 QUERIES = ((768, 256), (192, 64), (0, 32))
-LIKE = 256  # tokens; prompts of like lengths are proven together
+LIKE = 512  # tokens; prompts of like lengths, with as many blocks of keys, are proven together
 CHUNK = 16  # keys whose values cancel: a row behind them has their roundings alone
 MOST = 4096  # pairs of lengths that are remembered
 
