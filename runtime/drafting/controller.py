@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from runtime.drafting.policy import MAX_ROWS, SpeculationBounds, widths
-from runtime.drafting.trial import Trial
+from runtime.drafting.trial import REFRESH, Trial
 
 # A source's record: how many observations its own confidence counts for, and how fast old ones are forgotten.
 PRIOR, KEEP = 8.0, 0.98
@@ -31,6 +31,8 @@ class Controller:
         self._trials = {1: Trial(1, [MAX_ROWS], [])}
         self._together: list[Trial] = []  # those of more than one request
         self._trial = self._trials[1]  # of this round
+        self._rounds = 0
+        self._last: dict[int, int] = {}  # the last round of so many requests
         self._records: dict[int, tuple[float, float]] = {}
         self._started = 0.0
 
@@ -45,6 +47,10 @@ class Controller:
         if requests not in self._trials:
             self._trials[requests] = Trial(requests, widths(requests), self._together)
         self._trial = self._trials[requests]
+        self._rounds += 1
+        if self._rounds - self._last.get(requests, self._rounds) > REFRESH:
+            self._trial.renew()
+        self._last[requests] = self._rounds
         rows = self._trial.begin()
         allowed = [
             self._corrected(own.among(requests, rows)) if rows else replace(own, max_draft_tokens=0) for own in bounds

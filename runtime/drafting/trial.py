@@ -30,7 +30,7 @@ class Trial:
     Args:
         requests: that decode together.
         widths: rows that rounds which draft may have; none where nothing is drafted.
-        together: trials that share ALLOWED_LOSS, other numbers of requests; this one joins them.
+        together: trials of other numbers of requests, whose losses count together with its own; it is put among them.
 
     Attributes:
         is_plain: whether the round drafts nothing.
@@ -55,6 +55,10 @@ class Trial:
         fresh = len(self._plain) >= FIRST_PLAIN and self._since_plain < REFRESH
         self.is_plain = self.resting > 0 or not fresh or not self._race.widths
         return 0 if self.is_plain else self._race.rows
+
+    def renew(self) -> None:
+        """Forget the prices of plain rounds: they are of long ago."""
+        self._plain.clear()
 
     def end(self, seconds: float, num_tokens: int) -> None:
         """End a round that took so long, and emitted so many tokens of all requests."""
@@ -81,7 +85,12 @@ class Trial:
                 trial._pause()
             # More requests share the same rows: what does not pay for few does not for them.
             for trial in self._together:
-                if trial.requests > failed[0].requests and not trial._has_paid:
+                if (
+                    trial.requests > failed[0].requests
+                    and not trial._has_paid
+                    and trial._won <= 0.0
+                    and trial._race.widths
+                ):
                     trial.resting = max(trial.resting, failed[0].resting)
         elif self._won == KEPT_GAIN:
             self._rest, self._has_paid = FIRST_REST, True

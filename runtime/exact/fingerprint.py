@@ -6,7 +6,9 @@ a certificate's file name. Knows no policy and no probe.
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,6 +25,11 @@ STOCK = "_specbound_stock"
 INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 SAMPLED = 64  # of so many rows one is summed by column too
 WIDTH = 2**10  # words in a row of a tensor whose own rows are not whole words
+# Of `torch.backends`: how float32 products are rounded, under older and newer names.
+_PRECISIONS = (
+    "cuda.matmul.allow_tf32", "fp32_precision", "mkldnn.fp32_precision", "mkldnn.matmul.fp32_precision",
+    "cuda.matmul.fp32_precision",
+)  # fmt: skip
 _SIMPLE = (int, float, str, bool, type(None), torch.dtype)
 _ENVIRONMENT = ("TRANSFORMERS_SDPA_", "ONEDNN_", "DNNL_", "MKL_", "ATEN_", "CUBLAS_", "NVIDIA_TF32")
 
@@ -70,13 +77,21 @@ def settings() -> tuple[Any, ...]:
         torch.get_num_threads(),
         torch.backends.mkldnn.enabled,
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
+        _said(torch.get_float32_matmul_precision),
+        *(_said(partial(attrgetter(name), torch.backends)) for name in _PRECISIONS),
         torch.backends.cuda.flash_sdp_enabled(),  # type: ignore[no-untyped-call]
         torch.backends.cuda.mem_efficient_sdp_enabled(),  # type: ignore[no-untyped-call]
         torch.backends.cuda.math_sdp_enabled(),  # type: ignore[no-untyped-call]
-        torch.backends.cuda.matmul.allow_tf32,
         *sorted((name, value) for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)),
     )
+
+
+def _said(setting: Callable[[], Any]) -> Any:
+    """A setting; None where this torch has none of the name, or asks for one of its other names."""
+    try:
+        return setting()
+    except (AttributeError, RuntimeError):  # torch refuses to say the old settings where new ones were set otherwise
+        return None
 
 
 def digest(model: nn.Module) -> str:

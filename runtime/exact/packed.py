@@ -45,6 +45,12 @@ class JointLinear:
         self.weight = layout.pack([module.weight.detach() for module in modules])
         self.bias = None if modules[0].bias is None else torch.cat([module.bias.detach() for module in modules])
 
+    @property
+    def copied(self) -> list[Tensor]:
+        """What it has copies of: all that it reads, or, where weights are read where they lie, biases alone."""
+        held = _held([self.modules])
+        return held if self.layout.copies else [tensor for tensor in held if tensor.dim() == 1]
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """Outputs of all modules, shape [..., sum of their sizes], of hidden states [..., in]."""
         return self.layout.multiply(hidden, self.weight, self.bias, self.shape[0])
@@ -90,7 +96,8 @@ class PackedLinears:
         self.joint = [JointLinear(group, layout) for group, layout in chosen if layout is not None]
         held = _held([joint.modules for joint in self.joint])
         self._lie = [(tensor.data_ptr(), tensor._version) for tensor in held]
-        self._words = [part for tensor in held for part in words(tensor)]
+        copied = [tensor for joint in self.joint for tensor in joint.copied]
+        self._words = [part for tensor in copied for part in words(tensor)]
         self._sums = sums(self._words)
 
     @classmethod
@@ -108,9 +115,9 @@ class PackedLinears:
         return cls(groups)
 
     def current(self) -> bool:
-        """Whether the model's weights are where and what they were, to the bit.
+        """Whether the model's weights are where they were, and what was copied of them what it was, to the bit.
 
-        A write through `.data` changes no pointer and no version, so all bits are read.
+        A write through `.data` changes no pointer and no version, so all bits of what was copied are read.
         """
         held = _held([joint.modules for joint in self.joint])
         return [(tensor.data_ptr(), tensor._version) for tensor in held] == self._lie and torch.equal(
@@ -143,7 +150,11 @@ def packable(model: PreTrainedModel) -> list[list[nn.Linear]]:
     """The model's Linears that can be packed, those that read the same input together."""
     if model.device.type != "cpu" or not (has_onednn() or has_products()):
         return []
-    return [group for group in _by_input(model) if all(map(_is_packable, group)) and len(set(map(_dtype, group))) == 1]
+    groups = [group for group in _by_input(model) if all(map(_is_packable, group))]
+    dtypes = {_dtype(module) for group in groups for module in group}
+    if len(dtypes) > 1:  # LoRA in float32 on a base in bfloat16, say: layouts and policies go by shape
+        return [group for group in groups if {_dtype(module) for module in group} == {torch.bfloat16}]
+    return groups
 
 
 def _is_packable(module: nn.Module) -> bool:

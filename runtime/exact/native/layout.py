@@ -32,12 +32,14 @@ class Layout:
         pack: of the weights [outputs of its own, K] of Linears side by side.
         multiply: hidden states [..., K], the packed weights, a bias [N] or None, and N: outputs [..., N].
         order: of additions, in our own kernel for bfloat16.
+        copies: whether what `pack` gives is a copy; otherwise weights are read where they lie.
     """
 
     name: str
     pack: Callable[[Sequence[Tensor]], Any]
     multiply: Callable[[Tensor, Any, Tensor | None, int], Tensor]
     order: Order | None = None
+    copies: bool = True
 
     def runner(self, linear: nn.Module) -> Callable[[Tensor], Tensor]:
         """What runs a block in the place of a Linear."""
@@ -74,7 +76,7 @@ def native_layout(order: Order) -> Layout:
 
 def single_layout(lanes: int) -> Layout:
     """Our own kernel for float32, which reads the model's own weights."""
-    return Layout(NATIVE, list, partial(singles, lanes=lanes))
+    return Layout(NATIVE, list, partial(singles, lanes=lanes), copies=False)
 
 
 def has_onednn() -> bool:
@@ -94,7 +96,7 @@ def layout_of(like: nn.Linear, outputs: int) -> Layout | None:
     """
     single = like.weight.dtype == torch.float32
     rest = None if single else ONEDNN
-    if not has_products() or like.weight.shape[1] % 2 or not is_plain(like):
+    if not has_products() or not is_plain(like) or (like.weight.shape[1] % 2 and not single):
         return rest
     found = map(single_layout, LANES) if single else map(native_layout, orders(like.weight.shape[1]))
     return next((one for one in found if same_linear(one.runner, like, outputs, NATIVE_WIDTHS)), rest)

@@ -130,6 +130,15 @@ def test_a_machine_that_changes_is_noticed() -> None:
     assert world.rows(500).count(16) > 400
 
 
+def test_old_prices_are_not_believed() -> None:
+    """Plain rounds became cheap while another number decoded: drafts that do not pay any more are seen to lose."""
+    world = World({rows: 3 * price for rows, price in FLAT.items()}, 0.1)
+    world.run(lambda _: 2, 60)
+    world.run(lambda _: 3, 200)
+    world.prices = STEEP
+    assert world.run(lambda _: 2, 150) >= 0.95
+
+
 def test_the_same_clock_gives_the_same_rounds() -> None:
     """Nothing else plays a part."""
     worlds = [World(STEEP, 0.4), World(STEEP, 0.4)]

@@ -98,6 +98,7 @@ class Tiles {
 // All rows of B registers of outputs, in passes of as many rows each as can be; the weight stays in the cache for further ones.
 template <int B>
 void rows(const Product& p, int64_t part, bool last) {
+  if (!p.rows) return;
   Pass pass{0, (p.rows + ROWS - 1) / ROWS, last};
   const int64_t each = (p.rows + pass.count - 1) / pass.count;
   for (int64_t row = 0; row < p.rows; row += each, pass.number++) {

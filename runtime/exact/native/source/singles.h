@@ -119,6 +119,7 @@ void singles(const Single& p, int64_t row, int64_t output) {
 template <class L>
 void all_rows(const Single& p, int64_t output) {
   constexpr int B = 2;
+  if (!p.rows) return;
   const int64_t passes = (p.rows + TOGETHER - 1) / TOGETHER, each = (p.rows + passes - 1) / passes;
   for (int64_t row = 0; row < p.rows; row += each) {
     for (int64_t at = output; at < output + OUTPUTS_APART; at += B * L::OUTPUTS) {

@@ -90,6 +90,14 @@ def coarse_products(subject: Subject) -> None:
     subject.restore.append(lambda: torch.set_float32_matmul_precision(before))
 
 
+def coarse_products_of_onednn(subject: Subject) -> None:
+    """The same by the setting of one backend, after which torch does not say the older one any more."""
+    backend = torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "bf16"
+    subject.restore.append(lambda: setattr(backend, "fp32_precision", before))
+
+
 def generation_config(subject: Subject) -> None:
     """Another default of `generate`."""
     name, value = subject.numbers.choice(
@@ -120,6 +128,6 @@ def other_bounds(subject: Subject) -> None:
 
 CHANGES = (
     to_another_dtype, to_double, to_half, to_the_cpu, other_threads, eager_attention, sdpa_attention, own_attention,
-    train, evaluate, train_a_layer, slow_attention_kernel, without_onednn, coarse_products, generation_config,
-    default_generation_config, other_bounds,
+    train, evaluate, train_a_layer, slow_attention_kernel, without_onednn, coarse_products,
+    coarse_products_of_onednn, generation_config, default_generation_config, other_bounds,
 )  # fmt: skip

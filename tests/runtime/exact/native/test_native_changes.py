@@ -52,8 +52,8 @@ LIVES = {change.__name__ for change in lives.CHANGES}
 SILENT = LIVES | {
     "write_then_write_back", "flip_requires_grad", "unload", "disable_adapters", "hook_for_gradients", "remove_a_hook",
     "unwrap", "compile_a_part", "change_a_number", "lie_about_sizes", "to_the_cpu", "other_threads", "sdpa_attention",
-    "train", "train_a_layer", "evaluate", "coarse_products", "default_generation_config", "other_bounds",
-    "without_onednn", "slow_attention_kernel",
+    "train", "train_a_layer", "evaluate", "coarse_products", "coarse_products_of_onednn",
+    "default_generation_config", "other_bounds", "without_onednn", "slow_attention_kernel",
 }  # fmt: skip
 LACKS = {
     "native qwen3": {"change_a_multiplier", "change_the_config"},

@@ -99,6 +99,36 @@ def test_products_have_the_bits_of_each_row_alone(shape: tuple[int, int], bias: 
         assert torch.equal(found.multiply(block, packed, linear.bias, shape[0]), alone)
 
 
+@torch.no_grad()
+def test_an_order_that_is_torch_s_is_found() -> None:
+    """Where one of the two written down above gives torch's numbers, the kernel runs, also for odd K."""
+    torch.manual_seed(1)
+    for inputs in (576, 577):
+        linear, row = nn.Linear(inputs, 320, bias=False), torch.randn(inputs)
+        expected, weight = linear(row[None])[0].numpy(), linear.weight.numpy()
+        known = [order for order in (by_fours, by_sixteens) if np.array_equal(order(weight, row.numpy()), expected)]
+        assert (layout.layout_of(linear, 320) is not None) == bool(known)
+
+
+def test_no_rows_give_no_outputs() -> None:
+    """As torch's Linear."""
+    assert singles(torch.empty(1, 0, 32), [torch.zeros(16, 32)], None, 16, lanes=4).shape == (1, 0, 16)
+
+
+def test_a_model_of_two_dtypes_runs_natively_in_bfloat16_alone(make_model: Any) -> None:
+    """Policies go by shape, which says nothing of the dtype; float32 is left to torch there."""
+    model = make_model(**WIDE).to(torch.bfloat16)
+    assert PackedLinears.of(model) is not None
+    model.model.layers[0].mlp.down_proj.float()
+    kept = model.model.layers[0].mlp.down_proj
+    kept.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+    kept.register_forward_hook(lambda _, __, output: output.bfloat16())
+    found = PackedLinears.of(model)
+    assert found is not None
+    dtypes = {module.weight.dtype for joint in found.joint for module in joint.modules}
+    assert dtypes == {torch.bfloat16}
+
+
 def test_products_in_another_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: of the orders at most one is torch's, and the others do not pass."""
     passed = []
