@@ -1,7 +1,8 @@
 """`specbound serve`. Slow libraries, and those of the `serve` extra, are imported when it runs."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,19 +61,15 @@ def serve_command(
 
     Example: SPECBOUND_API_KEY=... specbound serve --adapter ORG/NAME --host 0.0.0.0
     """
-    from runtime.errors import ConfigError, SpecBoundError
+    from runtime.errors import SpecBoundError
     from runtime.server.listener import bind, url_of
 
     keys = [key for key in api_key or [] if key]
     try:
         with bind(host, port, has_key=bool(keys)) as listener:
-            try:
+            with _naming_what_is_missing():
                 from runtime.server.request.limits import Limits
                 from runtime.server.serve import serve
-            except ModuleNotFoundError as error:
-                if (error.name or "runtime").partition(".")[0] == "runtime":  # a mistake of ours
-                    raise
-                raise ConfigError(f"{error.name} is not installed: pip install 'specbound[serve]'") from None
             load = _loader(adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness)
             names = name or [_default_name(adapter, model)]
             seconds, running = request_timeout, max_running
@@ -85,6 +82,24 @@ def serve_command(
             )  # fmt: skip
     except (SpecBoundError, OSError) as error:
         fail(error, None)
+
+
+@contextmanager
+def _naming_what_is_missing() -> Iterator[None]:
+    """While open, a library that cannot be imported is named, with the extra that brings it.
+
+    Raises:
+        ConfigError: with both.
+    """
+    from runtime.errors import ConfigError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = (error.name or "runtime").partition(".")[0]
+        if library == "runtime":  # a mistake of ours
+            raise
+        raise ConfigError(f"{library} is not installed: pip install 'specbound[serve]'") from None
 
 
 def _loader(adapter: str, model: str | None, **options: Any) -> Callable[[], tuple[Any, Any]]:
