@@ -9,6 +9,8 @@ import typer
 
 from runtime.cli import audit, chat, generate, inspect, serve
 
+# Which extra brings a library, where that is not `train`.
+EXTRAS = {"optuna": "sweep"} | dict.fromkeys(("fastapi", "uvicorn", "prometheus_client", "starlette"), "serve")
 CLOSED_PIPE = 1  # as typer and rich end where they see it first
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -60,6 +62,6 @@ def run(app: typer.Typer) -> None:
         library = (error.name or "").partition(".")[0]
         if library in ("", "runtime", "train"):  # a mistake of ours
             raise
-        extra = "sweep" if library == "optuna" else "train"
+        extra = EXTRAS.get(library, "train")
         print(f"error: {library} is not installed: pip install 'specbound[{extra}]'", file=sys.stderr)
         sys.exit(1)

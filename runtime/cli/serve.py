@@ -1,8 +1,7 @@
 """`specbound serve`. Slow libraries, and those of the `serve` extra, are imported when it runs."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,9 +66,9 @@ def serve_command(
     keys = [key for key in api_key or [] if key]
     try:
         with bind(host, port, has_key=bool(keys)) as listener:
-            with _naming_what_is_missing():
-                from runtime.server.request.limits import Limits
-                from runtime.server.serve import serve
+            from runtime.server.request.limits import Limits
+            from runtime.server.serve import serve
+
             load = _loader(adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness)
             names = name or [_default_name(adapter, model)]
             seconds, running = request_timeout, max_running
@@ -82,24 +81,6 @@ def serve_command(
             )  # fmt: skip
     except (SpecBoundError, OSError) as error:
         fail(error, None)
-
-
-@contextmanager
-def _naming_what_is_missing() -> Iterator[None]:
-    """While open, a library that cannot be imported is named, with the extra that brings it.
-
-    Raises:
-        ConfigError: with both.
-    """
-    from runtime.errors import ConfigError
-
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        library = (error.name or "runtime").partition(".")[0]
-        if library == "runtime":  # a mistake of ours
-            raise
-        raise ConfigError(f"{library} is not installed: pip install 'specbound[serve]'") from None
 
 
 def _loader(adapter: str, model: str | None, **options: Any) -> Callable[[], tuple[Any, Any]]:

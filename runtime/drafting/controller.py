@@ -28,7 +28,7 @@ class Controller:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
-        self._trials = {1: Trial(1, [MAX_ROWS], [])}
+        self._trials = {1: Trial(1, [MAX_ROWS], [])}  # alone: one width, which its own bounds say
         self._together: list[Trial] = []  # those of more than one request
         self._trial = self._trials[1]  # of this round
         self._rounds = 0

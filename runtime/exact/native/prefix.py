@@ -106,7 +106,7 @@ def telling(heads: tuple[int, int, int], length: int) -> tuple[Tensor, Tensor, T
     length = chunks * CHUNK
     generator = torch.Generator().manual_seed(0)
     query = torch.exp2(torch.arange(length) % 5 - 2.0)[None, None, :, None].repeat(1, queries, 1, size)
-    query[:, 1::2] = 0
+    query[:, ::2] = 0
     keys = cancelling(shared * length, size, torch.bfloat16).view(1, shared, length, size)
     half = torch.randn(shared * size, chunks, CHUNK // 2, generator=generator)
     half *= torch.exp2(torch.randint(-24, 25, half.shape, generator=generator).float())
