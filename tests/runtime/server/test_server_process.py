@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from runtime import SpeculationBounds, save_adapter
+from runtime.cli.app import run
 from runtime.generate import attach
 from runtime.handle import SpecBound
 from tests.helpers.fake_heads import FakeHeads
@@ -169,7 +170,9 @@ def test_several_names_and_keys(adapter: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (given["names"], given["api_keys"]) == (["base"], ["k"])
 
 
-def test_serve_says_what_is_wrong(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_says_what_is_wrong(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fails(*arguments: str) -> str:
         result = CliRunner().invoke(app, ["serve", "--adapter", str(adapter), *arguments])
         assert result.exit_code == 1 and result.stderr.count("error: ") == 1
@@ -185,4 +188,7 @@ def test_serve_says_what_is_wrong(adapter: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     for module in [name for name in sys.modules if name.startswith("runtime.server")]:
         monkeypatch.delitem(sys.modules, module)
-    assert "pip install 'specbound[serve]'" in fails()
+    monkeypatch.setattr(sys, "argv", ["specbound", "serve", "--adapter", str(adapter)])
+    with pytest.raises(SystemExit, match="1"):
+        run(app)
+    assert "uvicorn is not installed: pip install 'specbound[serve]'" in capsys.readouterr().err
