@@ -18,7 +18,7 @@ from runtime.server.answer.items import Items
 from runtime.server.errors import PROBLEMS, ApiError, add_error_forms, first_of
 from runtime.server.gate import Gate
 from runtime.server.metrics import Metrics
-from runtime.server.request.limits import Limits, check_bias
+from runtime.server.request.limits import Limits, check_ids
 from runtime.server.request.prompts import prompts_of, tokenized
 from runtime.server.request.responses import ResponsesRequest
 from runtime.server.request.schema import ChatRequest, CompletionRequest
@@ -102,7 +102,7 @@ def _add_answers(app: FastAPI, worker: Worker, metrics: Metrics, names: Sequence
         prompts = await run_in_threadpool(prompts_of, worker, body)
         config = worker.model.config.get_text_config()
         limits.check_answers(body.n * len(prompts))
-        check_bias(body, int(config.vocab_size))
+        check_ids(body, int(config.vocab_size))
         tokens = [_longest(body, prompt.num_tokens, limits, worker) for prompt in prompts]
         answer = Answer(body, worker, metrics, form, prompts, tokens, limits.seconds)
         answer.submit()

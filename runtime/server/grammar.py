@@ -19,6 +19,7 @@ from runtime.errors import SpecBoundError
 from runtime.server.dialect import THINK, Dialect
 from runtime.server.errors import ApiError
 from runtime.server.request.schema import ChatRequest
+from runtime.text.transcript import ends_of
 
 # Between the signs of JSON: without a bound a weak model may write spaces for ever.
 GUIDANCE = {"x-guidance": {"whitespace_pattern": r"[ \n]{0,20}"}}
@@ -107,8 +108,7 @@ def grammar_of(model: Any, tokenizer: Any, body: ChatRequest, dialect: Dialect, 
     if body.must_call and (dialect.calls is None or dialect.calls.around is None):
         said = f"{param}: calls of this model are in a form that cannot be asked for: use auto"
         raise ApiError(400, said, param=param)
-    ends = model.generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else ends
+    ends = ends_of(model)
     if not ends:
         raise ApiError(400, f"{param} is not supported: this model has no token that ends a text", param=param)
     try:

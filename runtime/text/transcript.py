@@ -74,6 +74,7 @@ class Transcript(StoppingCriteria):
         num_logprobs: each Token tells its probability, and those of so many of the likeliest; None tells none.
         listener: called with each Token and Round, in the thread that generates.
         hidden: ids that are no text; without any told, the tokenizer's special ones.
+        ends: ids that end the text; without any told, the model's own.
 
     Attributes:
         ids: tokens so far, those of a stop string included.
@@ -90,11 +91,12 @@ class Transcript(StoppingCriteria):
         num_logprobs: int | None = None,
         listener: Callable[[Token | Round], None] = lambda event: None,
         hidden: Container[int] | None = None,
+        ends: Container[int] | None = None,
     ) -> None:
         assert all(stop)
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
-        self.listener, self.hidden = listener, hidden
+        self.listener, self.hidden, self.ends = listener, hidden, ends
         self.recorder = None if num_logprobs is None else LogprobRecorder(num_logprobs)
         self.ids: list[int] = []
         self.text = ""
@@ -229,8 +231,13 @@ def write(
 
 def finish_reason(model: Any, transcript: Transcript) -> str:
     """Why a call has ended: `stop`, `length` or `cancelled`."""
-    ends = model.generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else ends or []
+    ends = ends_of(model) if transcript.ends is None else transcript.ends
     if transcript.stopped or (transcript.ids and transcript.ids[-1] in ends):
         return "stop"
     return "cancelled" if transcript.cancelled.is_set() else "length"
+
+
+def ends_of(model: Any) -> list[int]:
+    """Ids that end a text by the model's own generation config."""
+    ends = model.generation_config.eos_token_id
+    return [ends] if isinstance(ends, int) else ends or []

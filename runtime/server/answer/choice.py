@@ -15,9 +15,10 @@ from runtime.server.penalties import CountPenalties
 from runtime.server.request.prompts import Prompt
 from runtime.server.request.schema import ChatRequest, CompletionRequest
 from runtime.server.worker import Worker
-from runtime.text.transcript import Round, Token, Transcript, Written
+from runtime.text.transcript import Round, Token, Transcript, Written, ends_of
 
 Event = Token | Round | Written | BaseException
+NO_TOKEN = 2**31 - 1  # in no vocabulary: transformers takes an empty list of ends for none told
 
 
 @dataclass(slots=True)
@@ -73,11 +74,17 @@ class Choice:
                 metrics.record(prompt.num_tokens, outcome.stats)
             tell(outcome)
 
-        options = body.sampling() | {"max_new_tokens": max_new_tokens}
+        ends = body.ends(ends_of(worker.model))
+        options = body.sampling() | {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(ends) or [NO_TOKEN]}
         seed = None if body.seed is None else body.seed + index % body.n
         reader, hidden = _reader(body, prompt, worker.tokenizer)
         transcript = Transcript(
-            worker.tokenizer, stop=body.stop, num_logprobs=body.num_logprobs, listener=tell, hidden=hidden
+            worker.tokenizer,
+            stop=body.stop,
+            num_logprobs=body.num_logprobs,
+            listener=tell,
+            hidden=hidden,
+            ends=ends,
         )
         job = Job(prompt.ids.to(worker.model.device), transcript, options, seed, body.specbound.enabled, finish)
         if body.presence_penalty or body.frequency_penalty:

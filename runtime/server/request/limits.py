@@ -44,7 +44,11 @@ class Limits:
         if wanted > most:
             said = f"max_tokens is {asked}: this server takes at most {self.max_tokens}"
             raise ApiError(400, said, param="max_tokens")
-        return most if asked is None else asked
+        limit = most if asked is None else asked
+        if body.min_tokens > limit:
+            said = f"min_tokens is {body.min_tokens}: the answer has at most {limit} tokens"
+            raise ApiError(400, said, param="min_tokens")
+        return limit
 
     def check_answers(self, count: int) -> None:
         """Whether a request may have so many answers.
@@ -58,14 +62,14 @@ class Limits:
             raise ApiError(400, said, param="n")
 
 
-def check_bias(body: ChatRequest | CompletionRequest, num_ids: int) -> None:
-    """Whether the model has all ids of `logit_bias`.
+def check_ids(body: ChatRequest | CompletionRequest, num_ids: int) -> None:
+    """Whether the model has all ids of `logit_bias` and `stop_token_ids`.
 
     Raises:
         ApiError: it does not.
     """
-    wrong = [id for id in body.logit_bias if int(id) >= num_ids]
-    if wrong:
-        raise ApiError(
-            400, f"logit_bias: {wrong[0]:.20} is no token id: they end at {num_ids - 1}", param="logit_bias"
-        )
+    for param, ids in (("logit_bias", body.logit_bias), ("stop_token_ids", body.stop_token_ids)):
+        wrong = [id for id in ids if int(id) >= num_ids]
+        if wrong:
+            said = f"{param}: {wrong[0]!s:.20} is no token id: they end at {num_ids - 1}"
+            raise ApiError(400, said, param=param)

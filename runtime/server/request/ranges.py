@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 2.0
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
+MAX_STOP_IDS = 64
 MAX_BIAS = 100
 # More digits than any vocabulary's ids have; Python itself reads no more than 4,300. One id is written in one way.
 ID = "(0|[1-9][0-9]{0,11})"
@@ -48,6 +49,7 @@ _BIASES = {
 }
 
 Stop = Annotated[list[str], BeforeValidator(_listed), WithJsonSchema(_STOPS)]
+StopIds = Annotated[list[Annotated[int, Field(ge=0, lt=10**12)]], Field(max_length=MAX_STOP_IDS)]
 Temperature = Annotated[
     float,
     Field(ge=0, le=MAX_TEMPERATURE, allow_inf_nan=False),

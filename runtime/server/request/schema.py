@@ -3,13 +3,14 @@
 What cannot be honoured is refused, never ignored, unless it is at the value that changes nothing.
 """
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from runtime.server.request.messages import Conversation
 from runtime.server.request.neutral import describe_body, without_neutral
-from runtime.server.request.ranges import Bias, MinP, Seed, Stop, Temperature, TopK, TopP
+from runtime.server.request.ranges import Bias, MinP, Seed, Stop, StopIds, Temperature, TopK, TopP
 from runtime.server.request.strict import Strict, check_object
 from runtime.server.request.tools import ResponseFormat
 
@@ -65,6 +66,9 @@ class Request(Strict):
             say.
         top_k: not OpenAI's; 0 and -1 switch off the 50 that transformers takes by default.
         min_p, repetition_penalty: not OpenAI's; as `generate` has them.
+        min_tokens: vLLM's; what would end the answer is not taken before it has so many.
+        stop_token_ids: vLLM's; each ends the answer, beside the model's own.
+        ignore_eos: vLLM's; the model's own do not end the answer.
         logit_bias: added to the scores of token ids.
         presence_penalty: taken from the scores of ids that the answer has already.
         frequency_penalty: the same, once for each time.
@@ -80,6 +84,9 @@ class Request(Strict):
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     seed: Seed | None = None
     stop: Stop = Field(default_factory=list)
+    stop_token_ids: StopIds = Field(default_factory=list)
+    ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0)
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
@@ -106,6 +113,8 @@ class Request(Strict):
         options: dict[str, Any] = {}
         if self.repetition_penalty is not None:
             options["repetition_penalty"] = self.repetition_penalty
+        if self.min_tokens:
+            options["min_new_tokens"] = self.min_tokens
         if self.logit_bias:
             options["sequence_bias"] = [[[int(id)], float(value)] for id, value in self.logit_bias.items()]
         if self.temperature == 0:
@@ -116,6 +125,10 @@ class Request(Strict):
         if self.min_p == 0 and given:
             given["min_p"] = 0.0  # against a model's own default
         return options | ({"do_sample": True} | given if given else {})
+
+    def ends(self, own: Iterable[int]) -> set[int]:
+        """Ids that end the answer; `own` are the model's."""
+        return {*self.stop_token_ids, *(() if self.ignore_eos else own)}
 
 
 class ChatRequest(Request, Conversation):
@@ -137,6 +150,8 @@ class ChatRequest(Request, Conversation):
             raise ValueError("top_logprobs needs logprobs: true")
         if self.response_format.binding is not None and self.called:
             raise ValueError("response_format and tools bind one answer twice: leave one of them out")
+        if (self.ignore_eos or self.min_tokens) and (self.must_call or self.response_format.binding is not None):
+            raise ValueError("ignore_eos and min_tokens go on where a bound answer ends: leave them out")
         return self
 
     @property

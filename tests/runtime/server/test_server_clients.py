@@ -31,8 +31,6 @@ LOUD: list[tuple[str, Any]] = [
     ("audio", {"voice": "alloy", "format": "wav"}),
     ("web_search_options", {}),
     ("reasoning_effort", "high"),
-    ("ignore_eos", True),
-    ("min_tokens", 5),
     ("best_of", 2),
     ("use_beam_search", 1),
     ("suffix", "w1"),
@@ -58,6 +56,38 @@ def test_what_would_change_the_answer_is_refused_by_name(client: openai.OpenAI, 
     with pytest.raises(openai.BadRequestError, match=f"{name} is not supported by this server") as caught:
         client.chat.completions.create(model=MODEL_ID, messages=MESSAGES, extra_body={name: value})
     assert caught.value.param == name and caught.value.type == "invalid_request_error"
+
+
+def test_where_an_answer_ends(served: Any, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's `stop_token_ids`, `ignore_eos` and `min_tokens`, as stock's `generate` has them."""
+    tokenizer, prompt = served[2], [20, 63, 6]
+    free = stock(served, prompt, max_new_tokens=12, do_sample=False)
+    ends = free[4]
+    first = free.index(ends) + 1
+
+    def ask(**extra: Any) -> tuple[str | None, int, str]:
+        answer = client.completions.create(
+            model=MODEL_ID, prompt=prompt, max_tokens=12, temperature=0, extra_body=extra
+        )
+        assert answer.usage is not None
+        return answer.choices[0].finish_reason, answer.usage.completion_tokens, answer.choices[0].text
+
+    assert ask(stop_token_ids=[ends])[:2] == ("stop", first)
+    for ignore in (False, True):
+        asked = {"stop_token_ids": [ends], "min_tokens": 9, "ignore_eos": ignore}
+        ids = stock(served, prompt, max_new_tokens=12, min_new_tokens=9, eos_token_id=[ends], do_sample=False)
+        assert ask(**asked)[1:] == (len(ids), tokenizer.decode(ids, skip_special_tokens=True))
+    monkeypatch.setattr(served[1].generation_config, "eos_token_id", ends)
+    assert ask()[:2] == ("stop", first)
+    assert ask(ignore_eos=True) == ("length", 12, tokenizer.decode(free, skip_special_tokens=True))
+    for wrong, said in (
+        ({"stop_token_ids": [10**6]}, "is no token id"),
+        ({"min_tokens": 13}, "the answer has at most 12 tokens"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "go on where a bound answer ends"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=said):
+            body: Any = {"max_tokens": 12} | wrong
+            client.chat.completions.create(model=MODEL_ID, messages=MESSAGES, extra_body=body)
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])

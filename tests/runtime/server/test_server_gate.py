@@ -134,7 +134,7 @@ def test_openapi_tells_forms_and_errors(open_url: str) -> None:
     body = schemas["CompletionRequest"]
     kinds = [one.get("type") for one in body["properties"]["prompt"]["anyOf"]]
     assert kinds == ["string", "array", "array"] and {"type": "null"} in body["properties"]["stop"]["anyOf"]
-    assert body["additionalProperties"] == {"type": "null"} and body["properties"]["ignore_eos"] == {
+    assert body["additionalProperties"] == {"type": "null"} and body["properties"]["use_beam_search"] == {
         "enum": [False, None]
     }
     assert {"type": "string"} in schemas["Message"]["properties"]["content"]["anyOf"]
