@@ -37,7 +37,7 @@ from runtime.exact.reference import Reference
 from runtime.exact.static import StaticCache
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 26
+PROBE_FORMAT = 27
 # Tokens of prompts that are read both ways.
 PROMPTS = (9, 45, 150)
 

@@ -95,6 +95,8 @@ def _declare(library: ctypes.CDLL) -> None:
     products.argtypes, products.restype = [*[place] * 4, *[number] * 7], None
     library.specbound_singles.argtypes, library.specbound_singles.restype = [*[place] * 4, *[number] * 6], None
     attention.argtypes, attention.restype = [*[place] * 4, numbers, place, ctypes.c_float, number, number], number
+    reading = library.specbound_reading
+    reading.argtypes, reading.restype = [*[place] * 4, numbers, ctypes.c_float, number], number
     layers.restype, layers.argtypes = number, [*[place] * 3, numbers, floats, *[place] * 4, number]
     before, after = library.specbound_before, library.specbound_after
     before.restype, before.argtypes = None, [place, numbers, floats, *[place] * 7, number]

@@ -1,7 +1,8 @@
-"""`PromptLayers`: the layers of a prompt's own forward in our kernel, around torch's attention, with the same bits.
+"""`PromptLayers`: the layers of a prompt's own forward in our kernel, with the same bits.
 
-Products of many rows, norms and what lies between them take it a third to a half of the time. Whether every bit
-is kept is the probe's business, and for how many rows that of `PromptOrders`. Knows no policy and no probe.
+Attention stays with torch where its order is not known. Products of many rows, norms and what lies between them take a
+third to a half of torch's time. Whether every bit is kept is the probe's business, and for how many rows that of
+`PromptOrders`. Knows no policy and no probe.
 """
 
 import ctypes
@@ -19,6 +20,7 @@ from runtime.decoding.families import CACHE
 from runtime.exact.native.library import native_library
 from runtime.exact.native.prefix import Prefixes
 from runtime.exact.native.products import Order
+from runtime.exact.native.prompt_attention import PromptAttention
 from runtime.exact.native.prompt_orders import PromptOrders
 from runtime.exact.native.stack import NativeLayers
 
@@ -44,7 +46,8 @@ class PromptLayers:
         self.orders = PromptOrders(one_each, bool(native.along[0]))
         self.steady = is_steady(native.parts[0].activation, native.opened)
         scaling = native.parts[0].attention.scaling
-        self.prefixes = Prefixes(native.parts[0].heads, scaling, ALL_ATTENTION_FUNCTIONS["sdpa"], self.orders)
+        self.attention = PromptAttention(native.parts[0].heads, scaling, ALL_ATTENTION_FUNCTIONS["sdpa"])
+        self.prefixes = Prefixes(self.attention, self.orders)
         self._whole = 0
         self._room: Tensor | None = None  # for what lies between products, the same for all layers of a prompt
         self._given: Tensor | None = None
@@ -113,14 +116,29 @@ class PromptLayers:
         module = self.native.parts[index].attention
         query, keys, values = self._before(index, orders, hidden_states, *given["position_embeddings"])
         keys, values = cache.update(keys, values, module.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        mask = given.get("attention_mask")
+        attended = self._attend(index, query, keys, values, given.get("attention_mask"), whole)
+        return self._after(index, orders, attended, hidden_states)
+
+    def _attend(
+        self, index: int, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, whole: int
+    ) -> Tensor:
+        """Of the last rows of a prompt of so many tokens: [1, H, T, E] to [1, T, H, E]."""
+        parts, rows = self.native.parts[index], query.shape[2]
+        alike = parts.heads == self.attention.heads and parts.attention.scaling == self.attention.scaling
+        mask = mask if whole == rows else None
+        if mask is None and alike and self.attention.knows(whole):
+            attended = self.attention(query, keys, values)
+            if attended is not None:
+                return attended
         if whole > rows:  # torch's call for the whole prompt, since its blocks depend on the number of queries
-            given_query, mask = query, None
-            query = query.new_zeros(1, whole, *query.shape[1::2]).transpose(1, 2)
-            query[:, :, whole - rows :] = given_query
-        attended, _ = attend(module, query, keys, values, mask, dropout=0.0, scaling=module.scaling)
-        return self._after(index, orders, attended[:, whole - rows :], hidden_states)
+            given, (_, heads, _, size) = query, query.shape
+            query = query.new_zeros(1, whole, heads, size).transpose(1, 2)
+            query[:, :, whole - rows :] = given
+        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        stock: Tensor = attend(
+            parts.attention, query, keys, values, mask, dropout=0.0, scaling=parts.attention.scaling
+        )[0]
+        return stock[:, whole - rows :]
 
     def _unembed(self, normed: Tensor) -> Tensor:
         """As the unembedding's own `forward`: in our kernel where one row is asked for, as in decoding."""

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "heads.h"
 #include "prompt.h"
+#include "reading.h"
 #include "singles.h"
 
 // Whether the CPU's tiles can be used in this process.
@@ -37,6 +38,19 @@ extern "C" int64_t specbound_attention(const void* query, const void* keys, cons
   std::atomic<bool> numbers{true};
 #pragma omp parallel num_threads(threads)
   attend(&a, 1, order, numbers);
+  return numbers;
+}
+
+// See `prompt_attention.py` for the arguments. Returns 0 where some number is not finite: nothing is promised then.
+extern "C" int64_t specbound_reading(const void* query, const void* keys, const void* values, void* output, const int64_t* sizes,
+                                     float scale, int64_t threads) {
+  const Attention a{(const uint16_t*)query, (const uint16_t*)keys, (const uint16_t*)values, (uint16_t*)output,
+                    sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
+                    sizes[6], sizes[7], sizes[8], sizes[9], sizes[10], scale, 0, nullptr};
+  Widened widened(a);
+  std::atomic<bool> numbers{true};
+#pragma omp parallel num_threads(threads)
+  read_prompt(a, widened, numbers);
   return numbers;
 }
 

@@ -6,6 +6,7 @@
 extern "C" void specbound_products(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 extern "C" void specbound_singles(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 extern "C" int64_t specbound_tiles();
+extern "C" int64_t specbound_reading(const void*, const void*, const void*, void*, const int64_t*, float, int64_t);
 extern "C" int64_t specbound_attention(const void*, const void*, const void*, void*, const int64_t*, const int64_t*, float, int64_t, int64_t);
 
 extern "C" void specbound_before(const void*, const int64_t*, const float*, const float*, const float*, const void*, void*, void*, void*, void*, int64_t);
@@ -64,6 +65,14 @@ int main() {
           }
           if (!specbound_attention(query.data(), keys.data(), values.data(), output.data(), sizes, paths.data(), 0.1f, order, 2)) return 3;
         }
+      }
+  for (int64_t length : {1, 17, 65, 512, 513, 700})
+    for (int64_t rows : {length, int64_t{1}, (length + 1) / 2})
+      for (int64_t size : {4, 20, 64, 80, 256}) {
+        auto query = numbers(4 * rows * size), keys = numbers(2 * length * size), values = keys;
+        std::vector<uint16_t> output(rows * 4 * size);
+        const int64_t sizes[] = {rows, 4, 2, size, length, rows * size, size, length * size, size, length * size, size};
+        if (!specbound_reading(query.data(), keys.data(), values.data(), output.data(), sizes, 0.1f, 2)) return 5;
       }
   for (int64_t rows : {1, 3, 17})
     for (int64_t held : {0, 1, 600})
