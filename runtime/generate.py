@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from runtime.batch.generation import Generation, position_after
+from runtime.batch.reading import PromptReading
 from runtime.batch.waiting import Waiting, stock_class
 from runtime.decoding.emitter import TargetEmitter
 from runtime.decoding.families import CACHE, has_windows
@@ -172,7 +173,10 @@ def _speculate(
     model_kwargs: dict[str, Any],
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Prompt through the stock forward, then rounds; what plain `generate` returns comes back."""
-    generation = Generation.of(model, specbound, emitter, generation_config, model_kwargs)
+    given = emitter.input_ids, generation_config, model_kwargs
+    reading = PromptReading(model, specbound.prepared, specbound.drafter.watched, given, None)
+    reading.go_on()
+    generation = Generation.of(specbound, emitter, reading)
     specbound.stats = generation.request.stats
     try:
         with specbound.prepared.running(model):

@@ -1,6 +1,6 @@
 """Calls of `generate` that run together, each with the ids that it has alone."""
 
+from runtime.batch.call import Call as Call
+from runtime.batch.call import generated as generated
 from runtime.batch.calls import Batch as Batch
-from runtime.batch.calls import Call as Call
-from runtime.batch.calls import generated as generated
 from runtime.batch.memory import KVMemory as KVMemory

@@ -1,60 +1,29 @@
 """`Batch`: calls of `generate` that run together on one model, each with the ids that it has alone.
 
-Transformers prepares each call (processors, criteria, stop strings, lengths); its prompt goes through the stock
-forward between two rounds, and then it decodes with the others. Knows no text and no files.
+Transformers prepares each call (processors, criteria, stop strings, lengths); its prompt is read between rounds, in
+parts where that leaves the same bits, and then it decodes with the others. Knows no text and no files.
 """
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from runtime.batch.generation import Generation
+from runtime.batch.call import Call
 from runtime.batch.memory import KVMemory, rows_of
+from runtime.batch.reading import PromptReading
 from runtime.batch.waiting import Waiting, run_plain
 from runtime.decoding.emitter import TargetEmitter
 from runtime.decoding.engine import Engine
 from runtime.errors import ConfigError
 from runtime.exact.fingerprint import contents
 from runtime.handle import SpecBound
-from runtime.stats import SpeculationStats
 
 MAX_REQUESTS = 8
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """One call of `generate` in a batch.
-
-    Attributes:
-        waiting: what stock has prepared.
-        output: what `generate` returns; None until it has ended, and where it was cancelled before it began.
-        error: what its streamer, processor or criterion raised.
-        speculate: False where it is to draft nothing.
-        added: when, by `time.perf_counter`.
-        stats: counts of its rounds; None where it ran by stock's loop.
-        cancelled: set by whoever no longer wants it: it ends with the next round.
-        ended: whether it has an output or an error, or was cancelled.
-        generation: while it decodes.
-        tokens: whose keys and values it needs room for.
-        has_room: whether that is taken.
-    """
-
-    waiting: Waiting
-    speculate: bool
-    added: float
-    output: Any = None
-    error: BaseException | None = None
-    stats: SpeculationStats | None = None
-    cancelled: bool = False
-    ended: bool = False
-    generation: Generation | None = None
-    tokens: int = 0
-    has_room: bool = False
+AT_ONCE = 256  # tokens of prompts that are read between two rounds of those who decode, where parts have the same bits
 
 
 class Batch:
@@ -164,14 +133,16 @@ class Batch:
         ended = [call for call in (*self.calls, *self.running) if call.cancelled]
         for call in ended:
             self._leave(call)
+        begun = [call for call in self.running if call.generation is None]
         while self.calls and len(self.running) < self.max_requests and self._has_room(self.calls[0]):
             call = self.calls.popleft()
             self.running.append(call)
             self._begin(call)
-            if call.ended:
-                ended.append(call)
+            begun.append(call)
+        self._read(begun)
+        ended += [call for call in begun if call.ended]
         self.rows = 0
-        if not self.running:
+        if not self._engine.running:
             return ended
         self._inside()
         by_request = {id(call.generation.request): call for call in self.running if call.generation is not None}
@@ -184,7 +155,7 @@ class Batch:
         return ended
 
     def _begin(self, call: Call) -> None:
-        """The prompt's forward and the first token; all of it where the call cannot speculate."""
+        """Make ready to read the prompt; all of it, by stock's loop, where the call cannot speculate."""
         input_ids, processors, criteria, config, _, streamer = call.waiting.given
         self.outside()
         reason = self._reason or call.waiting.reason
@@ -195,18 +166,28 @@ class Batch:
                 call.output = run_plain(self.model, call.waiting)
                 self._leave(call)
                 return
-            emitter = TargetEmitter(input_ids, processors, criteria, config, streamer, call.waiting.generator)
-            kwargs = call.waiting.model_kwargs
-            call.generation = Generation.of(self.model, self.specbound, emitter, config, kwargs, self.memory)
-            request = call.generation.request
-            if not call.speculate:
-                request.bounds = replace(request.bounds, max_draft_tokens=0)
-            call.stats = request.stats
-            request.begin(call.generation.prompt_logits)
-            self._engine.join(request)
+            call.emitter = TargetEmitter(input_ids, processors, criteria, config, streamer, call.waiting.generator)
+            given = call.emitter.input_ids, config, call.waiting.model_kwargs
+            watched = self.specbound.drafter.watched
+            call.reading = PromptReading(self.model, self.specbound.prepared, watched, given, self.memory)
         except Exception as error:  # of the call's own streamer, processor or prompt: the others go on
             call.error = error
             self._leave(call)
+
+    def _read(self, calls: Sequence[Call]) -> None:
+        """Read on in the prompts of calls, the first ones first: `AT_ONCE` tokens of them while others decode."""
+        left = AT_ONCE
+        for call in calls:
+            if call.ended or call.reading is None or left <= 0:
+                continue
+            self.outside()
+            try:
+                left -= call.reading.go_on(left if self._engine.running else None)
+                if call.reading.read is not None:
+                    self._engine.join(call.start(self.specbound))
+            except Exception as error:  # of the call's own prompt, streamer or processor: the others go on
+                call.error = error
+                self._leave(call)
 
     def _leave(self, call: Call) -> None:
         """End a call: its cache and output, as `generate` leaves and returns them."""
@@ -238,13 +219,3 @@ class Batch:
         """Let the model compute as stock's until the next round."""
         self._blocks.close()
         self._blocks = ExitStack()
-
-
-def generated(call: Call) -> list[int]:
-    """The ids that a call generated, its prompt left out; raises what the call raised."""
-    if call.error is not None:
-        raise call.error
-    if call.output is None:
-        return []
-    sequences: Tensor = getattr(call.output, "sequences", call.output)
-    return sequences[0, call.waiting.given[0].shape[1] :].tolist()

@@ -2,21 +2,19 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from runtime.batch.memory import KVMemory, rows_of
-from runtime.batch.prompt import ReadPrompt
+from runtime.batch.memory import rows_of
+from runtime.batch.reading import PromptReading
 from runtime.decoding.cache import KVCache
 from runtime.decoding.emitter import TargetEmitter
 from runtime.decoding.families import CACHE
 from runtime.decoding.request import Request
 from runtime.decoding.state import DecodeState
 from runtime.handle import SpecBound
-from runtime.stats import SpeculationStats
 
 # New tokens that a cache has room for from its start.
 AHEAD = 1024
@@ -42,30 +40,14 @@ class Generation:
     keeps_cache: bool
 
     @classmethod
-    def of(
-        cls,
-        model: Any,
-        specbound: SpecBound,
-        emitter: TargetEmitter,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        memory: KVMemory | None = None,
-    ) -> "Generation":
-        """Run the prompt through the stock forward; `specbound` is ready for the model as it is.
-
-        Args:
-            memory: where prompts are kept; None keeps none.
-        """
+    def of(cls, specbound: SpecBound, emitter: TargetEmitter, reading: PromptReading) -> "Generation":
+        """Go on from a prompt that is read; `specbound` is ready for the model as it is."""
         bounds, prepared = specbound.certified_bounds, specbound.prepared
-        assert prepared.certificate is not None
+        assert prepared.certificate is not None and reading.read is not None
         emitter.largest_shift = prepared.certificate.largest_shift
-        started, stats = time.perf_counter(), SpeculationStats()
-        given, watched = (emitter.input_ids, generation_config, model_kwargs), specbound.drafter.watched
-        with stats.timing("prompt"):
-            read, reused = ReadPrompt.of(model, prepared, watched, given, memory)
+        (_, generation_config, model_kwargs), read, stats = reading.given, reading.read, reading.stats
         stock_cache: DynamicCache = model_kwargs[CACHE]
         keeps_cache = generation_config.return_dict_in_generate or getattr(stock_cache, "_is_user_defined", False)
-        stats.reused = reused
         prompt_length, drafts = stock_cache.get_seq_length(), bounds.max_draft_tokens
         kv = prepared.cache_of(stock_cache, prompt_length + min(emitter.remaining, AHEAD) + drafts)
         kv.most = rows_of(prompt_length + emitter.remaining, drafts)
@@ -79,7 +61,7 @@ class Generation:
         state = DecodeState(prepared.layers, kv, ids, prompt=read.states, position_offset=offset)
         on_round = getattr(emitter.streamer, "end_round", None)  # a streamer may ask what became of the drafts
         request = Request(state, bounds, emitter, stats, on_round)
-        return cls(request, emitter, read.logits, started, kv, stock_cache, prompt_length, bool(keeps_cache))
+        return cls(request, emitter, read.logits, reading.started, kv, stock_cache, prompt_length, bool(keeps_cache))
 
     def leave_cache(self) -> None:
         """Leave in the caller's cache the rows that stock would have left, also where the call was interrupted."""

@@ -9,7 +9,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from runtime.batch.calls import MAX_REQUESTS, Batch, Call, generated
+from runtime.batch.call import Call, generated
+from runtime.batch.calls import MAX_REQUESTS, Batch
 from runtime.errors import ConfigError, one_line
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from runtime.batch.calls import Batch, Call
+from runtime.batch.call import Call
+from runtime.batch.calls import Batch
 from runtime.stats import SpeculationStats
 from runtime.text.transcript import Transcript, Written, finish_reason
 

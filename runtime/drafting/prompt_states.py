@@ -24,11 +24,16 @@ class PromptStates:
         hidden = output[0] if isinstance(output, tuple) else output
         self._by_depth[depth] = hidden[0, -PROMPT_TOKENS - 1 :]
 
-    def follow(self, earlier: "PromptStates", unlike: int) -> None:
-        """Put what another prompt left before these: all of its positions but so many at its end."""
+    def without(self, unlike: int) -> "PromptStates":
+        """Those of all positions but so many at the end."""
+        made = PromptStates()
+        made._by_depth = {depth: states[: -unlike or None] for depth, states in self._by_depth.items()}
+        return made
+
+    def follow(self, earlier: "PromptStates") -> None:
+        """Put what was left of the tokens before before these."""
         for depth, states in self._by_depth.items():
-            kept = earlier._by_depth[depth][: -unlike or None]
-            self._by_depth[depth] = torch.cat([kept, states])[-PROMPT_TOKENS - 1 :]
+            self._by_depth[depth] = torch.cat([earlier._by_depth[depth], states])[-PROMPT_TOKENS - 1 :]
 
     @property
     def settled(self) -> dict[int, SettledStates]:

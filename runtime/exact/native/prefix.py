@@ -43,7 +43,7 @@ class Prefixes:
         orders = self.orders(other)
         if orders is None or orders != self.orders(one) or not self.proven.get(self.kind(one, other), True):
             return 0
-        if self._are_known(one, other):
+        if self.are_known(one, other):
             return min(alike, self.attention.common(one, other))
         block = block_of(one)
         rows = min(alike, one, other) // block * block if block_of(other) == block else 0
@@ -59,11 +59,11 @@ class Prefixes:
     def kind(self, one: int, other: int) -> tuple[int, ...]:
         """Of prompts of so many tokens: where lengths and threads are like this, what was proven for others holds."""
         threads = torch.get_num_threads()
-        if self._are_known(one, other):
+        if self.are_known(one, other):
             return (threads,)
         return threads, block_of(one), one // LIKE, other // LIKE
 
-    def _are_known(self, one: int, other: int) -> bool:
+    def are_known(self, one: int, other: int) -> bool:
         """Whether our own kernel attends in both."""
         return self.attention.knows(one) and self.attention.knows(other)
 

@@ -28,6 +28,10 @@ from runtime.exact.native.stack import NativeLayers
 GRAIN, VECTORS = 32768, 64
 
 
+class NotInParts(Exception):
+    """Some number is not finite: the prompt is to be read whole."""
+
+
 class PromptLayers:
     """What layers do to a prompt of one request.
 
@@ -46,8 +50,11 @@ class PromptLayers:
         self.orders = PromptOrders(one_each, bool(native.along[0]))
         self.steady = is_steady(native.parts[0].activation, native.opened)
         scaling = native.parts[0].attention.scaling
-        self.attention = PromptAttention(native.parts[0].heads, scaling, ALL_ATTENTION_FUNCTIONS["sdpa"])
+        alike = all((p.heads, p.attention.scaling) == (native.parts[0].heads, scaling) for p in native.parts)
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        self.attention = PromptAttention(native.parts[0].heads, scaling, sdpa, in_all=alike)
         self.prefixes = Prefixes(self.attention, self.orders)
+        self._windows = any(parts.window is not None for parts in native.parts)
         self._whole = 0
         self._room: Tensor | None = None  # for what lies between products, the same for all layers of a prompt
         self._given: Tensor | None = None
@@ -55,10 +62,14 @@ class PromptLayers:
 
     def common(self, one: int, other: int, alike: int) -> int:
         """Rows that prompts of so many tokens, so many of them alike, have in common to the bit; see `Prefixes`."""
-        windows = any(parts.window is not None for parts in self.native.parts)
-        if windows or not (self._activates(one) and self._activates(other)):
+        if self._windows or not (self._activates(one) and self._activates(other)):
             return 0
         return self.prefixes.common(one, other, alike)
+
+    def in_parts(self, length: int) -> bool:
+        """Whether a prompt of so many tokens may be read in parts, each row being computed here, and alone."""
+        known = not self._windows and self._activates(length) and self.orders(length) is not None
+        return known and self.attention.knows(length)
 
     @contextmanager
     def reading(self, whole: int = 0) -> Iterator[None]:
@@ -122,14 +133,19 @@ class PromptLayers:
     def _attend(
         self, index: int, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, whole: int
     ) -> Tensor:
-        """Of the last rows of a prompt of so many tokens: [1, H, T, E] to [1, T, H, E]."""
+        """Of rows of a prompt of so many tokens, the last that are there: [1, H, T, E] to [1, T, H, E].
+
+        Raises:
+            NotInParts: only our kernel attends while further tokens are to come, and it cannot.
+        """
         parts, rows = self.native.parts[index], query.shape[2]
-        alike = parts.heads == self.attention.heads and parts.attention.scaling == self.attention.scaling
         mask = mask if whole == rows else None
-        if mask is None and alike and self.attention.knows(whole):
-            attended = self.attention(query, keys, values)
+        if mask is None and self.attention.knows(whole):
+            attended = self.attention(query, keys, values, whole)
             if attended is not None:
                 return attended
+        if keys.shape[2] < whole:
+            raise NotInParts
         if whole > rows:  # torch's call for the whole prompt, since its blocks depend on the number of queries
             given, (_, heads, _, size) = query, query.shape
             query = query.new_zeros(1, whole, heads, size).transpose(1, 2)

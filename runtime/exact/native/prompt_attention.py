@@ -27,19 +27,20 @@ Attend = Callable[..., tuple[Tensor, Any]]
 
 
 class PromptAttention:
-    """Of the layers of one model, which all have such heads.
+    """Of the layers of one model.
 
     Args:
         heads: of queries, of keys, and the size of each.
         scaling: of scores.
         attend: transformers' function, which a prompt's forward calls.
+        in_all: whether heads and scaling are those of all layers; otherwise torch attends.
     """
 
-    def __init__(self, heads: tuple[int, int, int], scaling: float, attend: Attend) -> None:
+    def __init__(self, heads: tuple[int, int, int], scaling: float, attend: Attend, *, in_all: bool = True) -> None:
         self.heads, self.scaling, self.attend = heads, scaling, attend
         self.module = nn.Module()
         self.module.__dict__.update(num_key_value_groups=heads[0] // heads[1], is_causal=True)
-        self._is_known = True  # until torch adds otherwise at the first length that is looked at
+        self._is_known = in_all  # until torch adds otherwise at the first length that is looked at
         self._lengths: dict[tuple[int, int], bool] = {}
         self._told: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -70,12 +71,13 @@ class PromptAttention:
         """As the model's own forward has it, [1, H, R, E] to [1, R, H, E]; without a mask of the whole prompt."""
         return self.attend(self.module, query, keys, values, mask, dropout=0.0, scaling=self.scaling)[0]
 
-    def __call__(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
-        """The last rows of a prompt, each on the keys up to its own; None where some number is not finite.
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, whole: int | None = None) -> Tensor | None:
+        """Rows of a prompt, each on the keys up to its own; None where some number is not finite.
 
         Args:
-            query: shape [1, H, R, E], bfloat16, on the CPU.
+            query: shape [1, H, R, E], bfloat16, on the CPU: the last of the T that are there.
             keys, values: shape [1, G, T, E], T not below R.
+            whole: tokens of the prompt; by default T. If they are more, the T leave its `few_rows` out.
 
         Returns:
             Shape [1, R, H, E].
@@ -83,13 +85,14 @@ class PromptAttention:
         library = native_library()
         assert library is not None
         (_, heads, rows, size), length = query.shape, keys.shape[2]
+        whole = length if whole is None else whole
         output = query.new_empty(1, rows, heads, size)
         strides = [part.stride(dim) for part in (query, keys, values) for dim in (1, 2)]
-        sizes = (ctypes.c_int64 * 11)(rows, heads, heads // keys.shape[1], size, length, *strides)
+        sizes = (ctypes.c_int64 * 12)(rows, heads, heads // keys.shape[1], size, length, *strides, whole)
         pointers = [part.data_ptr() for part in (query, keys, values, output)]
         if not library.specbound_reading(*pointers, sizes, self.scaling, torch.get_num_threads()):
             return None
-        few = few_rows(length)
+        few = few_rows(whole) if length == whole else 0
         if few:  # torch multiplies the same queries and keys, in the same order, when they stand alone
             last = nn.functional.pad(query[:, :, -few:], (0, 0, max(0, few - rows), 0))
             mask = torch.ones(few, length, dtype=torch.bool).tril(length - few)[None, None] if few > 1 else None

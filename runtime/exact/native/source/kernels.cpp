@@ -50,7 +50,7 @@ extern "C" int64_t specbound_reading(const void* query, const void* keys, const 
   Widened widened(a);
   std::atomic<bool> numbers{true};
 #pragma omp parallel num_threads(threads)
-  read_prompt(a, widened, numbers);
+  read_prompt(a, widened, sizes[11], numbers);
   return numbers;
 }
 

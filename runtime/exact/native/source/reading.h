@@ -100,11 +100,11 @@ inline void multiply_ones(int64_t rows, const float* left, int64_t left_row, con
   for (; at < width; at += LANES) some_rows<1>(rows, left, left_row, right + at, right_line, block, count, sum + at, sum_row);
 }
 
-// Rows of one head, not beyond a unit.
+// Rows of one head, not beyond a unit, of a prompt that has `whole` keys, of which those to the last row are there.
 class Reading {
  public:
-  Reading(const Attention& a, const Widened& w, int64_t head, int64_t row, int64_t rows)
-      : a_(a), w_(w), keys_(&w.keys[head / a.shared * a.size * w.length]), values_(&w.values[head / a.shared * a.length * w.size]),
+  Reading(const Attention& a, const Widened& w, int64_t whole, int64_t head, int64_t row, int64_t rows)
+      : a_(a), w_(w), whole_(whole), keys_(&w.keys[head / a.shared * a.size * w.length]), values_(&w.values[head / a.shared * a.length * w.size]),
         head_(head), row_(row), rows_(rows), first_(a.length - a.rows + row) {}
 
   // Whether all of it are numbers.
@@ -118,7 +118,7 @@ class Reading {
     }
     const int64_t most = first_ + rows_;
     for (int64_t key = 0; key < most; key += BLOCK) {
-      const int64_t seen = std::min<int64_t>(BLOCK, most - key), count = std::min<int64_t>(BLOCK, a_.length - key);
+      const int64_t seen = std::min<int64_t>(BLOCK, most - key), count = std::min<int64_t>(BLOCK, whole_ - key);
       for (int64_t r = 0; r < rows_; r++) std::fill_n(part_[r], padded(seen), 0.f);
       multiply_ones(rows_, query_[0], MAX_SIZE, keys_ + key, w_.length, padded(seen), summed_apart(a_.size), a_.size, part_[0], BLOCK);
       for (int64_t r = 0; r < rows_; r++)
@@ -132,6 +132,7 @@ class Reading {
  private:
   const Attention& a_;
   const Widened& w_;
+  const int64_t whole_;
   const float *keys_, *values_;
   const int64_t head_, row_, rows_, first_;  // `first_` is the place of the first row among the keys
   alignas(64) float query_[UNIT_ROWS][MAX_SIZE], part_[UNIT_ROWS][BLOCK], result_[UNIT_ROWS][MAX_SIZE];
@@ -166,7 +167,7 @@ class Reading {
 
 // Every row and query head of a prompt; called by every thread of a team. `numbers` becomes false where a score or a value is
 // no finite number: nothing is promised then.
-inline void read_prompt(const Attention& a, Widened& w, std::atomic<bool>& numbers) {
+inline void read_prompt(const Attention& a, Widened& w, int64_t whole, std::atomic<bool>& numbers) {
   if (!widen_all(a, w)) numbers = false;
   const int64_t start = a.length - a.rows, last = (a.length - 1) / UNIT_ROWS;
   const int64_t units = last - start / UNIT_ROWS + 1;
@@ -174,7 +175,7 @@ inline void read_prompt(const Attention& a, Widened& w, std::atomic<bool>& numbe
   for (int64_t unit = 0; unit < units; unit++)  // those that see most first
     for (int64_t head = 0; head < a.queries; head++) {
       const int64_t first = (last - unit) * UNIT_ROWS, from = std::max(first, start), to = std::min(first + UNIT_ROWS, a.length);
-      if (!Reading(a, w, head, from - start, to - from).run()) numbers = false;
+      if (!Reading(a, w, whole, head, from - start, to - from).run()) numbers = false;
     }
 }
 

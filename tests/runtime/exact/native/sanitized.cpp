@@ -71,7 +71,8 @@ int main() {
       for (int64_t size : {4, 20, 64, 80, 256}) {
         auto query = numbers(4 * rows * size), keys = numbers(2 * length * size), values = keys;
         std::vector<uint16_t> output(rows * 4 * size);
-        const int64_t sizes[] = {rows, 4, 2, size, length, rows * size, size, length * size, size, length * size, size};
+        const int64_t whole = length + rows % 2 * 300;
+        const int64_t sizes[] = {rows, 4, 2, size, length, rows * size, size, length * size, size, length * size, size, whole};
         if (!specbound_reading(query.data(), keys.data(), values.data(), output.data(), sizes, 0.1f, 2)) return 5;
       }
   for (int64_t rows : {1, 3, 17})

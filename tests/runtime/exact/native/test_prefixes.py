@@ -11,8 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from runtime import SpeculationBounds, detach
 from runtime.batch import Batch, generated
 from runtime.batch.memory import KVMemory
-from runtime.batch.prompt import ReadPrompt
-from runtime.decoding.families import CACHE
+from runtime.batch.reading import PromptReading
 from runtime.exact.native.library import why_not_native
 from runtime.exact.native.prefix import Prefixes
 from runtime.exact.native.prompt_attention import PromptAttention
@@ -131,24 +130,59 @@ def test_layers_with_windows_read_all_of_it() -> None:
     assert taken(base(sliding_window=600), [text(1100), text(1200)]) == [0, 0]
 
 
-def test_what_does_not_keep_every_bit_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_what_does_not_keep_every_bit_is_not_taken(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     """Negative control: rows that differ are seen in the first prompt, whose ids are right, and not tried again."""
+    if not known:
+        monkeypatch.setattr(PromptAttention, "knows", lambda self, length: False)
     monkeypatch.setattr(Prefixes, "common", lambda self, one, other, alike: _common(self, one, other))
-    rest, tried = ReadPrompt._rest.__func__, []  # type: ignore[attr-defined]
+    part, tried = PromptReading._part, []
 
-    def spoilt(cls: Any, *given: Any) -> ReadPrompt:
-        tried.append(given[-1][1])
-        layers = given[3][2][CACHE].layers
-        read: ReadPrompt = rest(cls, *given)
-        layers[0].keys[0, 0, 3].view(torch.int16).bitwise_xor_(0x40)
-        return read
+    def spoilt(self: PromptReading, end: int) -> Any:
+        if end > 500:
+            tried.append(self._done)
+        outputs = part(self, end)
+        self.cache.layers[0].keys[0, 0, 3].view(torch.int16).bitwise_xor_(0x40)  # type: ignore[union-attr, index]
+        return outputs
 
     def _common(prefixes: Prefixes, one: int, other: int) -> int:
         return 512 if prefixes.proven.get(prefixes.kind(one, other), True) else 0
 
-    monkeypatch.setattr(ReadPrompt, "_rest", classmethod(spoilt))
+    monkeypatch.setattr(PromptReading, "_part", spoilt)
     assert taken(base(), [text(1100), text(1200), text(1210)]) == [0, 0, 0]
     assert tried == [512]
+
+
+def test_a_long_prompt_is_read_between_rounds_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts, as many tokens at once as are allowed, with the ids of each alone; whole where a part cannot be."""
+    model, prompts = base(), [text(40), text(700, 2), text(330, 3)]
+    how: list[dict[str, Any]] = [HOW | {"max_new_tokens": 24}, HOW, HOW]
+    expected = [model.generate(one, **own)[0, one.shape[1] :].tolist() for one, own in zip(prompts, how, strict=True)]
+    parts, part, attend, broken = [], PromptReading._part, PromptAttention.__call__, False
+
+    def noted(self: PromptReading, end: int) -> Any:
+        parts.append((self._done, end))
+        return part(self, end)
+
+    def attended(self: PromptAttention, query: Tensor, keys: Tensor, values: Tensor, whole: int | None = None) -> Any:
+        return None if broken and whole == 700 and keys.shape[2] > 400 else attend(self, query, keys, values, whole)
+
+    monkeypatch.setattr(PromptReading, "_part", noted)
+    monkeypatch.setattr(PromptAttention, "__call__", attended)
+    attach(model, SpecBound(model, FakeHeads("mixed", [1], expected[0], 96), SpeculationBounds(0.2, 1, 3)))
+    try:
+        for broken in (False, True):
+            parts.clear()
+            with Batch(model, 3, KVMemory(20_000)) as batch:
+                calls = [batch.add(one[0].tolist(), **own) for one, own in zip(prompts, how, strict=True)]
+                while not all(call.ended for call in calls):
+                    batch.round()
+            assert [generated(call) for call in calls] == expected
+            if model.specbound.prepared.prompts.in_parts(700):
+                whole = [] if broken else [(472, 700), (0, 28), (28, 284), (284, 330)]
+                assert parts[-6:] == [(0, 216), (216, 472), *whole] or (broken and (472, 700) not in parts)
+    finally:
+        detach(model)
 
 
 @torch.no_grad()
