@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.table import Table
 from servers import get, serving
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 from visitors import ask, differences
 
 from runtime.adapter.folder import load_adapter
 from runtime.adapter.hub import resolve_adapter
+from runtime.base import find_base, load_model, load_tokenizer
 from runtime.conditions import conditions
 from runtime.files import write_atomic
 from runtime.text.prompts import read_prompts, spread
@@ -60,13 +60,13 @@ def main(
     """Ask stock, then the server; print and keep what differs."""
     torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
-    base = model or load_adapter(resolve_adapter(adapter)).config.base_model_name_or_path
-    stock: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).eval()
+    base = find_base(model or load_adapter(resolve_adapter(adapter)).config.base_model_name_or_path)
+    stock: Any = load_model(base, {}, dtype=getattr(torch, dtype)).eval()
     texts = [prompt.messages[-1].content for prompt in spread(read_prompts(prompts), limit)]
     report: dict[str, Any] = conditions(stock.device, stock.dtype) | {"tokens": tokens, "seed": seed}
     if spoiled:
         report["spoiled"] = spoil(stock)
-    oracle = Oracle(stock, AutoTokenizer.from_pretrained(base))
+    oracle = Oracle(stock, load_tokenizer(base, {}))
     questions, report["left_out"] = asked(oracle, texts, tokens, seed)
     command = [sys.executable, "-c", START, "serve", "--adapter", adapter, "--dtype", dtype, "--threads", str(threads)]
     command += ["--max-running", str(max(at_once)), "--max-waiting", "64", *(["--model", model] if model else [])]
