@@ -1,7 +1,8 @@
 """A server under many requests: whole, streamed, read slowly, left, bad ones; SIGTERM at the end.
 
-Starts `specbound serve` on a free port of this machine and talks to it through sockets. Each prompt is first decoded
-plainly, alone: what is answered later must have those ids. Exit code 1 if anything is wrong. Example:
+Starts `specbound serve` on a free port of this machine and talks to it through sockets. Stop strings, penalties and
+probabilities are asked for with a quarter of the prompts each. Each prompt is first decoded plainly, alone: what is
+answered later must have those ids. Exit code 1 if anything is wrong. Example:
 python scripts/soak.py adapters/smollm2-135m-instruct --requests 2000 --concurrency 8 --json soak.json
 """
 
@@ -108,7 +109,8 @@ def serving(arguments: list[str]) -> Iterator[tuple[subprocess.Popen[str], int]]
 
 def stop(soak: Soak, questions: list[Question], process: subprocess.Popen[str], concurrency: int) -> None:
     """SIGTERM while streams run: they are finished with their ids, and the process ends by itself."""
-    asked: list[dict[str, Any]] = [question.body | {"max_tokens": LONG} for question in questions[:concurrency]]
+    long: dict[str, Any] = {"max_tokens": LONG, "stop": None}
+    asked = [question.body | long for question in questions[:concurrency]]
     alone = [soak.read_stream(body | {"specbound": {"enabled": False}}) for body in asked]
     begun: set[int] = set()
     with ThreadPoolExecutor(concurrency) as pool:

@@ -31,12 +31,19 @@ BAD: list[tuple[Any, int]] = [
 ]
 
 
+# What a quarter of the questions asks for besides.
+EXTRAS: list[dict[str, Any]] = [
+    {},
+    {"stop": ["e", "6"]},
+    {"presence_penalty": 0.5, "frequency_penalty": 0.3, "repetition_penalty": 1.1},
+    {"logprobs": 2},
+]
 KINDS = {"whole": 35, "stream": 30, "slow": 10, "leaves": 15, "bad": 10}  # of a hundred requests
 
 
 @dataclass
 class Question:
-    """A body, and what plain decoding alone answers to it."""
+    """A body, and what plain decoding alone answers to it; probabilities, where it asks for any, are in the text."""
 
     body: Body
     ids: list[int] = field(default_factory=list)
@@ -67,6 +74,7 @@ class Soak:
             prompt = [self.random.randrange(5, 100) for _ in range(self.random.randrange(2, 40))]
             how: Body = {"temperature": 0} if number % 2 else {"temperature": 0.9, "top_p": 0.95, "seed": number}
             limit = self.random.randrange(1, 16)
+            how |= EXTRAS[(number // 2 + number) % len(EXTRAS)]
             made.append(Question({"model": self.model, "prompt": prompt, "max_tokens": limit} | how))
         for each in made:
             each.ids, each.text = self.read_stream(each.body | {"specbound": {"enabled": False}})
@@ -114,14 +122,15 @@ class Soak:
         answer, rest = json.loads(response.read()), response.fp and response.fp.read(1)
         connection.close()
         self.once(answer["id"], not rest)
-        found: str = answer["choices"][0]["text"]
-        return found
+        choice = answer["choices"][0]
+        return str(choice["text"]) + _in_words(choice["logprobs"] and choice["logprobs"]["token_logprobs"])
 
     def read_stream(self, body: Body, pause: Callable[[], object] = lambda: None) -> tuple[list[int], str]:
         """Ids and text of a stream, which has one end."""
         about = {"stream": True, "specbound": {"rounds": True} | body.get("specbound", {})}
         connection, response = self.post(body | about)
         ids, text, ends, name = [], "", 0, ""
+        likely: list[float] = []
         while line := response.readline():
             pause()
             if line.startswith(b"data: {"):
@@ -129,11 +138,12 @@ class Soak:
                 name, choice, own = event["id"], event["choices"][0], event.get("specbound", {})
                 text, ends = text + choice["text"], ends + (choice["finish_reason"] is not None)
                 ids += [own["token"]] if own.get("token") is not None else []
+                likely += choice["logprobs"]["token_logprobs"] if choice["logprobs"] else []
             elif line.startswith(b"data: [DONE]"):
                 ends += 1
         connection.close()
         self.once(name, ends == 2)
-        return ids, text
+        return ids, text + _in_words(likely)
 
     def once(self, name: str, ended: bool) -> None:
         """An answer is there once, whole."""
@@ -198,6 +208,11 @@ class Soak:
             name: float(value)
             for name, _, value in (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))
         }
+
+
+def _in_words(logprobs: list[float] | None) -> str:
+    """Probabilities behind a text."""
+    return f" {logprobs}" if logprobs else ""
 
 
 def resident(pid: int) -> int | None:

@@ -34,8 +34,10 @@ def test_a_small_soak(soak: Any) -> None:
     outcomes = soak.compare_counts(before)
     assert not soak.faults and not soak.counts["wrong"]
     assert all(soak.counts[kind] for kind in ("whole", "stream", "slow", "leaves", "bad"))
-    assert sum(outcomes.values()) == 60 and outcomes["length"] >= soak.counts["whole"]
+    assert sum(outcomes.values()) == 60 and outcomes["length"] + outcomes["stop"] >= soak.counts["whole"]
     assert len(memory) == 2
+    assert any("stop" in question.body for question in questions)
+    assert all(question.text.endswith("]") for question in questions if "logprobs" in question.body)
 
 
 def test_what_is_wrong_is_seen(soak: Any) -> None:
