@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from runtime.decoding.missing import missing_part
+from runtime.decoding.missing import missing_part, setting
 from runtime.decoding.wrappers import WRAPPERS
 from runtime.errors import UnsupportedModel
 
@@ -177,10 +177,23 @@ def check_config(config: Any, kind: str | None = None) -> Family:
 
 def _why_not(config: Any) -> str | None:
     """Why a model of this config is not supported; None where it is."""
-    text = config.get_text_config() if config.model_type in WRAPPERS else config
+    try:
+        text = config.get_text_config()
+    except ValueError:  # transformers finds several
+        return "it has several decoders"
     family = FAMILIES.get(text.model_type)
     if family is None:
-        return missing_part(config)
+        return missing_part(text, inside=text is not config)
+    if text is not config and config.model_type not in WRAPPERS:
+        around = "a model of several kinds of input that has not been described to SpecBound yet"
+        return f"its decoder of text (model_type {text.model_type!r}) is inside {around}"
+    return _why_not_text(text, family)
+
+
+def _why_not_text(text: Any, family: Family) -> str | None:
+    """Why a decoder of text of this family is not supported; None where it is."""
+    if setting(text, "is_heterogeneous"):
+        return "it has settings that differ from layer to layer"
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if not kinds <= ({"full_attention", "sliding_attention"} if family.by_layer else {"full_attention"}):
         return f"it has layers of the kinds {', '.join(sorted(kinds))}"

@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from runtime.decoding.families import text_decoder
 from runtime.decoding.rows import TreeRows
 from runtime.errors import UnsupportedModel
 from runtime.exact.native.attend import ORDERS, attend, can_attend
@@ -171,6 +172,11 @@ def in_rows(
     return torch.cat([attend(*row, scale=scaling) for row in _rows(query, keys, values, tree)], 2)
 
 
+def implementation_for(model: PreTrainedModel) -> str:
+    """What to load a model with, so that its attention is supported; some classes have no sdpa."""
+    return f"attn_implementation={'sdpa' if text_decoder(model)._supports_sdpa else 'eager'!r}"
+
+
 @contextmanager
 def block_attention(model: PreTrainedModel, kind: str) -> Iterator[BlockAttention]:
     """While open, the model's attention modules take blocks of new tokens without a mask.
@@ -185,7 +191,7 @@ def block_attention(model: PreTrainedModel, kind: str) -> Iterator[BlockAttentio
     stock = config._attn_implementation
     if stock not in SUPPORTED:
         raise UnsupportedModel(
-            f"attention implementation {stock!r} is not supported: load the model with attn_implementation='sdpa'"
+            f"attention implementation {stock!r} is not supported: load the model with {implementation_for(model)}"
         )
     attention = BlockAttention(kind, stock)
     name = f"specbound_{kind}_{stock}_{id(attention)}"

@@ -20,7 +20,7 @@ from runtime.decoding.families import CACHE, check_supported
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.wrappers import text_modules
 from runtime.errors import UnsupportedModel
-from runtime.exact.attention import SUPPORTED
+from runtime.exact.attention import SUPPORTED, implementation_for
 from runtime.exact.execution import mixtures
 from runtime.exact.fingerprint import INTERNAL, STOCK, hooks_of
 
@@ -69,7 +69,7 @@ def why_stock(model: Any) -> str | None:
     config = model.config.get_text_config()
     attention = config._attn_implementation
     if attention not in SUPPORTED or not _is_stock(ALL_ATTENTION_FUNCTIONS.get(attention)):
-        return f"its attention implementation is {attention!r}: load it with attn_implementation='sdpa'"
+        return f"its attention implementation is {attention!r}: load it with {implementation_for(model)}"
     experts = _why_not_experts(model)
     if experts is not None:
         return experts

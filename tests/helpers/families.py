@@ -62,8 +62,6 @@ FAMILIES: dict[str, Any] = {
 }  # fmt: skip
 # Without a window in any layer; the window that is named beside is nobody's.
 FULL: dict[str, Any] = {"layer_types": ["full_attention"] * LAYERS, "sliding_window": 8}
-# Those that attend in eager mode alone.
-EAGER = ("gemma2", "gpt_oss")
 # Two of four experts a token, in the words of each kind of configuration.
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -186,8 +184,11 @@ NATIVE_SHAPE: dict[str, Any] = {
 def tiny(
     family: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None, window: int | None = None
 ) -> PreTrainedModel:
-    """A random model whose greedy output wanders; biases, norms and scales are random too."""
-    attention = attention or ("eager" if family in EAGER else "sdpa")
+    """A random model whose greedy output wanders; biases, norms and scales are random too.
+
+    Args:
+        attention: by default sdpa, or eager where the family has no other.
+    """
     config = config_of(family, window)
     check_size(family, window)
     torch.manual_seed(0)

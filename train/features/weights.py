@@ -28,6 +28,12 @@ def idle_parameters(model: Any) -> int:
     return idle
 
 
+def mixed_parameters(model: Any) -> int:
+    """Parameters of mixtures of experts that a token runs through, in all layers: a block takes these row by row."""
+    mixed = {id(each): each for mixture in mixtures(model) for each in mixture.parameters()}
+    return sum(parameter.numel() for parameter in mixed.values()) - idle_parameters(model)
+
+
 def experts_per_token(config: Any) -> int:
     """How many experts of a mixture take a token; the most, where layers differ."""
     given = config.num_experts_per_tok

@@ -13,11 +13,12 @@ from runtime.drafting.draft_heads import DraftHeads
 from runtime.errors import DataError
 from runtime.files import write_atomic
 from train.features.spread import shaped
-from train.features.weights import active_parameters
+from train.features.weights import active_parameters, mixed_parameters
 from train.replay.rounds import Level
 
 FORMAT = 2
-# Cost of each further row of a block, as a share of the first: weights are read once for all rows.
+# Cost of each further row of a block, as a share of the first: weights are read once for all rows. Experts are not:
+# each row wakes others, and a mixture takes a block row by row.
 COUNTED_EXTRA_ROW = 0.15
 WIDTHS = tuple(range(1, 17))
 
@@ -55,16 +56,19 @@ class CostTable:
     conditions: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def counted(cls, num_hidden_layers: int, *, head: float, unembedding: float) -> "CostTable":
+    def counted(
+        cls, num_hidden_layers: int, *, head: float, unembedding: float, experts: float = 0.0
+    ) -> "CostTable":
         """Count costs from numbers of weights; the unit is one decoder layer on one token.
 
         Args:
             head, unembedding: cost for one token, in this unit.
+            experts: share of a layer's cost for one token that is mixtures of experts.
         """
         rows = {width: 1.0 + COUNTED_EXTRA_ROW * (width - 1) for width in WIDTHS}
         return cls(
             num_hidden_layers=num_hidden_layers,
-            layer=rows,
+            layer={width: (1.0 - experts) * share + experts * width for width, share in rows.items()},
             layer_context=dict.fromkeys(WIDTHS, 0.0),
             unembedding={width: unembedding * share for width, share in rows.items()},
             head=head,
@@ -195,14 +199,15 @@ class CostTable:
 
 
 def counted_costs(model: Any, heads: DraftHeads) -> CostTable:
-    """Count costs from weights: those of a head and of the unembedding, relative to one decoder layer."""
+    """Count costs from weights: those of a head, the unembedding and experts, relative to one decoder layer."""
     model = shaped(model)
     layers: int = model.config.get_text_config().num_hidden_layers
     matrix = model.get_output_embeddings().weight.numel()
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    layer = (active_parameters(model) - matrix * (1 if tied else 2)) / layers
+    body = active_parameters(model) - matrix * (1 if tied else 2)
+    layer = body / layers
     head = heads.exits.one.weights_read / layer
-    return CostTable.counted(layers, head=head, unembedding=matrix / layer)
+    return CostTable.counted(layers, head=head, unembedding=matrix / layer, experts=mixed_parameters(model) / body)
 
 
 def _push(segments: list[tuple[int, int]], depth: int, tokens: int) -> None:
