@@ -16,13 +16,15 @@ from accelerate import PartialState
 from runtime.adapter.identity import base_fingerprint
 from runtime.base import base_config, find_base, load_model, load_tokenizer
 from runtime.decoding.layers import settle_kernels
-from runtime.errors import AdapterError, ConfigError, SpecBoundError
+from runtime.errors import AdapterError, ConfigError
+from runtime.files import naming
 from train.corpus.answers import check_template
 from train.corpus.collection import Collection
 from train.corpus.corpus import distil
 from train.corpus.options import CorpusOptions
 from train.features.spread import is_spread, load_spread, whole_parameters
 from train.fitting.interrupts import StopSignals
+from train.fitting.launch import one_line_errors
 from train.settings.fit_config import FitConfig, parse_config, validate
 
 logger = logging.getLogger(__name__)
@@ -116,7 +118,7 @@ def main(config: FitConfig) -> None:
     """
     validate(config)
     state = PartialState()
-    with StopSignals():
+    with StopSignals(), naming(config.corpus_path):
         model, tokenizer = load_base(config)
         folder = make_corpus(config, model.to(state.device), tokenizer, state=state)
     if state.is_main_process:
@@ -125,7 +127,5 @@ def main(config: FitConfig) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with one_line_errors():
         main(parse_config(sys.argv[1:]))
-    except SpecBoundError as error:
-        sys.exit(f"error: {error}")

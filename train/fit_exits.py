@@ -22,6 +22,7 @@ from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.heads import ExitHeads
 from runtime.errors import ConfigError, DataError, SpecBoundError
+from runtime.files import naming
 from train.calibration.calibration import unseen_rows
 from train.calibration.temperatures import require_positions
 from train.corpus.corpus import counts_of
@@ -35,6 +36,7 @@ from train.fitting.launch import (
     check_output_dir,
     make_accelerator,
     memory_for,
+    one_line_errors,
     quiet_logs,
     show_settings,
     sole_writer,
@@ -61,7 +63,7 @@ def main(config: FitConfig) -> None:
     check_output_dir(config)
     if config.push_to_hub:
         check_can_push(config)
-    with StopSignals() as stop, sole_writer(config):
+    with StopSignals() as stop, naming(Path(config.output_dir)), sole_writer(config):
         _main(config, stop)
 
 
@@ -213,10 +215,8 @@ def make_heads(
 def run(argv: list[str]) -> None:
     """Run the command line; an error that the user can mend is one line on stderr and exit code 1."""
     quiet_logs()
-    try:
+    with one_line_errors():
         main(parse_config(argv))
-    except SpecBoundError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
