@@ -40,7 +40,7 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
     Raises:
         ConfigError, DataError: see `Collection.mix` and `distil`.
     """
-    check_template(tokenizer, corpus_options(config))  # before anything that takes long
+    check_template(tokenizer, CorpusOptions.of(config))  # before anything that takes long
     if state.is_main_process and (longest := config.max_prompt_tokens + config.max_new_tokens) > config.longest:
         logger.warning(
             "max_length %d cuts answers that are generated whole: set it to max_prompt_tokens + max_new_tokens, %d, or"
@@ -57,7 +57,7 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
         tokenizer,
         read.prompts,
         config.corpus_path,
-        corpus_options(config),
+        CorpusOptions.of(config),
         fingerprint=base_fingerprint(model, whole_parameters(model)),
         rank=state.process_index,
         world_size=state.num_processes,
@@ -66,23 +66,6 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
         given=read.conversations if keep else None,
         skipped=read.skipped,
         together=is_spread(model),
-    )
-
-
-def corpus_options(config: FitConfig) -> CorpusOptions:
-    """What of the recipe decides the text of its corpus."""
-    return CorpusOptions(
-        max_new_tokens=config.max_new_tokens,
-        max_prompt_tokens=config.max_prompt_tokens,
-        batch_size=config.generation_batch_size,
-        sample_fraction=config.sample_fraction,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        chat_template=config.chat_template,
-        calibration_fraction=config.calibration_fraction,
-        held_out_fraction=config.held_out_fraction,
-        evaluation_files=tuple(config.evaluation_files),
-        seed=config.seed,
     )
 
 

@@ -26,7 +26,8 @@ from runtime.files import naming
 from train.calibration.calibration import unseen_rows
 from train.calibration.temperatures import require_positions
 from train.corpus.corpus import counts_of
-from train.distil import corpus_options, load_base, make_corpus
+from train.corpus.options import CorpusOptions
+from train.distil import load_base, make_corpus
 from train.features.disk import bytes_per_position, require_disk
 from train.features.split import Split
 from train.features.spread import decoder_layers, is_spread, take_from_launcher, whole_parameters
@@ -77,7 +78,7 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     model, vocab_size = layers.model, cast(Tensor, layers.unembedding.weight).shape[0]
     validate_against_model(config, num_hidden_layers=layers.num_layers, vocab_size=vocab_size)
     if config.dry_run:
-        accelerator.print(rehearse(config, layers, tokenizer, corpus_options(config), accelerator.num_processes))
+        accelerator.print(rehearse(config, layers, tokenizer, CorpusOptions.of(config), accelerator.num_processes))
         return
     before = weights_sha256(model, whole_parameters(model))
     then = ", with another corpus_dir"
