@@ -16,13 +16,15 @@ from accelerate import PartialState
 from runtime.adapter.identity import base_fingerprint
 from runtime.base import base_config, find_base, load_model, load_tokenizer
 from runtime.decoding.layers import settle_kernels
-from runtime.errors import AdapterError, ConfigError, SpecBoundError
+from runtime.errors import AdapterError, ConfigError
+from runtime.files import naming
 from train.corpus.answers import check_template
 from train.corpus.collection import Collection
 from train.corpus.corpus import distil
 from train.corpus.options import CorpusOptions
 from train.features.spread import is_spread, load_spread, whole_parameters
 from train.fitting.interrupts import StopSignals
+from train.fitting.launch import one_line_errors
 from train.settings.fit_config import FitConfig, parse_config, validate
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
     Raises:
         ConfigError, DataError: see `Collection.mix` and `distil`.
     """
-    check_template(tokenizer, corpus_options(config))  # before anything that takes long
+    check_template(tokenizer, CorpusOptions.of(config))  # before anything that takes long
     if state.is_main_process and (longest := config.max_prompt_tokens + config.max_new_tokens) > config.longest:
         logger.warning(
             "max_length %d cuts answers that are generated whole: set it to max_prompt_tokens + max_new_tokens, %d, or"
@@ -55,7 +57,7 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
         tokenizer,
         read.prompts,
         config.corpus_path,
-        corpus_options(config),
+        CorpusOptions.of(config),
         fingerprint=base_fingerprint(model, whole_parameters(model)),
         rank=state.process_index,
         world_size=state.num_processes,
@@ -64,23 +66,6 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
         given=read.conversations if keep else None,
         skipped=read.skipped,
         together=is_spread(model),
-    )
-
-
-def corpus_options(config: FitConfig) -> CorpusOptions:
-    """What of the recipe decides the text of its corpus."""
-    return CorpusOptions(
-        max_new_tokens=config.max_new_tokens,
-        max_prompt_tokens=config.max_prompt_tokens,
-        batch_size=config.generation_batch_size,
-        sample_fraction=config.sample_fraction,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        chat_template=config.chat_template,
-        calibration_fraction=config.calibration_fraction,
-        held_out_fraction=config.held_out_fraction,
-        evaluation_files=tuple(config.evaluation_files),
-        seed=config.seed,
     )
 
 
@@ -116,7 +101,7 @@ def main(config: FitConfig) -> None:
     """
     validate(config)
     state = PartialState()
-    with StopSignals():
+    with StopSignals(), naming(config.corpus_path):
         model, tokenizer = load_base(config)
         folder = make_corpus(config, model.to(state.device), tokenizer, state=state)
     if state.is_main_process:
@@ -125,7 +110,5 @@ def main(config: FitConfig) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with one_line_errors():
         main(parse_config(sys.argv[1:]))
-    except SpecBoundError as error:
-        sys.exit(f"error: {error}")

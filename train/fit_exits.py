@@ -24,10 +24,12 @@ from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.draft_heads import DraftHeads
 from runtime.drafting.heads import ExitHeads
 from runtime.errors import ConfigError, DataError, SpecBoundError
+from runtime.files import naming
 from train.calibration.calibration import unseen_rows
 from train.calibration.temperatures import require_positions
 from train.corpus.corpus import counts_of
-from train.distil import corpus_options, load_base, make_corpus
+from train.corpus.options import CorpusOptions
+from train.distil import load_base, make_corpus
 from train.features.disk import bytes_per_position, require_disk
 from train.features.split import Split
 from train.features.spread import decoder_layers, is_spread, take_from_launcher, whole_parameters
@@ -37,6 +39,7 @@ from train.fitting.launch import (
     check_output_dir,
     make_accelerator,
     memory_for,
+    one_line_errors,
     quiet_logs,
     show_settings,
     sole_writer,
@@ -65,7 +68,7 @@ def main(config: FitConfig) -> None:
     check_output_dir(config)
     if config.push_to_hub:
         check_can_push(config)
-    with StopSignals() as stop, sole_writer(config):
+    with StopSignals() as stop, naming(Path(config.output_dir)), sole_writer(config):
         _main(config, stop)
 
 
@@ -81,7 +84,7 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     if config.dry_run:
         heads = make_heads(config, layers, torch.arange(config.draft_vocab_size or vocab_size))
         with memory_for("rehearsing", "per_device_train_batch_size", config.per_device_train_batch_size, then=""):
-            found = rehearse(config, layers, tokenizer, corpus_options(config), heads, accelerator)
+            found = rehearse(config, layers, tokenizer, CorpusOptions.of(config), heads, accelerator)
         accelerator.print(found)
         return
     before = weights_sha256(model, whole_parameters(model))
@@ -222,10 +225,8 @@ def make_heads(
 def run(argv: list[str]) -> None:
     """Run the command line; an error that the user can mend is one line on stderr and exit code 1."""
     quiet_logs()
-    try:
+    with one_line_errors():
         main(parse_config(argv))
-    except SpecBoundError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

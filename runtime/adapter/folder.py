@@ -20,6 +20,7 @@ from runtime.adapter.config import MAX_CONFIG_BYTES, SpecBoundConfig
 from runtime.adapter.identity import file_sha256
 from runtime.drafting.heads import ExitHeads
 from runtime.errors import AdapterError, SpecBoundError
+from runtime.files import ROOM, is_full
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -95,7 +96,8 @@ def _is_replaceable(folder: Path) -> bool:
 def _unwritable(folder: str | Path, error: Exception) -> Exception:
     if isinstance(error, SpecBoundError):
         return error
-    return AdapterError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}")
+    advice = f": {ROOM}" if is_full(error) else ""
+    return AdapterError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}{advice}")
 
 
 def _write(adapter: Adapter, folder: Path) -> SpecBoundConfig:

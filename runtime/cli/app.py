@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from runtime.cli import audit, chat, generate, inspect, serve
+from runtime.files import disk_line
 
 # Which extra brings a library, where that is not `train`.
 EXTRAS = {"optuna": "sweep"} | dict.fromkeys(("fastapi", "uvicorn", "prometheus_client", "starlette"), "serve")
@@ -46,7 +47,10 @@ def root(
 
 
 def run(app: typer.Typer) -> None:
-    """Run a command line. A closed pipe ends it quietly; a library that is missing is named, with its extra."""
+    """Run a command line. A closed pipe ends it quietly; a library that is missing is named, with its extra.
+
+    An error of the disk that no verb has caught is one line, too.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names in any script, on any terminal
@@ -64,4 +68,9 @@ def run(app: typer.Typer) -> None:
             raise
         extra = EXTRAS.get(library, "train")
         print(f"error: {library} is not installed: pip install 'specbound[{extra}]'", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:  # what writes raises errors of many kinds
+        if (line := disk_line(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(1)

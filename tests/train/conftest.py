@@ -3,7 +3,9 @@
 import json
 import random
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,23 @@ from tests.helpers.fits import forget
 from tests.helpers.publication import BASE, rename
 from train import fit_exits
 from train.settings.fit_config import FitConfig
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """`disk(kilobytes)`: a folder on a disk of that size of its own."""
+    with ExitStack() as mounted:
+
+        def make(kilobytes: int) -> Path:
+            folder = tmp_path / f"disk-{kilobytes}"
+            folder.mkdir()
+            command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+            if subprocess.run(command, capture_output=True, check=False).returncode:
+                pytest.skip("needs the right to mount a tmpfs")
+            mounted.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
+            return folder
+
+        yield make
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ def bench_command(
     With --json FILE.json it also writes a table, FILE.md, and a picture, FILE.png.
     """
     from runtime.errors import SpecBoundError
-    from runtime.files import check_writable
+    from runtime.files import check_writable, write_atomic
     from train.evaluation.bench import BenchSettings, run_bench
     from train.evaluation.picture import picture
     from train.evaluation.report import markdown
@@ -56,7 +56,7 @@ def bench_command(
     try:
         check_writable(json_file)
         report = run_bench(settings, path=json_file, resume=resume)
-        json_file.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+        write_atomic(json_file.with_suffix(".md"), markdown(report).encode())
         picture(report, json_file.with_suffix(".png"))
     except (SpecBoundError, OSError) as error:
         fail(error, None)

@@ -14,15 +14,20 @@ SHOWN = 600  # characters of a message in an example
 
 def data_command(
     sources: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(help="Files or data sets, as a recipe's prompts list them.", show_default=False),
-    ],
-    model: Annotated[str, typer.Option(help="The base's folder or Hub id. Only its tokenizer is loaded.")],
-    answers: Annotated[str, typer.Option(help="Look at them as a fit would: distil or keep.")] = "distil",
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A recipe: all that is not given here is taken from it, its prompts too.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The base's folder or Hub id. Its tokenizer is loaded.")] = None,
+    answers: Annotated[str | None, typer.Option(help="Look at them as a fit would: distil or keep.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many rows of each source.")] = None,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longer prompts are skipped by the fit.")] = 1024,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longer answers are cut by the fit.")] = 128,
-    chat_template: Annotated[str, typer.Option(help="The tokenizer's (auto) or plain text (none).")] = "auto",
+    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="The fit skips longer ones; 1024.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="The fit cuts longer answers; 128.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="The tokenizer's (auto) or plain text (none).")] = None,
+    calibration_fraction: Annotated[float | None, typer.Option(min=0, max=1, help="Of the prompts; 0.1.")] = None,
+    held_out_fraction: Annotated[float | None, typer.Option(min=0, max=1, help="Of the prompts; 0.1.")] = None,
     examples: Annotated[int, typer.Option(min=0, help="Show this many conversations.")] = 2,
     picture: Annotated[Path | None, typer.Option(help="Draw the lengths into this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -31,25 +36,19 @@ def data_command(
 
     Example: specbound data configs/data/demo_prompts.jsonl --model outputs/base/smollm2-135m-instruct
     """
-    from runtime.base import find_base, load_tokenizer
-    from runtime.errors import ConfigError, SpecBoundError
-    from train.corpus.answers import check_template
-    from train.corpus.collection import Collection
-    from train.corpus.options import CorpusOptions
+    from runtime.errors import SpecBoundError
     from train.corpus.prompts import special_tokens
     from train.planning.histogram import histogram
-    from train.planning.survey import Survey
 
-    options = CorpusOptions(
-        max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens, chat_template=chat_template
-    )
+    source = {"prompts": sources, "model_name_or_path": model, "answers": answers, "prompt_limit": limit}
+    changes: dict[str, Any] = {
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_new_tokens": max_new_tokens,
+        "chat_template": chat_template,
+    }
+    changes |= {"calibration_fraction": calibration_fraction, "held_out_fraction": held_out_fraction}
     try:
-        if answers not in ("distil", "keep"):
-            raise ConfigError(f"answers {answers!r}: expected distil or keep")
-        tokenizer = load_tokenizer(find_base(model), {"revision": None})
-        check_template(tokenizer, options)
-        read = Collection.mix(sources, limit=limit, keep=answers == "keep", quiet=True)
-        survey = Survey.of(read, tokenizer, options, num_examples=examples)
+        options, tokenizer, survey = _survey(config, source, _given(changes), examples)
         if picture is not None:
             histogram(survey, options, picture)
     except (SpecBoundError, OSError) as error:
@@ -58,6 +57,39 @@ def data_command(
         print(json.dumps(survey.as_json(), indent=2))
     else:
         show(survey, options, special_tokens(tokenizer))
+
+
+def _survey(
+    recipe: Path | None, source: dict[str, Any], changes: dict[str, Any], examples: int
+) -> tuple[Any, Any, Any]:
+    """The options of the corpus, the tokenizer, and what is found; raises a SpecBoundError where it cannot be."""
+    from runtime.base import find_base, load_tokenizer
+    from runtime.errors import ConfigError
+    from train.corpus.answers import check_template
+    from train.corpus.collection import Collection
+    from train.corpus.options import CorpusOptions
+    from train.planning.survey import Survey
+    from train.settings.fit_config import parse_config
+
+    options, chosen = CorpusOptions(**changes), {"answers": "distil", "model_revision": None, **source}
+    if recipe is not None:
+        config = parse_config(["--config", str(recipe)])
+        options, chosen = CorpusOptions.of(config, **changes), vars(config) | _given(source)
+    for name, flag in (("prompts", "a file"), ("model_name_or_path", "--model")):
+        if not chosen[name]:
+            raise ConfigError(f"nothing says which {name} to look at: give {flag}, or a recipe with --config")
+    keep = (chosen["answers"] or "distil") == "keep"
+    if chosen["answers"] not in (None, "distil", "keep"):
+        raise ConfigError(f"answers {chosen['answers']!r}: expected distil or keep")
+    tokenizer = load_tokenizer(find_base(chosen["model_name_or_path"]), {"revision": chosen["model_revision"]})
+    check_template(tokenizer, options)
+    read = Collection.mix(chosen["prompts"], limit=chosen["prompt_limit"], keep=keep, quiet=True)
+    return options, tokenizer, Survey.of(read, tokenizer, options, keep=keep, num_examples=examples)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Those that the command line says."""
+    return {name: value for name, value in values.items() if value not in (None, [])}
 
 
 def show(survey: Any, options: Any, special: list[str]) -> None:
@@ -77,7 +109,9 @@ def show(survey: Any, options: Any, special: list[str]) -> None:
         if numbers is not None:
             lengths.add_row(name, *(f"{value:,.0f}" for value in numbers.values()))
     console.print(lengths)
-    for example in survey.examples:
+    if survey.empty:
+        console.print(Text(survey.empty, style="bold red"))
+    for example, rendered in zip(survey.examples, survey.rendered, strict=True):
         said = Text()
         for role, content in _messages(example):
             said.append(f"{role}: ", style=f"bold {ROLES[role]}").append(content[:SHOWN], style=ROLES[role])
@@ -85,6 +119,9 @@ def show(survey: Any, options: Any, special: list[str]) -> None:
         said.highlight_words(special, "bold red reverse")
         said.rstrip()
         console.print(Panel(said, border_style="dim"))
+        whole = Text(rendered if len(rendered) <= 2 * SHOWN else f"{rendered[:SHOWN]} ... {rendered[-SHOWN:]}")
+        whole.highlight_words(special, "bold red reverse")
+        console.print(Panel(whole, title="as the base reads it", title_align="left", border_style="dim"))
 
 
 def _facts(survey: Any, options: Any) -> list[tuple[str, str]]:
@@ -102,9 +139,11 @@ def _facts(survey: Any, options: Any) -> list[tuple[str, str]]:
     ]
     if survey.answers:
         facts.append(("cut", f"{survey.cut:,} of {len(survey.answers):,} answers above max_new_tokens"))
-    if survey.special:
-        told = ", ".join(f"{token} in {number:,}" for token, number in survey.special.items())
-        facts.append(("special tokens", f"as text, which become real ones: {told}"))
+    for kind, special in (("prompts", survey.special), ("answers", survey.special_answers)):
+        if special:
+            told = ", ".join(f"{token} in {number:,}" for token, number in special.items())
+            cut = ", where an answer may end" if kind == "answers" else ""
+            facts.append((f"tokens in {kind}", f"special ones in the text, which become real ones{cut}: {told}"))
     return facts
 
 

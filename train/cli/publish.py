@@ -1,6 +1,7 @@
 """`specbound publish`: upload an adapter to the Hub."""
 
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -39,19 +40,21 @@ def publish_command(
     Example: specbound publish outputs/demo/adapter my-org/smollm2-135m-specbound --license apache-2.0
     """
     from runtime.errors import SpecBoundError
+    from runtime.files import naming
     from train.publishing.publish import publish
     from train.publishing.staging import Claims
 
     try:
-        published = publish(
-            adapter,
-            repo_id,
-            private=not public,
-            create_pr=create_pr,
-            revision=revision,
-            tag=tag,
-            claims=Claims(base_model, base_revision, license, bench),
-        )
+        with naming(Path(tempfile.gettempdir())):  # where the copy is made
+            published = publish(
+                adapter,
+                repo_id,
+                private=not public,
+                create_pr=create_pr,
+                revision=revision,
+                tag=tag,
+                claims=Claims(base_model, base_revision, license, bench),
+            )
     except (SpecBoundError, OSError) as error:
         fail(error, {"adapter": str(adapter), "repo_id": repo_id} if as_json else None)
     if as_json:

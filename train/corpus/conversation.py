@@ -21,6 +21,10 @@ SYSTEM = ("system", "system_prompt")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant"}
 ROLES |= {"model": "assistant", "bot": "assistant", "function": "tool", "observation": "tool"}
 ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+# Names of roles and of fields under which a message calls a tool; what a part of a message is, by a word in its names.
+CALLS = ("tool_calls", "function_call", "tool_call")
+PARTS = {"tool_use": "a call of a tool", "tool_result": "what a tool gave", "tool_call": "a call of a tool"}
+PARTS |= {"image": "a picture", "video": "a video", "audio": "a recording", "file": "a file", "document": "a file"}
 EXPECTED = f"one of the columns {', '.join(COLUMNS)}, or the name of another as in FILE?column=NAME"
 _UNUSABLE = re.compile("[\x00\ud800-\udfff]")  # a NUL or a lone surrogate, which tokenizers refuse
 
@@ -105,13 +109,31 @@ def _message(entry: Any) -> Message:
     if not isinstance(entry, dict):
         raise Unusable("a message that is no object")
     role = entry.get("role", entry.get("from"))
+    content = entry.get("content", entry.get("value"))
+    if isinstance(content, list):
+        content = "".join(_part(part) for part in content)
+    called = role in CALLS or any(entry.get(name) for name in CALLS)
+    if called and (role in CALLS or not (isinstance(content, str) and content.strip())):
+        raise Unusable("a call of a tool in the place of a text")
     if ROLES.get(str(role)) is None:
         raise Unusable(f"a message of the unknown role {str(role)[:20]!a}")
-    content = entry.get("content", entry.get("value"))
-    if isinstance(content, list):  # parts, of which pictures cannot be read
-        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        content = "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else None
+    if content is None:
+        raise Unusable("a message without a text")
     return Message(ROLES[str(role)], _text(content))
+
+
+def _part(part: Any) -> str:
+    """The text of a part of a message; of other kinds each is named."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict):
+        said = " ".join([str(part.get("type") or ""), *(name for name, value in part.items() if value)])
+        for word, kind in PARTS.items():
+            if word in said:
+                raise Unusable(f"{kind} in a message, of which only text can be read")
+        if isinstance(part.get("text"), str):
+            return str(part["text"])
+    raise Unusable("a part of a message without a text")
 
 
 def _system(row: dict[str, Any]) -> tuple[Message, ...]:

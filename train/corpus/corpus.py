@@ -28,7 +28,15 @@ from train.corpus.engine import EngineAnswerer
 from train.corpus.given import GivenAnswerer, own_tokens
 from train.corpus.growth import begin_growth, earlier_rows, end_growth, unanswered
 from train.corpus.options import CorpusOptions
-from train.corpus.prompts import SPLITS, assign_split, deduplicate, ngram_filter, special_tokens, warn_of_tokens
+from train.corpus.prompts import (
+    SPLITS,
+    assign_split,
+    deduplicate,
+    ngram_filter,
+    prompts_left,
+    special_tokens,
+    token_warnings,
+)
 from train.corpus.record import (
     begun_alone,
     check_settings,
@@ -102,7 +110,7 @@ def distil(
     barrier()  # rank 0 writes nothing before all have read what was there
     if rank == 0:
         begin_growth(folder, earlier, {"settings": settings, "complete": False})
-        warn_of_tokens([] if options.chat_template == "none" else kept, special_tokens(tokenizer))
+        _warn_of_tokens(tokenizer, kept, given)
     waves = Waves(answerer, shards, rank, 1 if shared else world_size, barrier, progress)
     tables, num_too_long = waves.run(unanswered(kept, earlier))
     counts: dict[str, Any] = {"prompts": len(kept), "duplicates": num_duplicates, "sharing_13_words": len(dropped)}
@@ -160,7 +168,7 @@ def load_split(corpus_dir: str | Path, split: str) -> datasets.Dataset:
         raise DataError(f"{folder}: {split}.parquet cannot be read ({reason}); delete it and run again") from error
     if not table.num_rows:
         raise DataError(
-            f"{folder}: the {split} split is empty ({_left(record.get('counts', {}))});"
+            f"{folder}: the {split} split is empty ({prompts_left(record.get('counts', {}))});"
             f" use more prompts or another {split}_fraction"
         )
     return datasets.Dataset(table)
@@ -172,15 +180,14 @@ def counts_of(corpus_dir: Path) -> dict[str, Any]:
     return counts
 
 
-def _left(counts: dict[str, int]) -> str:
-    """How many prompts were left, and what became of the others, in words."""
-    lost = {
-        "duplicates": "duplicates of others",
-        "sharing_13_words": "like evaluation prompts",
-        "too_long": "too long",
-    }
-    reasons = [f"{counts[name]} were {reason}" for name, reason in lost.items() if counts.get(name)]
-    return ", ".join([f"prompts left after cleaning: {counts.get('prompts', 0)}", *reasons])
+def _warn_of_tokens(tokenizer: Any, prompts: Sequence[Prompt], given: Sequence[Conversation] | None) -> None:
+    """Warn of special tokens in the text of prompts and of given answers."""
+    asked = {prompt.hash for prompt in prompts}
+    answered = {one.prompt.hash: one.answers for one in reversed(given or ()) if one.prompt.hash in asked}
+    texts = {"prompts": ["\n".join(prompt.texts) for prompt in prompts]}
+    texts["answers"] = [answer for answers in answered.values() for answer in answers]
+    for said in token_warnings(texts, special_tokens(tokenizer)):
+        logger.warning("%s", said)
 
 
 def _own_share(folder: Path, model: Any) -> float:

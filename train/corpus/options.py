@@ -1,6 +1,10 @@
 """`CorpusOptions`: what decides the text of a corpus, besides prompts and model."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from train.settings.fit_config import FitConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,3 +27,11 @@ class CorpusOptions:
     held_out_fraction: float = 0.1
     evaluation_files: tuple[str, ...] = ()
     seed: int = 0
+
+    @classmethod
+    def of(cls, config: FitConfig, **changes: Any) -> "CorpusOptions":
+        """What of a recipe decides the text of its corpus, with changes."""
+        there: Mapping[str, Any] = asdict(config)
+        chosen = {field.name: there[field.name] for field in fields(cls) if field.name in there}
+        chosen |= {"batch_size": config.generation_batch_size, "evaluation_files": tuple(config.evaluation_files)}
+        return cls(**chosen | changes)

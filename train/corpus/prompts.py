@@ -6,15 +6,12 @@ to the one before. Needs no model and no tokenizer.
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from runtime.text.prompts import Prompt
 from train.corpus.collection import Collection
-
-logger = logging.getLogger(__name__)
 
 SPLITS = ("fit", "calibration", "held_out")
 _WORD = re.compile(r"[^\W_]+")
@@ -46,26 +43,42 @@ def deduplicate(prompts: Sequence[Prompt]) -> tuple[list[Prompt], int]:
     return list(unique.values()), len(prompts) - len(unique)
 
 
-def with_tokens(prompts: Sequence[Prompt], tokens: Sequence[str]) -> list[tuple[str, Prompt]]:
-    """The prompts that hold one of these tokens in their text, each with the first that it holds."""
+def with_tokens(texts: Sequence[str], tokens: Sequence[str]) -> list[tuple[str, str]]:
+    """The texts that hold one of these tokens, each behind the first that it holds."""
     if not tokens:
         return []
     pattern = re.compile("|".join(map(re.escape, tokens)))
-    return [(match[0], prompt) for prompt in prompts if (match := pattern.search("\n".join(prompt.texts)))]
+    return [(match[0], text) for text in texts if (match := pattern.search(text))]
 
 
-def warn_of_tokens(prompts: Sequence[Prompt], tokens: Sequence[str]) -> None:
-    """Warn of prompts that hold these tokens in their text: the tokenizer makes real ones of them."""
-    if found := with_tokens(prompts, tokens):
-        token, prompt = found[0]
-        logger.warning(
-            "%d of %d prompts hold special tokens in their text, which become real ones, such as a turn's end: %s in"
-            " the one that begins %.60a; remove them from the text, or leave those prompts out",
-            len(found),
-            len(prompts),
-            token,
-            prompt.texts[0],
-        )
+def token_warnings(texts: Mapping[str, Sequence[str]], tokens: Sequence[str]) -> list[str]:
+    """What to say of texts that hold these tokens: the tokenizer makes real ones of them, with a chat template or not.
+
+    Args:
+        texts: by what they are, `prompts` or `answers`.
+    """
+    said = []
+    for kind, those in texts.items():
+        if found := with_tokens(those, tokens):
+            token, text = found[0]
+            cut = ", so an answer may be learnt up to its first end of a turn alone" if kind == "answers" else ""
+            said.append(
+                f"{len(found)} of {len(those)} {kind} hold special tokens in their text, which become real ones, such"
+                f" as a turn's end{cut}: {token} in the one that begins {text!a:.60}; remove them from the text, or"
+                f" leave those {kind} out, unless they are meant as tokens"
+            )
+    return said
+
+
+def prompts_left(counts: Mapping[str, Any]) -> str:
+    """How many prompts were left, and what became of the others, in words."""
+    lost = {
+        "duplicates": "duplicates of others",
+        "sharing_13_words": "like evaluation prompts",
+        "too_long": "too long",
+    }
+    reasons = [f"{counts[name]} were {reason}" for name, reason in lost.items() if counts.get(name)]
+    return ", ".join([f"prompts left after cleaning: {counts.get('prompts', 0)}", *reasons])
 
 
 def special_tokens(tokenizer: Any) -> list[str]:

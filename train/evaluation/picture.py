@@ -1,10 +1,13 @@
 """Plots of a benchmark: speed by task, sources of the tokens, and predicted against measured speed."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+
+from runtime.files import write_atomic
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -24,7 +27,7 @@ def picture(report: dict[str, Any], path: Path) -> None:
     if predicted:
         _predictions(figure.add_subplot(grid[1, 2]), report)
     figure.tight_layout()
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    write_atomic(path, partial(figure.savefig, format="png", dpi=130, metadata={"Software": None}))
     plt.close(figure)
 
 

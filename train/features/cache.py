@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from filelock import FileLock
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from runtime import DataError
 from runtime.adapter.identity import file_sha256
+from runtime.files import write_atomic
 from train.features.extractor import FeatureExtractor, Features, Sequences
 from train.features.prompts import Prompts
 
@@ -112,10 +113,13 @@ class FeatureCache:
         tensors = _flat(features)
         if features.prompts is not None:
             tensors |= {f"{PROMPTS}{name}": tensor for name, tensor in _flat(features.prompts).items()}
-        unfinished = path.with_suffix(".tmp")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
-        path.with_suffix(".sha256").write_text(file_sha256(unfinished))
-        unfinished.replace(path)
+        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+        def write(file: IO[bytes]) -> None:
+            save_file(whole, file.name)
+            write_atomic(path.with_suffix(".sha256"), file_sha256(Path(file.name)).encode())
+
+        write_atomic(path, write)
 
 
 def _flat(states: Features | Prompts) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a fit needs before it starts: a folder that can be written, processes, trackers, a quiet log.
+"""What a fit needs before it starts: a folder that can be written, processes, trackers, a quiet log; and how it fails.
 
 Knows no model and no text.
 """
@@ -6,6 +6,7 @@ Knows no model and no text.
 import fcntl
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +20,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers.utils import logging as transformers_logging
 
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, SpecBoundError
+from runtime.files import disk_line
 from train.fitting.checkpoints import find_checkpoints
 from train.settings.fit_config import FitConfig
 from train.settings.recipe import nearest
@@ -34,6 +36,18 @@ def quiet_logs() -> None:
     datasets.disable_progress_bars()
     if not torch.accelerator.is_available():  # DeepSpeed, which accelerate imports, would announce this twice
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Within `with`: what the user can mend, a full disk included, ends the program: one line on stderr, code 1."""
+    try:
+        yield
+    except Exception as error:  # what writes raises errors of many kinds
+        line = str(error) if isinstance(error, SpecBoundError) else disk_line(error)
+        if line is None:
+            raise
+        sys.exit(f"error: {line}")
 
 
 def check_output_dir(config: FitConfig) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from runtime.files import write_atomic
+from runtime.files import append, write_atomic
 
 
 class MetricsLog:
@@ -21,9 +21,8 @@ class MetricsLog:
         write_atomic(path, kept.encode())
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        """Append one line, or nothing of it."""
+        append(self.path, (json.dumps({"step": step, **values}) + "\n").encode())
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

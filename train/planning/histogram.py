@@ -1,9 +1,11 @@
 """A picture of how long prompts and answers are."""
 
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 
+from runtime.files import write_atomic
 from train.corpus.options import CorpusOptions
 from train.planning.survey import Survey
 
@@ -25,5 +27,5 @@ def histogram(survey: Survey, options: CorpusOptions, path: Path) -> None:
             panel.legend(fontsize=8, frameon=False)
         panel.set(xlabel=f"tokens of {name}", ylabel="turns")
     figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    write_atomic(path, partial(figure.savefig, format=path.suffix[1:] or "png", dpi=120, metadata={"Software": None}))
     plt.close(figure)

@@ -57,12 +57,12 @@ def rehearse(
     """
     keep, processes = config.answers == "keep", accelerator.num_processes
     read = Collection.mix(config.prompts, limit=config.prompt_limit, keep=keep, quiet=True)
-    survey = Survey.of(read, tokenizer, options)
+    survey = Survey.of(read, tokenizer, options, keep=keep)
+    if survey.empty:
+        raise DataError(survey.empty)
     turns = _batch(config, layers, tokenizer, options, read)
     rows = survey.splits.get("fit", 0)
     total = sum(survey.splits.values())
-    if missing := [name for name in ("fit", "calibration", "held_out") if not survey.splits.get(name)]:
-        raise DataError(f"the {' and '.join(missing)} split would be empty: give more prompts or other fractions")
     plan = Plan(config, [config.max_new_tokens] * rows, world_size=processes)
     splits = ", ".join(f"{name} {number}" for name, number in survey.splits.items())
     lines = [
@@ -71,6 +71,7 @@ def rehearse(
         f"steps       {plan.total}, {plan.steps_per_epoch} an epoch; a checkpoint every {config.save_steps}",
     ]
     lines += [f"skipped     {read.reasons()}"] if read.skipped else []
+    lines += [f"tokens      {said}" for said in survey.warnings]
     lines += [_corpus_hours(config, layers, tokenizer, options, turns, total / processes)] if not keep else []
     lines += [_fit_hours(config, layers, turns, plan, rows / processes, heads, accelerator)]
     lines += [_memory(config, layers, turns), _disk(config, layers, total)]

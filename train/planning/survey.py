@@ -13,7 +13,16 @@ from runtime.text.prompts import Message, Prompt
 from train.corpus.collection import SILENT, Collection
 from train.corpus.conversation import Conversation
 from train.corpus.options import CorpusOptions
-from train.corpus.prompts import assign_split, deduplicate, ngram_filter, special_tokens, with_tokens
+from train.corpus.prompts import (
+    SPLITS,
+    assign_split,
+    deduplicate,
+    ngram_filter,
+    prompts_left,
+    special_tokens,
+    token_warnings,
+    with_tokens,
+)
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 
@@ -34,9 +43,12 @@ class Survey:
         answers: length of every given answer.
         too_long: prompts above `max_prompt_tokens`.
         cut: given answers above `max_new_tokens`.
-        special: conversations with special tokens of the tokenizer in their text.
+        special: special token of the tokenizer -> prompts that hold it in their text.
+        special_answers: the same of answers that are kept.
+        warnings: a sentence each on special tokens of prompts and answers.
         splits: split -> turns.
         examples: evenly spaced conversations.
+        rendered: text of each example as the base reads it, with the chat template.
     """
 
     rows: int
@@ -52,12 +64,26 @@ class Survey:
     too_long: int
     cut: int
     special: dict[str, int]
+    special_answers: dict[str, int]
+    warnings: list[str]
     splits: dict[str, int]
     examples: list[Conversation] = field(repr=False)
+    rendered: list[str] = field(repr=False)
 
     @classmethod
-    def of(cls, collection: Collection, tokenizer: Any, options: CorpusOptions, *, num_examples: int = 0) -> "Survey":
+    def of(
+        cls,
+        collection: Collection,
+        tokenizer: Any,
+        options: CorpusOptions,
+        *,
+        keep: bool = False,
+        num_examples: int = 0,
+    ) -> "Survey":
         """Count; every turn is tokenized as the corpus will be.
+
+        Args:
+            keep: answers are kept, and not those of the base.
 
         Raises:
             DataError: the chat template refuses a conversation.
@@ -71,9 +97,14 @@ class Survey:
         for each in tqdm(chosen, "count tokens", unit=" conversations", delay=SILENT, leave=False):
             prompts += [len(encode(tokenizer, turn, template=template)) for turn in _turns(each)]
             answers += [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in each.answers]
+        texts = {"prompts": ["\n".join(prompt.texts) for prompt in kept]}
+        texts["answers"] = [text for each in chosen for text in each.answers] if keep else []
+        tokens = special_tokens(tokenizer)
+        special = {kind: Counter(token for token, _ in with_tokens(those, tokens)) for kind, those in texts.items()}
         fractions = {"calibration_fraction": options.calibration_fraction}
         fractions["held_out_fraction"] = options.held_out_fraction
         number = min(num_examples, len(chosen))
+        examples = [chosen[index * len(chosen) // number] for index in range(number)]
         return cls(
             rows=collection.rows,
             skipped=collection.skipped,
@@ -87,10 +118,23 @@ class Survey:
             answers=answers,
             too_long=sum(length > options.max_prompt_tokens for length in prompts),
             cut=sum(length > options.max_new_tokens for length in answers),
-            special=_special(kept, tokenizer) if template else {},
+            special=dict(special["prompts"]),
+            special_answers=dict(special["answers"]),
+            warnings=token_warnings(texts, tokens),
             splits=_turns_by_split(kept, fractions),
-            examples=[chosen[index * len(chosen) // number] for index in range(number)],
+            examples=examples,
+            rendered=[_rendered(each, tokenizer, template=template, keep=keep) for each in examples],
         )
+
+    @property
+    def empty(self) -> str:
+        """What to say where a split would be empty; nothing otherwise."""
+        missing = [name for name, turns in self.splits.items() if not turns]
+        if not missing:
+            return ""
+        counts = {"prompts": self.conversations, "duplicates": self.duplicates, "too_long": self.too_long}
+        left = prompts_left(counts | {"sharing_13_words": self.sharing_13_words})
+        return f"the {' and '.join(missing)} split would be empty ({left}): give more prompts or other fractions"
 
     def as_json(self) -> dict[str, Any]:
         """The figures as JSON values: quantiles in the place of all lengths."""
@@ -108,10 +152,10 @@ def quantiles(lengths: Sequence[int]) -> dict[str, float] | None:
 
 
 def _turns_by_split(prompts: Sequence[Prompt], fractions: dict[str, float]) -> dict[str, int]:
-    counted: Counter[str] = Counter()
+    counted = dict.fromkeys(SPLITS, 0)
     for prompt in prompts:
         counted[assign_split(prompt.hash, **fractions)] += 1 + len(prompt.later_turns)
-    return dict(counted)
+    return counted
 
 
 def _turns(conversation: Conversation) -> list[list[dict[str, str]]]:
@@ -124,7 +168,18 @@ def _turns(conversation: Conversation) -> list[list[dict[str, str]]]:
     return turns
 
 
-def _special(prompts: Sequence[Prompt], tokenizer: Any) -> dict[str, int]:
-    """Special token -> prompts that hold it as text."""
-    found = with_tokens(prompts, special_tokens(tokenizer))
-    return dict(Counter(token for token, _ in found))
+def _rendered(conversation: Conversation, tokenizer: Any, *, template: bool, keep: bool) -> str:
+    """What the base reads of a conversation, special tokens included: the first prompt, or all that is learnt."""
+    turns = _turns(conversation)
+    if not keep or conversation.whole or len(conversation.answers) < len(turns):
+        ids = encode(
+            tokenizer, turns[-1] if keep else turns[0], template=template and not (keep and conversation.whole)
+        )
+    elif template:
+        last = asdict(Message("assistant", conversation.answers[len(turns) - 1]))
+        ids = encode(tokenizer, [*turns[-1], last], options={"add_generation_prompt": False})
+    else:
+        ids = encode(tokenizer, turns[-1], template=False)
+        ids = [*ids, *tokenizer(conversation.answers[len(turns) - 1], add_special_tokens=False)["input_ids"]]
+    text: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return text

@@ -18,6 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from runtime.errors import ConfigError
+from runtime.files import growing
 from train.sweep.space import Space
 
 JOURNAL, LOCK = "study.log", "study.lock"
@@ -62,7 +63,7 @@ class Study:
         self.lock = FileLock(folder / LOCK)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with self.lock:
-            storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+            storage = JournalStorage(_Journal(folder / JOURNAL))
             self.study = optuna.create_study(
                 storage=storage, study_name="sweep", direction="maximize", load_if_exists=True
             )
@@ -139,6 +140,19 @@ class Study:
             held.release()
             return None
         return Taken(number, params, folder, held)
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal, in which no half line stays where a disk is full: nothing behind one can be read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Add lines, all of them or none. Only whoever holds the study's lock does."""
+        with growing(self.path):
+            super().append_logs(logs)
 
 
 def _is_fitting(folder: Path) -> bool:

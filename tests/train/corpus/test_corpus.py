@@ -205,5 +205,7 @@ def test_special_tokens_in_the_text_of_prompts_are_counted(model, tokenizer, tmp
     caplog.clear()
     run(model, tokenizer, [*prompts(9), *held], tmp_path / "c")  # nothing is generated
     run(model, tokenizer, prompts(9), tmp_path / "d")
-    run(model, tokenizer, held, tmp_path / "e", dataclasses.replace(OPTIONS, chat_template="none"))
     assert not [text for text in caplog.messages if "special tokens" in text]
+    folder = run(model, tokenizer, held, tmp_path / "e", dataclasses.replace(OPTIONS, chat_template="none"))
+    assert any(EOS in row["prompt_ids"] for row in rows(folder))  # without a template too
+    assert [text for text in caplog.messages if text.startswith("2 of 2 prompts hold special tokens")]

@@ -80,6 +80,23 @@ def test_the_share_that_the_base_would_choose_is_told(model, tokenizer, tmp_path
     assert "greedy_agreement" not in record(tmp_path / "own")["counts"]
 
 
+def test_special_tokens_in_kept_answers_are_told(model, tokenizer, tmp_path, caplog):
+    """They end what is learnt of an answer; counted over all turns, with a template and without."""
+    cut = Conversation(Prompt((Message("user", "w1"),), ("w2",)), ("w3 w4", "w5 </s> w6 w7"))
+    folder = keep(model, tokenizer, [*TALKS, cut], tmp_path / "c")
+    last = max((row for row in rows(folder) if row["prompt_hash"] == cut.prompt.hash), key=lambda row: row["wave"])
+    assert tokenizer.decode(last["response_ids"]) == "w5 </s>"
+    (said,) = [text for text in caplog.messages if "special tokens" in text]
+    assert said.startswith("1 of 32 answers hold special tokens in their text") and "\n" not in said
+    assert "learnt up to its first end of a turn alone: </s> in the one that begins 'w5 </s> w6 w7'" in said
+    caplog.clear()
+    keep(model, tokenizer, [*TALKS, cut], tmp_path / "d", replace(OPTIONS, chat_template="none"))
+    assert [text for text in caplog.messages if text.startswith("1 of 32 answers hold special tokens")]
+    caplog.clear()
+    keep(model, tokenizer, TALKS, tmp_path / "e")
+    assert not [text for text in caplog.messages if "special tokens" in text]
+
+
 def test_kept_and_distilled_are_different_corpora(model, tokenizer, tmp_path):
     """The folder of one is refused to the other, and to other answers; complete, it is taken as it is."""
     keep(model, tokenizer, TALKS, tmp_path / "c")

@@ -36,7 +36,7 @@ def source(tmp_path) -> str:
 def test_it_counts_what_the_corpus_will_hold(model, tokenizer, tmp_path, source, keep):
     """With given answers even the lengths are those of the corpus."""
     read = Collection.read(source, keep=keep)
-    survey = Survey.of(read, tokenizer, OPTIONS)
+    survey = Survey.of(read, tokenizer, OPTIONS, keep=keep)
     given = read.conversations if keep else None
     folder = run(model, tokenizer, read.prompts, tmp_path / "c", given=given, skipped=read.skipped)
     counts, found = record(folder)["counts"], rows(folder)
@@ -77,7 +77,15 @@ def data(model, tokenizer, tmp_path, source):
 def test_the_verb_tells_it(data, tmp_path):
     found = data("--answers", "keep", "--max-prompt-tokens", "40", "--picture", str(tmp_path / "lengths.png"))
     assert found.exit_code == 0, found.stderr
-    for part in ("no answer in it", "1 prompts above", "</s> in 1", "assistant: w4", "19 with 2", "median"):
+    for part in (
+        "no answer in it",
+        "1 prompts above",
+        "</s> in 1",
+        "assistant: w4",
+        "19 with 2",
+        "median",
+        "as the base reads it",
+    ):
         assert part in found.stdout, (part, found.stdout)
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
@@ -95,3 +103,58 @@ def test_what_cannot_be_looked_at_is_one_line(data):
     ):
         found = data(*options)
         assert found.exit_code == 1 and expected in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_an_example_is_shown_as_the_base_reads_it(tokenizer, source):
+    """The first prompt, ready to be answered; with kept answers all that is learnt."""
+    first, second = (Survey.of(Collection.read(source), tokenizer, OPTIONS, keep=keep, num_examples=2).rendered
+                     for keep in (False, True))  # fmt: skip
+    assert first[0] == "<system> w1 </s> <user> w2 w3 </s> <assistant>" == second[0]  # it has no answer
+    talk = "<user> w11 </s> <assistant> " + "w4 " * 11 + "</s> <user> w5 w6 </s> <assistant> w7 </s>"
+    assert second[1].split() == talk.split() and talk.startswith(first[1])
+    plain = Survey.of(Collection.read(source), tokenizer, replace(OPTIONS, chat_template="none"), num_examples=1)
+    assert plain.rendered == ["w1 w2 w3"]
+
+
+def test_special_tokens_of_kept_answers_are_counted(tokenizer, tmp_path):
+    """With a template and without; where answers are not kept, theirs do not matter."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "w1", "response": "w2 </s> w3"}\n{"prompt": "w4", "response": "w5"}\n')
+    for options in (OPTIONS, replace(OPTIONS, chat_template="none")):
+        kept = Survey.of(Collection.read(str(path), keep=True), tokenizer, options, keep=True)
+        assert (kept.special, kept.special_answers) == ({}, {"</s>": 1})
+        (said,) = kept.warnings
+        assert said.startswith("1 of 2 answers hold special tokens in their text")
+    assert not Survey.of(Collection.read(str(path)), tokenizer, OPTIONS).warnings
+
+
+def test_the_verb_tells_of_tokens_in_answers_and_of_empty_splits(data, tmp_path, source):
+    """A few prompts, nearly all of them equal, are too few for three splits; the reason is told."""
+    path = tmp_path / "same.jsonl"
+    path.write_text('{"prompt": "w1", "response": "w2 </s>"}\n' * 60)
+    found = data(str(path), "--answers", "keep")
+    assert "tokens in answers" in found.stdout and "split would be empty" not in found.stdout
+    (tmp_path / "rows.jsonl").write_bytes(path.read_bytes())
+    found = data("--answers", "keep")
+    told = "split would be empty (prompts left after cleaning: 1, 59 were duplicates of others): give more prompts"
+    assert found.exit_code == 0 and told in found.stdout
+
+
+def test_a_recipe_says_how_to_look(data, tmp_path, source):
+    """Its prompts, base, lengths and fractions; what is given beside it wins."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {tmp_path}/base\nprompts: [{source}]\nexit_layers: [1]\noutput_dir: out\n"
+        "calibration_fraction: 0.5\nmax_prompt_tokens: 40\nanswers: keep\nprompt_limit: 21\n"
+    )
+    run = CliRunner().invoke
+    whole = json.loads(run(app, ["data", "--config", str(recipe), "--json"]).stdout)
+    assert (whole["rows"], whole["too_long"], whole["skipped"]) == (21, 1, {"no answer in it": 1})
+    given = json.loads(run(app, ["data", "--config", str(recipe), "--json", "--max-prompt-tokens", "90"]).stdout)
+    assert given["too_long"] == 0 and given["splits"] == whole["splits"]
+    most = json.loads(data("--json", "--calibration-fraction", "0.5", "--answers", "keep", "--limit", "21").stdout)
+    assert most["splits"] == whole["splits"]
+    less = json.loads(data("--json", "--answers", "keep", "--limit", "21").stdout)
+    assert less["splits"]["calibration"] < whole["splits"]["calibration"]
+    alone = run(app, ["data", "--model", str(tmp_path / "base")])
+    assert alone.exit_code == 1 and "nothing says which prompts to look at" in alone.stderr

@@ -125,5 +125,19 @@ def test_a_dry_run_answers_nothing_where_a_corpus_is(make_recipe, fresh_accelera
 def test_a_dry_run_finds_what_would_stop_the_fit(make_recipe, fresh_accelerate, tmp_path):
     path = tmp_path / "one.jsonl"
     path.write_text('{"prompt": "w1"}\n')
-    with pytest.raises(DataError, match="split would be empty"):
+    path.write_text('{"prompt": "w1"}\n' * 60)
+    told = r"split would be empty \(prompts left after cleaning: 1, 59 were duplicates of others\): give more prompts"
+    with pytest.raises(DataError, match=told):
         fit_exits.main(FitConfig(**make_recipe(tmp_path / "out", prompts=[str(path)], dry_run=True)))
+
+
+def test_a_dry_run_tells_of_special_tokens(make_recipe, fresh_accelerate, tmp_path, capsys):
+    """In prompts and in answers that are kept, with a chat template or without."""
+    path = tmp_path / "special.jsonl"
+    rows = [{"prompt": f"w{n} <pad> w{n + 1}", "response": f"w{n} <pad> w3"} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for answers, number in (("distil", 1), ("keep", 2)):
+        fit_exits.main(FitConfig(**make_recipe(tmp_path / "out", prompts=[str(path)], answers=answers, dry_run=True)))
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tokens ")]
+        assert len(lines) == number and "60 of 60 prompts hold special tokens" in lines[0]
+        assert answers == "distil" or "60 of 60 answers hold special tokens" in lines[1]

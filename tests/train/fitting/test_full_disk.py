@@ -1,10 +1,8 @@
 """A checkpoint on a disk that has no room for it: one line, on every process, and nothing left behind."""
 
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,23 +15,6 @@ from tests.helpers.programs import forks
 from train.fitting.checkpoints import FitState, find_checkpoints, load_checkpoint, save_checkpoint
 
 ROW = 1000  # values in a row of the heads: 4 kB, and 8 kB of the optimizer
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """`disk(kilobytes)`: a folder on a disk of that size of its own."""
-    with ExitStack() as mounted:
-
-        def make(kilobytes: int) -> Path:
-            folder = tmp_path / f"disk-{kilobytes}"
-            folder.mkdir()
-            command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-            if subprocess.run(command, capture_output=True, check=False).returncode:
-                pytest.skip("needs the right to mount a tmpfs")
-            mounted.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
-            return folder
-
-        yield make
 
 
 def made(rows: int) -> Accelerator:
