@@ -28,11 +28,11 @@ class Choice:
     Attributes:
         index: among the choices of its request.
         echo: text that comes before the answer's own.
-        events: what the worker told and nobody has taken yet.
         form: the tokens' probabilities.
         reader: what of its text is content, reasoning and calls.
         deltas: what the reader found and nobody has taken yet.
         num_tokens: of the answer so far.
+        num_reasoning: those of its reasoning, the mark that ends it included.
         written: what came of it.
     """
 
@@ -40,11 +40,11 @@ class Choice:
     prompt: Prompt
     echo: str
     job: Job
-    events: "asyncio.Queue[Event]"
     form: LogprobsForm
     reader: Reader
     deltas: list[Delta] = field(default_factory=list)
     num_tokens: int = 0
+    num_reasoning: int = 0
     written: Written | None = None
 
     @classmethod
@@ -56,9 +56,10 @@ class Choice:
         index: int,
         worker: Worker,
         metrics: Metrics,
+        events: "asyncio.Queue[tuple[int, Event]]",
     ) -> "Choice":
-        """The choice of that index, not in the queue yet."""
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        """The choice of that index, not in the queue yet; `events` is told what happens to it, with the index."""
+        loop = asyncio.get_running_loop()
         told: list[float] = []  # when the last token came
 
         def tell(event: Event) -> None:
@@ -67,7 +68,7 @@ class Choice:
                 if len(told) > 1:
                     metrics.between.observe(told[-1] - told.pop(0))
             with suppress(RuntimeError):  # nobody listens any more: the server has ended
-                loop.call_soon_threadsafe(events.put_nowait, event)
+                loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
         def finish(outcome: Written | BaseException) -> None:
             if isinstance(outcome, Written):  # also where nobody waits for it any more
@@ -95,7 +96,7 @@ class Choice:
         if body.echo:
             job.num_prompt_logprobs = body.num_logprobs
         form = LogprobsForm(worker.tokenizer, chat=isinstance(body, ChatRequest))
-        return cls(index, prompt, prompt.text if body.echo else "", job, events, form, reader)
+        return cls(index, prompt, prompt.text if body.echo else "", job, form, reader)
 
     @property
     def finish_reason(self) -> str | None:
@@ -120,7 +121,9 @@ class Choice:
         if isinstance(event, Token):
             self.num_tokens += event.id is not None
             self.form.add(event)
+            thinking = self.reader.thinking
             self.deltas += self.reader.feed(event.text)
+            self.num_reasoning += event.id is not None and (thinking or self.reader.thinking)
         elif isinstance(event, Written):
             self.deltas += self.reader.finish()
             self.written = event
