@@ -18,6 +18,7 @@ from runtime.server.worker import Worker
 from runtime.text.transcript import Round, Token, Transcript, Written, ends_of
 
 Event = Token | Round | Written | BaseException
+CONTEXT = 8  # tokens of the prompt that an answer which continues it is decoded with
 NO_TOKEN = 2**31 - 1  # in no vocabulary: transformers takes an empty list of ends for none told
 
 
@@ -86,6 +87,7 @@ class Choice:
             listener=tell,
             hidden=hidden,
             ends=ends,
+            context=prompt.ids[0, -CONTEXT:].tolist() if _continues(body) else [],
         )
         job = Job(prompt.ids.to(worker.model.device), transcript, options, seed, body.specbound.enabled, finish)
         if body.presence_penalty or body.frequency_penalty:
@@ -132,6 +134,11 @@ class Choice:
         """What is new since the last call."""
         deltas, self.deltas = self.deltas, []
         return deltas
+
+
+def _continues(body: ChatRequest | CompletionRequest) -> bool:
+    """Whether the answer's text goes on with the prompt's."""
+    return not isinstance(body, ChatRequest) or body.continue_final_message
 
 
 def _reader(body: ChatRequest | CompletionRequest, prompt: Prompt, tokenizer: Any) -> tuple[Reader, set[int] | None]:

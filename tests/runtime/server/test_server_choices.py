@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from runtime.server.request.limits import Limits
-from tests.helpers.servers import MESSAGES, MODEL_ID, PROMPT, Served, chat_ids, held, stock, until
+from tests.helpers.servers import MESSAGES, MODEL_ID, PROMPT, Served, chat_ids, following, held, stock, until
 
 OTHER = [5, 9, 33, 40]
 
@@ -60,7 +60,7 @@ def test_n_choices_of_a_chat(served: Any, client: openai.OpenAI) -> None:
 def test_several_prompts(served: Any, client: openai.OpenAI, prompts: Any) -> None:
     """Choices stand in the order of the prompts, `n` of each."""
     expected = [
-        served[2].decode(stock(served, ids, seed=seed, max_new_tokens=10, do_sample=True), skip_special_tokens=True)
+        following(served[2], ids, stock(served, ids, seed=seed, max_new_tokens=10, do_sample=True))
         for ids in (PROMPT, OTHER)
         for seed in (3, 4)
     ]
@@ -94,7 +94,7 @@ def test_echo_with_logprobs(served: Any, client: openai.OpenAI, prompt_rows: Any
     answer: Any = client.completions.create(max_tokens=3, stream=stream, **arguments)
     choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
     first = [choice for choice in choices if choice.index == 0]
-    assert "".join(choice.text for choice in first) == tokenizer.decode(OTHER) + tokenizer.decode(ids)
+    assert "".join(choice.text for choice in first) == tokenizer.decode(OTHER + ids)
     told = [choice.logprobs for choice in first if choice.logprobs]
     tokens, values, tops, offsets = (
         [one for logprobs in told for one in getattr(logprobs, name)]
@@ -116,7 +116,7 @@ def test_only_the_prompt_back(served: Any, client: openai.OpenAI, prompt_rows: A
     assert found.choices[0].text == "w17  w60 w3" and found.usage.completion_tokens == 0
     rows = prompt_rows(PROMPT)
     assert found.choices[0].logprobs.token_logprobs[1:] == [float(rows[0][63]), float(rows[1][6])]
-    text = served[2].decode(stock(served, PROMPT, max_new_tokens=5, do_sample=False))
+    text = following(served[2], PROMPT, stock(served, PROMPT, max_new_tokens=5, do_sample=False))
     plain: Any = client.completions.create(max_tokens=5, temperature=0, **arguments)
     assert plain.choices[0].text == "w17  w60 w3" + text and plain.choices[0].logprobs is None
 

@@ -38,7 +38,10 @@ def test_tokens_of_reasoning(served: Any, client: openai.OpenAI, monkeypatch: py
     """All of an answer that never ends it, none of one that does not reason; an effort of none switches it off."""
     monkeypatch.setattr(served[2], "chat_template", THINKING)
     assert chat(client, "Who?").completion_tokens_details.reasoning_tokens == 8
-    silent = [chat(client, "Who?", extra_body={"enable_thinking": False}), chat(client, "Who?", reasoning_effort="none")]
+    silent = [
+        chat(client, "Who?", extra_body={"enable_thinking": False}),
+        chat(client, "Who?", reasoning_effort="none"),
+    ]
     assert [usage.completion_tokens_details.reasoning_tokens for usage in silent] == [0, 0]
     assert silent[0].prompt_tokens == silent[1].prompt_tokens
     asked: Any = {"model": MODEL_ID, "input": "Who?", "max_output_tokens": 8, "temperature": 0}
