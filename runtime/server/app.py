@@ -151,6 +151,7 @@ def _add_looks(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
         detail: dict[str, Any] = {}
         if ready:
             detail = {"certificate": str(worker.model.specbound.certificate), "kv_tokens": worker.memory.tokens}
+            detail["max_running"] = worker.max_running
         return JSONResponse({"status": "ok" if ready else worker.state} | detail, 200 if ready else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)

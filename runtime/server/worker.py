@@ -48,7 +48,7 @@ class Worker:
     Args:
         load: makes the model, whose exactness probe has run when it returns, and its tokenizer.
         max_waiting: requests that may wait.
-        max_running: jobs that decode together.
+        max_running: jobs that decode together; by default what `KVMemory.usual_requests` says of the loaded model.
         kv_bytes: memory for keys and values of those; by default half of what is free once the model is loaded.
         on_change: called whenever `state` changes.
 
@@ -64,12 +64,12 @@ class Worker:
         load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
         *,
         max_waiting: int,
-        max_running: int = 1,
+        max_running: int | None = 1,
         kv_bytes: int | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.load = load
-        self.max_waiting, self.max_running = max_waiting, max_running
+        self.max_waiting, self.max_running = max_waiting, max_running or 0  # until the model is loaded
         self.kv_bytes, self.memory = kv_bytes, KVMemory(0)
         self.on_change = on_change
         self.on_round: Callable[[int], object] = lambda rows: None
@@ -133,10 +133,8 @@ class Worker:
         """Take a job out of the queue, or end it at its next token."""
         job.transcript.cancelled.set()
         with self._changed:
-            for jobs in self._waiting:
-                if job in jobs:
-                    jobs.remove(job)
-            self._waiting = deque(jobs for jobs in self._waiting if jobs)
+            left = (deque(each for each in jobs if each is not job) for jobs in self._waiting)
+            self._waiting = deque(jobs for jobs in left if jobs)
 
     def drain(self) -> None:
         """Take no more jobs, refuse those that wait; those that run go on."""
@@ -164,6 +162,7 @@ class Worker:
         try:
             loaded = self.load()
             self.memory = KVMemory.of(loaded[0], self.kv_bytes, sole=True)  # this thread alone has the model
+            self.max_running = self.max_running or self.memory.usual_requests(loaded[0])
         except BaseException as error:  # told in the main thread, where it can end the process
             self.error = error
             self._become("failed")

@@ -33,7 +33,8 @@ class Choice:
         reader: what of its text is content, reasoning and calls.
         deltas: what the reader found and nobody has taken yet.
         num_tokens: of the answer so far.
-        num_reasoning: those of its reasoning, the mark that ends it included.
+        num_reasoning: those of its reasoning, marks included.
+        num_held: the last of them, of which nothing could be told yet.
         written: what came of it.
     """
 
@@ -46,6 +47,7 @@ class Choice:
     deltas: list[Delta] = field(default_factory=list)
     num_tokens: int = 0
     num_reasoning: int = 0
+    num_held: int = 0
     written: Written | None = None
 
     @classmethod
@@ -123,12 +125,22 @@ class Choice:
         if isinstance(event, Token):
             self.num_tokens += event.id is not None
             self.form.add(event)
-            thinking = self.reader.thinking
-            self.deltas += self.reader.feed(event.text)
-            self.num_reasoning += event.id is not None and (thinking or self.reader.thinking)
+            thinking, deltas = self.reader.thinking, self.reader.feed(event.text)
+            self.deltas += deltas
+            self._count(event, thinking or self.reader.thinking, told=bool(deltas))
         elif isinstance(event, Written):
             self.deltas += self.reader.finish()
             self.written = event
+
+    def _count(self, token: Token, thinking: bool, *, told: bool) -> None:
+        """Whether a token is of the reasoning, and with it those before that may have been its mark."""
+        if token.id is None:
+            return
+        self.num_held += 1
+        if thinking:
+            self.num_reasoning += self.num_held
+        if thinking or told:
+            self.num_held = 0
 
     def take_deltas(self) -> list[Delta]:
         """What is new since the last call."""

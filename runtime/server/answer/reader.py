@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils.chat_parsing import ResponseParser
 
-from runtime.server.dialect import Dialect
+from runtime.server.dialect import THINK, Dialect
 
 # As response templates name it.
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -37,7 +37,8 @@ class Reader:
     ) -> None:
         self.content, self.reasoning = "", ""
         self.calls: list[dict[str, Any]] = []
-        self.single, self.thinking = single, False
+        self.single = single
+        self.thinking = dialect.thinks and dialect.own is None and opening.rfind(THINK[0]) > opening.rfind(THINK[1])
         form = dialect.calls if dialect.own is None else None
         self._marks = (form.begin, form.end) if form else ("", "")
         self._body = ""  # of the call that is being written

@@ -15,14 +15,14 @@ class Limits:
         max_body_bytes: of a request.
         max_waiting: requests in the queue.
         max_answers: of one request, to all of its prompts.
-        max_running: answers that are made together.
+        max_running: answers that are made together; None for what memory has room for.
         seconds: from a request's arrival to its end, the queue included; None sets no limit.
     """
 
     max_tokens: int | None = None
     max_body_bytes: int = 1 << 20
     max_waiting: int = 16
-    max_running: int = 8
+    max_running: int | None = 8
     seconds: float | None = None
     max_answers: int = 1024
 
