@@ -33,12 +33,14 @@ from runtime.decoding.wrappers import prompt_arguments
 from runtime.errors import SpecBoundError
 from runtime.exact.fingerprint import STOCK
 from runtime.exact.running import unknown_version
-from runtime.handle import SpecBound
+from runtime.handle import STREAM, SpecBound
 
 logger = logging.getLogger(__name__)
 
 # Loops of `generate` other than `_sample`, which is greedy decoding and sampling.
 PLAIN_MODES = {"_beam_search": "beam search", "_assisted_decoding": "assisted decoding"}
+
+SEVERAL = "it decodes several sequences at once: model.generate_batch speculates on each, with the ids it has alone"
 
 # What plain decoding of text passes to the base's forward, and what `generate` adds that the forward ignores; any
 # other argument may change what layers compute.
@@ -59,6 +61,7 @@ def attach(model: Any, specbound: SpecBound) -> PreTrainedModel:
     if not any(STOCK in kind.__dict__ for kind in type(model).__mro__):  # one class of ours under a user's is enough
         model.__class__ = speculating(type(model))  # type: ignore[arg-type]
     model.specbound = specbound
+    specbound.belong_to(model)
     attached: PreTrainedModel = model
     return attached
 
@@ -73,6 +76,7 @@ def speculating(stock: type) -> type:
         "__doc__": stock.__doc__,
     }
     namespace |= {STOCK: stock, "_sample": _sample, "__reduce_ex__": _reduce, "generate_batch": _generate_batch}
+    namespace |= {"__setstate__": _restore, STREAM: _stream}
     namespace |= {name: _plain_mode(name, mode) for name, mode in PLAIN_MODES.items()}
     return type(stock.__name__, (stock,), namespace)
 
@@ -91,6 +95,13 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     if STOCK not in type(self).__dict__:
         return object.__reduce_ex__(self, protocol)  # type: ignore[return-value]
     return _rebuild, (stock_class(self),), self.__dict__
+
+
+def _restore(self: Any, state: dict[str, Any]) -> None:
+    """Of a copy or a pickle: its adapter is at work on it, not on the model it came from."""
+    stock_class(self).__setstate__(self, state)
+    if "specbound" in self.__dict__:
+        self.specbound.belong_to(self)
 
 
 def _rebuild(stock: Any) -> Any:
@@ -150,6 +161,13 @@ def _generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
     return generate_batch(self, *args, **kwargs)
 
 
+def _stream(self: Any, requests: Any, **options: Any) -> Any:
+    """See `runtime.batch.feed`."""
+    from runtime.batch.feed import stream
+
+    return stream(self, requests, **options)
+
+
 def _plain_mode(name: str, mode: str) -> Callable[..., Any]:
     """Stock's loop of that name, and one warning."""
 
@@ -199,7 +217,7 @@ def _plain_reason(
     unknown = given - KNOWN_ARGUMENTS - prompt_arguments(model.config)
     embeds = model_kwargs.get("inputs_embeds")
     if (input_ids if embeds is None else embeds).shape[0] != 1:
-        return "it decodes several sequences at once"
+        return SEVERAL
     mask = model_kwargs.get("attention_mask")
     if mask is not None and not bool((mask == 1).all()):
         return "its attention mask has holes"

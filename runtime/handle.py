@@ -1,7 +1,8 @@
 """`SpecBound`: what `model.specbound` is, the adapter at work on one model. Knows no loop of `generate`."""
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,13 +14,15 @@ from runtime.adapter.identity import base_fingerprint
 from runtime.decoding.drafter import Drafter, HeadDrafter
 from runtime.drafting.controller import Controller
 from runtime.drafting.policy import SpeculationBounds
-from runtime.errors import ConfigError, UnsupportedModel
+from runtime.errors import ConfigError, SpecBoundError, UnsupportedModel
 from runtime.exact.certificate import Certificate
 from runtime.exact.native.heads import native_heads
 from runtime.exact.packed import pack_in_place
 from runtime.exact.prepared import PreparedModel
 from runtime.stats import SpeculationStats
 
+# What a model with an adapter streams requests by: the loop lies above this file.
+STREAM = "_specbound_stream"
 EXACTNESS = ("bitwise", "batched")
 _KEPT: Any = object()
 
@@ -61,6 +64,7 @@ class SpecBound:
         self._ready: tuple[Any, Any] = (None, None)  # the drafter, and the layers that it was made ready for
         self._disabled = 0
         self._lock = threading.Lock()
+        self.belong_to(model)
 
     @property
     def certificate(self) -> Certificate | None:
@@ -79,13 +83,38 @@ class SpecBound:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all but the lock."""
-        state = self.__dict__ | {"_ready": (None, None)}
+        state = self.__dict__ | {"_ready": (None, None), "_model": None}
         del state["_lock"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+
+    def belong_to(self, model: PreTrainedModel) -> None:
+        """Note which model it is at work on, without keeping that alive; not for users."""
+        self._model: weakref.ref[PreTrainedModel] | None = weakref.ref(model)
+
+    def stream(self, requests: Iterable[Any], **options: Any) -> Iterator[Any]:
+        """Decode requests together as they are fed, each with the ids that `generate` gives it alone.
+
+        Args:
+            requests: each the ids of a prompt, or a dictionary of `input_ids` and the request's own options of
+                `generate`, `seed` among them; None where there is none at the moment.
+            options: `max_requests`, that decode together.
+
+        Returns:
+            An iterator of `runtime.batch.Piece`: a request's number, its new ids, whether it has ended, and why
+            where it failed. The model belongs to it until it ends or is closed.
+
+        Raises:
+            SpecBoundError: it is attached to no model.
+        """
+        model = None if self._model is None else self._model()
+        if not hasattr(model, STREAM):
+            raise SpecBoundError("this adapter is at work on no model: load one with load_specbound")
+        streamed: Iterator[Any] = getattr(model, STREAM)(requests, **options)
+        return streamed
 
     def prepare(self, model: PreTrainedModel) -> SpeculationBounds:
         """Get ready for the model as it is now, probing it where that was not done yet; how far it may draft."""

@@ -82,10 +82,7 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     model, vocab_size = layers.model, cast(Tensor, layers.unembedding.weight).shape[0]
     validate_against_model(config, num_hidden_layers=layers.num_layers, vocab_size=vocab_size)
     if config.dry_run:
-        heads = make_heads(config, layers, torch.arange(config.draft_vocab_size or vocab_size))
-        with memory_for("rehearsing", "per_device_train_batch_size", config.per_device_train_batch_size, then=""):
-            found = rehearse(config, layers, tokenizer, CorpusOptions.of(config), heads, accelerator)
-        accelerator.print(found)
+        accelerator.print(_rehearsed(config, layers, tokenizer, vocab_size, accelerator))
         return
     before = weights_sha256(model, whole_parameters(model))
     then = ", with another corpus_dir"
@@ -125,6 +122,15 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     if config.push_to_hub and accelerator.is_main_process:  # last, so that a failure of the Hub costs nothing else
         published = publish(Path(config.output_dir) / "adapter", str(config.hub_model_id))
         logger.info("published: %s commit %s", published.url, published.commit)
+
+
+def _rehearsed(
+    config: FitConfig, layers: DecoderLayers, tokenizer: Any, vocab_size: int, accelerator: Accelerator
+) -> Any:
+    """What the fit would take."""
+    heads = make_heads(config, layers, torch.arange(config.draft_vocab_size or vocab_size))
+    with memory_for("rehearsing", "per_device_train_batch_size", config.per_device_train_batch_size, then=""):
+        return rehearse(config, layers, tokenizer, CorpusOptions.of(config), heads, accelerator)
 
 
 def _load(config: FitConfig, accelerator: Accelerator, spread: str | None) -> tuple[DecoderLayers, Any]:

@@ -16,6 +16,9 @@ SHARE = 0.5
 # Bytes taken for free where the system does not say what is.
 UNKNOWN = 8 << 30
 MAX_PROMPTS = 16
+# Of prompt and answer, where nobody says how many requests may run; and the most of them, where rows of all go through
+# each product together and where they do not, so that more only share the time out.
+USUAL_TOKENS, MOST_TOGETHER, MOST_APART = 2048, 16, 8
 
 
 class TooLong(ConfigError):
@@ -78,6 +81,17 @@ class KVMemory:
             max_new_tokens = max(1, min(max_new_tokens, self.tokens - beside))
         self.check(beside + max_new_tokens)
         return max_new_tokens
+
+    def usual_requests(self, model: Any) -> int:
+        """How many requests of a usual length have room at once, from 1 to as many as it pays to run together.
+
+        Args:
+            model: with an adapter; where its layers run natively, rows of all requests go through products together.
+        """
+        certificate = model.specbound.certificate
+        most = MOST_TOGETHER if certificate is not None and certificate.policy.native else MOST_APART
+        context = int(model.config.get_text_config().max_position_embeddings)
+        return max(1, min(most, self.tokens // min(context, USUAL_TOKENS)))
 
     def has_room(self, tokens: int) -> bool:
         """Whether so many have room now."""

@@ -37,5 +37,5 @@ def outcome(batch: Batch, call: Call, transcript: Transcript) -> Written:
     reason = finish_reason(batch.model, transcript)
     if call.stats is not None and call.speculate:
         return Written(reason, call.stats, True)
-    seconds = time.perf_counter() - call.added
-    return Written(reason, SpeculationStats(emitted=len(transcript.ids), seconds=seconds), False)
+    seconds, reused = time.perf_counter() - call.added, call.stats.reused if call.stats is not None else 0
+    return Written(reason, SpeculationStats(emitted=len(transcript.ids), reused=reused, seconds=seconds), False)

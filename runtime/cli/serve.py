@@ -36,8 +36,11 @@ def serve_command(
     name: Names = None,
     api_key: Keys = None,
     cors_origin: Origins = None,
-    max_running: Annotated[int, typer.Option(min=1, help="Make this many answers together.")] = 8,
-    max_waiting: Annotated[int, typer.Option(min=0, help="This many answers may wait. Others get a 429.")] = 16,
+    max_running: Annotated[
+        int | None,
+        typer.Option(min=1, help="Make this many answers together. By default what memory holds, 16 at most."),
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(min=0, help="This many requests may wait. Others get a 429.")] = 16,
     kv_memory: Annotated[
         float | None,
         typer.Option(min=1e-6, help="GiB for keys and values of running answers. By default half of what is free."),

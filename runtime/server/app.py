@@ -19,10 +19,10 @@ from runtime.server.errors import PROBLEMS, ApiError, add_error_forms, first_of
 from runtime.server.gate import Gate
 from runtime.server.metrics import Metrics
 from runtime.server.request.limits import Limits, check_ids
-from runtime.server.request.prompts import prompts_of, tokenized
+from runtime.server.request.prompts import detokenized, prompts_of, tokenized
 from runtime.server.request.responses import ResponsesRequest
 from runtime.server.request.schema import ChatRequest, CompletionRequest
-from runtime.server.request.tokenize import TokenizeRequest
+from runtime.server.request.tokenize import DetokenizeRequest, TokenizeRequest
 from runtime.server.tally import ADMITTED, Tally
 from runtime.server.worker import Worker
 
@@ -101,7 +101,7 @@ def _add_answers(app: FastAPI, worker: Worker, metrics: Metrics, names: Sequence
         _check_name(body.model, names)
         prompts = await run_in_threadpool(prompts_of, worker, body)
         config = worker.model.config.get_text_config()
-        limits.check_answers(body.n * len(prompts))
+        limits.check_answers(len(prompts), body.n)
         check_ids(body, int(config.vocab_size))
         tokens = [_longest(body, prompt.num_tokens, limits, worker) for prompt in prompts]
         answer = Answer(body, worker, metrics, form, prompts, tokens, limits.seconds)
@@ -111,12 +111,17 @@ def _add_answers(app: FastAPI, worker: Worker, metrics: Metrics, names: Sequence
 
 
 def _add_tokenize(app: FastAPI, worker: Worker, names: Sequence[str]) -> None:
-    """Prompts as token ids."""
+    """Prompts as token ids, and back."""
 
     @app.post("/tokenize")
     def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         _check_name(body.model or names[0], names)
         return tokenized(worker, body)
+
+    @app.post("/detokenize")
+    def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        _check_name(body.model or names[0], names)
+        return {"prompt": detokenized(worker, body.tokens)}
 
 
 def _add_models(app: FastAPI, names: Sequence[str]) -> None:
@@ -146,6 +151,7 @@ def _add_looks(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
         detail: dict[str, Any] = {}
         if ready:
             detail = {"certificate": str(worker.model.specbound.certificate), "kv_tokens": worker.memory.tokens}
+            detail["max_running"] = worker.max_running
         return JSONResponse({"status": "ok" if ready else worker.state} | detail, 200 if ready else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)

@@ -1,5 +1,6 @@
 """`ApiError`: an error in OpenAI's form, and what of other errors a client is told. Knows no routes."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,23 @@ TEXT, MAYBE = {"type": "string"}, {"type": ["string", "null"]}
 FIELDS = {"message": TEXT, "type": TEXT, "param": MAYBE, "code": MAYBE}
 PROBLEM = {"type": "object", "properties": FIELDS, "required": [*FIELDS]}
 PROBLEMS = {"type": "object", "properties": {"error": PROBLEM}, "required": ["error"]}
+
+
+# Of what pydantic says, in plain words.
+WORDS = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be an object",
+    "extra_forbidden": "this server does not know this field: leave it out",
+    "finite_number": "must be a finite number",
+    "float_type": "must be a number",
+    "int_from_float": "must be a whole number",
+    "int_type": "must be a whole number",
+    "list_type": "must be a list",
+    "missing": "is missing: give it",
+    "model_attributes_type": "must be an object",
+    "model_type": "must be an object",
+    "string_type": "must be text",
+}
 
 
 class ApiError(Exception):
@@ -102,7 +120,8 @@ def first_of(errors: Sequence[Any], above: tuple[str, ...]) -> ApiError:
     first = errors[0]
     path = [] if first["type"] == "json_invalid" else first["loc"][len(above) :]
     place = ".".join(str(part) for part in path)
-    said = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        said = "this server does not know this field: leave it out"
+    said = WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+    if first["type"] == "literal_error":
+        said = f"must be {first['ctx']['expected']}".replace("'", "")
+    said = re.sub(r"^\w+ should ", "must ", said)
     return ApiError(400, f"{place or 'body'}: {said}", param=place or None)

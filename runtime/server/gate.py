@@ -14,7 +14,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # What needs the key, where there is one; the page and /health tell nothing of anybody's.
-GUARDED = ("/v1/", "/metrics", "/tokenize")
+GUARDED = ("/v1/", "/metrics", "/tokenize", "/detokenize")
 TOO_LARGE = 413
 ENCODED = 415
 THROWN_AWAY = 1 << 20  # bytes of a body that is too large are read so far

@@ -22,7 +22,7 @@ class Metrics:
         self._gauge("ready", "1 once the exactness probe has passed.").set_function(
             lambda: float(worker.state == "ready")
         )
-        self._gauge("num_requests_waiting", "Answers in the queue.").set_function(lambda: worker.num_waiting)
+        self._gauge("num_requests_waiting", "Answers that wait.").set_function(lambda: worker.num_waiting)
         self._gauge("num_requests_running", "Answers being made.").set_function(lambda: worker.num_running)
         self._gauge(
             "kv_cache_usage_perc", "Part of the memory for keys and values that is taken, 0 to 1."

@@ -31,9 +31,8 @@ class Full(SpecBoundError):
         retry_after: seconds after which there may be room.
     """
 
-    def __init__(self, waiting: int, asked: int, retry_after: int) -> None:
-        places = "" if asked == 1 else f", and this one asks for {asked} places"
-        super().__init__(f"{waiting} requests are waiting already{places}: try again in {retry_after} s")
+    def __init__(self, waiting: int, retry_after: int) -> None:
+        super().__init__(f"{waiting} requests are waiting already: try again in {retry_after} s")
         self.retry_after = retry_after
 
 
@@ -42,12 +41,14 @@ class Unavailable(SpecBoundError):
 
 
 class Worker:
-    """Runs jobs, which begin in the order they came.
+    """Runs jobs, which begin in the order their requests came.
+
+    A request of several jobs has one place in the queue: when one of them begins, the next goes to the end.
 
     Args:
         load: makes the model, whose exactness probe has run when it returns, and its tokenizer.
         max_waiting: requests that may wait.
-        max_running: requests that decode together.
+        max_running: jobs that decode together; by default what `KVMemory.usual_requests` says of the loaded model.
         kv_bytes: memory for keys and values of those; by default half of what is free once the model is loaded.
         on_change: called whenever `state` changes.
 
@@ -63,19 +64,19 @@ class Worker:
         load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
         *,
         max_waiting: int,
-        max_running: int = 1,
+        max_running: int | None = 1,
         kv_bytes: int | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.load = load
-        self.max_waiting, self.max_running = max_waiting, max_running
+        self.max_waiting, self.max_running = max_waiting, max_running or 0  # until the model is loaded
         self.kv_bytes, self.memory = kv_bytes, KVMemory(0)
         self.on_change = on_change
         self.on_round: Callable[[int], object] = lambda rows: None
         self.state = "loading"
         self.error: BaseException | None = None
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
-        self._waiting: deque[Job] = deque()
+        self._waiting: deque[deque[Job]] = deque()  # by request
         self._running: dict[Call, Job] = {}
         self._busy = 0
         self._changed = threading.Condition()
@@ -99,12 +100,12 @@ class Worker:
 
     @property
     def num_waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._waiting)
+        """Jobs in the queue."""
+        return sum(map(len, tuple(self._waiting)))
 
     @property
     def num_running(self) -> int:
-        """Requests that have left the queue and were not told what came of them."""
+        """Jobs that have left the queue and were not told what came of them."""
         return self._busy
 
     def start(self) -> None:
@@ -112,7 +113,7 @@ class Worker:
         self._thread.start()
 
     def submit(self, *jobs: Job) -> None:
-        """Put jobs at the end of the queue, all or none.
+        """Put a request's jobs at the end of the queue, where they have one place.
 
         Raises:
             Full: the queue is.
@@ -122,18 +123,18 @@ class Worker:
             self._checked()
             waiting = len(self._waiting)
             free = self.max_running - self._busy  # the next to run wait no more
-            if waiting + len(jobs) > self.max_waiting + free:
+            if waiting + 1 > self.max_waiting + free:
                 seconds = self._usual_seconds * (waiting + 1) / self.max_running
-                raise Full(waiting, len(jobs), max(1, round(seconds)))
-            self._waiting.extend(jobs)
+                raise Full(waiting, max(1, round(seconds)))
+            self._waiting.append(deque(jobs))
             self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
         """Take a job out of the queue, or end it at its next token."""
         job.transcript.cancelled.set()
         with self._changed:
-            if job in self._waiting:
-                self._waiting.remove(job)
+            left = (deque(each for each in jobs if each is not job) for jobs in self._waiting)
+            self._waiting = deque(jobs for jobs in left if jobs)
 
     def drain(self) -> None:
         """Take no more jobs, refuse those that wait; those that run go on."""
@@ -142,7 +143,7 @@ class Worker:
                 self._become("draining")
             refused, self._waiting = self._waiting, deque()
             self._changed.notify_all()
-        for job in refused:
+        for job in (job for jobs in refused for job in jobs):
             job.finish(Unavailable("the server is stopping: send the request again"))
 
     def stop(self, timeout: float) -> bool:
@@ -161,6 +162,7 @@ class Worker:
         try:
             loaded = self.load()
             self.memory = KVMemory.of(loaded[0], self.kv_bytes, sole=True)  # this thread alone has the model
+            self.max_running = self.max_running or self.memory.usual_requests(loaded[0])
         except BaseException as error:  # told in the main thread, where it can end the process
             self.error = error
             self._become("failed")
@@ -210,12 +212,15 @@ class Worker:
         with self._changed:
             if not self._waiting or len(self._running) >= self.max_running:
                 return None
-            job = self._waiting[0]
+            job = self._waiting[0][0]
             tokens = batch.tokens_of(job.prompt.shape[1] + job.options["max_new_tokens"])
             if self._running and not batch.memory.has_room(tokens):
                 return None
             self._busy += 1
-            return self._waiting.popleft()
+            jobs = self._waiting.popleft()
+            if len(jobs) > 1:
+                self._waiting.append(jobs)
+            return jobs.popleft()
 
     def _begin(self, job: Job, batch: Batch) -> list[Ended]:
         """Let a job join the others; where it ends at once, that."""

@@ -75,6 +75,8 @@ class Transcript(StoppingCriteria):
         listener: called with each Token and Round, in the thread that generates.
         hidden: ids that are no text; without any told, the tokenizer's special ones.
         ends: ids that end the text; without any told, the model's own.
+        context: ids before the text that it goes on with: it is as in the whole, where many tokenizers would take away
+            the space at the beginning of a text of its own.
 
     Attributes:
         ids: tokens so far, those of a stop string included.
@@ -92,6 +94,7 @@ class Transcript(StoppingCriteria):
         listener: Callable[[Token | Round], None] = lambda event: None,
         hidden: Container[int] | None = None,
         ends: Container[int] | None = None,
+        context: Sequence[int] = (),
     ) -> None:
         assert all(stop)
         self.tokenizer = tokenizer
@@ -104,7 +107,8 @@ class Transcript(StoppingCriteria):
         self.cancelled = threading.Event()
         self._held = ""
         # Tokens from `_shown` on are not shown yet; those from `_window` on give them their context.
-        self._window = self._shown = 0
+        self._context = list(context)
+        self._window, self._shown = -len(self._context), 0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         """Take the newest of the ids [1, T]; whether to stop with it, as a bool tensor [1]."""
@@ -146,8 +150,9 @@ class Transcript(StoppingCriteria):
 
     def _decoded(self, *, last: bool = False) -> str:
         """Text that the tokens not shown yet add; empty while their last character is unfinished."""
-        known = self._decode(self.ids[self._window : self._shown])
-        text = self._decode(self.ids[self._window :])
+        before = self._context[self._window :] if self._window < 0 else []
+        known = self._decode(before + self.ids[max(0, self._window) : self._shown])
+        text = self._decode(before + self.ids[max(0, self._window) :])
         if len(text) <= len(known) or (text.endswith(UNFINISHED) and not last):
             return ""
         self._window, self._shown = self._shown, len(self.ids)

@@ -157,11 +157,16 @@ def chat_ids(tokenizer: Any) -> list[int]:
     return ids
 
 
+def following(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
+    """The text of ids that go on with a prompt: what the whole has more."""
+    whole: str = tokenizer.decode(prompt + ids, skip_special_tokens=True)
+    return whole.removeprefix(tokenizer.decode(prompt, skip_special_tokens=True))
+
+
 def stock_text(model: Any, tokenizer: Any) -> str:
     """What stock answers to the prompt with 8 tokens."""
     ids = model.generate(torch.tensor([PROMPT]), max_new_tokens=8, do_sample=False)[0, len(PROMPT) :]
-    found: str = tokenizer.decode(ids, skip_special_tokens=True)
-    return found
+    return following(tokenizer, PROMPT, ids.tolist())
 
 
 @contextmanager

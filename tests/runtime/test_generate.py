@@ -243,5 +243,6 @@ def test_disabled_and_batches_are_plain(caplog: pytest.LogCaptureFixture) -> Non
     for _ in range(2):
         assert torch.equal(model.generate(batch, max_new_tokens=8, do_sample=False), stock)
     assert [record.message for record in caplog.records].count(
-        "SpecBound: plain decoding for this call, because it decodes several sequences at once."
+        "SpecBound: plain decoding for this call, because it decodes several sequences at once: model.generate_batch"
+        " speculates on each, with the ids it has alone."
     ) == 1

@@ -1,7 +1,7 @@
 """`specbound tune`: choose an adapter's speculation bounds again. Slow libraries are imported inside."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,15 +44,8 @@ def tune_command(
         table, held = CostTable.read(costs), Held(exit_threshold, max_exit_layer, max_draft_tokens)
         traces = None
         if prompts is not None:
-            from runtime.cli.options import load_with_adapter, to_ids
-            from runtime.text.prompts import spread
-            from train.corpus.collection import Collection
-            from train.replay.workload import log_workload
-
-            chosen = spread(Collection.read(prompts).prompts, limit)
-            threads = table.conditions.get("threads")
-            attached = load_with_adapter(str(adapter), model, dtype=dtype, threads=threads, device=device)
-            traces = log_workload(attached, to_ids(attached, chosen), max_new_tokens=max_new_tokens)
+            how = {"dtype": dtype, "threads": table.conditions.get("threads"), "device": device}
+            traces = _answers(adapter, model, prompts, limit, max_new_tokens, how)
         summary = tune_adapter(adapter, table, held, traces=traces)
     except (SpecBoundError, OSError) as error:
         fail(error, None)
@@ -64,3 +57,21 @@ def tune_command(
         )
     print(sources_line(summary["sources"]))
     print(f"predicted on texts that were not used to choose bounds: {summary['cross_fitted_speedup']:.2f}x")
+
+
+def _answers(
+    adapter: Path, model: str | None, prompts: str, limit: int | None, max_new_tokens: int, how: dict[str, Any]
+) -> Any:
+    """Traces of the base's answers to prompts.
+
+    Args:
+        how: the base is loaded.
+    """
+    from runtime.cli.options import load_with_adapter, to_ids
+    from runtime.text.prompts import spread
+    from train.corpus.collection import Collection
+    from train.replay.workload import log_workload
+
+    chosen = spread(Collection.read(prompts).prompts, limit)
+    attached = load_with_adapter(str(adapter), model, **how)
+    return log_workload(attached, to_ids(attached, chosen), max_new_tokens=max_new_tokens)

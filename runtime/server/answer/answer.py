@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from runtime.server.answer.choice import Choice
+from runtime.server.answer.choice import Choice, Event
 from runtime.server.answer.reader import Delta
 from runtime.server.errors import ApiError, as_api_error
 from runtime.server.metrics import Metrics
@@ -50,7 +50,7 @@ class Form(Protocol):
 
 @dataclass(slots=True)
 class Answer:
-    """One request at work. Its choices are written one after another: `n` to the first prompt, then to the next.
+    """One request at work. Its choices are `n` to the first prompt, then to the next, and told as they come.
 
     Attributes:
         form: what its client reads.
@@ -67,12 +67,13 @@ class Answer:
     seconds: float | None = None
     started: float = field(default_factory=time.perf_counter)
     _choices: list[Choice] = field(default_factory=list)
+    _told_of: "asyncio.Queue[tuple[int, Event]]" = field(default_factory=asyncio.Queue)
     _feed: AsyncGenerator[tuple[Choice, Token | Round | Written | None], None] = field(init=False)
-    _told: bool = False
+    _first: Choice | None = None
     _ended: bool = False
 
     def submit(self) -> None:
-        """Into the queue, all choices or none.
+        """Into the queue.
 
         Raises:
             SpecBoundError: there is no room, or no model.
@@ -80,7 +81,7 @@ class Answer:
         pairs = zip(self.prompts, self.max_new_tokens, strict=True)
         each = [(prompt, limit) for prompt, limit in pairs for _ in range(self.body.n)]
         self._choices = [
-            Choice.of(self.body, prompt, limit, index, self.worker, self.metrics)
+            Choice.of(self.body, prompt, limit, index, self.worker, self.metrics, self._told_of)
             for index, (prompt, limit) in enumerate(each)
         ]
         self.worker.submit(*(choice.job for choice in self._choices))
@@ -116,8 +117,9 @@ class Answer:
 
     async def stream(self) -> AsyncIterator[str]:
         """The response as server-sent events, after `begin`; closing it cancels the calls."""
+        assert self._first is not None
         try:
-            for event in self.form.opening(self._choices[0]):  # `begin` took what tells of it
+            for event in self.form.opening(self._first):  # `begin` took what tells of it
                 yield self.form.line(event)
             async for choice, told in self._feed:
                 for event in self._parts_of(choice, told):
@@ -144,39 +146,40 @@ class Answer:
         return parts + self.form.closing(choice) if isinstance(told, Written) else parts
 
     async def _events(self) -> AsyncGenerator[tuple[Choice, Token | Round | Written | None], None]:
-        """Of each choice in turn: None when the first event is there, then events up to and with the last."""
-        for choice in self._choices:
-            event = await self._next(choice)
-            choice.begin()
-            yield choice, None
-            while True:
-                choice.take(event)
-                if choice is self._choices[-1] and choice.written:
-                    self.end(self._outcome())
-                yield choice, event
-                if choice.written:
-                    break
-                event = await self._next(choice)
+        """Of all choices, as they come: None when the first of one is there, then those up to and with its last."""
+        begun: set[int] = set()
+        left = len(self._choices)
+        while left:
+            choice, event = await self._next()
+            if choice.index not in begun:
+                begun.add(choice.index)
+                choice.begin()
+                self._first = self._first or choice
+                yield choice, None
+            choice.take(event)
+            left -= choice.written is not None
+            if not left:
+                self.end(self._outcome())
+            yield choice, event
 
-    async def _next(self, choice: Choice) -> Token | Round | Written:
-        """The next event of a choice.
+    async def _next(self) -> tuple[Choice, Token | Round | Written]:
+        """The next event of any choice.
 
         Raises:
             ApiError: it failed, or the time is over; then all of them end.
         """
         left = None if self.seconds is None else self.started + self.seconds - time.perf_counter()
         try:
-            event = await asyncio.wait_for(choice.events.get(), left)
+            index, event = await asyncio.wait_for(self._told_of.get(), left)
         except asyncio.TimeoutError:  # another class in Python 3.10
             said = f"not done within {self.seconds:g} s, this server's limit: ask for fewer tokens, or later"
-            event = ApiError(504, said, code="timeout")
+            index, event = 0, ApiError(504, said, code="timeout")
         if isinstance(event, BaseException):
             self.end({ApiError: "late", Unavailable: "refused"}.get(type(event), "failed"))
             raise as_api_error(event)
-        if not self._told:
-            self._told = True
+        if self._first is None:
             self.metrics.first_token.observe(time.perf_counter() - self.started)
-        return event
+        return self._choices[index], event
 
     def _outcome(self) -> str:
         """How the request ended: as that choice that was ended from outside, if one was."""
@@ -197,12 +200,20 @@ class Answer:
         }
 
     def _usage(self) -> dict[str, Any]:
-        """Tokens of all choices; each prompt counts once."""
-        stats, speculated = SpeculationStats(), False
+        """Tokens of all choices; each prompt counts once, and what was read for another answer by its first choice."""
+        stats, speculated, cached = SpeculationStats(), False, 0
         for choice in self._choices:
             assert choice.written is not None
             stats += choice.written.stats
             speculated |= choice.written.speculated
+            cached += choice.written.stats.reused if choice.index % self.body.n == 0 else 0
         prompt = sum(one.num_tokens for one in self.prompts)
-        total = {"prompt_tokens": prompt, "completion_tokens": stats.emitted, "total_tokens": prompt + stats.emitted}
-        return total | {"specbound": {"speculated": speculated} | stats.to_dict()}
+        reasoning = sum(choice.num_reasoning for choice in self._choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": stats.emitted,
+            "total_tokens": prompt + stats.emitted,
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
+            "specbound": {"speculated": speculated} | stats.to_dict(),
+        }

@@ -18,6 +18,7 @@ from runtime.server.worker import Worker
 from runtime.text.transcript import Round, Token, Transcript, Written, ends_of
 
 Event = Token | Round | Written | BaseException
+CONTEXT = 8  # tokens of the prompt that an answer which continues it is decoded with
 NO_TOKEN = 2**31 - 1  # in no vocabulary: transformers takes an empty list of ends for none told
 
 
@@ -28,11 +29,12 @@ class Choice:
     Attributes:
         index: among the choices of its request.
         echo: text that comes before the answer's own.
-        events: what the worker told and nobody has taken yet.
         form: the tokens' probabilities.
         reader: what of its text is content, reasoning and calls.
         deltas: what the reader found and nobody has taken yet.
         num_tokens: of the answer so far.
+        num_reasoning: those of its reasoning, marks included.
+        num_held: the last of them, of which nothing could be told yet.
         written: what came of it.
     """
 
@@ -40,11 +42,12 @@ class Choice:
     prompt: Prompt
     echo: str
     job: Job
-    events: "asyncio.Queue[Event]"
     form: LogprobsForm
     reader: Reader
     deltas: list[Delta] = field(default_factory=list)
     num_tokens: int = 0
+    num_reasoning: int = 0
+    num_held: int = 0
     written: Written | None = None
 
     @classmethod
@@ -56,9 +59,10 @@ class Choice:
         index: int,
         worker: Worker,
         metrics: Metrics,
+        events: "asyncio.Queue[tuple[int, Event]]",
     ) -> "Choice":
-        """The choice of that index, not in the queue yet."""
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        """The choice of that index, not in the queue yet; `events` is told what happens to it, with the index."""
+        loop = asyncio.get_running_loop()
         told: list[float] = []  # when the last token came
 
         def tell(event: Event) -> None:
@@ -67,7 +71,7 @@ class Choice:
                 if len(told) > 1:
                     metrics.between.observe(told[-1] - told.pop(0))
             with suppress(RuntimeError):  # nobody listens any more: the server has ended
-                loop.call_soon_threadsafe(events.put_nowait, event)
+                loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
         def finish(outcome: Written | BaseException) -> None:
             if isinstance(outcome, Written):  # also where nobody waits for it any more
@@ -85,6 +89,7 @@ class Choice:
             listener=tell,
             hidden=hidden,
             ends=ends,
+            context=prompt.ids[0, -CONTEXT:].tolist() if _continues(body) else [],
         )
         job = Job(prompt.ids.to(worker.model.device), transcript, options, seed, body.specbound.enabled, finish)
         if body.presence_penalty or body.frequency_penalty:
@@ -95,7 +100,7 @@ class Choice:
         if body.echo:
             job.num_prompt_logprobs = body.num_logprobs
         form = LogprobsForm(worker.tokenizer, chat=isinstance(body, ChatRequest))
-        return cls(index, prompt, prompt.text if body.echo else "", job, events, form, reader)
+        return cls(index, prompt, prompt.text if body.echo else "", job, form, reader)
 
     @property
     def finish_reason(self) -> str | None:
@@ -120,15 +125,32 @@ class Choice:
         if isinstance(event, Token):
             self.num_tokens += event.id is not None
             self.form.add(event)
-            self.deltas += self.reader.feed(event.text)
+            thinking, deltas = self.reader.thinking, self.reader.feed(event.text)
+            self.deltas += deltas
+            self._count(event, thinking or self.reader.thinking, told=bool(deltas))
         elif isinstance(event, Written):
             self.deltas += self.reader.finish()
             self.written = event
+
+    def _count(self, token: Token, thinking: bool, *, told: bool) -> None:
+        """Whether a token is of the reasoning, and with it those before that may have been its mark."""
+        if token.id is None:
+            return
+        self.num_held += 1
+        if thinking:
+            self.num_reasoning += self.num_held
+        if thinking or told:
+            self.num_held = 0
 
     def take_deltas(self) -> list[Delta]:
         """What is new since the last call."""
         deltas, self.deltas = self.deltas, []
         return deltas
+
+
+def _continues(body: ChatRequest | CompletionRequest) -> bool:
+    """Whether the answer's text goes on with the prompt's."""
+    return not isinstance(body, ChatRequest) or body.continue_final_message
 
 
 def _reader(body: ChatRequest | CompletionRequest, prompt: Prompt, tokenizer: Any) -> tuple[Reader, set[int] | None]:

@@ -25,7 +25,7 @@ class Items:
     def __init__(self, body: ResponsesRequest, model_id: str) -> None:
         self.response = {
             "id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()), "model": model_id,
-            "error": None, "incomplete_details": None, "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
+            "error": None, "incomplete_details": None, "tools": [],
             "store": False, "previous_response_id": None, "usage": None, "truncation": "disabled", "top_logprobs": 0,
         } | body.echoed()  # fmt: skip
         self.output: list[dict[str, Any]] = []  # items that are begun; the last may be open
@@ -83,8 +83,8 @@ class Items:
     def _done(self, choice: Choice, usage: dict[str, Any]) -> dict[str, Any]:
         """The response at its end."""
         counts = {
-            "input_tokens": usage["prompt_tokens"], "input_tokens_details": {"cached_tokens": 0},
-            "output_tokens": usage["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
+            "input_tokens": usage["prompt_tokens"], "input_tokens_details": usage["prompt_tokens_details"],
+            "output_tokens": usage["completion_tokens"], "output_tokens_details": usage["completion_tokens_details"],
             "total_tokens": usage["total_tokens"], "specbound": usage["specbound"],
         }  # fmt: skip
         reason = choice.finish_reason

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils.chat_parsing import ResponseParser
 
-from runtime.server.dialect import Dialect
+from runtime.server.dialect import THINK, Dialect
 
 # As response templates name it.
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -29,6 +29,7 @@ class Reader:
     Attributes:
         content, reasoning: the text of each so far.
         calls: the calls so far, in OpenAI's form.
+        thinking: whether reasoning is being written.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class Reader:
         self.content, self.reasoning = "", ""
         self.calls: list[dict[str, Any]] = []
         self.single = single
+        self.thinking = dialect.thinks and dialect.own is None and opening.rfind(THINK[0]) > opening.rfind(THINK[1])
         form = dialect.calls if dialect.own is None else None
         self._marks = (form.begin, form.end) if form else ("", "")
         self._body = ""  # of the call that is being written
         template = dialect.template(calls=bool(tools))
         told: Any = tools
         self._parser: Any = None if template is None else ResponseParser(template, prefix=opening, tools=told)
+        self._look([] if self._parser is None else self._parser.initial_events)
 
     def feed(self, text: str) -> list[Delta]:
         """What the next piece of text adds; nothing while it may be a part of a mark."""
@@ -51,7 +54,7 @@ class Reader:
         try:
             return self._deltas(self._parser.feed(text))
         except UNREADABLE:  # a template of the tokenizer that does not fit: the rest is text
-            self._parser = None
+            self._parser, self.thinking = None, False
             return self._say(self._opened() + text)
 
     def finish(self) -> list[Delta]:
@@ -66,6 +69,7 @@ class Reader:
 
     def _deltas(self, events: list[dict[str, Any]]) -> list[Delta]:
         """Of the parser's events."""
+        self._look(events)
         found: list[Delta] = []
         for event in events:
             kind, field = event["type"], event["field"]
@@ -78,6 +82,12 @@ class Reader:
                 self.reasoning += event["text"]
                 found.append({"reasoning_content": event["text"]})
         return found
+
+    def _look(self, events: list[dict[str, Any]]) -> None:
+        """Whether reasoning is open after these events."""
+        for event in events:
+            if event["field"] in REASONING and event["type"] != "region_chunk":
+                self.thinking = event["type"] == "region_open"
 
     def _opened(self) -> str:
         """The call that is being written, as text."""

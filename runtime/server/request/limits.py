@@ -13,16 +13,18 @@ class Limits:
     Attributes:
         max_tokens: of an answer; None for as many as the context has room for.
         max_body_bytes: of a request.
-        max_waiting: answers in the queue.
-        max_running: answers that are made together.
+        max_waiting: requests in the queue.
+        max_answers: of one request, to all of its prompts.
+        max_running: answers that are made together; None for what memory has room for.
         seconds: from a request's arrival to its end, the queue included; None sets no limit.
     """
 
     max_tokens: int | None = None
     max_body_bytes: int = 1 << 20
     max_waiting: int = 16
-    max_running: int = 8
+    max_running: int | None = 8
     seconds: float | None = None
+    max_answers: int = 1024
 
     def tokens(self, body: ChatRequest | CompletionRequest, prompt_tokens: int, context: int) -> int:
         """Tokens to generate at most.
@@ -50,16 +52,15 @@ class Limits:
             raise ApiError(400, said, param="min_tokens")
         return limit
 
-    def check_answers(self, count: int) -> None:
-        """Whether a request may have so many answers.
+    def check_answers(self, prompts: int, n: int) -> None:
+        """Whether a request may have `n` answers to each of its prompts.
 
         Raises:
-            ApiError: they never have places in the queue all at once.
+            ApiError: there are too many.
         """
-        most = self.max_waiting + self.max_running
-        if count > most:
-            said = f"n times the prompts is {count} answers: this server takes at most {most} at once"
-            raise ApiError(400, said, param="n")
+        if prompts * n > self.max_answers:
+            said = f"{n} answers to each of {prompts} prompts: this server takes at most {self.max_answers} answers"
+            raise ApiError(400, f"{said} in one request, send several", param="prompt" if prompts > 1 else "n")
 
 
 def check_ids(body: ChatRequest | CompletionRequest, num_ids: int) -> None:

@@ -5,11 +5,22 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from runtime.server.request.strict import Strict
-from runtime.server.request.tools import Call, NamedFunction, NamedTool, Tool
+from runtime.server.request.template import TemplateFields
+from runtime.server.request.tools import (
+    CHOICE_SCHEMA,
+    AllowedTools,
+    Call,
+    NamedFunction,
+    NamedTool,
+    Tool,
+    name_of,
+)
 
 # What clients hold of an answer besides its text, and send back: it says nothing to a template.
-BESIDE = ("id", "annotations", "provider_specific_fields")
-BESIDE_TEXT = ("annotations", "cache_control", "citations", "id", "index", "logprobs", "phase")
+BESIDE = ("id", "annotations", "parsed", "phase", "provider_specific_fields")
+BESIDE_TEXT = ("annotations", "cache_control", "citations", "id", "index", "logprobs", "parsed", "phase")
+# What says nothing where it is empty, and would have to be acted on where it is not.
+UNUSED = ("audio", "function_call", "images", "prefix", "reasoning_details", "thinking_blocks")
 # What the document says of text, or parts of text.
 PART = {
     "type": "object",
@@ -56,15 +67,17 @@ class Message(Strict):
         if type(fields) is not dict:
             raise ValueError("must be an object with a role and a content")
         kept = {key: value for key, value in fields.items() if value is not None and key not in BESIDE}
-        for key in ("function_call", "audio"):
+        for key in UNUSED:
             if kept.pop(key, None):
-                raise ValueError(f"{key} is not supported by this server: send messages of text only")
+                raise ValueError(f"{key} is not supported by this server: leave it out")
         if (reasoning := kept.pop("reasoning", None)) is not None:
             kept.setdefault("reasoning_content", reasoning)
         if kept.get("role") == "assistant":
             kept.setdefault("content", kept.pop("refusal", ""))
         elif kept.get("tool_calls"):
             raise ValueError("tool_calls belongs to messages of the assistant: leave it out")
+        elif "content" not in kept:
+            raise ValueError("content is missing: give text, or a list of parts of type text")
         return kept
 
     @field_validator("content", mode="before")
@@ -91,25 +104,19 @@ class Message(Strict):
         return {"role": role, "content": self.content} | {key: value for key, value in more.items() if value}
 
 
-class Conversation(Strict):
+class Conversation(TemplateFields):
     """What the chat template is asked.
 
     Attributes:
-        add_generation_prompt: the template ends where an answer begins; by default, unless a message is continued.
-        continue_final_message: the answer goes on with the last message, which is the assistant's.
-        chat_template_kwargs: variables of the template.
-        enable_thinking: one of them, which some clients send beside.
         tools: functions that the answer may call.
-        tool_choice: `none`, `auto`, `required`, or the one to be called.
+        tool_choice: `none`, `auto`, `required`, the one to be called, or those that may or must.
     """
 
     messages: list[Message] = Field(json_schema_extra={"minItems": 1})
     tools: list[Tool] = Field(default_factory=list)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    enable_thinking: bool | None = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | NamedTool | AllowedTools, WithJsonSchema(CHOICE_SCHEMA)
+    ] = "auto"
 
     @field_validator("messages")
     @classmethod
@@ -121,32 +128,32 @@ class Conversation(Strict):
     @field_validator("tool_choice", mode="before")
     @classmethod
     def _choice(cls, choice: Any) -> Any:
-        function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
-        if isinstance(function, dict) and isinstance(function.get("name"), str):
-            return NamedTool(type="function", function=NamedFunction(name=function["name"]))
+        if isinstance(choice, dict) and choice.get("type") == "function" and (name := name_of(choice)) is not None:
+            return NamedTool(type="function", function=NamedFunction(name=name))
+        if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+            return AllowedTools.of(choice.get("allowed_tools"))
         if choice not in ("none", "auto", "required"):
-            raise ValueError("must be none, auto, required, or a function by its name")
+            raise ValueError("must be none, auto, required, a function by its name, or allowed_tools")
         return choice
 
     @model_validator(mode="after")
     def _one_end(self) -> "Conversation":
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError(
-                "continue_final_message and add_generation_prompt: true exclude each other: leave one out"
-            )
         if self.continue_final_message and [message.role for message in self.messages[-1:]] != ["assistant"]:
             raise ValueError("continue_final_message needs a last message of the assistant")
         return self
 
     @model_validator(mode="after")
     def _known_tool(self) -> "Conversation":
-        if self.must_call and not self.called:
+        allowed = self.tool_choice.names if isinstance(self.tool_choice, AllowedTools) else set()
+        if (self.must_call and not self.called) or allowed - {tool.function.name for tool in self.tools}:
             raise ValueError("tool_choice asks for a call of what is not among the tools")
         return self
 
     @property
     def must_call(self) -> bool:
         """Whether the answer has to be a call."""
+        if isinstance(self.tool_choice, AllowedTools):
+            return self.tool_choice.mode == "required"
         return self.tool_choice not in ("none", "auto")
 
     @property
@@ -154,22 +161,12 @@ class Conversation(Strict):
         """The tools that the answer may call."""
         if isinstance(self.tool_choice, NamedTool):
             return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        if isinstance(self.tool_choice, AllowedTools):
+            return [tool for tool in self.tools if tool.function.name in self.tool_choice.names]
         return [] if self.tool_choice == "none" else self.tools
-
-    @property
-    def template_options(self) -> dict[str, Any]:
-        """Options of `apply_chat_template`, the variables aside."""
-        if self.continue_final_message:
-            return {"continue_final_message": True, "add_generation_prompt": False}
-        return {"add_generation_prompt": self.add_generation_prompt is not False}
-
-    @property
-    def template_variables(self) -> dict[str, Any]:
-        """What the template sees besides the messages."""
-        thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
-        return self.chat_template_kwargs | thinking
 
     @property
     def tools_of_template(self) -> list[dict[str, Any]]:
         """What the template is told that the model may call: of a choice of one function, all the same all."""
-        return [] if self.tool_choice == "none" else [tool.for_template() for tool in self.tools]
+        told = self.called if isinstance(self.tool_choice, AllowedTools) else self.tools
+        return [] if self.tool_choice == "none" else [tool.for_template() for tool in told]

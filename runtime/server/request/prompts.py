@@ -50,7 +50,10 @@ def prompts_of(worker: Worker, body: ChatRequest | CompletionRequest) -> list[Pr
     tokenizer: Any = worker.tokenizer
     if isinstance(body, ChatRequest):
         return [_chat_prompt(worker.model, tokenizer, body)]
-    pairs = [(tokenizer(one)["input_ids"], one) if isinstance(one, str) else (one, None) for one in body.prompt]
+    special = {"add_special_tokens": body.add_special_tokens}
+    pairs = [
+        (tokenizer(one, **special)["input_ids"], one) if isinstance(one, str) else (one, None) for one in body.prompt
+    ]
     for ids, _ in pairs:
         _check_ids(worker.model, ids, "prompt")
     return [Prompt(torch.tensor([ids]), tokenizer.decode(ids) if text is None else text) for ids, text in pairs]
@@ -83,6 +86,13 @@ def chat_ids(tokenizer: Any, chat: Conversation) -> list[int]:
     """
     if tokenizer.chat_template is None:
         raise ApiError(400, "this model has no chat template: use /v1/completions", param="messages")
+    if (
+        chat.reasoning_effort
+        and Dialect.of(tokenizer).thinks
+        and "enable_thinking" not in tokenizer.get_chat_template()
+    ):
+        said = "reasoning_effort: this model's thinking cannot be switched off: leave it out"
+        raise ApiError(400, said, param="reasoning_effort")
     ours = set(inspect.signature(tokenizer.apply_chat_template).parameters) & set(chat.template_variables)
     if ours:  # `tools`, `chat_template`, ...: arguments of the call, not variables
         said = f"chat_template_kwargs: {min(ours)} is not a variable of the template: leave it out"
@@ -116,6 +126,16 @@ def _check_called(tokenizer: Any, messages: list[dict[str, Any]], options: dict[
     if same:
         said = "messages: this model's chat template has no place for tool_calls: leave them out"
         raise ApiError(400, said, param="messages")
+
+
+def detokenized(worker: Worker, ids: list[int]) -> str:
+    """The text of token ids, special ones included.
+
+    Raises:
+        ApiError: the model does not know one.
+    """
+    _check_ids(worker.model, ids, "tokens")
+    return str(worker.tokenizer.decode(ids))
 
 
 def tokenized(worker: Worker, body: TokenizeRequest) -> dict[str, Any]:

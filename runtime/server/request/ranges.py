@@ -48,6 +48,16 @@ _BIASES = {
     "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
 }
 
+_TOKENS = {"anyOf": [{"const": -1}, {"type": "integer", "minimum": 1}]}
+
+
+def _some(tokens: int) -> int:
+    if tokens != -1 and tokens < 1:
+        raise ValueError("must be at least 1, or -1 for as many as there is room for")
+    return tokens
+
+
+MaxTokens = Annotated[int, AfterValidator(_some), WithJsonSchema(_TOKENS)]
 Stop = Annotated[list[str], BeforeValidator(_listed), WithJsonSchema(_STOPS)]
 StopIds = Annotated[list[Annotated[int, Field(ge=0, lt=10**12)]], Field(max_length=MAX_STOP_IDS)]
 Temperature = Annotated[

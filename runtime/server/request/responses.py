@@ -9,9 +9,10 @@ from pydantic import ConfigDict, Field, WithJsonSchema, field_validator, model_v
 
 from runtime.server.request.messages import BESIDE_TEXT, check_part
 from runtime.server.request.neutral import describe_body, without_neutral
-from runtime.server.request.ranges import MinP, Seed, Stop, Temperature, TopK, TopP
-from runtime.server.request.schema import ChatRequest, Speculation
+from runtime.server.request.sampling import Sampling
+from runtime.server.request.schema import ChatRequest, Speculation, StreamOptions
 from runtime.server.request.strict import Strict, check_object, without_null
+from runtime.server.request.template import TemplateFields
 from runtime.server.request.tools import NamedSchema
 
 TEXTS = ("input_text", "output_text", "text", "reasoning_text")
@@ -87,14 +88,16 @@ class Quiet(Speculation):
         return value
 
 
-class ResponsesRequest(Strict):
+class ResponsesRequest(Sampling, TemplateFields):
     """Body of /v1/responses.
 
     Attributes:
         input: the user's message, or messages.
         instructions: of the system, before the messages.
         max_output_tokens: of the answer, its reasoning included.
-        top_k, min_p, seed, stop, chat_template_kwargs, enable_thinking, specbound: not OpenAI's; as chats have them.
+        reasoning: an effort of `none` is the chats' `reasoning_effort`; there is no other.
+        metadata, parallel_tool_calls, tool_choice: told in the response, and say nothing else: there are no tools.
+        specbound: as chats have it, and so is what is chosen of tokens and said of the template.
     """
 
     model_config = ConfigDict(json_schema_extra=describe_body)
@@ -103,22 +106,27 @@ class ResponsesRequest(Strict):
     input: Annotated[list[dict[str, Any]], WithJsonSchema(INPUT_SCHEMA)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
     stream: bool = False
+    stream_options: StreamOptions | None = None
+    reasoning: dict[str, Any] = Field(default_factory=dict, json_schema_extra={"enum": [{}, {"effort": "none"}]})
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    parallel_tool_calls: bool = True
+    tool_choice: Literal["none", "auto"] = "auto"
     text: TextOptions = TextOptions()
-    top_k: TopK | None = None
-    min_p: MinP | None = None
-    seed: Seed | None = None
-    stop: Stop = Field(default_factory=list)
-    chat_template_kwargs: dict[str, Any] | None = None
-    enable_thinking: bool | None = None
     specbound: Quiet = Quiet()
 
     @model_validator(mode="before")
     @classmethod
     def _said(cls, fields: Any) -> Any:
         return without_neutral(check_object(fields), cls.model_fields)
+
+    @field_validator("reasoning", mode="before")
+    @classmethod
+    def _effort(cls, reasoning: Any) -> Any:
+        found = without_null(reasoning)
+        if found not in ({}, {"effort": "none"}):
+            raise ValueError("is not supported by this server except with an effort of none: leave it out")
+        return found
 
     @field_validator("input", mode="before")
     @classmethod
@@ -151,12 +159,14 @@ class ResponsesRequest(Strict):
             ValidationError: a value is out of its range.
         """
         system = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        own = {"input", "instructions", "max_output_tokens", "text"}
+        own = {"input", "instructions", "max_output_tokens", "text", "reasoning", "metadata", "stream_options"}
+        own |= {"parallel_tool_calls", "tool_choice"}
+        effort = self.reasoning.get("effort", self.reasoning_effort)
         same = self.model_dump(exclude=own, exclude_none=True)
         return ChatRequest.model_validate(
             same
             | {"messages": [*system, *self.input], "max_completion_tokens": self.max_output_tokens}
-            | {"response_format": self._format()}
+            | {"response_format": self._format(), "reasoning_effort": effort}
         )
 
     def _format(self) -> dict[str, Any]:
@@ -170,8 +180,8 @@ class ResponsesRequest(Strict):
     def echoed(self) -> dict[str, Any]:
         """What a response tells of its request."""
         text = self.text.model_dump(by_alias=True, exclude_none=True)
-        kept = ("instructions", "max_output_tokens", "temperature", "top_p")
-        return {name: getattr(self, name) for name in kept} | {"text": text, "metadata": {}}
+        kept = ("instructions", "max_output_tokens", "temperature", "top_p", "metadata", "parallel_tool_calls")
+        return {name: getattr(self, name) for name in (*kept, "tool_choice")} | {"text": text}
 
 
 def _check_reasoning(item: dict[str, Any]) -> None:

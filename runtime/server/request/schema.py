@@ -3,14 +3,14 @@
 What cannot be honoured is refused, never ignored, unless it is at the value that changes nothing.
 """
 
-from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from runtime.server.request.messages import Conversation
 from runtime.server.request.neutral import describe_body, without_neutral
-from runtime.server.request.ranges import Bias, MinP, Seed, Stop, StopIds, Temperature, TopK, TopP
+from runtime.server.request.ranges import MaxTokens
+from runtime.server.request.sampling import Sampling
 from runtime.server.request.strict import Strict, check_object
 from runtime.server.request.tools import ResponseFormat
 
@@ -55,23 +55,13 @@ class Speculation(Strict):
     rounds: bool = False
 
 
-class Request(Strict):
+class Request(Sampling):
     """What chats and completions share.
 
     Attributes:
-        max_tokens: of the answer; `max_completion_tokens` is its other name, and wins.
+        max_tokens: of the answer; `max_completion_tokens` is its other name, and wins; -1 is as many as there is room
+            for, as llama.cpp has it.
         n: so many answers to each prompt; the seed of each is one more than that of the one before.
-        seed: gives the ids that `torch.manual_seed(seed)` and `model.generate` give.
-        temperature: 0 is greedy; None, with no `top_p`, `top_k` or `min_p` either, does as the model's own defaults
-            say.
-        top_k: not OpenAI's; 0 and -1 switch off the 50 that transformers takes by default.
-        min_p, repetition_penalty: not OpenAI's; as `generate` has them.
-        min_tokens: vLLM's; what would end the answer is not taken before it has so many.
-        stop_token_ids: vLLM's; each ends the answer, beside the model's own.
-        ignore_eos: vLLM's; the model's own do not end the answer.
-        logit_bias: added to the scores of token ids.
-        presence_penalty: taken from the scores of ids that the answer has already.
-        frequency_penalty: the same, once for each time.
     """
 
     model_config = ConfigDict(json_schema_extra=describe_body)
@@ -79,22 +69,9 @@ class Request(Strict):
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
-    seed: Seed | None = None
-    stop: Stop = Field(default_factory=list)
-    stop_token_ids: StopIds = Field(default_factory=list)
-    ignore_eos: bool = False
-    min_tokens: int = Field(0, ge=0)
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    min_p: MinP | None = None
-    repetition_penalty: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
-    presence_penalty: float = Field(0, ge=-2, le=2, allow_inf_nan=False)
-    frequency_penalty: float = Field(0, ge=-2, le=2, allow_inf_nan=False)
-    logit_bias: Bias = Field(default_factory=dict)
     specbound: Speculation = Speculation()
 
     @model_validator(mode="before")
@@ -107,28 +84,6 @@ class Request(Strict):
         if self.specbound.rounds and not self.stream:
             raise ValueError("specbound.rounds needs stream: true")
         return self
-
-    def sampling(self) -> dict[str, Any]:
-        """Options of `generate`; those not asked for are left to it."""
-        options: dict[str, Any] = {}
-        if self.repetition_penalty is not None:
-            options["repetition_penalty"] = self.repetition_penalty
-        if self.min_tokens:
-            options["min_new_tokens"] = self.min_tokens
-        if self.logit_bias:
-            options["sequence_bias"] = [[[int(id)], float(value)] for id, value in self.logit_bias.items()]
-        if self.temperature == 0:
-            return options | {"do_sample": False}
-        top_k = 0 if self.top_k == -1 else self.top_k
-        asked = {"temperature": self.temperature, "top_p": self.top_p, "top_k": top_k, "min_p": self.min_p or None}
-        given = {name: value for name, value in asked.items() if value is not None}
-        if self.min_p == 0 and given:
-            given["min_p"] = 0.0  # against a model's own default
-        return options | ({"do_sample": True} | given if given else {})
-
-    def ends(self, own: Iterable[int]) -> set[int]:
-        """Ids that end the answer; `own` are the model's."""
-        return {*self.stop_token_ids, *(() if self.ignore_eos else own)}
 
 
 class ChatRequest(Request, Conversation):
@@ -161,8 +116,9 @@ class ChatRequest(Request, Conversation):
 
     @property
     def limit(self) -> int | None:
-        """Tokens of the answer at most."""
-        return self.max_completion_tokens or self.max_tokens
+        """Tokens of the answer at most; None sets no limit."""
+        given = self.max_completion_tokens or self.max_tokens
+        return None if given == -1 else given
 
     @property
     def echo(self) -> bool:
@@ -177,12 +133,14 @@ class CompletionRequest(Request):
         prompt: one or several, each as text or as token ids.
         max_tokens: 0 gives only the prompt back.
         echo: the answer begins with its prompt, and `logprobs` tells those of its tokens too.
+        add_special_tokens: vLLM's; False takes texts without what the tokenizer puts around them.
     """
 
     prompt: Annotated[list[str | list[int]], WithJsonSchema(PROMPT_SCHEMA)]
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(None, ge=-1)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
+    add_special_tokens: bool = True
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -206,9 +164,9 @@ class CompletionRequest(Request):
 
     @property
     def limit(self) -> int | None:
-        """Tokens of the answer at most; 16 where none is given, as OpenAI has it."""
+        """Tokens of the answer at most; 16 where none is given, as OpenAI has it; None sets no limit."""
         given = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return 16 if given is None else given
+        return 16 if given is None else None if given == -1 else given
 
 
 def _are_ids(value: Any) -> bool:

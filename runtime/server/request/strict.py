@@ -33,6 +33,8 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _given(cls, fields: Any) -> Any:
+        if type(fields) is not dict and not isinstance(fields, cls):
+            raise ValueError("must be an object")
         return without_null(fields)
 
 

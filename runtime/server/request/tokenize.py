@@ -1,11 +1,11 @@
-"""Body of /tokenize: a text, or messages. Knows no model."""
+"""Bodies of /tokenize (a text, or messages) and /detokenize (token ids). Knows no model."""
 
 from typing import Any
 
 from pydantic import ConfigDict, Field, model_validator
 
 from runtime.server.request.messages import Conversation, Message
-from runtime.server.request.strict import check_object, describe
+from runtime.server.request.strict import Strict, check_object, describe
 
 # What goes with messages, at the values that say nothing.
 UNSAID: dict[str, tuple[Any, ...]] = {
@@ -13,6 +13,7 @@ UNSAID: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({}, None),
     "continue_final_message": (False, None),
     "enable_thinking": (None,),
+    "reasoning_effort": (None,),
     "tool_choice": ("auto", None),
     "tools": ([], None),
 }
@@ -28,6 +29,13 @@ def _describe_either(schema: dict[str, Any]) -> None:
         {"properties": text, "required": ["prompt"]},
         {"properties": chat, "required": ["messages"]},
     ]
+
+
+class DetokenizeRequest(Strict):
+    """Body of /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
 
 
 class TokenizeRequest(Conversation):

@@ -1,6 +1,7 @@
 """What a chat's answer may be: calls of tools, or JSON of a schema; as OpenAI's requests say it. Knows no model."""
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
@@ -9,6 +10,43 @@ from runtime.server.request.strict import TOO_DEEP, Strict, check_object
 
 # What OpenAI takes.
 NAME = r"^[A-Za-z0-9_-]{1,64}$"
+# Of caching, and what clients hold of a call besides: it says nothing to a template.
+BESIDE = ("cache_control",)
+BESIDE_CALL = ("index", "parsed_arguments", "provider_specific_fields")
+
+# What the document says of a choice.
+_FUNCTION = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+_NAMED = {
+    "type": "object",
+    "properties": {"type": {"const": "function"}, "function": _FUNCTION},
+    "required": ["type", "function"],
+}
+_ALLOWED = {
+    "type": "object",
+    "properties": {
+        "mode": {"enum": ["auto", "required"]},
+        "tools": {"type": "array", "items": _NAMED, "minItems": 1},
+    },
+    "required": ["mode", "tools"],
+}
+_SOME = {
+    "type": "object",
+    "properties": {"type": {"const": "allowed_tools"}, "allowed_tools": _ALLOWED},
+    "required": ["type", "allowed_tools"],
+}
+CHOICE_SCHEMA = {"anyOf": [{"enum": ["none", "auto", "required"]}, _NAMED, _SOME]}
+
+
+def without(fields: Any, names: Sequence[str]) -> Any:
+    """An object without these fields; any other value as it is."""
+    return {key: value for key, value in fields.items() if key not in names} if type(fields) is dict else fields
+
+
+def name_of(value: Any) -> str | None:
+    """The name of a function that is told as tools are; None where there is none."""
+    function = value.get("function") if isinstance(value, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
 
 
 class Function(Strict):
@@ -24,12 +62,27 @@ class Function(Strict):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, fields: Any) -> Any:
+        return without(fields, BESIDE)
+
 
 class Tool(Strict):
     """A tool; functions are the only kind."""
 
     type: Literal["function"]
     function: Function
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, fields: Any) -> Any:
+        kind = fields.get("type") if type(fields) is dict else "function"
+        if isinstance(kind, str) and kind != "function":
+            raise ValueError(f"a tool of type {kind:.40} is not supported by this server: send tools of type function")
+        if type(fields) is dict and fields.get("defer_loading") not in (None, False):
+            raise ValueError("defer_loading is not supported by this server: leave it out")
+        return without(fields, (*BESIDE, "defer_loading"))
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates take it."""
@@ -49,6 +102,30 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
+class AllowedTools(Strict):
+    """Some of the functions may be called, or one of them must.
+
+    Attributes:
+        names: of those.
+    """
+
+    mode: Literal["auto", "required"]
+    names: set[str]
+
+    @classmethod
+    def of(cls, asked: Any) -> "AllowedTools":
+        """As OpenAI has it: a mode, and tools by their names.
+
+        Raises:
+            ValueError: it is of another form.
+        """
+        tools = asked.get("tools") if isinstance(asked, dict) else None
+        names = [name_of(tool) for tool in tools] if isinstance(tools, list) else []
+        if not names or None in names or asked.get("mode") not in ("auto", "required"):
+            raise ValueError("allowed_tools must give a mode, auto or required, and tools, functions by their names")
+        return cls(mode=asked["mode"], names={str(name) for name in names})
+
+
 class Called(Strict):
     """The function that the assistant called.
 
@@ -58,6 +135,11 @@ class Called(Strict):
 
     name: str
     arguments: Annotated[dict[str, Any], WithJsonSchema({"type": ["string", "object"]})]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, fields: Any) -> Any:
+        return without(fields, BESIDE_CALL)
 
     @field_validator("arguments", mode="before")
     @classmethod
@@ -82,9 +164,8 @@ class Call(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_place(cls, fields: Any) -> Any:
-        """Clients that collect a stream send its `index` back."""
-        return {key: value for key, value in fields.items() if key != "index"} if type(fields) is dict else fields
+    def _bare(cls, fields: Any) -> Any:
+        return without(fields, BESIDE_CALL)
 
 
 class NamedSchema(Strict):

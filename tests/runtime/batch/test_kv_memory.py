@@ -1,6 +1,7 @@
 """Memory for keys and values: what a token takes, who waits for room, who never gets any, and that all comes back."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -117,6 +118,20 @@ def test_all_of_it_comes_back(error: BaseException) -> None:
     except KeyboardInterrupt:
         assert isinstance(error, KeyboardInterrupt)
     assert memory.used == 0
+
+
+def test_how_many_run_where_nobody_says() -> None:
+    """As many of a usual length, or of the context, as have room: at least one; more where they share each product."""
+
+    def usual(tokens: int, *, native: bool, context: int = 8192) -> int:
+        model = Mock()
+        model.config.get_text_config.return_value.max_position_embeddings = context
+        model.specbound.certificate.policy.native = native
+        return KVMemory(tokens).usual_requests(model)
+
+    assert [usual(tokens, native=True) for tokens in (100, 5 * 2048, 10**6)] == [1, 5, 16]
+    assert [usual(tokens, native=False) for tokens in (100, 5 * 2048, 10**6)] == [1, 5, 8]
+    assert usual(1000, native=True, context=250) == 4
 
 
 def test_prompts_are_kept_in_what_is_left() -> None:

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from tests.helpers.paths import ROOT
-from tests.helpers.servers import MESSAGES, MODEL_ID, SAMPLED, chat_ids, stock
+from tests.helpers.servers import MESSAGES, MODEL_ID, SAMPLED, chat_ids, following, stock
 
 
 @pytest.mark.parametrize("request_options", [{}, {"temperature": 0}, SAMPLED, SAMPLED | {"seed": 12}])
@@ -61,9 +61,8 @@ def test_stop_strings(served: Any, client: openai.OpenAI, position: int) -> None
 def test_completions(served: Any, client: openai.OpenAI, prompt: Any) -> None:
     """Text, a list of one, or ids; 16 tokens unless told."""
     tokenizer = served[2]
-    text = tokenizer.decode(
-        stock(served, [20, 63, 6], seed=4, max_new_tokens=16, do_sample=True), skip_special_tokens=True
-    )
+    ids = stock(served, [20, 63, 6], seed=4, max_new_tokens=16, do_sample=True)
+    text = following(tokenizer, [20, 63, 6], ids)
     arguments: Any = {"model": MODEL_ID, "prompt": prompt, "seed": 4, "temperature": 1}
     assert client.completions.create(**arguments).choices[0].text == text
     assert "".join(chunk.choices[0].text for chunk in client.completions.create(stream=True, **arguments)) == text
@@ -120,7 +119,8 @@ def test_many_at_once_are_answered_alike(served: Any, client: openai.OpenAI) -> 
     with ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(ask, seeds))
     alone = {
-        seed: served[2].decode(stock(served, [20, 63], seed=seed, max_new_tokens=8, do_sample=True)) for seed in seeds
+        seed: following(served[2], [20, 63], stock(served, [20, 63], seed=seed, max_new_tokens=8, do_sample=True))
+        for seed in seeds
     }
     assert texts == [alone[seed] for seed in seeds]
 

@@ -8,7 +8,8 @@ import openai
 import pytest
 import torch
 
-from tests.helpers.servers import MESSAGES, MODEL_ID, PROMPT, Served, chat_ids, held, stock, until
+from runtime.server.request.limits import Limits
+from tests.helpers.servers import MESSAGES, MODEL_ID, PROMPT, Served, chat_ids, following, held, stock, until
 
 OTHER = [5, 9, 33, 40]
 
@@ -59,7 +60,7 @@ def test_n_choices_of_a_chat(served: Any, client: openai.OpenAI) -> None:
 def test_several_prompts(served: Any, client: openai.OpenAI, prompts: Any) -> None:
     """Choices stand in the order of the prompts, `n` of each."""
     expected = [
-        served[2].decode(stock(served, ids, seed=seed, max_new_tokens=10, do_sample=True), skip_special_tokens=True)
+        following(served[2], ids, stock(served, ids, seed=seed, max_new_tokens=10, do_sample=True))
         for ids in (PROMPT, OTHER)
         for seed in (3, 4)
     ]
@@ -93,7 +94,7 @@ def test_echo_with_logprobs(served: Any, client: openai.OpenAI, prompt_rows: Any
     answer: Any = client.completions.create(max_tokens=3, stream=stream, **arguments)
     choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
     first = [choice for choice in choices if choice.index == 0]
-    assert "".join(choice.text for choice in first) == tokenizer.decode(OTHER) + tokenizer.decode(ids)
+    assert "".join(choice.text for choice in first) == tokenizer.decode(OTHER + ids)
     told = [choice.logprobs for choice in first if choice.logprobs]
     tokens, values, tops, offsets = (
         [one for logprobs in told for one in getattr(logprobs, name)]
@@ -115,7 +116,7 @@ def test_only_the_prompt_back(served: Any, client: openai.OpenAI, prompt_rows: A
     assert found.choices[0].text == "w17  w60 w3" and found.usage.completion_tokens == 0
     rows = prompt_rows(PROMPT)
     assert found.choices[0].logprobs.token_logprobs[1:] == [float(rows[0][63]), float(rows[1][6])]
-    text = served[2].decode(stock(served, PROMPT, max_new_tokens=5, do_sample=False))
+    text = following(served[2], PROMPT, stock(served, PROMPT, max_new_tokens=5, do_sample=False))
     plain: Any = client.completions.create(max_tokens=5, temperature=0, **arguments)
     assert plain.choices[0].text == "w17  w60 w3" + text and plain.choices[0].logprobs is None
 
@@ -126,26 +127,42 @@ def held_server(make_model: Any, make_tokenizer: Any) -> Iterator[Served]:
         yield found
 
 
-def test_all_choices_have_places_or_none_has(held_server: Served) -> None:
-    """Two may wait: behind one that runs there is room for two choices, not for three, nor for two behind one more."""
-    assert len(held_server.complete(n=3).choices) == 3
+def test_a_request_has_one_place_in_the_queue(held_server: Served) -> None:
+    """However many prompts it has: its next answer waits at the end of the line, where others find room too."""
     held_server.hold()
-    found: list[Any] = []
-    threads = [threading.Thread(target=lambda: found.append(held_server.complete())) for _ in range(2)]
+    found: dict[str, Any] = {}
+    prompts = [[20 + number, 63, 6] for number in range(32)]  # as lm-eval sends them
+    asked: dict[str, dict[str, Any]] = {"many": {"prompt": prompts, "max_tokens": 2}, "one": {"max_tokens": 2}}
+
+    def ask(name: str) -> None:
+        found[name] = held_server.complete(temperature=0, **asked[name])
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in asked]
     threads[0].start()
     until(held_server.valve.reached.is_set)
-    with pytest.raises(openai.RateLimitError, match="this one asks for 3 places"):
-        held_server.complete(n=3)
-    assert held_server.worker.num_waiting == 0
+    assert held_server.worker.num_waiting == 31
     threads[1].start()
-    until(lambda: held_server.worker.num_waiting == 1)
-    with pytest.raises(openai.RateLimitError, match="this one asks for 2 places"):
-        held_server.complete(n=2)
-    assert held_server.worker.num_waiting == 1
+    until(lambda: held_server.worker.num_waiting == 32)
+    with pytest.raises(openai.RateLimitError, match="2 requests are waiting already"):
+        held_server.complete()
     held_server.valve.open.set()
     for thread in threads:
         thread.join(60)
-    assert len(found) == 2
+    assert len(found["many"].choices) == 32 and len(found["one"].choices) == 1
+    alone = [
+        held_server.complete(prompt=prompt, max_tokens=2, temperature=0).choices[0].text for prompt in prompts[:4]
+    ]
+    assert [choice.text for choice in found["many"].choices[:4]] == alone
+
+
+def test_choices_are_streamed_as_they_come(make_model: Any, make_tokenizer: Any) -> None:
+    """Two that run together are told together, not one after the other."""
+    with held(make_model(), make_tokenizer(), Limits(max_running=2)) as served:
+        chunks = list(served.complete(prompt=[PROMPT, OTHER], max_tokens=40, temperature=0, stream=True))
+        indices = [choice.index for chunk in chunks for choice in chunk.choices]
+        assert indices.index(1) < len(indices) - 1 - indices[::-1].index(0) and indices != sorted(indices)
+        whole = served.complete(prompt=[PROMPT, OTHER], max_tokens=40, temperature=0)
+        assert texts_of(chunks)[0] == [choice.text for choice in whole.choices]
 
 
 def test_choices_that_nobody_waits_for_leave_the_queue(held_server: Served) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.helpers.servers import MESSAGES, MODEL_ID, chat_ids, stock
+from tests.helpers.servers import MESSAGES, MODEL_ID, chat_ids, following, stock
 
 SILENT: list[dict[str, Any]] = [
     {"store": False, "metadata": {"a": "b"}, "user": "me", "safety_identifier": "x", "prompt_cache_key": "y"},
@@ -47,7 +47,7 @@ def test_what_changes_nothing_is_taken(served: Any, client: openai.OpenAI, silen
     assert chat.choices[0].message.content == tokenizer.decode(ids, skip_special_tokens=True)
     completion = client.completions.create(prompt=[20, 63, 6], **arguments)
     ids = stock(served, [20, 63, 6], max_new_tokens=8, do_sample=False)
-    assert completion.choices[0].text == tokenizer.decode(ids, skip_special_tokens=True)
+    assert completion.choices[0].text == following(tokenizer, [20, 63, 6], ids)
 
 
 @pytest.mark.parametrize(("name", "value"), LOUD, ids=[name for name, _ in LOUD])
@@ -76,10 +76,10 @@ def test_where_an_answer_ends(served: Any, client: openai.OpenAI, monkeypatch: p
     for ignore in (False, True):
         asked = {"stop_token_ids": [ends], "min_tokens": 9, "ignore_eos": ignore}
         ids = stock(served, prompt, max_new_tokens=12, min_new_tokens=9, eos_token_id=[ends], do_sample=False)
-        assert ask(**asked)[1:] == (len(ids), tokenizer.decode(ids, skip_special_tokens=True))
+        assert ask(**asked)[1:] == (len(ids), following(tokenizer, prompt, ids))
     monkeypatch.setattr(served[1].generation_config, "eos_token_id", ends)
     assert ask()[:2] == ("stop", first)
-    assert ask(ignore_eos=True) == ("length", 12, tokenizer.decode(free, skip_special_tokens=True))
+    assert ask(ignore_eos=True) == ("length", 12, following(tokenizer, prompt, free))
     for wrong, said in (
         ({"stop_token_ids": [10**6]}, "is no token id"),
         ({"min_tokens": 13}, "the answer has at most 12 tokens"),

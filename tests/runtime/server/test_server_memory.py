@@ -1,5 +1,7 @@
 """Keys and values within a stated memory: who waits for room, who is refused; and what the metrics tell of it."""
 
+import json
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -37,6 +39,15 @@ def test_what_never_has_room_is_refused(served: Served) -> None:
         served.client.chat.completions.create(model=MODEL_ID, messages=[{"role": "user", "content": content}])
     until(served.idle)
     assert served.metrics()["specbound_kv_cache_usage_perc"] == 0
+
+
+def test_how_many_run_is_chosen_and_told(make_model: Any, make_tokenizer: Any) -> None:
+    """From memory, where nobody says; /health tells it."""
+    model = make_model()
+    with held(model, make_tokenizer(), Limits(max_running=None), 3 * 512 * bytes_per_token(model)) as found:
+        assert found.worker.max_running == 3 and len(found.complete(prompt=[PROMPT] * 4).choices) == 4
+        told = json.loads(urllib.request.urlopen(f"{found.url}/health").read())
+        assert told["max_running"] == 3 and told["kv_tokens"] == 3 * 512
 
 
 def test_requests_wait_for_room(served: Served) -> None:

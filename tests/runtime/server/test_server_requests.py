@@ -87,8 +87,13 @@ def served(make_model: Any, make_tokenizer: Any) -> Iterator[Served]:
         ),
         ("completions", GOOD | {"stop": [1]}, 400, "stop: must be a string or a list of strings"),
         ("completions", GOOD | {"n": 0}, 400, "n"),
-        ("completions", GOOD | {"n": 4}, 400, "4 answers: this server takes at most 3 at once"),
-        ("completions", GOOD | {"n": 2, "prompt": ["w1", "w2"]}, 400, "4 answers: this server takes at most 3"),
+        ("completions", GOOD | {"n": 129}, 400, "n: must be less than or equal to 128"),
+        (
+            "completions",
+            GOOD | {"n": 100, "prompt": ["w1"] * 11},
+            400,
+            "100 answers to each of 11 prompts: this server",
+        ),
         ("completions", GOOD | {"logprobs": 21}, 400, "logprobs"),
         ("completions", GOOD | {"logprobs": True}, 400, "logprobs"),
         ("completions", GOOD | {"presence_penalty": 2.5}, 400, "presence_penalty"),
@@ -115,7 +120,7 @@ def served(make_model: Any, make_tokenizer: Any) -> Iterator[Served]:
         ),
         ("chat/completions", said({"content": [{"type": "text"}]}), 400, "content: a part without text"),
         ("chat/completions", said({"content": 5}), 400, "messages.0.content: must be text, or a list of parts"),
-        ("chat/completions", said({"content": None}), 400, "messages.0.content: Field required"),
+        ("chat/completions", said({"content": None}), 400, "messages.0: content is missing: give text"),
         ("chat/completions", said({"tool_calls": [{}]}), 400, "messages.0: tool_calls belongs to"),
         ("chat/completions", said({"function_call": {}} | {"audio": {"id": "a"}}), 400, "messages.0: audio is not"),
         ("chat/completions", said({"role": "function"}), 400, "messages.0.role"),
@@ -123,7 +128,7 @@ def served(make_model: Any, make_tokenizer: Any) -> Iterator[Served]:
         ("chat/completions", CHAT | {"echo": True}, 400, "echo is not supported"),
         ("chat/completions", CHAT | {"logprobs": 1}, 400, "logprobs"),
         ("chat/completions", CHAT | {"top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
-        ("chat/completions", CHAT | {"tools": [{"type": "function"}]}, 400, "tools.0.function: Field required"),
+        ("chat/completions", CHAT | {"tools": [{"type": "function"}]}, 400, "tools.0.function: is missing: give it"),
         ("completions", GOOD | {"tools": [{"type": "function"}]}, 400, "tools is not supported"),
         ("completions", GOOD | {"response_format": {"type": "json_object"}}, 400, "response_format is not supported"),
         ("chat/completions", CHAT, 400, "no chat template"),
@@ -169,7 +174,7 @@ def test_metrics_of_refused_requests(served: Served) -> None:
     """Whoever refuses: the schema, the limits, the gate; a request elsewhere is none."""
     refused = 'specbound_requests_total{outcome="refused"}'
     before = served.metrics().get(refused, 0)
-    for body in (b"{", json.dumps(GOOD | {"n": 9}).encode(), b"x" * 20_001):
+    for body in (b"{", json.dumps(GOOD | {"n": 129}).encode(), b"x" * 20_001):
         served.post(body)
     served.post(json.dumps(GOOD).encode(), Host="evil.example")
     served.post(b"{}", "/tokenize")

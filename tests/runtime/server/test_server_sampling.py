@@ -9,7 +9,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from runtime.server.penalties import CountPenalties
-from tests.helpers.servers import MODEL_ID, PROMPT, stock
+from tests.helpers.servers import MODEL_ID, PROMPT, following, stock
 
 
 class Reference(LogitsProcessor):
@@ -55,7 +55,7 @@ def test_options_are_those_of_generate(
         if (penalties := chosen.pop("penalties", None)) is not None:
             chosen["logits_processor"] = LogitsProcessorList([Reference(*penalties)])
         ids = stock(served, PROMPT, seed=5, max_new_tokens=40, **chosen)
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
+        return following(tokenizer, PROMPT, ids)
 
     arguments: Any = {"model": MODEL_ID, "prompt": PROMPT, "max_tokens": 40, "seed": 5, "extra_body": asked}
     whole: Any = client.completions.create(**arguments)

@@ -12,7 +12,7 @@ from runtime import SpeculationBounds
 from runtime.generate import attach
 from runtime.handle import SpecBound
 from tests.helpers.fake_heads import FakeHeads
-from tests.helpers.servers import MODEL_ID, running, stock
+from tests.helpers.servers import MODEL_ID, following, running, stock
 
 # Reads what clients may hand it.
 TEMPLATE = (
@@ -55,7 +55,8 @@ def test_chats_are_those_of_the_template(
     """The text is stock's after the ids that transformers makes of the same, and /tokenize tells those ids."""
     url, _, tokenizer = served
     ids = tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
-    expected = tokenizer.decode(stock(served, ids, max_new_tokens=10, do_sample=False), skip_special_tokens=True)
+    goes_on = ids if asked.get("continue_final_message") else []
+    expected = following(tokenizer, goes_on, stock(served, ids, max_new_tokens=10, do_sample=False))
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         found = client.chat.completions.create(
             model=MODEL_ID, messages=messages, max_tokens=10, temperature=0, extra_body=asked

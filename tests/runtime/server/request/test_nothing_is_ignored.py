@@ -100,7 +100,7 @@ def test_arguments_of_calls_are_looked_at_too(served: Served) -> None:
             "image_url of a part of text is not known",
         ),
         ("/v1/responses", ASKED | {"stream": True, "specbound": {"rounds": True}}, "specbound.rounds: is not told by"),
-        ("/v1/responses", ASKED | {"specbound": {"rounds": 0}}, "specbound.rounds: Input should be a valid boolean"),
+        ("/v1/responses", ASKED | {"specbound": {"rounds": 0}}, "specbound.rounds: must be true or false"),
         ("/v1/responses", ASKED | {"input": parts(image_url="a")}, "input: image_url of a part of text is not known"),
         ("/v1/responses", ASKED | {"input": [{"role": "user", "content": "w1", "colour": 1}]}, "messages.0.colour"),
         (
