@@ -56,9 +56,7 @@ class CostTable:
     conditions: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def counted(
-        cls, num_hidden_layers: int, *, head: float, unembedding: float, experts: float = 0.0
-    ) -> "CostTable":
+    def counted(cls, num_hidden_layers: int, *, head: float, unembedding: float, experts: float = 0.0) -> "CostTable":
         """Count costs from numbers of weights; the unit is one decoder layer on one token.
 
         Args:
