@@ -22,17 +22,26 @@ HEADING = """# Models
 
 `runtime.supports(model)` says whether a model can be accelerated, and if not, which part is missing; it takes a loaded
 model, a config, a folder or a Hub id, and loads no adapter. `specbound plan --model MODEL` says it before you fit.
-Whatever is refused decodes plainly, as always. The attention implementation is `sdpa` or `eager`.
+Whatever is refused decodes plainly, as always. The attention implementation is `sdpa` or `eager`; a class of
+transformers' that has no sdpa has `eager` alone.
 
 This table is made by `python scripts/models.py`. "Native" layers run in kernels of our own, in bfloat16 on CPUs that
-have the instructions for it; all others run as transformers wrote them, and have the same bits. "Tests" compare a
-tiny random model with transformers' own forward, layer by layer, and with its `generate`, every bit and every id: in
-float32 and bfloat16, greedy and sampled, chains and trees of drafts. "Fitted" names the real bases that an adapter in
-this repository is for.
+have the instructions for it; all others run as transformers wrote them, and have the same bits. "Fitted" names the
+real bases that an adapter in this repository is for.
+
+"Tests" compare a tiny random model with transformers' own forward, every bit below every layer, and with its
+`generate`, every id over 60 tokens: greedy and sampled, in float32 and bfloat16, drafts in chains, in trees, and of
+several requests together. In float32 the trees are those of several requests and the chains those of calls alone, in
+bfloat16 the other way round. Drafts are right, wrong, named twice, or the last of their siblings. A family with
+windows has prompts shorter than its window, as long, and longer; texts of three families with yarn go past the length
+that it starts from. Decoders inside models of several kinds of input are tried over 24 tokens: greedy trees in float32
+after text, sampled chains in bfloat16 after a picture.
 
 Mixtures of experts compute the tokens of a block one by one: an expert that gets several at once adds in another
 order. That is exact, and gains less than a dense model does. `specbound plan` counts memory for all experts, and work
-for those that a token is sent to.
+for those that a token is sent to. A fit counts the experts of a block once for each of its tokens, as long as no costs
+are measured. The weights of gpt-oss are MXFP4, whose kernels nobody has tried here: load it dequantised, with
+`quantization_config=Mxfp4Config(dequantize=True)`.
 
 Models of several kinds of input (the second table) are accelerated where their decoder of text is of a type in the
 first; a type there that ends in `_text` is inside one. Prompts of text run as ever. A picture goes through
@@ -72,8 +81,8 @@ def page() -> str:
 
 
 def line(model_type: str, models: list[Any], *, first: bool) -> str:
-    """Of tiny models of one type; the first families have more tests than those that came later."""
-    tests = "`test_generate.py`, `test_trees.py`" if first else "`test_families.py`"
+    """Of tiny models of one type; the first families have further tests."""
+    tests = "`test_families.py`" + (", `test_generate.py`, `test_trees.py`" if first else "")
     tests += ", `test_windows.py`" if FAMILIES[model_type].windows else ""
     native = "yes" if FAMILIES[model_type].norms else "no"
     return f"| `{model_type}` | {parts(models)} | {native} | {tests} | {fitted(model_type)} |\n"

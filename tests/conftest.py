@@ -47,6 +47,8 @@ LONG = (
     "test_checkpoints",
     "test_resume",
     "test_measure",
+    "test_families",
+    "test_windows",
 )
 
 

@@ -202,7 +202,8 @@ def _why_not_text(text: Any, family: Family) -> str | None:
     if has_windows(text) and not (text.sliding_window and getattr(text, "use_sliding_window", True)):
         return "its layer_types name windows, and its other settings none"
     rope = getattr(text, "rope_parameters", None) or {}
-    for table in rope.values() if family.rotary_by_layer else [rope]:
+    tables = rope.values() if family.rotary_by_layer else [rope]
+    for table in (table for table in tables if isinstance(table, dict)):  # beside tables there is what no layer reads
         if table.get("rope_type", "default") not in STEADY_ROPE:
             return f"its {table['rope_type']!r} rotary positions change with the length of the text"
     if getattr(text, "use_bidirectional_attention", False) or not getattr(text, "is_causal", True):

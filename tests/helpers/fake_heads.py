@@ -6,6 +6,7 @@ import torch
 
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.state import DecodeState
+from runtime.drafting.lookup import MAX_MATCH
 
 
 class FakeHeads:
@@ -40,3 +41,40 @@ class FakeHeads:
     def on(self, layers: DecoderLayers) -> "FakeHeads":
         """Nothing to move."""
         return self
+
+
+class Adversary:
+    """Drafts whatever may go wrong, at each of seven positions in its way, for requests whose texts it knows.
+
+    At four of them it names the right token and others beside it; then wrong ones alone; then the right one last;
+    then the right one twice.
+    """
+
+    modules, watched, exit_layers = (), (), (1,)
+
+    def __init__(self, texts: Sequence[list[int]], vocabulary: int = 96) -> None:
+        self.texts, self.vocabulary = texts, vocabulary
+
+    def on(self, layers: DecoderLayers) -> "Adversary":
+        """Nothing to move."""
+        return self
+
+    def propose(
+        self, layer: int, state: DecodeState, nodes: Sequence[int], count: int
+    ) -> list[list[tuple[int, float]]]:
+        """By the text that goes on as this request's does."""
+        tail = state.lookup._tail
+        text = next((text for text in self.texts if tail == text[: state.length][-MAX_MATCH:]), [])
+        return [self._of(text, state.length + len(state.paths[node]), count) for node in nodes]
+
+    def _of(self, text: list[int], position: int, count: int) -> list[tuple[int, float]]:
+        right = text[position] if position < len(text) else 0
+        tokens = [(right + step) % self.vocabulary for step in range(count + 1)]
+        kind = position % 7
+        if kind == 4:
+            tokens = tokens[1:]
+        elif kind == 5:
+            tokens = tokens[count - 1 :: -1]
+        elif kind == 6:
+            tokens = [right, *tokens]
+        return [(token, 0.9 / (1 + 0.1 * place)) for place, token in enumerate(tokens[:count])]

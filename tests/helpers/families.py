@@ -137,6 +137,14 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS | {"moe_intermediate_size": 32, "head_dim": 12, "mlp_only_layers": [1]},
     "solar_open": ROUTED | {"head_dim": 12},
 }
+# Rotary positions stretched for texts of more than 16 tokens.
+_YARN: dict[str, Any] = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+TURNED: dict[str, dict[str, Any]] = {
+    "llama with yarn": {"rope_parameters": _YARN},
+    "olmo3 with yarn": FULL | {"rope_parameters": {"full_attention": _YARN}},
+}
 # Decoders that have no model of their own: `test_wrappers.py` tries them where they are.
 INSIDE_ALONE = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text")
 # Windows, in half of the layers where a family can have both.
@@ -204,7 +212,8 @@ def config_of(family: str, window: int | None = None) -> Any:
     """Of a tiny model; with a window where that is given."""
     if window is not None:
         return AutoConfig.for_model(family, **SHAPE | WINDOWS[family] | {"sliding_window": window})
-    return FAMILIES.get(family) or AutoConfig.for_model(model_type(family), **SHAPE | (FURTHER | MIXTURES)[family])
+    further = FURTHER | MIXTURES | TURNED
+    return FAMILIES.get(family) or AutoConfig.for_model(model_type(family), **SHAPE | further[family])
 
 
 @cache

@@ -22,6 +22,7 @@ _DEEP = _QWEN_EYE | {"deepstack_visual_indexes": [0], "num_position_embeddings":
 _TURNED: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}}
 _COHERE: dict[str, Any] = {"model_type": "cohere2", "logit_scale": 0.3, "sliding_window": 16, **HALF}
 _GEMMA: dict[str, Any] = {"head_dim": 12, "final_logit_softcapping": 3.0, "sliding_window": 16, **HALF}
+_ONE_TILE: dict[str, Any] = {"image_grid_pinpoints": [[8, 8]]}
 _INDEX, _TOKEN = {"image_token_index": IMAGE}, {"image_token_id": IMAGE}
 _TOKENS = _TOKEN | {"video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
 # By model type: the decoder of text, the tower, and what else the configuration says.
@@ -32,8 +33,8 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "idefics3": ({"model_type": "llama"}, _EYE, _TOKEN),
     "internvl": ({"model_type": "qwen2"}, _EYE | {"image_size": [8, 8], "patch_size": [4, 4]}, _TOKEN),
     "llava": ({"model_type": "llama"}, _CLIP, _INDEX),
-    "llava_next": ({"model_type": "mistral", "sliding_window": 16}, _CLIP, _INDEX),
-    "llava_onevision": ({"model_type": "qwen2"}, _SIGLIP, _INDEX | {"video_token_index": 91}),
+    "llava_next": ({"model_type": "mistral", "sliding_window": 16}, _CLIP, _INDEX | _ONE_TILE),
+    "llava_onevision": ({"model_type": "qwen2"}, _SIGLIP, _INDEX | _ONE_TILE | {"video_token_index": 91}),
     "mistral3": (
         {"model_type": "mistral", "sliding_window": None},
         {"model_type": "pixtral", "head_dim": 8, **_EYE, "image_size": 16},
@@ -50,9 +51,20 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "smolvlm": ({"model_type": "llama"}, _EYE, _TOKEN),
 }
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+# Those that see a picture whole and in tiles, of which it has one here; each row of a tile ends in a token more.
+TILED = ("llava_next", "llava_onevision")
 # Tokens that a picture takes.
-PICTURES = {"gemma3": 4, "idefics3": 1, "internvl": 1, "llava": 4, "mistral3": 4, "smolvlm": 1}
-PICTURES |= dict.fromkeys(QWEN, 4)
+PICTURES = {
+    "aya_vision": 1,
+    "cohere2_vision": 1,
+    "gemma3": 4,
+    "idefics3": 1,
+    "internvl": 1,
+    "llava": 4,
+    "mistral3": 4,
+    "smolvlm": 1,
+}
+PICTURES |= dict.fromkeys(QWEN, 4) | dict.fromkeys(TILED, 4 + 2 * 3)
 
 
 def wrapper(name: str, dtype: torch.dtype = torch.float32, **shape: Any) -> Any:
@@ -85,7 +97,9 @@ def picture(name: str, dtype: torch.dtype, *, words: int = 6) -> dict[str, Any]:
         return given | {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
     size = 16 if name == "mistral3" else 8
     pixels = torch.randn(1, 3, size, size, generator=numbers).to(dtype)
+    if name in TILED:
+        pixels = torch.stack([pixels, pixels.flip(-1)], 1)
     given["pixel_values"] = pixels[None] if name in ("idefics3", "smolvlm") else pixels
     if name == "gemma3":
         given["token_type_ids"] = kinds
-    return given | ({"image_sizes": torch.tensor([[size, size]])} if name == "mistral3" else {})
+    return given | ({"image_sizes": torch.tensor([[size, size]])} if name in ("mistral3", *TILED) else {})

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from runtime import SpeculationBounds, UnsupportedModel, detach
+from runtime import UnsupportedModel
 from runtime.decoding import families
 from runtime.decoding.cache import KVCache
 from runtime.decoding.layers import DecoderLayers
@@ -17,15 +17,13 @@ from runtime.exact.execution import ExecutionPolicy
 from runtime.exact.probe import compare
 from runtime.exact.reference import Reference
 from runtime.exact.running import why_stock
-from runtime.generate import attach
-from runtime.handle import SpecBound
-from tests.helpers.fake_heads import FakeHeads
+from tests.helpers.cells import GREEDY, SAMPLED, check
 from tests.helpers.families import (
     FAMILIES,
     FURTHER,
     INSIDE_ALONE,
     MIXTURES,
-    VOCABULARY,
+    TURNED,
     model_type,
     prompt,
     require,
@@ -33,12 +31,6 @@ from tests.helpers.families import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16]
-# Greedy trees and sampled chains; the prompt and its answer go past the 16 positions of Ministral 3's yarn.
-RUNS = [
-    (torch.float32, {"do_sample": False}, SpeculationBounds(0.2, 1, 8, max_branches=3, max_depth=4)),
-    (torch.bfloat16, {"do_sample": True, "temperature": 0.8, "top_p": 0.9}, SpeculationBounds(0.2, 1, 5)),
-]
-NEW = 26
 
 
 def states(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -61,7 +53,7 @@ def test_every_family_is_tried() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", sorted(FURTHER | MIXTURES))
+@pytest.mark.parametrize("family", sorted(FAMILIES | FURTHER | MIXTURES | TURNED))
 @torch.inference_mode()
 def test_parts_are_the_model_s_own_forward(family: str, dtype: torch.dtype) -> None:
     """Every bit below every layer, and of the logits."""
@@ -118,24 +110,12 @@ def test_experts_that_change_after_the_prompt_are_plain(monkeypatch: pytest.Monk
     assert "changes after the prompt" in str(why_stock(meta))
 
 
-@pytest.mark.parametrize(("dtype", "options", "bounds"), RUNS, ids=["greedy", "sampled"])
-@pytest.mark.parametrize("family", sorted(FURTHER | MIXTURES))
-def test_ids_are_stock_s(
-    family: str, dtype: torch.dtype, options: dict[str, object], bounds: SpeculationBounds
-) -> None:
-    """With drafts that are right two times of three, and other ones beside them."""
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", sorted(FAMILIES | FURTHER | MIXTURES | TURNED))
+def test_ids_are_stock_s(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one greedy call and one sampled; rotary positions that switch do so on the way."""
     require(family)
-    model = tiny(family, dtype=dtype)
-    torch.manual_seed(3)
-    stock = model.generate(prompt(), max_new_tokens=NEW, **options)[0].tolist()
-    attach(model, SpecBound(model, FakeHeads("mixed", [1], stock, VOCABULARY), bounds))
-    torch.manual_seed(3)
-    ids = model.generate(prompt(), max_new_tokens=NEW, **options)[0].tolist()
-    stats, certificate = model.specbound.stats, model.specbound.certificate
-    detach(model)
-    assert ids == stock and len(set(stock)) > 3
-    assert certificate.bitwise
-    assert stats.accepted.total() > 5 and stats.drafted.total() > stats.accepted.total()
+    check(tiny(family, dtype=dtype), [(7, GREEDY), (9, SAMPLED)], monkeypatch)
 
 
 @pytest.mark.parametrize(

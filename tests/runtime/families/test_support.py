@@ -68,6 +68,13 @@ def test_a_supported_model_and_its_config() -> None:
     assert supports(model).supported and "'llama'" in str(supports(model))
 
 
+def test_a_rotary_table_for_all_layers_beside_one_for_each_kind() -> None:
+    """No layer of OLMo 3 reads the first, which is no reason to fail."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16}
+    config = AutoConfig.for_model("olmo3", rope_parameters=rope)
+    assert "full_attention" in config.rope_parameters and supports(config)
+
+
 def test_a_loaded_model_is_looked_at_as_it_is() -> None:
     """Its attention, and modules of others, are no matter of the config."""
     model = tiny("llama")

@@ -16,13 +16,13 @@ from runtime.exact.probe import compare
 from runtime.exact.reference import Reference
 from runtime.generate import attach
 from runtime.handle import SpecBound
+from tests.helpers import cells
 from tests.helpers.fake_heads import FakeHeads
 from tests.helpers.families import INSIDE_ALONE, VOCABULARY, WINDOWS, prompt, require, tiny
 
 WINDOW, NEW = 16, 30
 GREEDY: dict[str, Any] = {"do_sample": False}
-SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
-TREES, CHAINS = SpeculationBounds(0.2, 1, 8, max_branches=3, max_depth=4), SpeculationBounds(0.2, 1, 5)
+TREES = SpeculationBounds(0.2, 1, 8, max_branches=3, max_depth=4)
 
 
 def both(model: PreTrainedModel, ids: Tensor, bounds: SpeculationBounds, **options: Any) -> tuple[Any, Any]:
@@ -56,12 +56,13 @@ def test_from_before_the_edge_to_beyond_it(family: str) -> None:
         assert own.get_seq_length() == other.get_seq_length() and own.is_sliding == other.is_sliding
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", sorted(WINDOWS))
-def test_beyond_the_edge_from_the_start(family: str) -> None:
-    """Sampled chains in bfloat16 after a prompt that is longer than the window."""
+def test_before_at_and_beyond_the_edge(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts shorter than the window, as long, and longer, whatever is drafted."""
     require(family)
-    stock, found = both(tiny(family, window=WINDOW, dtype=torch.bfloat16), prompt(30), CHAINS, **SAMPLED)
-    assert torch.equal(found.sequences, stock.sequences)
+    calls = [(7, cells.GREEDY), (WINDOW, cells.SAMPLED), (30, cells.GREEDY)]
+    cells.check(tiny(family, window=WINDOW, dtype=dtype), calls, monkeypatch)
 
 
 @pytest.mark.parametrize("length", [WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1])
@@ -77,6 +78,14 @@ def test_a_window_that_is_never_filled(dtype: torch.dtype) -> None:
     """The text stays shorter."""
     stock, found = both(tiny("mistral", window=256, dtype=dtype), prompt(7), TREES, **GREEDY)
     assert torch.equal(found.sequences, stock.sequences)
+
+
+def test_a_prompt_that_is_read_in_pieces() -> None:
+    """Pieces that end before the edge, at it and beyond it."""
+    model, options = tiny("mistral", window=WINDOW), {"prefill_chunk_size": 8, "max_new_tokens": NEW, **GREEDY}
+    stock = model.generate(prompt(30), **options)
+    attach(model, SpecBound(model, FakeHeads("mixed", [1], stock[0].tolist(), VOCABULARY), TREES))
+    assert torch.equal(model.generate(prompt(30), **options), stock)
 
 
 def test_a_second_call_goes_on_with_the_cache_of_the_first() -> None:

@@ -48,8 +48,8 @@ def both(model: Any, given: dict[str, Any], bounds: SpeculationBounds, **options
 
 
 def test_every_wrapper_is_tried() -> None:
-    """Those that are accepted have a tiny model here."""
-    assert set(TINY) == set(WRAPPERS)
+    """Those that are accepted have a tiny model here, and a picture."""
+    assert set(TINY) == set(WRAPPERS) == set(PICTURES)
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
