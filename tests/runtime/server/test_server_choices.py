@@ -132,7 +132,7 @@ def test_a_request_has_one_place_in_the_queue(held_server: Served) -> None:
     held_server.hold()
     found: dict[str, Any] = {}
     prompts = [[20 + number, 63, 6] for number in range(32)]  # as lm-eval sends them
-    asked: dict[str, dict[str, Any]] = {"many": {"prompt": prompts, "max_tokens": 2}, "one": {"max_tokens": 2}}
+    asked: dict[str, dict[str, Any]] = {"many": {"prompt": prompts, "max_tokens": 4}, "one": {"max_tokens": 4}}
 
     def ask(name: str) -> None:
         found[name] = held_server.complete(temperature=0, **asked[name])
@@ -150,7 +150,7 @@ def test_a_request_has_one_place_in_the_queue(held_server: Served) -> None:
         thread.join(60)
     assert len(found["many"].choices) == 32 and len(found["one"].choices) == 1
     alone = [
-        held_server.complete(prompt=prompt, max_tokens=2, temperature=0).choices[0].text for prompt in prompts[:4]
+        held_server.complete(prompt=prompt, max_tokens=4, temperature=0).choices[0].text for prompt in prompts[:4]
     ]
     assert [choice.text for choice in found["many"].choices[:4]] == alone
 
