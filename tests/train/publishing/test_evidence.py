@@ -9,6 +9,7 @@ import pytest
 
 from runtime.adapter.folder import load_adapter
 from tests.helpers.paths import SHIPPED
+from train.publishing import assembly
 from train.publishing.assembly import add_speed
 from train.publishing.evidence import summary
 from train.publishing.tune import tune_adapter
@@ -19,9 +20,12 @@ COSTS = CostTable.counted(6, head=0.3, unembedding=2.0)
 NONE = "None of the heads is ever asked with these bounds"
 
 
-def test_a_fit_and_its_card_say_that_no_head_is_asked(fit: Any, tmp_path: Path, capsys: Any) -> None:
+def test_a_fit_and_its_card_say_that_no_head_is_asked(
+    fit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It ends with what is predicted, what drafts, and what to do."""
-    folder, _ = fit(tmp_path, max_exit_layer=1)
+    monkeypatch.setattr(assembly, "Held", lambda *given: Held(max_exit_layer=0))  # as where no head pays
+    folder, _ = fit(tmp_path)
     said, card = capsys.readouterr().out, (folder / "adapter" / "README.md").read_text()
     calibrated = json.loads((folder / "adapter" / "calibration.json").read_text())
     length = calibrated["replay"]["mean_accepted_length"]

@@ -21,9 +21,9 @@ NOISY, RIGHT = 1.63, 1.11  # a block of two tokens over one of one, as a busy mi
 
 @pytest.fixture(scope="module")
 def traces() -> Traces:
-    """Every fortieth text of the shipped adapter's."""
+    """Every sixtieth text of the shipped adapter's."""
     whole = Traces.read(SHIPPED / TRACES_FILE, weights_sha256=CONFIG.weights_sha256)
-    return whole.of_sequences(np.arange(whole.num_sequences) % 40 == 0)
+    return whole.of_sequences(np.arange(whole.num_sequences) % 60 == 0)
 
 
 def test_a_noisy_profile_switches_no_head_off(traces: Traces) -> None:
