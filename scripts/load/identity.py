@@ -142,7 +142,7 @@ def counts(url: str) -> dict[str, float]:
     for name, _, value in pairs:
         plain = name.removeprefix("specbound_")
         key = plain if plain.startswith("requests_total") else plain.partition("{")[0]
-        if key.startswith(COUNTED):
+        if key.startswith(COUNTED) and not key.endswith("_created"):
             totals[key] += float(value)  # type: ignore[assignment]
     return dict(totals)
 

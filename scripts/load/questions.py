@@ -113,6 +113,6 @@ def make_questions(
             body |= {"logprobs": True, "top_logprobs": NUM_TOP} if is_chat else {"logprobs": NUM_TOP}
         if body["stream"]:
             body["specbound"] = {"rounds": True}
-        leaves_after = among.randrange(1, tokens) if kind == CANCELLED else None
+        leaves_after = among.randrange(1, tokens // 2) if kind == CANCELLED else None
         made.append(Question(kind, is_chat, body, leaves_after))
     return made
