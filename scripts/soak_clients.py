@@ -23,7 +23,7 @@ BAD: list[tuple[Any, int]] = [
     (b"[" * 5000, 400),
     (b"x" * (1 << 21), 413),
     ({"model": "another"}, 404),
-    ({"max_tokens": -1}, 400),
+    ({"max_tokens": -2}, 400),
     ({"prompt": []}, 400),
     ({"prompt": [10**9]}, 400),
     ({"max_tokens": 10**9}, 400),

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
+from runtime.server.errors import ApiError
 from runtime.server.request.messages import BESIDE_TEXT, check_part
 from runtime.server.request.neutral import describe_body, without_neutral
 from runtime.server.request.sampling import Sampling
@@ -125,7 +126,8 @@ class ResponsesRequest(Sampling, TemplateFields):
     def _effort(cls, reasoning: Any) -> Any:
         found = without_null(reasoning)
         if found not in ({}, {"effort": "none"}):
-            raise ValueError("is not supported by this server except with an effort of none: leave it out")
+            said = "reasoning is not supported by this server but for an effort of none: leave it out"
+            raise ApiError(400, said, param="reasoning")
         return found
 
     @field_validator("input", mode="before")

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
+from runtime.server.errors import ApiError
 from runtime.server.request.strict import Strict
 
 
@@ -28,7 +29,8 @@ class TemplateFields(Strict):
     @classmethod
     def _none(cls, effort: Any) -> Any:
         if effort not in (None, "none"):
-            raise ValueError("is not supported by this server except as none: leave it out")
+            said = "reasoning_effort is not supported by this server but for none: leave it out"
+            raise ApiError(400, said, param="reasoning_effort")
         return effort
 
     @model_validator(mode="after")

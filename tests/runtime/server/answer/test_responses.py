@@ -74,7 +74,7 @@ def test_a_bound_response(client: openai.OpenAI) -> None:
         ({"previous_response_id": "resp_1"}, "previous_response_id is not supported"),
         ({"tools": [{"type": "web_search"}]}, "tools is not supported"),
         ({"background": True}, "background is not supported"),
-        ({"reasoning": {"effort": "high"}}, "reasoning: is not supported by this server except"),
+        ({"reasoning": {"effort": "high"}}, "reasoning is not supported by this server but for"),
         ({"truncation": "auto"}, "truncation is not supported by this server: leave it out, and send fewer messages"),
         ({"conversation": "conv_1"}, "conversation is not supported"),
         (

@@ -114,7 +114,7 @@ def test_some_of_the_tools(mode: str) -> None:
         ({"tools": [TOOL | {"defer_loading": True}]}, "tools.0: defer_loading is not supported"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0: content is missing: give text, or a list of"),
         ({"messages": [USER | {"prefix": True}]}, "messages.0: prefix is not supported by this server: leave it out"),
-        ({"reasoning_effort": "low"}, "reasoning_effort: is not supported by this server except as none"),
+        ({"reasoning_effort": "low"}, "reasoning_effort is not supported by this server but for none"),
         ({"reasoning_effort": "none", "enable_thinking": True}, "exclude each other"),
         ({"max_tokens": 0}, "max_tokens: must be at least 1, or -1"),
         ({"stop_token_ids": [1] * 65}, "stop_token_ids: must have at most 64 items"),
