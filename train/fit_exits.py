@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
@@ -75,7 +76,10 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     model, vocab_size = layers.model, cast(Tensor, layers.unembedding.weight).shape[0]
     validate_against_model(config, num_hidden_layers=layers.num_layers, vocab_size=vocab_size)
     if config.dry_run:
-        accelerator.print(rehearse(config, layers, tokenizer, corpus_options(config), accelerator.num_processes))
+        heads = make_heads(config, layers, torch.arange(config.draft_vocab_size or vocab_size))
+        with memory_for("rehearsing", "per_device_train_batch_size", config.per_device_train_batch_size, then=""):
+            found = rehearse(config, layers, tokenizer, corpus_options(config), heads, accelerator)
+        accelerator.print(found)
         return
     before = weights_sha256(model, whole_parameters(model))
     then = ", with another corpus_dir"

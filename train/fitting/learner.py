@@ -11,13 +11,14 @@ from accelerate.utils import gather_object
 
 from runtime.drafting.attention_head import FIT_DRAFTS
 from runtime.drafting.draft_heads import DraftHeads
-from runtime.drafting.heads import attends
+from runtime.drafting.heads import ExitHeads, attends
 from runtime.errors import DataError
 from train.features.extractor import Features
 from train.features.split import Split
 from train.fitting.alarms import Alarms
 from train.fitting.losses import Targets, distillation_loss
 from train.fitting.schedule import StepText
+from train.optimizer.muon import Muon
 from train.settings.fit_config import FitConfig
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,13 @@ class Learner:
         weights = [STEP_DECAY**step for step in range(len(logits))]
         each = [distillation_loss(one, targets, kl_weight=self.config.kl_weight) for one in logits]
         return torch.stack([weight * loss for weight, loss in zip(weights, each, strict=True)]).sum() / sum(weights)
+
+
+def optimizer_for(config: FitConfig, exits: ExitHeads) -> torch.optim.Optimizer:
+    """The recipe's optimizer of those parameters that are learnt."""
+    learned = [parameter for parameter in exits.parameters() if parameter.requires_grad]
+    kind = {"adamw": torch.optim.AdamW, "muon": Muon}[config.optimizer]
+    return kind(learned, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
 def _norms(heads: Any) -> dict[int, float]:

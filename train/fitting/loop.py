@@ -18,12 +18,11 @@ from train.fitting.checkpoints import FitState, load_best, load_checkpoint, save
 from train.fitting.curves import draw_curves
 from train.fitting.flops import FitFlops
 from train.fitting.interrupts import StopSignals, exit_code
-from train.fitting.learner import Learner
+from train.fitting.learner import Learner, optimizer_for
 from train.fitting.log import MetricsLog, read_log
 from train.fitting.quality import evaluate, show
 from train.fitting.schedule import Plan
 from train.fitting.throughput import Speed
-from train.optimizer.muon import Muon
 from train.replay.costs import CostTable, counted_costs
 from train.replay.simulation import Simulation
 from train.settings.fit_config import FitConfig
@@ -65,11 +64,8 @@ def fit(
     speed = Speed(flops, lengths, accelerator.device)
     accelerator.print(f"{plan.total} steps; with its heads the fit costs {speed.cost():.2f} times the base's forward")
     costs = counted_costs(base, heads)
-    learned = [parameter for parameter in heads.exits.parameters() if parameter.requires_grad]
-    kind = {"adamw": torch.optim.AdamW, "muon": Muon}[config.optimizer]
-    optimizer = kind(learned, lr=config.learning_rate, weight_decay=config.weight_decay)
     ages = heads.exits.one.ages
-    wrapped, optimizer = accelerator.prepare(heads.exits, optimizer)
+    wrapped, optimizer = accelerator.prepare(heads.exits, optimizer_for(config, heads.exits))
     settings = {key: value for key, value in asdict(config).items() if key not in FREE_TO_CHANGE}
     settings |= {"num_processes": accelerator.num_processes, "max_length": config.longest}
     settings["corpus"] = file_sha256(config.corpus_path / "corpus.json")  # of prompts, base and how it answered

@@ -1,6 +1,7 @@
 """`rehearse`: what a fit would do on this machine, up to its first step: its data, steps, hours, memory and disk.
 
-One batch of answers is begun and one batch of text read by the base, to time them; nothing is written.
+One batch of answers is begun, one batch of text read by the base and learnt by new heads, to time them; nothing is
+written.
 """
 
 import os
@@ -9,21 +10,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 
 from runtime.decoding.layers import DecoderLayers
+from runtime.drafting.draft_heads import DraftHeads
+from runtime.drafting.heads import attends
 from runtime.errors import DataError
 from train.corpus.answers import Answerer, Turn
 from train.corpus.collection import Collection
 from train.corpus.options import CorpusOptions
 from train.corpus.record import read_record
 from train.features.disk import readable
-from train.features.extractor import FeatureExtractor
-from train.features.spread import is_spread, shaped
-from train.fitting.flops import FitFlops
-from train.fitting.schedule import Plan
+from train.features.extractor import FeatureExtractor, Features
+from train.features.prompts import PROMPT_TOKENS
+from train.features.spread import is_spread
+from train.fitting.learner import Learner, optimizer_for
+from train.fitting.schedule import Plan, StepText
 from train.planning.plan import GIB, empty_heads, position_bytes, step_memory
 from train.planning.survey import Survey
 from train.settings.fit_config import FitConfig
@@ -31,16 +37,25 @@ from train.settings.fit_config import FitConfig
 TOKENS = 16  # of each answer that is timed
 
 
-def rehearse(config: FitConfig, layers: DecoderLayers, tokenizer: Any, options: CorpusOptions, processes: int) -> str:
+def rehearse(
+    config: FitConfig,
+    layers: DecoderLayers,
+    tokenizer: Any,
+    options: CorpusOptions,
+    heads: DraftHeads,
+    accelerator: Accelerator,
+) -> str:
     """Go as far as the first step and say what the fit takes, a line for each matter.
 
-    All processes must call it where the base is spread over them. Answers count as `max_new_tokens` long, so hours,
-    memory and disk are upper bounds; heads count by their operations.
+    All processes must call it. Answers count as `max_new_tokens` long, so hours, memory and disk are upper bounds.
+
+    Args:
+        heads: new ones, which learn a batch to see how long that takes.
 
     Raises:
         DataError: no prompt is short enough, or one of the splits would be empty.
     """
-    keep = config.answers == "keep"
+    keep, processes = config.answers == "keep", accelerator.num_processes
     read = Collection.mix(config.prompts, limit=config.prompt_limit, keep=keep, quiet=True)
     survey = Survey.of(read, tokenizer, options)
     turns = _batch(config, layers, tokenizer, options, read)
@@ -57,7 +72,7 @@ def rehearse(config: FitConfig, layers: DecoderLayers, tokenizer: Any, options: 
     ]
     lines += [f"skipped     {read.reasons()}"] if read.skipped else []
     lines += [_corpus_hours(config, layers, tokenizer, options, turns, total / processes)] if not keep else []
-    lines += [_fit_hours(config, layers, turns, plan, rows / processes)]
+    lines += [_fit_hours(config, layers, turns, plan, rows / processes, heads, accelerator)]
     lines += [_memory(config, layers, turns), _disk(config, layers, total)]
     return "\n".join([*lines, "dry run: nothing was written; leave --dry_run out to fit"])
 
@@ -99,18 +114,41 @@ def _answer_seconds(
     return _seconds(lambda: answerer.answer(turns, name="rehearsal"), layers.device)
 
 
-def _fit_hours(config: FitConfig, layers: DecoderLayers, turns: Sequence[Turn], plan: Plan, rows: float) -> str:
-    """Time the base's forward on a batch; the heads' part follows from their operations."""
+def _fit_hours(
+    config: FitConfig,
+    layers: DecoderLayers,
+    turns: Sequence[Turn],
+    plan: Plan,
+    rows: float,
+    heads: DraftHeads,
+    accelerator: Accelerator,
+) -> str:
+    """Time the base's forward on a batch, and a step of the heads on what it read."""
     batch = [(turn.prompt_ids, [0] * config.max_new_tokens) for turn in turns[: config.per_device_train_batch_size]]
-    extract = FeatureExtractor(layers, config.exit_layers, top_k=config.teacher_top_k)
-    seconds = _seconds(lambda: extract(batch), layers.device)
-    tokens, positions = sum(len(prompt) + len(answer) for prompt, answer in batch), len(batch) * config.max_new_tokens
-    flops = FitFlops.of(shaped(layers.model), empty_heads(config, layers.model))
-    share = flops.heads(positions) / flops.base(tokens, positions, tokens * (tokens // len(batch) + 1) // 2)
-    steps = plan.total * config.gradient_accumulation_steps
-    forwards = rows / len(batch) if config.features == "cache" else steps
-    hours = seconds * (forwards + steps * share) / 3600
-    return f"fit         about {_time(hours)}, {positions / seconds / (1 + share):.0f} answer tokens/s by process"
+    kept = PROMPT_TOKENS if attends(config.head) else 0
+    extract = FeatureExtractor(layers, config.exit_layers, top_k=config.teacher_top_k, prompt_tokens=kept)
+    base = _seconds(lambda: extract(batch), layers.device)
+    step = _step_seconds(config, accelerator, heads, extract(batch), plan)
+    batches = config.gradient_accumulation_steps
+    forwards = rows / len(batch) if config.features == "cache" else plan.total * batches
+    hours = (base * forwards + step * plan.total) / 3600
+    rate = len(batch) * config.max_new_tokens / (base + step / batches)
+    return (
+        f"fit         about {_time(hours)}, {rate:.0f} answer tokens/s by process; a batch takes the base {base:.2g} s"
+        f" and the heads {step / batches:.2g} s"
+    )
+
+
+def _step_seconds(
+    config: FitConfig, accelerator: Accelerator, heads: DraftHeads, features: Features, plan: Plan
+) -> float:
+    """Time a step of the heads with their optimizer, on features that are there already."""
+    wrapped, optimizer = accelerator.prepare(heads.exits, optimizer_for(config, heads.exits))
+    given = cast(Any, SimpleNamespace(features=lambda indices: features))
+    learner = Learner(config, accelerator, heads.with_exits(wrapped), optimizer, given, 0, of=plan.num_batches)
+    batches = config.gradient_accumulation_steps
+    text = StepText([[0]] * batches, batches * len(features.target) * accelerator.num_processes)
+    return _seconds(lambda: learner.learn(text, step=0, learning_rate=config.learning_rate), accelerator.device)
 
 
 def _memory(config: FitConfig, layers: DecoderLayers, turns: Sequence[Turn]) -> str:
