@@ -78,9 +78,13 @@ def outlook(model: Any, adapter: Path) -> dict[str, Any]:
     replay = json.loads((adapter / CALIBRATION_FILE).read_text(encoding="utf-8"))["replay"]
     specbound = model.specbound
     where = replay["costs"] if isinstance(replay["costs"], str) else f"on {replay['costs']['hardware']}"
+    layers, bounds = specbound.drafter.exit_layers, specbound.bounds
+    used = bounds.exits(layers) if bounds.max_draft_tokens else []
     return {
-        "sources": [source(layer) for layer in specbound.bounds.exits(specbound.drafter.exit_layers)],
+        "sources": [source(layer) for layer in used],
+        "never_asked": [source(layer) for layer in layers if layer not in used],
         "predicted": f"{replay['predicted_speedup']:.2f}x by replay, {where}",
+        "predicted_mean_accepted_length": replay["mean_accepted_length"],
     }
 
 
@@ -102,7 +106,9 @@ def show(report: dict[str, Any]) -> None:
         "speed-up": f"{report['speedup']:.2f}x (median over prompts)",
         "predicted": report["predicted"],
         "sources in use": ", ".join(report["sources"]) or "none: nothing pays here",
-        "mean accepted length": f"{report['mean_accepted_length']:.2f} tokens per verification",
+        "sources never asked": ", ".join(report["never_asked"]) or "none",
+        "mean accepted length": f"{report['mean_accepted_length']:.2f} tokens per verification, predicted "
+        f"{report['predicted_mean_accepted_length']:.2f}",
         "acceptance rate": f"{report['acceptance_rate']:.2f}",
         "drafts accepted": used or "none",
         "identical ids": f"{report['identical_prompts']} of {report['prompts']} prompts, {report['tokens']} tokens",

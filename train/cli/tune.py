@@ -35,6 +35,7 @@ def tune_command(
     Example: specbound tune --adapter outputs/demo/adapter --costs costs.json
     """
     from runtime.errors import SpecBoundError
+    from train.publishing.evidence import sources_line
     from train.publishing.tune import tune_adapter
     from train.replay.costs import CostTable
     from train.replay.search import Held
@@ -61,5 +62,5 @@ def tune_command(
             f"{name}: {one['predicted_speedup']:.2f}x stock predicted, mean accepted length"
             f" {one['mean_accepted_length']:.2f}, {one['bounds']}"
         )
-    print("; ".join(f"{name} {said}" for name, said in summary["sources"].items()))
+    print(sources_line(summary["sources"]))
     print(f"predicted on texts that were not used to choose bounds: {summary['cross_fitted_speedup']:.2f}x")

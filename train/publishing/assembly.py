@@ -37,6 +37,7 @@ from train.replay.agreement import check_agreement
 from train.replay.costs import CostTable, counted_costs
 from train.replay.replay import Replayer
 from train.replay.search import Held, tune
+from train.replay.sources import sources
 from train.replay.variants import ablate
 from train.settings.fit_config import FitConfig
 from train.settings.source import Source
@@ -69,16 +70,22 @@ def write_adapter(
     unseen, costs = calibrated.unseen, counted_costs(model, heads)
     held, spread = Held(config.exit_threshold, config.max_exit_layer, config.max_draft_tokens), is_spread(model)
 
-    def tuned() -> SpeculationBounds:
-        return tune(calibrated.traces, costs, held)[0]
+    def tuned() -> tuple[SpeculationBounds, dict[str, Any]]:
+        bounds, replayed = tune(calibrated.traces, costs, held)
+        return bounds, replayed.describe(costs)
 
-    bounds = first_says(tuned) if spread else tuned()
+    bounds, chosen = first_says(tuned) if spread else tuned()
     drafter = HeadDrafter(heads, calibrated.schedule, calibrated.lookup)
     compared = calibrated.rows, calibrated.told
     agreement = check_agreement(DecoderLayers(model), drafter, bounds, *compared, spread=spread)
     replayed = Replayer(unseen, costs).run(bounds).describe(costs)
     figures = calibrated.figures | {"replay": replayed, "ablations": ablate(unseen, bounds, costs)}
-    figures |= {"agreement": agreement, "datasets": _datasets(config)} | evidence
+    figures["fitted_on"] = figures["fitted_on"] | {"replay": chosen}  # by which a sweep compares fits
+    figures |= {
+        "sources": sources(unseen, costs, bounds),
+        "agreement": agreement,
+        "datasets": _datasets(config),
+    } | evidence
     adapter_config = _adapter_config(config, model, tokenizer, heads, calibrated, bounds)
     folder = Path(config.output_dir) / "adapter"
     adapter = Adapter(adapter_config, heads.exits, heads.draft_to_target)

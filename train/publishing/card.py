@@ -5,8 +5,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from runtime.adapter.config import SpecBoundConfig
-from runtime.drafting.policy import SpeculationBounds
 from train.evaluation.report import markdown
+from train.publishing.evidence import calibration, drafting
 from train.publishing.results import answers, evaluation_results
 
 TAGS = ["self-speculative-decoding", "speculative-decoding", "early-exit", "custom_generate"]
@@ -30,31 +30,23 @@ def card(
         repo_id: repository of the adapter; None for an adapter that is not published.
     """
     name = repo_id or "THIS_ADAPTER"
+    base = config.base_model_name_or_path
     sections = [
         f"---\n{_metadata(config, calibrated, evaluation_results(calibrated, speed, bench), repo_id)}\n---",
-        f"# SpecBound exit heads for {config.base_model_name_or_path}",
-        "Exit heads that let the base model draft with its own shallow layers. The output is the base "
-        "model's own, token for token; only the speed changes.",
-        _use(name, config.base_model_name_or_path),
-        "## Speed\n\n" + (_speed(speed) if bench is None else _benched(bench)),
-        "## Calibration\n\n" + _exits(calibrated),
-        f"Schedule `{config.temperatures.kind}`"
-        + (f" with alpha {config.temperatures.alpha:.2f}" if config.temperatures.alpha is not None else "")
-        + f", chosen on {_chosen_on(calibrated)}\n\n"
-        "![Reliability of each exit before and after calibration](reliability.png)",
-        _lookup(calibrated),
-        "![Share of right drafts by share of positions drafted at, for each source](precision.png)",
-        "## Bounds\n\n" + _bounds(config.bounds),
-        _replay(calibrated),
-        _ablations(calibrated["ablations"]),
-        "![Predicted speed-up by threshold and width](speed.png)\n\n"
-        "![Drafted and accepted by source, per 100 tokens](sources.png)",
-        f"Draft vocabulary: {config.draft_vocab_size} of "
-        f"{config.vocab_size} tokens, {100 * calibrated['held_out_coverage']:.1f} % of held-out text.",
+        f"# SpecBound exit heads for {base}",
+        "Small heads for the first layers of this base model. They guess the next few tokens early, and the whole "
+        "model checks all guesses in one pass, so text comes faster. The output is the base model's own, token for "
+        "token.",
+        _use(name, base),
+        "## Speed\n\n" + (_speed(speed, calibrated["replay"]) if bench is None else _benched(bench)),
+        "## Where drafts come from\n\n" + drafting(config, calibrated),
+        "## Calibration\n\n" + calibration(config, calibrated),
         _provenance(config, calibrated),
-        "## Limits\n\nFitted for this base (checked by fingerprint) and text like "
-        f"{answers(calibrated, 'its own answers')} to the prompts in `run.yaml`. Other text costs speed, never "
-        "correctness. Batches, beam search and other modes run as plain decoding.",
+        "## Limits\n\nThe heads are for this base, which is checked where they are loaded, and for text like "
+        f"{answers(calibrated, 'its own answers')} to the prompts in `run.yaml`. On other text they save less time; "
+        "the output is the base's all the same. `generate` drafts for one prompt at a time; for several use "
+        "`model.generate_batch` or `specbound serve`. A batch given to `generate`, beam search and other modes run as "
+        "plain decoding, with a warning.",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -91,110 +83,21 @@ def _use(name: str, base: str) -> str:
     )
 
 
-def _bounds(bounds: SpeculationBounds) -> str:
-    own = "".join(f", {tau:g} for layer {layer}" for layer, tau in sorted(bounds.exit_thresholds.items()) if tau <= 1)
-    off = [str(layer) for layer, tau in sorted(bounds.exit_thresholds.items()) if tau > 1]
-    return (
-        f"`exit_threshold` {bounds.exit_threshold:g}{own}"
-        + (f"; layers not asked: {', '.join(off)}" if off else "")
-        + f"; `max_exit_layer` {bounds.max_exit_layer}, `max_draft_tokens` {bounds.max_draft_tokens}, "
-        f"`min_survival` {bounds.min_survival:g}, `min_draft_survival` {bounds.min_draft_survival:g}. "
-        "`specbound profile` and `specbound tune` choose for your machine."
-    )
-
-
-def _chosen_on(calibrated: dict[str, Any]) -> str:
-    """Say which text temperatures come from, and which the figures; in an adapter of before it is the same."""
-    told, bins = f"{calibrated['positions']} tokens of {calibrated['sequences']}", "ECE over 15 bins of equal mass"
-    if (fitted_on := calibrated.get("fitted_on")) is None:
-        return f"{told} texts kept out of the fit; {bins}, on the same text."
-    return (
-        f"{fitted_on['positions']} tokens of {fitted_on['sequences']} texts kept out of the fit. All figures are of "
-        f"{told} other texts, on which nothing was chosen, at the temperatures of the table; {bins}."
-    )
-
-
-def _replay(calibrated: dict[str, Any]) -> str:
-    replayed = calibrated["replay"]
-    text = "these texts" if "fitted_on" in calibrated else "the logged calibration text"
-    text = calibrated.get("tuned", {}).get("replayed_on", text)
-    costs, (low, high) = replayed["costs"], replayed["predicted_speedup_interval"]
-    where = costs if isinstance(costs, str) else ", ".join(f"{name} {value}" for name, value in sorted(costs.items()))
-    return (
-        f"Replay of {text} with them: mean accepted length "
-        f"{replayed['mean_accepted_length']:.2f}, acceptance rate {replayed['acceptance_rate']:.2f}, predicted "
-        f"{replayed['predicted_speedup']:.2f}x stock `generate` ({low:.2f} to {high:.2f} over texts; costs: {where})."
-    )
-
-
-def _ablations(ablations: dict[str, Any]) -> str:
-    rows = [
-        "| replayed | mean accepted length | acceptance rate | layer passes a token | predicted speed-up |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    rows += [
-        f"| {name} | {figures['mean_accepted_length']:.2f} | {figures['acceptance_rate']:.2f} "
-        f"| {figures['layer_passes_per_token']:.1f} | {figures['predicted_speedup']:.2f}x |"
-        for name, figures in ablations.items()
-    ]
-    return "\n".join(rows)
-
-
 def _provenance(config: SpecBoundConfig, calibrated: dict[str, Any]) -> str:
-    agreement = calibrated.get("agreement")
-    return (
-        "## Exactness and provenance\n\nThe ids are those of `generate` of the base alone, on the same device, dtype, "
-        "threads and versions; which bits allow that is probed where it is loaded (`model.specbound.certificate`). "
-        f"Base: `{config.base_model_name_or_path}` at revision `{config.base_model_revision or 'not stated'}`, "
-        f"fingerprint `{config.base_model_fingerprint}`. Settings and versions of the fit: `run.yaml`; all figures: "
-        "`calibration.json`."
-        + (
-            f" On the same {agreement['tokens']} tokens the runtime accepted {agreement['by_run']:.2f} tokens a round "
-            f"and replay predicted {agreement['by_replay']:.2f}."
-            if agreement
-            else ""
-        )
+    agreement, revision = calibrated.get("agreement"), config.base_model_revision
+    which = f"at revision `{revision}`" if revision else "(its revision was not recorded)"
+    same = (
+        f" As a check the runtime decoded {agreement['tokens']:,} tokens of the same text: {agreement['by_run']:.2f} "
+        f"tokens a round, where replay predicted {agreement['by_replay']:.2f}."
+        if agreement
+        else ""
     )
-
-
-def _risk(layer: str, risk: dict[str, Any]) -> str:
-    if risk["threshold"] is None:
-        return f"layer {layer}: none"
-    return f"layer {layer}: {risk['threshold']:g}"
-
-
-def _lookup(calibrated: dict[str, Any]) -> str:
-    lookup = calibrated.get("lookup")
-    if lookup is None:
-        return "The depth-0 exit, a lookup of the longest suffix seen before, is off."
     return (
-        "Depth 0, a lookup of the longest suffix seen before, costs no layer: it proposes a token at "
-        f"{100 * lookup['proposed']:.0f} % of positions, {100 * lookup['precision']:.0f} % of them right, ECE "
-        f"{lookup['ece']:.3f}" + ("." if "fitted_on" in calibrated else " on the text its table was fitted on.")
-    )
-
-
-def _exits(calibrated: dict[str, Any]) -> str:
-    rows = [
-        "| exit after layer | temperature | agreement | ECE at T = 1 | ECE calibrated | precision / coverage at 0.8 |",
-        "|---:|---:|---:|---:|---:|---:|",
-    ]
-    for layer, exit_ in sorted(calibrated["exits"].items(), key=lambda item: int(item[0])):
-        at = next(point for point in exit_["thresholds"] if point["threshold"] == 0.8)
-        precision = "-" if at["precision"] is None else f"{at['precision']:.2f}"
-        rows.append(
-            f"| {layer} | {exit_['temperature']:.2f} | {exit_['agreement']:.3f} | {exit_['ece_before']:.3f} "
-            f"| {exit_['ece_after']:.3f} | {precision} / {at['coverage']:.2f} |"
-        )
-    risks = [
-        (layer, exit_["risk"]) for layer, exit_ in sorted(calibrated["exits"].items(), key=lambda item: int(item[0]))
-    ]
-    epsilon, delta = risks[0][1]["epsilon"], risks[0][1]["delta"]
-    return (
-        "\n".join(rows) + f"\n\nLowest thresholds at which, with {100 * (1 - delta):.0f} % confidence, at most "
-        f"{100 * epsilon:.0f} % of an exit's drafts on new text of this kind are rejected: "
-        + "; ".join(_risk(*pair) for pair in risks)
-        + ". A bound on wasted work; what comes out is the base's either way."
+        "## Exactness and provenance\n\nThe token ids are those that `generate` of the base alone gives on the same "
+        "device, in the same dtype, with the same threads and versions. Whether a machine allows that is tested where "
+        "the adapter is loaded; `model.specbound.certificate` tells the result.\n\n"
+        f"Base: `{config.base_model_name_or_path}` {which}, fingerprint `{config.base_model_fingerprint}`. Settings "
+        f"and versions of the fit are in `run.yaml`, all figures in `calibration.json`.{same}"
     )
 
 
@@ -202,21 +105,23 @@ def _benched(bench: dict[str, Any]) -> str:
     ours = bench["methods"]["specbound"]
     low, high = ours["speedup_over_stock_interval"]
     return (
-        f"{ours['speedup_over_stock']:.2f} times stock `generate` ({low:.2f} to {high:.2f}), "
+        f"{ours['speedup_over_stock']:.2f} times the speed of stock `generate` ({low:.2f} to {high:.2f}), "
         f"{ours['identical_prompts']} of {ours['prompts']} prompts with identical ids. All methods in turn in one "
         "process, by `specbound bench`; by task:\n\n" + markdown(bench).rstrip()
     )
 
 
-def _speed(speed: dict[str, Any] | None) -> str:
+def _speed(speed: dict[str, Any] | None, replayed: dict[str, Any]) -> str:
     if speed is None:
-        return "Not measured yet on any machine."
+        return "Not measured yet on any machine; what replay predicts is below."
     return (
-        f"{speed['speedup']:.2f}x stock `generate` ({speed['specbound_tokens_per_second']:.1f} against "
-        f"{speed['stock_tokens_per_second']:.1f} tokens/s), "
-        f"{speed['identical_prompts']} of {speed['prompts']} prompts with identical ids, "
-        f"mean accepted length {speed['mean_accepted_length']:.2f}, "
-        f"acceptance rate {speed['acceptance_rate']:.2f}. "
-        f"{speed['hardware']}, {speed['dtype']}, {speed['threads']} threads, batch 1, "
-        f"greedy, {speed['tokens']} tokens."
+        "| | predicted by replay | measured |\n|---|---:|---:|\n"
+        f"| times stock `generate` | {replayed['predicted_speedup']:.2f} | {speed['speedup']:.2f} |\n"
+        f"| tokens a round | {replayed['mean_accepted_length']:.2f} | {speed['mean_accepted_length']:.2f} |\n"
+        f"| drafts accepted | {100 * replayed['acceptance_rate']:.0f} % | {100 * speed['acceptance_rate']:.0f} % |\n\n"
+        f"Measured: {speed['specbound_tokens_per_second']:.1f} tokens/s against "
+        f"{speed['stock_tokens_per_second']:.1f} of stock `generate`; {speed['identical_prompts']} of "
+        f"{speed['prompts']} prompts with identical ids. {speed['hardware']}, {speed['dtype']}, {speed['threads']} "
+        f"threads, one prompt at a time, greedy, {speed['tokens']:,} tokens. Predicted: on the texts of the next "
+        "section, with its costs."
     )

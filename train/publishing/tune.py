@@ -18,7 +18,8 @@ from train.publishing.assembly import write_replayed
 from train.publishing.contents import BENCH_FILE, CALIBRATION_FILE, SPEED_FILE, write_custom_generate
 from train.replay.costs import CostTable
 from train.replay.replay import Replayer
-from train.replay.search import OFF, Held, cross_fitted, tune
+from train.replay.search import Held, cross_fitted, tune
+from train.replay.sources import sources
 from train.replay.variants import ablate
 
 COSTS_FILE = "costs.json"
@@ -64,27 +65,12 @@ def tune_adapter(folder: Path, costs: CostTable, held: Held, *, traces: Traces |
         "before": _described(before, on.run(before).describe(costs)),
         "after": _described(after, on.run(after).describe(costs)),
         "cross_fitted_speedup": cross_fitted(traces, costs, held),
-        "sources": _sources(reported, costs, after),
+        "sources": sources(reported, costs, after),
     }
     if workload is not None:
         summary["replayed_on"] = "the prompts that the bounds were chosen on"
     _rewrite(folder, replace(adapter, config=replace(adapter.config, bounds=after)), reported, costs, summary)
     return summary
-
-
-def _sources(traces: Traces, costs: CostTable, bounds: SpeculationBounds) -> dict[str, str]:
-    """What each source is worth: the predicted speed-up over stock with it and without it, in words."""
-    replayer, used = Replayer(traces, costs), bounds.exits(traces.layers)
-    chosen = replayer.run(bounds).speedup
-    worth = {}
-    for layer in traces.layers:
-        tau = OFF if layer in used else max(0.3, bounds.sure_threshold)
-        deepest = max(layer, bounds.max_exit_layer)
-        own = {**{each: OFF for each in traces.layers if each not in used}, **bounds.exit_thresholds, layer: tau}
-        other = replayer.run(replace(bounds, max_exit_layer=deepest, exit_thresholds=own)).speedup
-        name = f"layer {layer}" if layer else "lookup"
-        worth[name] = f"in use, {other:.2f}x without it" if layer in used else f"left out, {other:.2f}x with it"
-    return {name: f"{said} instead of {chosen:.2f}x" for name, said in worth.items()}
 
 
 def _described(bounds: SpeculationBounds, predicted: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +85,7 @@ def _rewrite(folder: Path, adapter: Adapter, traces: Traces, costs: CostTable, s
     calibrated |= {
         "replay": {key: value for key, value in summary["after"].items() if key != "bounds"},
         "ablations": ablate(traces, adapter.config.bounds, costs),
+        "sources": summary["sources"],
         "tuned": summary,
     }
 
