@@ -27,7 +27,7 @@ def sweep_command(
         Path | None, typer.Option(help="Folder of the sweep. By default `sweep` in the recipe's output folder.")
     ] = None,
 ) -> None:
-    """Fit a recipe with varied settings on one corpus and judge each fit by replay of held-out text.
+    """Fit a recipe with varied settings on one corpus and judge each fit by replay of calibration text.
 
     Stopped, the same command goes on. Several of them at a time, on as many GPUs or machines, share the trials.
 

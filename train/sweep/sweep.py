@@ -48,7 +48,7 @@ class Sweep:
         settings = asdict(self.config)
         del settings["sources"]
         settings |= {"space": {name: repr(one) for name, one in self.space.distributions.items()}}
-        settings |= {"costs": None if costs is None else file_sha256(costs)}
+        settings |= {"costs": None if costs is None else file_sha256(costs), "judged_on": "calibration"}
         self.study = Study(self.folder, self.space, settings, self.config.seed)
 
     def run(self, number: int) -> Results:

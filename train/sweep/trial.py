@@ -15,11 +15,10 @@ import yaml
 
 from runtime.adapter.folder import load_adapter
 from runtime.files import write_atomic
-from train.calibration.traces import HELD_OUT_FILE, TRACES_FILE, Traces
+from train.calibration.traces import TRACES_FILE, Traces
 from train.fitting.interrupts import StopSignals, exit_code
 from train.publishing.contents import CALIBRATION_FILE
 from train.replay.costs import CostTable
-from train.replay.replay import Replayer
 from train.replay.search import Held, tune
 from train.settings.fit_config import FitConfig
 
@@ -56,7 +55,10 @@ def run_module(module: str, recipe: Path, stop: StopSignals, *flags: str) -> int
 
 
 def judge(folder: Path, costs: CostTable | None, held: Held) -> dict[str, Any]:
-    """Figures of a trial's adapter by replay of held-out text, with bounds for these costs.
+    """Figures of a trial's adapter by replay of the calibration text, with bounds for these costs.
+
+    Trials are compared on the text that temperatures and bounds come from too, so that the held-out text, which the
+    best one's card reports on, has chosen nothing.
 
     Args:
         costs: of this machine; None takes the bounds and figures of the fit, which counts costs in layers.
@@ -64,14 +66,12 @@ def judge(folder: Path, costs: CostTable | None, held: Held) -> dict[str, Any]:
     """
     adapter = load_adapter(folder / "adapter")
     if costs is None:
-        figures = json.loads((folder / "adapter" / CALIBRATION_FILE).read_text(encoding="utf-8"))["replay"]
+        calibrated = json.loads((folder / "adapter" / CALIBRATION_FILE).read_text(encoding="utf-8"))
+        figures = calibrated["fitted_on"]["replay"]
     else:
         table, weights = costs.for_head(adapter.heads.one.weights_read), adapter.config.weights_sha256
-        traces, unseen = (
-            Traces.read(folder / "adapter" / name, weights_sha256=weights) for name in (TRACES_FILE, HELD_OUT_FILE)
-        )
-        bounds, _ = tune(traces, table, held)
-        figures = Replayer(unseen, table).run(bounds).describe(table)
+        traces = Traces.read(folder / "adapter" / TRACES_FILE, weights_sha256=weights)
+        figures = tune(traces, table, held)[1].describe(table)
     names = ("mean_accepted_length", "acceptance_rate", "predicted_speedup", "predicted_speedup_interval")
     return {name: figures[name] for name in names}
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -19,8 +20,8 @@ from train import distil, fit_exits
 from train.calibration.traces import HELD_OUT_FILE, TRACES_FILE, Traces
 from train.cli.app import app
 from train.fitting.interrupts import StopSignals
+from train.publishing.contents import CALIBRATION_FILE
 from train.replay.costs import CostTable
-from train.replay.replay import Replayer
 from train.replay.search import Held, tune
 from train.settings.fit_config import parse_config, validate
 from train.sweep import sweep as sweeping
@@ -77,7 +78,8 @@ def test_a_sweep_is_continued_and_leaves_the_best_recipe(runs: Any, write: Any, 
     best, other = results["trials"]
     assert results["objective"] == "mean_accepted_length" and {best["number"], other["number"]} == {0, 1}
     assert best["mean_accepted_length"] >= other["mean_accepted_length"]
-    told = json.loads((folder / f"trial-00{best['number']}" / "adapter" / "calibration.json").read_text())["replay"]
+    told = json.loads((folder / f"trial-00{best['number']}" / "adapter" / "calibration.json").read_text())
+    told = told["fitted_on"]["replay"]
     assert best["mean_accepted_length"] == told["mean_accepted_length"]
     assert (folder / "sweep.md").read_text().count("\n| ") == 4
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
@@ -119,21 +121,31 @@ def test_failed_trials_are_passed_over(runs: Any, write: Any, tmp_path: Path) ->
 
 
 def test_the_speed_is_that_of_the_head_fitted(fitted: Path) -> None:
-    """By replay of the held-out text, with costs in proportion to the head's own size."""
+    """By replay of the calibration text, with costs in proportion to the head's own size."""
     weights = load_adapter(fitted).heads.one.weights_read
     held = Held(exit_threshold=0.01, max_exit_layer=4, max_draft_tokens=3)
     of_it, of_a_half = (replace(COSTS, conditions={"head_weights": timed}) for timed in (weights, weights / 2))
     assert of_a_half.for_head(weights).head == 2 * COSTS.head
     figures, slower = judge(fitted.parent, of_it, held), judge(fitted.parent, of_a_half, held)
     assert slower["predicted_speedup"] < figures["predicted_speedup"]
-    adapter = load_adapter(fitted).config
-    traces, unseen = (
-        Traces.read(fitted / name, weights_sha256=adapter.weights_sha256) for name in (TRACES_FILE, HELD_OUT_FILE)
-    )
-    bounds, _ = tune(traces, of_it, held, progress=False)
-    assert figures["predicted_speedup"] == Replayer(unseen, of_it).run(bounds).speedup
+    traces = Traces.read(fitted / TRACES_FILE, weights_sha256=load_adapter(fitted).config.weights_sha256)
+    assert figures["predicted_speedup"] == tune(traces, of_it, held, progress=False)[1].speedup
     with pytest.raises(DataError, match="do not say which head was timed"):
         judge(fitted.parent, COSTS, held)
+
+
+def test_no_trial_is_chosen_on_the_text_of_its_card(fitted: Path, tmp_path: Path) -> None:
+    """Held-out text, which the best one's card says chose nothing: trials are judged alike without it."""
+    weights = load_adapter(fitted).heads.one.weights_read
+    costs, held = replace(COSTS, conditions={"head_weights": weights}), Held(0.01, 4, 3)
+    shutil.copytree(fitted, tmp_path / "adapter")
+    (tmp_path / "adapter" / HELD_OUT_FILE).unlink()
+    path = tmp_path / "adapter" / CALIBRATION_FILE
+    calibrated = json.loads(path.read_text())
+    path.write_text(json.dumps(calibrated | {"replay": None}))
+    for given in (costs, None):
+        assert judge(tmp_path, given, held) == judge(fitted.parent, given, held)
+    assert judge(tmp_path, None, held)["mean_accepted_length"] != calibrated["replay"]["mean_accepted_length"]
 
 
 def test_an_entry_point_is_told_of_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
