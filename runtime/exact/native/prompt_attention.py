@@ -63,9 +63,9 @@ class PromptAttention:
     def told(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of so many tokens that tell for each row how torch adds; of a few of the heads."""
         if self._told is None or self._told[0].shape[2] < length:
-            queries, keys, size = self.heads
-            few = min(keys, 1 if queries > keys else 2)
-            self._told = telling((queries // keys * few, few, size), 2 * length)
+            queries, shared, size = self.heads
+            few = min(shared, 1 if queries > shared else 2)
+            self._told = telling((queries // shared * few, few, size), 2 * length)
         query, keys, values = (tensor[:, :, :length].contiguous() for tensor in self._told)
         return query, keys, values
 
