@@ -94,7 +94,7 @@ def test_requests_that_are_fed() -> None:
     assert seen[1:] == sorted(seen[1:]) and seen[-1] > 1
     again = copy.deepcopy(made)  # an adapter streams on its own model
     del made
-    pieces = again.specbound.stream([PROMPTS[0]])
+    pieces = again.specbound.stream([{"input_ids": PROMPTS[0], **GREEDY}])
     assert next(pieces).ids
     pieces.close()
     handle = again.specbound
