@@ -5,7 +5,6 @@ Run it as `accelerate launch train/fit_exits.py --config configs/fit/NAME.yaml`,
 no corpus yet, it is made first.
 """
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -49,8 +48,6 @@ from train.fitting.loop import fit
 from train.fitting.lora import use_peft, without_peft
 from train.planning.rehearsal import rehearse
 from train.publishing.assembly import write_adapter
-from train.publishing.contents import CALIBRATION_FILE
-from train.publishing.evidence import summary
 from train.publishing.publish import check_can_push, publish
 from train.settings.fit_config import FitConfig, parse_config, validate, validate_against_model
 
@@ -115,8 +112,6 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
             evidence={"corpus": counts_of(corpus), "held_out_coverage": covered, "base_weights_sha256": before},
         )
         accelerator.print(f"adapter: {folder} (base unchanged, sha256 {before[:16]})")
-        if accelerator.is_main_process:
-            accelerator.print(summary(json.loads((folder / CALIBRATION_FILE).read_text(encoding="utf-8"))))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if config.push_to_hub and accelerator.is_main_process:  # last, so that a failure of the Hub costs nothing else

@@ -119,7 +119,10 @@ def called(**fields: Any) -> Any:
     [
         ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "not among the tools"),
         ({"tools": [], "tool_choice": "required"}, "not among the tools"),
-        ({"tool_choice": "always"}, "tool_choice: must be none, auto, required, or a function by its name"),
+        (
+            {"tool_choice": "always"},
+            "tool_choice: must be none, auto, required, a function by its name, or allowed_tools",
+        ),
         ({"tools": [{"type": "web_search"}]}, "tools.0"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"response_format": {"type": "json_object"}}, "leave one of them out"),
