@@ -23,7 +23,9 @@ from runtime.exact.fingerprint import contents
 from runtime.handle import SpecBound
 
 MAX_REQUESTS = 8
-AT_ONCE = 256  # tokens of prompts that are read between two rounds of those who decode, where parts have the same bits
+# Tokens of prompts that are read between two rounds of those who decode, where parts have the same bits; with fewer left
+# than the second the next prompt waits for the next round.
+AT_ONCE, FEWEST = 256, 32
 
 
 class Batch:
@@ -178,7 +180,7 @@ class Batch:
         """Read on in the prompts of calls, the first ones first: `AT_ONCE` tokens of them while others decode."""
         left = AT_ONCE
         for call in calls:
-            if call.ended or call.reading is None or left <= 0:
+            if call.ended or call.reading is None or left < FEWEST:
                 continue
             self.outside()
             try:

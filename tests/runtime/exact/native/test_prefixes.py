@@ -179,8 +179,8 @@ def test_a_long_prompt_is_read_between_rounds_of_others(monkeypatch: pytest.Monk
                     batch.round()
             assert [generated(call) for call in calls] == expected
             if model.specbound.prepared.prompts.in_parts(700):
-                whole = [] if broken else [(472, 700), (0, 28), (28, 284), (284, 330)]
-                assert parts[-6:] == [(0, 216), (216, 472), *whole] or (broken and (472, 700) not in parts)
+                whole = [] if broken else [(472, 700), (0, 256), (256, 330)]
+                assert parts[-5:] == [(0, 216), (216, 472), *whole] or (broken and (472, 700) not in parts)
     finally:
         detach(model)
 
