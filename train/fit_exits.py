@@ -5,7 +5,6 @@ Run it as `accelerate launch train/fit_exits.py --config configs/fit/NAME.yaml`,
 no corpus yet, it is made first.
 """
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -46,8 +45,6 @@ from train.fitting.loop import fit
 from train.fitting.lora import use_peft, without_peft
 from train.planning.rehearsal import rehearse
 from train.publishing.assembly import write_adapter
-from train.publishing.contents import CALIBRATION_FILE
-from train.publishing.evidence import summary
 from train.publishing.publish import check_can_push, publish
 from train.settings.fit_config import FitConfig, parse_config, validate, validate_against_model
 
@@ -79,10 +76,7 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     model, vocab_size = layers.model, cast(Tensor, layers.unembedding.weight).shape[0]
     validate_against_model(config, num_hidden_layers=layers.num_layers, vocab_size=vocab_size)
     if config.dry_run:
-        heads = make_heads(config, layers, torch.arange(config.draft_vocab_size or vocab_size))
-        with memory_for("rehearsing", "per_device_train_batch_size", config.per_device_train_batch_size, then=""):
-            found = rehearse(config, layers, tokenizer, corpus_options(config), heads, accelerator)
-        accelerator.print(found)
+        accelerator.print(_rehearsed(config, layers, tokenizer, accelerator, vocab_size))
         return
     before = weights_sha256(model, whole_parameters(model))
     then = ", with another corpus_dir"
@@ -115,13 +109,20 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
             evidence={"corpus": counts_of(corpus), "held_out_coverage": covered, "base_weights_sha256": before},
         )
         accelerator.print(f"adapter: {folder} (base unchanged, sha256 {before[:16]})")
-        if accelerator.is_main_process:
-            accelerator.print(summary(json.loads((folder / CALIBRATION_FILE).read_text(encoding="utf-8"))))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if config.push_to_hub and accelerator.is_main_process:  # last, so that a failure of the Hub costs nothing else
         published = publish(Path(config.output_dir) / "adapter", str(config.hub_model_id))
         logger.info("published: %s commit %s", published.url, published.commit)
+
+
+def _rehearsed(
+    config: FitConfig, layers: DecoderLayers, tokenizer: Any, accelerator: Accelerator, vocab_size: int
+) -> str:
+    """What the fit takes, by new heads with any vocabulary."""
+    heads = make_heads(config, layers, torch.arange(config.draft_vocab_size or vocab_size))
+    with memory_for("rehearsing", "per_device_train_batch_size", config.per_device_train_batch_size, then=""):
+        return rehearse(config, layers, tokenizer, corpus_options(config), heads, accelerator)
 
 
 def _load(config: FitConfig, accelerator: Accelerator, spread: str | None) -> tuple[DecoderLayers, Any]:

@@ -1,7 +1,7 @@
 """`specbound tune`: choose an adapter's speculation bounds again. Slow libraries are imported inside."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,7 +35,6 @@ def tune_command(
     Example: specbound tune --adapter outputs/demo/adapter --costs costs.json
     """
     from runtime.errors import SpecBoundError
-    from train.publishing.evidence import sources_line
     from train.publishing.tune import tune_adapter
     from train.replay.costs import CostTable
     from train.replay.search import Held
@@ -56,6 +55,13 @@ def tune_command(
         summary = tune_adapter(adapter, table, held, traces=traces)
     except (SpecBoundError, OSError) as error:
         fail(error, None)
+    _show(summary)
+
+
+def _show(summary: dict[str, Any]) -> None:
+    """Print speed and bounds before and after, and what each source is worth."""
+    from train.publishing.evidence import sources_line
+
     for name in ("before", "after"):
         one = summary[name]
         print(

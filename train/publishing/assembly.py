@@ -1,6 +1,7 @@
 """Calibrate fitted heads and write the adapter's folder, with evidence, provenance and card."""
 
 import json
+import logging
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +33,7 @@ from train.publishing.contents import (
     SPEED_FILE,
     write_custom_generate,
 )
+from train.publishing.evidence import summary
 from train.publishing.plots import precision_plot, reliability_plot, sources_plot, speed_plot
 from train.replay.agreement import check_agreement
 from train.replay.costs import CostTable, counted_costs
@@ -41,6 +43,8 @@ from train.replay.sources import sources
 from train.replay.variants import ablate
 from train.settings.fit_config import FitConfig
 from train.settings.source import Source
+
+logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "specbound")
 
@@ -101,6 +105,7 @@ def write_adapter(
 
     if write:
         save_adapter(adapter, folder, extra=evidence_files)
+        logger.info("%s", summary(figures))
     return folder
 
 

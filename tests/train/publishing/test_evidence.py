@@ -21,12 +21,13 @@ NONE = "None of the heads is ever asked with these bounds"
 
 
 def test_a_fit_and_its_card_say_that_no_head_is_asked(
-    fit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It ends with what is predicted, what drafts, and what to do."""
     monkeypatch.setattr(assembly, "Held", lambda *given: Held(max_exit_layer=0))  # as where no head pays
+    caplog.set_level("INFO")
     folder, _ = fit(tmp_path)
-    said, card = capsys.readouterr().out, (folder / "adapter" / "README.md").read_text()
+    said, card = caplog.text, (folder / "adapter" / "README.md").read_text()
     calibrated = json.loads((folder / "adapter" / "calibration.json").read_text())
     length = calibrated["replay"]["mean_accepted_length"]
     assert f"stock generate, mean accepted length {length:.2f}" in said and "counted in layers, not measured" in said
