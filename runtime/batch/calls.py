@@ -23,8 +23,8 @@ from runtime.exact.fingerprint import contents
 from runtime.handle import SpecBound
 
 MAX_REQUESTS = 8
-# Tokens of prompts that are read between two rounds of those who decode, where parts have the same bits; with fewer left
-# than the second the next prompt waits for the next round.
+# Tokens of prompts that are read between two rounds of those who decode, where parts have the same bits; with fewer
+# left than the second the next prompt waits for the next round.
 AT_ONCE, FEWEST = 256, 32
 
 
