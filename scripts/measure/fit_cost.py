@@ -24,11 +24,12 @@ from transformers.utils import logging as transformers_logging
 
 from runtime.conditions import hardware
 from runtime.decoding.layers import DecoderLayers
-from runtime.drafting.heads import HEAD_KINDS
+from runtime.drafting.heads import HEAD_KINDS, attends
 from runtime.files import write_atomic
 from train.distil import load_base
 from train.features.cache import FeatureCache
 from train.features.extractor import FeatureExtractor, Sequences
+from train.features.prompts import PROMPT_TOKENS
 from train.features.split import Split
 from train.fit_exits import make_heads
 from train.fitting.learner import Learner
@@ -134,7 +135,9 @@ def make_split(config: FitConfig, layers: DecoderLayers, number: int, folder: Pa
     """Random text, its features on disk where the fit reads them there."""
     ids = torch.randint(layers.config.vocab_size, (number, PROMPT + RESPONSE), generator=torch.Generator()).tolist()
     sequences = Sequences([(text[:PROMPT], text[PROMPT:]) for text in ids], 0)
-    split = Split(sequences, FeatureExtractor(layers, config.exit_layers, top_k=config.teacher_top_k))
+    kept = PROMPT_TOKENS if attends(config.head) else 0
+    extract = FeatureExtractor(layers, config.exit_layers, top_k=config.teacher_top_k, prompt_tokens=kept)
+    split = Split(sequences, extract)
     if config.features == "cache":
         split.cache = FeatureCache(folder, {})
         for _ in split.cache.fill(sequences, split.extract, batch_size=config.per_device_train_batch_size):

@@ -38,16 +38,16 @@ def test_verify_cost(make_model: Any, capsys: pytest.CaptureFixture[str]) -> Non
     assert "per token / stock" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("features", ["online", "cache"])
-def test_fit_cost(tiny_base: Path, fresh_accelerate: None, features: str) -> None:
+@pytest.mark.parametrize(("features", "head"), [("online", "attention"), ("cache", "deep")])
+def test_fit_cost(tiny_base: Path, fresh_accelerate: None, features: str, head: str) -> None:
     """A row of figures, the planner's beside."""
     fit_cost = script("measure/fit_cost")
-    row = fit_cost.USUAL | {"features": features, "batch": 2}
+    row = fit_cost.USUAL | {"features": features, "head": head, "batch": 2}
     found = row | fit_cost.measure(str(tiny_base), "float32", row, 1)
     assert found["tokens_per_second"] > 0 and found["step_seconds"] > 0 and found["forward_seconds"] > 0
     assert found["planned_gib"] > 0 and found["planned_times_forward"] > 0
     heading, line, first = fit_cost.table([found]).splitlines()
-    assert heading.count("|") == line.count("|") == first.count("|") and f"| {features} | deep | 3 | 2 |" in first
+    assert heading.count("|") == line.count("|") == first.count("|") and f"| {features} | {head} | 3 | 2 |" in first
 
 
 @pytest.fixture
