@@ -18,6 +18,7 @@ from runtime.drafting.head_memory import Reading
 from runtime.drafting.heads import DeepHead, HeadContext
 from runtime.drafting.unembedding import DraftUnembedding
 from runtime.exact.native.library import native_library
+from runtime.exact.native.parts import epsilon
 from runtime.exact.native.products import LANES, pack_for_products
 from runtime.exact.native.tables import table_of
 
@@ -34,13 +35,13 @@ class NativeDeepHead:
     def __init__(self, head: DeepHead, unembedding: DraftUnembedding, rows: Tensor, silu: Tensor) -> None:
         self.made_of = head, unembedding, rows, silu
         final: Any = unembedding.norm
-        norms: tuple[Any, ...] = (head.hidden_norm, head.embedding_norm, head.deep_norm, final)
+        own: tuple[Any, ...] = (head.hidden_norm, head.embedding_norm, head.deep_norm)
         packed = (*map(pack_for_products, (head.gate_up.weight, head.down.weight)), rows)
-        vectors = (head.keep, head.carry, head.age)
-        self.held: list[Any] = [*packed, *(norm.weight for norm in norms), *vectors, silu]
+        vectors = (_weights(final), head.keep, head.carry, head.age)
+        self.held: list[Any] = [*packed, *(norm.weight for norm in own), *vectors, silu]
         self.places = (ctypes.c_void_p * 10)(*(tensor.data_ptr() for tensor in self.held[:-1]))
         self.sizes = (head.hidden_size, head.down.in_features, head.draft_vocab_size)
-        self.epsilons: tuple[float, float] = (norms[0].eps, final.variance_epsilon)
+        self.epsilons: tuple[float, float] = (own[0].eps, epsilon(final))
         self.scaling = unembedding.scaling
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -82,13 +83,13 @@ class NativeAttentionHead:
         linears = (head.mix, head.query_key_value, head.attention_out, head.gate_up, head.down)
         own: tuple[Any, ...] = (head.hidden_norm, head.embedding_norm, head.deep_norm)
         own += (head.attention_norm, head.gate_norm)
-        vectors = [*(norm.weight for norm in own), final.weight, head.source]
+        vectors = [*(norm.weight for norm in own), _weights(final), head.source]
         self.held: list[Any] = [*(pack_for_products(linear.weight) for linear in linears), *vectors]
         self.places = (ctypes.c_void_p * 12)(*(tensor.data_ptr() for tensor in self.held))
         self.rows, self.silu, self.turns = rows, silu, turns(0, head.head_size)
         self.sizes = (head.hidden_size, head.down.in_features, head.num_heads, head.num_key_heads, head.head_size)
         self.vocabulary, self.scaling = head.draft_vocab_size, unembedding.scaling
-        self.floats = (ctypes.c_float * 2)(own[0].eps, final.variance_epsilon)
+        self.floats = (ctypes.c_float * 2)(own[0].eps, epsilon(final))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy or pickle is made anew from its modules: addresses cannot be copied."""
@@ -169,15 +170,29 @@ def native_heads(heads: DraftHeads) -> DraftHeads:
 
 
 def _is_fit(head: Any, unembedding: DraftUnembedding) -> bool:
-    """Whether the kernels take its kind, dtype, device and sizes, and the final norm is of the Llama kind."""
+    """Whether the kernels take its kind, dtype, device and sizes, and the final norm is by the root mean square."""
     weights = (unembedding.weight, *head.parameters(), *unembedding.norm.parameters())
     return (
         type(head) in NATIVE
-        and hasattr(unembedding.norm, "variance_epsilon")
+        and epsilon(unembedding.norm) is not None
         and unembedding.bias is None
         and head.hidden_size % 2 == 0
         and head.rank is not None
         and head.rank % LANES == 0
         and all(weight.dtype == torch.bfloat16 and weight.device.type == "cpu" for weight in weights)
         and all(weight.is_contiguous() for weight in weights)
+        and _is_root_mean_square(unembedding.norm)
     )
+
+
+def _weights(norm: Any) -> Tensor:
+    """What a norm multiplies by, shape [D], as it makes it of ones: of Gemma's kind one more than it holds."""
+    weights: Tensor = norm(torch.ones_like(norm.weight))
+    return weights.contiguous()
+
+
+def _is_root_mean_square(norm: Any) -> bool:
+    """Whether a norm gives what the kernels give, up to rounding, of numbers whose mean is not 0."""
+    row = torch.linspace(-1, 3, len(norm.weight), dtype=norm.weight.dtype)
+    wanted = row * (row.float().square().mean() + epsilon(norm)).rsqrt() * _weights(norm).float()
+    return torch.allclose(norm(row).float(), wanted, rtol=0.02, atol=1e-3)

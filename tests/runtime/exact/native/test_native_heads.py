@@ -39,10 +39,12 @@ def read(memory: HeadMemory, nodes: list[int], *given: Any) -> None:
     memory.take(nodes, *read_all([memory], [memory.reading(nodes, *given)]))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @torch.inference_mode()
-def test_drafts_are_those_of_the_modules() -> None:
+def test_drafts_are_those_of_the_modules(family: str) -> None:
     """At every age; a confidence is off by no more than rounding, and another temperature gives another one."""
-    heads = made()
+    heads = made(family=family)
+    assert set(heads.native) == {1, 2}
     modules = replace(heads, native={})
     same = 0
     for number in range(100):
@@ -173,13 +175,13 @@ def test_states_that_are_no_numbers_draft_nothing() -> None:
     assert not heads.of_states(1, memory.states([0]), 1.0, 1)[0][0][1] >= 0.0
 
 
-WRONG: list[dict[str, Any]] = [{"kind": "lora"}, {"dtype": torch.float32}, {"rank": 20}, {"family": "gemma"}]
+WRONG: list[dict[str, Any]] = [{"kind": "lora"}, {"dtype": torch.float32}, {"rank": 20}, {"family": "gpt2"}]
 WRONG += [{"kind": "attention"} | options for options in WRONG[1:]]
 
 
 @pytest.mark.parametrize("options", WRONG, ids=str)
 def test_other_heads_stay_modules(options: dict[str, Any]) -> None:
-    """Another kind, dtype or rank, or a final norm that is not Llama's."""
+    """Another kind, dtype or rank, or a final norm that subtracts the mean."""
     assert made(**options).native == {}
 
 
