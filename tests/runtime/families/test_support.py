@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from typer.testing import CliRunner
 
 from runtime import AdapterError, ConfigError, UnsupportedModel, supports
-from runtime.decoding.missing import missing_part
+from runtime.decoding.families.missing import missing_part
 from runtime.exact.attention import block_attention
 from tests.helpers.families import tiny
 from train.cli.app import app
