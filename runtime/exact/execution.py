@@ -191,20 +191,31 @@ def _row_attention(
 def linears(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that multiply blocks by a weight matrix, in the model's order; of a wrapper those of its text."""
     own = {inner for module in own_attentions(model) for inner in module.modules()}
+    routers = (child for mixture in mixtures(model) for child in mixture.children())
+    own |= {child for child in routers if type(child).forward is not nn.Linear.forward}  # they choose besides
     kinds = (nn.Linear, Conv1D)
     return [module for _, module in text_modules(model) if isinstance(module, kinds) and module not in own]
 
 
 def mixtures(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that send each row to some of many experts, and add up what these make of it."""
-    return [
-        module for _, module in text_modules(model) if not module._modules.keys().isdisjoint(("experts", "router"))
-    ]
+    """The modules that send each row to some of many experts, and add up what these make of it.
+
+    Where a decoder layer does so itself, its experts: they get the rows, and which of them is for whom.
+    """
+    named = text_modules(model)
+    found = [module for _, module in named if not module._modules.keys().isdisjoint(("experts", "router"))]
+    layers = set(getattr(text_decoder(model), family_of(model.config).layers))
+    return [module.experts if module in layers else module for module in found]  # type: ignore[misc]
 
 
 def in_rows(forward: Callable[..., Tensor], rows: int | None) -> Callable[..., Tensor]:
     """`forward` on so many rows a call; itself where `rows` is None."""
     return forward if rows is None else partial(call_in_rows, forward, rows)
+
+
+def _rows_of(beside: Any, first: int, rows: int) -> Any:
+    """Of what a mixture's experts get besides, [T, ...], the part of some rows."""
+    return beside[first : first + rows] if isinstance(beside, Tensor) else beside
 
 
 def call_in_rows(forward: Callable[..., Any], rows: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -215,10 +226,11 @@ def call_in_rows(forward: Callable[..., Any], rows: int, hidden: Tensor, *args: 
     if hidden.shape[-2] == 1:
         return forward(hidden, *args, **kwargs)
     outputs, rest = [], None
-    for part in torch.split(hidden, rows, dim=-2):
+    for index, part in enumerate(torch.split(hidden, rows, dim=-2)):
+        beside = [_rows_of(each, index * rows, rows) for each in args]
         given = part.shape[-2]
         full = part if given == rows else nn.functional.pad(part, (0, 0, 0, rows - given))
-        output: Any = forward(as_alone(full), *args, **kwargs)
+        output: Any = forward(as_alone(full), *beside, **kwargs)
         if isinstance(output, tuple):  # a mixture's, and how it routed its last rows: no layer reads that
             output, *rest = output
         outputs.append(output[..., :given, :])

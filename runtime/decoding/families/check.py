@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from runtime.decoding.families.family import Family
-from runtime.decoding.families.missing import missing_part, setting
+from runtime.decoding.families.missing import missing_part, setting, variants
 from runtime.decoding.families.table import FAMILIES
 from runtime.decoding.wrappers import WRAPPERS
 from runtime.errors import UnsupportedModel
@@ -84,7 +84,7 @@ def _why_not(config: Any) -> str | None:
 
 def _why_not_text(text: Any, family: Family) -> str | None:
     """Why a decoder of text of this family is not supported; None where it is."""
-    if setting(text, "is_heterogeneous"):
+    if setting(text, "is_heterogeneous") and not family.differing:
         return "it has settings that differ from layer to layer"
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if not kinds <= ({"full_attention", "sliding_attention"} if family.by_layer else {"full_attention"}):
@@ -98,11 +98,15 @@ def _why_not_text(text: Any, family: Family) -> str | None:
     for table in (table for table in tables if isinstance(table, dict)):  # beside tables there is what no layer reads
         if table.get("rope_type", "default") not in STEADY_ROPE:
             return f"its {table['rope_type']!r} rotary positions change with the length of the text"
-    if getattr(text, "use_bidirectional_attention", False) or not getattr(text, "is_causal", True):
+    # Tokens of one picture may see each other: that is the prompt's forward, which is stock's.
+    if getattr(text, "use_bidirectional_attention", None) not in (None, False, "vision"):
+        return "its tokens see those after them"
+    if not getattr(text, "is_causal", True):
         return "its tokens see those after them"
     if getattr(text, "add_cross_attention", False) or getattr(text, "reorder_and_upcast_attn", False):
         return "it has cross-attention or upcast attention"
-    return None
+    parts = variants(text)
+    return f"it has {' and '.join(parts)}" if parts else None
 
 
 def _unsupported(config: Any, kind: str | None, why: str) -> UnsupportedModel:

@@ -43,6 +43,7 @@ class Family:
         attention: name in a layer of the module that attends on its own, past transformers' interface or over keys
             that it makes of what is cached: a block's rows go through the whole of it one by one, see `RowAttention`.
         masked: that module gets a mask of one row, too, that hides nothing.
+        differing: its layers may differ in the number and size of heads.
         unset: what layers take besides and have no default for, None where models are as those that are supported.
         offset: learned positions are asked for by name, with the first one; their module counts from elsewhere.
         axes: of the positions that the rotary module takes, 1 or as many as an image has; those of text are equal.
@@ -69,5 +70,6 @@ class Family:
     normed: bool = False
     attention: str | None = None
     masked: bool = False
+    differing: bool = False
     unset: tuple[str, ...] = ()
     axes: int = 1
