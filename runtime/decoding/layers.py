@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from runtime.decoding.cache import Block, KVCache, position_ids
 from runtime.decoding.families import check_supported
 from runtime.decoding.rows import TreeRows
+from runtime.decoding.wrappers import blank_tokens
 from runtime.drafting.prompt_states import PromptStates
 
 # Of the model's body, while it runs under a policy of native layers: what runs several at once.
@@ -46,6 +47,8 @@ class DecoderLayers:
         multiplier = config.hidden_size**0.5 if rooted else getattr(config, "embedding_multiplier", 1.0)
         self.embedding_multiplier = float(multiplier)
         self.normed, self.offset, self.scales_states = family.normed, family.offset, family.scales_states
+        self.blank = torch.tensor(blank_tokens(model.config), dtype=torch.int64)
+        self.padding = int(getattr(config, "pad_token_id", None) or 0)
         self.unset: dict[str, Any] = dict.fromkeys(family.unset)
         factor = None if family.factor is None or not family.scaled else getattr(config, family.factor)
         self.logits_factor: float | None = factor
@@ -83,6 +86,8 @@ class DecoderLayers:
         Returns:
             Shape [1, T, D], the base's dtype.
         """
+        if self.blank.numel():
+            token_ids = token_ids.masked_fill(torch.isin(token_ids, self.blank.to(token_ids.device)), self.padding)
         hidden: Tensor = self.embedding(token_ids)
         if self.embedding_multiplier != 1.0:
             hidden = hidden * self.embedding_multiplier

@@ -36,7 +36,10 @@ def family_of(config: Any) -> Family:
     """The family of a supported model; of one inside a wrapper, with the place that it has there."""
     text = config.get_text_config()
     family = FAMILIES[text.model_type]
-    return family if text is config else replace(family, body=WRAPPERS[config.model_type].body, scaled=False)
+    if text is config:
+        return family
+    wrapper = WRAPPERS[config.model_type]
+    return replace(family, body=wrapper.body, scaled=wrapper.scaled)
 
 
 def text_decoder(model: Any) -> Any:

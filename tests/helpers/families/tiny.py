@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tests.helpers.families.shapes import FAMILIES, FURTHER, MIXTURES, SHAPE, TURNED, VOCABULARY, WINDOWS
+from tests.helpers.families.shapes import FAMILIES, FURTHER, MIXTURES, SHAPE, TURNED, VOCABULARY
+from tests.helpers.families.windows import WINDOWS
 
 
 def tiny(

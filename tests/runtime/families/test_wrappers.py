@@ -61,7 +61,7 @@ def test_text_decodes_as_stock_s(name: str) -> None:
     assert torch.equal(found, stock) and len(set(stock[0].tolist())) > 3
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen2_5_vl", "smolvlm"])
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "mistral3", "qwen2_5_vl", "smolvlm"])
 @torch.inference_mode()
 def test_a_picture_s_token_in_the_answer_is_one_as_others(name: str) -> None:
     """Without a picture: every bit of the logits."""
