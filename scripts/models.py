@@ -44,9 +44,9 @@ for those that a token is sent to. A fit counts the experts of a block once for 
 are measured. The weights of gpt-oss are MXFP4, whose kernels nobody has tried here: load it dequantised, with
 `quantization_config=Mxfp4Config(dequantize=True)`.
 
-"Row by row": attention that goes past transformers' interface (Falcon, GPT-J), or makes its keys anew of what is cached
-(the latent attention of DeepSeek), takes the tokens of a block one by one, its Linears with it. That is exact, and only
-the rest of a layer gains from blocks.
+"Row by row": attention that goes past transformers' interface (Falcon, GPT-J), or makes its keys anew of what is
+cached (the latent attention of DeepSeek), takes the tokens of a block one by one, its Linears with it. That is exact,
+and only the rest of a layer gains from blocks.
 
 Models of several kinds of input (the second table) are accelerated where their decoder of text is of a type in the
 first; a type there that ends in `_text` is inside one. Prompts of text run as ever. A picture goes through
