@@ -202,10 +202,15 @@ def mixtures(model: PreTrainedModel) -> list[nn.Module]:
 
     Where a decoder layer does so itself, its experts: they get the rows, and which of them is for whom.
     """
-    named = text_modules(model)
-    found = [module for _, module in named if not module._modules.keys().isdisjoint(("experts", "router"))]
     layers = set(getattr(text_decoder(model), family_of(model.config).layers))
-    return [module.experts if module in layers else module for module in found]  # type: ignore[misc]
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for _, module in text_modules(model):
+        if module not in inside and not module._modules.keys().isdisjoint(("experts", "router")):
+            mixture: Any = module.experts if module in layers else module
+            found.append(mixture)
+            inside.update(mixture.modules())
+    return found
 
 
 def in_rows(forward: Callable[..., Tensor], rows: int | None) -> Callable[..., Tensor]:

@@ -19,12 +19,15 @@ def active_parameters(model: Any) -> int:
 
 def idle_parameters(model: Any) -> int:
     """Parameters of the experts that a token passes by, in all layers."""
-    idle = 0
+    idle, config = 0, model.config.get_text_config()
     for mixture in mixtures(model):
-        experts: Any = mixture.experts  # along the first dimension of each parameter
-        chosen = experts_per_token(model.config.get_text_config())
-        for parameter in experts.parameters():
-            idle += parameter.numel() // experts.num_experts * (experts.num_experts - chosen)
+        experts: Any = getattr(mixture, "experts", mixture)
+        number = getattr(experts, "num_experts", None) or config.num_local_experts
+        router = getattr(experts, "router", None)
+        choosing = set() if router is None else set(router.parameters())
+        for parameter in set(experts.parameters()) - choosing:
+            if parameter.dim() > 1:  # experts lie along its first dimension
+                idle += parameter.numel() // number * (number - experts_per_token(config))
     return idle
 
 
@@ -36,7 +39,10 @@ def mixed_parameters(model: Any) -> int:
 
 def experts_per_token(config: Any) -> int:
     """How many experts of a mixture take a token; the most, where layers differ."""
-    given = config.num_experts_per_tok
+    names = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+    given = (
+        next((each for name in names if (each := getattr(config, name, None))), None) or config.ffn_config.moe_top_k
+    )
     return max(given) if isinstance(given, list) else int(given)
 
 
