@@ -65,7 +65,7 @@ class BlockAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | TreeRows | None,
+        attention_mask: Tensor | TreeRows | None,
         scaling: float | None = None,
         **kwargs: Any,
     ) -> AttentionOutput:
@@ -74,11 +74,12 @@ class BlockAttention:
         Args:
             query: shape [1, H, T, E].
             key, value: shape [1, G, S, E].
-            mask: to be added, or what rows see that do not follow one another.
+            attention_mask: to be added, or what rows see that do not follow one another.
 
         Returns:
             Shape [1, T, H, E], and None, as transformers' own functions.
         """
+        mask = attention_mask  # some layers give it by that name
         tree = mask if isinstance(mask, TreeRows) else None
         # Qwen2-MoE leaves it to masks and caches: its layers know, and do not say.
         window: int | None = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
@@ -96,9 +97,9 @@ class BlockAttention:
                 mask = _mask(query, key, tree, added=self.stock == "eager")
             return stock(module, query, key, value, mask, scaling=scaling, **kwargs)
         if self.kind == "grouped" and tree is None:
-            return self.in_groups(query, key, value, scaling).transpose(1, 2), None
+            return self.in_groups(query, key, value, scaling).transpose(1, 2).contiguous(), None
         if self.stock == "sdpa" and query.device.type == "cpu":
-            return in_rows(query, key, value, scaling, tree).transpose(1, 2), None
+            return in_rows(query, key, value, scaling, tree).transpose(1, 2).contiguous(), None
         rows = [
             stock(module, row, keys, values, None, scaling=scaling, **kwargs)[0]
             for row, keys, values in _rows(query, key, value, tree)

@@ -159,7 +159,8 @@ FURTHER: dict[str, dict[str, Any]] = {
 _SMALL: dict[str, Any] = {"head_dim": 12, "moe_intermediate_size": 32}
 _DENSE_FIRST: dict[str, Any] = {"mlp_layer_types": ["dense"] + ["sparse"] * (LAYERS - 1)}
 MIXTURES: dict[str, dict[str, Any]] = {
-    "afmoe": EXPERTS | FULL | _SMALL | {"mup_enabled": True},
+    # torch's sigmoid, of the gate of all heads, has other bits in what is left over of 32 numbers
+    "afmoe": EXPERTS | FULL | _SMALL | {"head_dim": 16, "mup_enabled": True},
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "axk1": ROUTED | _LATENT | _GROUPS,
     "cohere2_moe": EXPERTS | FULL | {"head_dim": 12, "logit_scale": 0.3, "num_shared_experts": 1},
