@@ -26,8 +26,9 @@ def _heads(config: Any, layer: Any) -> int:
     queries = int(config.num_attention_heads)
     if getattr(config, "new_decoder_architecture", False) or getattr(config, "kv_lora_rank", None):
         return queries  # each gets a copy of what they share
-    if getattr(config, "multi_query", False):
-        return 1
+    single = getattr(config, "multi_query", None)
+    if single is not None:
+        return 1 if single else queries
     shared = getattr(config, "attn_config", None)
     names = (getattr(layer, name, None) for name in _SHARED)
     return int(next(filter(None, names), None) or getattr(shared, "kv_n_heads", None) or queries)

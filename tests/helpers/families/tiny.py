@@ -33,10 +33,13 @@ def tiny(
 
 def config_of(family: str, window: int | None = None) -> Any:
     """Of a tiny model; with a window where that is given."""
-    if window is not None:
-        return AutoConfig.for_model(family, **SHAPE | WINDOWS[family] | {"sliding_window": window})
-    further = FURTHER | MIXTURES | TURNED
-    return FAMILIES.get(family) or AutoConfig.for_model(model_type(family), **SHAPE | further[family])
+    if family in FAMILIES and window is None:
+        return FAMILIES[family]
+    kind = model_type(family)
+    shape = SHAPE | (FURTHER | MIXTURES | TURNED)[family] if window is None else SHAPE | WINDOWS[family]
+    if not hasattr(CONFIG_MAPPING[kind](), "num_key_value_heads"):  # it would keep what it does not know
+        shape.pop("num_key_value_heads")
+    return AutoConfig.for_model(kind, **shape, **({} if window is None else {"sliding_window": window}))
 
 
 @cache
