@@ -4,12 +4,10 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from runtime import SpeculationBounds, detach
-from runtime.batch import Call
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.state import DecodeState
 from runtime.drafting.lookup import MAX_MATCH
@@ -98,17 +96,3 @@ def adapted(model: Any, texts: list[list[int]], bounds: SpeculationBounds = BOUN
     made = copy.deepcopy(model)
     whole = [prompt + text for prompt, text in zip(PROMPTS, texts, strict=True)]
     return attach(made, SpecBound(made, Told(whole), bounds))
-
-
-def small_blocks(monkeypatch: pytest.MonkeyPatch, tokens: int = 8) -> None:
-    """KV blocks of so few tokens that short texts take several."""
-    for module in ("decoding.cache", "batch.generation", "batch.memory"):
-        monkeypatch.setattr(f"runtime.{module}.BLOCK_TOKENS", tokens)
-
-
-def held_bytes(call: Call) -> int:
-    """Of the buffers of keys and values that a call has."""
-    if call.generation is None:
-        return 0
-    cache = call.generation.cache
-    return sum(buffer.nbytes for buffer in (*cache._keys, *cache._values) if buffer is not None)
