@@ -27,9 +27,9 @@ class Waiting(BaseStreamer):
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompt, given as ids or as embeddings."""
-        embeds = self.model_kwargs.get("inputs_embeds")
-        return max(int(self.given[0].shape[1]), 0 if embeds is None else int(embeds.shape[1]))
+        """Tokens of the prompt: as ids, as embeddings, or, behind those of a cache of the caller's, as the mask has."""
+        others = (self.model_kwargs.get(name) for name in ("inputs_embeds", "attention_mask"))
+        return max(int(each.shape[1]) for each in (self.given[0], *others) if each is not None)
 
     @property
     def max_length(self) -> int:

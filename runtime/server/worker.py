@@ -195,6 +195,8 @@ class Worker:
                 ended += self._begin(job, batch)
             if not self._running:
                 return ended
+            for waiting in batch.calls:  # put out, it may be: no token comes that would end it
+                waiting.cancelled = self._running[waiting].transcript.cancelled.is_set()
             calls = batch.round()
             if batch.rows:
                 self.on_round(batch.rows, batch.preempted)

@@ -9,6 +9,9 @@ from typing import Any
 import openai
 import pytest
 
+from runtime.batch import Call
+from runtime.batch.admission import Admission
+from runtime.batch.generation import Generation
 from runtime.batch.memory import bytes_per_token
 from runtime.server.request.limits import Limits
 from tests.helpers.pools.tight import small_blocks
@@ -102,6 +105,23 @@ def test_one_is_put_out_and_resumed(served: Served) -> None:
     after = served.metrics()
     assert after["specbound_num_preemptions_total"] > before and after["specbound_kv_blocks_used"] == 0
     assert after["specbound_kv_blocks"] == ROOM / BLOCK
+
+
+def test_one_that_is_cancelled_while_it_is_out(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends before it would be resumed."""
+    grow, resumed = Admission.grow, []
+
+    def watched(self: Admission, *given: Any) -> list[Call]:
+        put_out = grow(self, *given)
+        for call in put_out:
+            served.worker.cancel(served.worker._running[call])
+        return put_out
+
+    monkeypatch.setattr(Admission, "grow", watched)
+    monkeypatch.setattr(Generation, "resume", lambda self, *given: resumed.append(self))
+    answers, _ = at_once(served, [{"max_tokens": 30}, {"max_tokens": 30}])
+    assert [each.usage.completion_tokens == 30 for each in answers] == [True, False] and not resumed
+    assert served.metrics()["specbound_kv_blocks_used"] == 0
 
 
 def test_latencies_rows_and_prompts_are_counted(served: Served) -> None:
