@@ -27,7 +27,7 @@ class Waiting(BaseStreamer):
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompt: as ids, as embeddings, or, behind those of a cache of the caller's, as the mask has."""
+        """Tokens of the prompt: as ids, as embeddings, or as the mask has them, behind a cache of the caller's."""
         others = (self.model_kwargs.get(name) for name in ("inputs_embeds", "attention_mask"))
         return max(int(each.shape[1]) for each in (self.given[0], *others) if each is not None)
 
