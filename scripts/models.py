@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import CONFIG_MAPPING
 
-from runtime.decoding.families import FAMILIES
+from runtime.decoding.families import FAMILIES, own_attentions
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.wrappers import WRAPPERS
 from runtime.exact.execution import mixtures
@@ -42,6 +43,10 @@ order. That is exact, and gains less than a dense model does. `specbound plan` c
 for those that a token is sent to. A fit counts the experts of a block once for each of its tokens, as long as no costs
 are measured. The weights of gpt-oss are MXFP4, whose kernels nobody has tried here: load it dequantised, with
 `quantization_config=Mxfp4Config(dequantize=True)`.
+
+"Row by row": attention that goes past transformers' interface (Falcon, GPT-J), or makes its keys anew of what is
+cached (the latent attention of DeepSeek), takes the tokens of a block one by one, its Linears with it. That is exact,
+and only the rest of a layer gains from blocks.
 
 Models of several kinds of input (the second table) are accelerated where their decoder of text is of a type in the
 first; a type there that ends in `_text` is inside one. Prompts of text run as ever. A picture goes through
@@ -109,8 +114,14 @@ def parts(models: list[Any]) -> str:
     model, layers = models[0], DecoderLayers(models[0])
     kinds = ["mixture of experts" if mixtures(each) else "dense" for each in models]
     windows = FAMILIES[model.config.model_type].windows
-    found = [" or ".join(dict.fromkeys(kinds)), "full attention or windows" if windows else "full attention"]
-    found.append("learned positions" if layers.positions is not None else "rotary positions")
+    seen = "latent attention" if getattr(model.config, "kv_lora_rank", None) else "full attention"
+    found = [" or ".join(dict.fromkeys(kinds)), f"{seen} or windows" if windows else seen]
+    if own_attentions(model):
+        found.append("row by row")
+    if layers.positions is None:
+        found.append("rotary positions")
+    else:
+        found.append("learned positions" if isinstance(layers.positions, nn.Embedding) else "sines as positions")
     if layers.logits_factor is not None or layers.logits_scaling != 1.0:
         found.append("scaled logits")
     if layers.logits_cap is not None:

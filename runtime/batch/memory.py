@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from runtime.decoding.cache import BLOCK_TOKENS, blocks_of
+from runtime.decoding.families import numbers_per_token
 from runtime.errors import ConfigError
 from runtime.exact.packed import free_memory
 
@@ -171,10 +172,7 @@ def rows_of(length: int, drafts: int) -> int:
 
 def bytes_per_token(model: Any) -> int:
     """Of one token's keys and values in all layers; a layer with a window keeps all of them too."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * int(config.num_hidden_layers * heads * size) * int(model.dtype.itemsize)
+    return numbers_per_token(model) * int(model.dtype.itemsize)
 
 
 def _free(model: Any) -> int:

@@ -1,7 +1,7 @@
 """`DecoderLayers`: the base's own embedding, decoder layers, final norm and unembedding, one at a time.
 
 Masks are not needed, because block attention gives each query row its own keys. Knows nothing of drafting, exits or
-files, and of families only what `families.py` says.
+files, and of families only what `families/` says.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from runtime.decoding.cache import Block, KVCache, position_ids
 from runtime.decoding.families import check_supported
 from runtime.decoding.rows import TreeRows
+from runtime.decoding.wrappers import blank_tokens
 from runtime.drafting.prompt_states import PromptStates
 
 # Of the model's body, while it runs under a policy of native layers: what runs several at once.
@@ -42,7 +43,13 @@ class DecoderLayers:
         self.rotary: nn.Module | None = getattr(body, family.rotary) if family.rotary else None
         self.positions: nn.Module | None = getattr(body, family.positions) if family.positions else None
         self.cache_argument = family.cache_argument
-        self.embedding_multiplier = float(getattr(config, "embedding_multiplier", 1.0))
+        rooted = family.root is not None and getattr(config, family.root)
+        multiplier = config.hidden_size**0.5 if rooted else getattr(config, "embedding_multiplier", 1.0)
+        self.embedding_multiplier = float(multiplier)
+        self.normed, self.offset, self.scales_states = family.normed, family.offset, family.scales_states
+        self.blank = torch.tensor(blank_tokens(model.config), dtype=torch.int64)
+        self.padding = int(getattr(config, "pad_token_id", None) or 0)
+        self.unset: dict[str, Any] = dict.fromkeys(family.unset)
         factor = None if family.factor is None or not family.scaled else getattr(config, family.factor)
         self.logits_factor: float | None = factor
         scaling = getattr(config, "logits_scaling", 1.0) if family.scaled else 1.0
@@ -79,12 +86,23 @@ class DecoderLayers:
         Returns:
             Shape [1, T, D], the base's dtype.
         """
+        if self.blank.numel():
+            token_ids = token_ids.masked_fill(torch.isin(token_ids, self.blank.to(token_ids.device)), self.padding)
         hidden: Tensor = self.embedding(token_ids)
         if self.embedding_multiplier != 1.0:
             hidden = hidden * self.embedding_multiplier
         if self.positions is not None:
-            hidden = hidden + self.positions(position_ids(position, token_ids.shape[1], hidden.device, tree))
-        return hidden
+            ids = position_ids(position, token_ids.shape[1], hidden.device, tree)
+            hidden = hidden + (self.positions(ids) if self.offset is None else self._learned(ids, position))
+        return self.norm(hidden) if self.normed else hidden
+
+    def _learned(self, ids: Tensor, position: int) -> Tensor:
+        """States of positions [1, T], the first of which is given too, from a module that counts them on."""
+        assert self.positions is not None and self.offset is not None
+        states: Tensor = self.positions(
+            position_ids=ids, past_key_values_length=position, **dict.fromkeys(self.offset)
+        )
+        return states
 
     def run(
         self, hidden: Tensor, start: int, stop: int, position: int, cache: KVCache, tree: TreeRows | None = None
@@ -133,6 +151,7 @@ class DecoderLayers:
             "position_ids": position_ids,
             self.cache_argument: cache,
             "use_cache": True,
+            **self.unset,
         }
         kinds = [""] * (stop - start) if self.kinds is None else self.kinds[start:stop]
         tables = {kind: self._table(hidden, position_ids, kind) for kind in set(kinds)}
@@ -163,6 +182,9 @@ class DecoderLayers:
 
     def unembed(self, normed: Tensor) -> Tensor:
         """Target logits, shape [1, T, V], of normed top states, shape [1, T, D]."""
+        if self.scales_states:
+            scaled: Tensor = self.unembedding(normed / self.logits_scaling)
+            return scaled
         logits: Tensor = self.unembedding(normed)
         if self.logits_factor is not None:
             logits = logits * self.logits_factor
@@ -190,7 +212,10 @@ class DecoderLayers:
             exit_layers: where hidden states are taken; without any only the last position's top state is.
         """
         seen = PromptStates()
-        hooks = [self.unembedding.register_forward_pre_hook(lambda module, args: seen.see_top(args[0][0, -1]))]
+        if self.scales_states:
+            hooks = [self.norm.register_forward_hook(lambda module, args, output: seen.see_top(output[0, -1]))]
+        else:
+            hooks = [self.unembedding.register_forward_pre_hook(lambda module, args: seen.see_top(args[0][0, -1]))]
         for depth in exit_layers:
             hook = self.layers[depth - 1].register_forward_hook
             hooks.append(hook(lambda module, args, output, depth=depth: seen.see(depth, output)))

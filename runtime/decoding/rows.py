@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Bytes. Torch allocates so; some kernels add in another order where a row of a block, such as LoRA's, lies otherwise.
+ALIGNMENT = 64
+
 
 @dataclass(frozen=True, slots=True)
 class TreeRows:
@@ -51,3 +54,9 @@ class TreeRows:
 def is_chain(paths: Sequence[tuple[int, ...]], first: int) -> bool:
     """Whether rows follow one another, the first of them at place `first` behind the settled ones."""
     return all(len(path) == first + index + 1 for index, path in enumerate(paths))
+
+
+def as_alone(part: Tensor) -> Tensor:
+    """A part of a block as it would lie alone: with the strides of its own, which decide how torch multiplies."""
+    alone = part.reshape(-1).view(part.shape)
+    return alone.clone() if alone.data_ptr() % ALIGNMENT else alone

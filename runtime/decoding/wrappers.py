@@ -12,15 +12,19 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class Wrapper:
-    """A model around a decoder of text. Its logits are those of its unembedding, neither scaled nor capped.
+    """A model around a decoder of text.
 
     Attributes:
         body: where the decoder is; what lies beside it only a prompt runs through.
+        scaled: its logits are scaled and capped as its decoder's own would be; else they are those of the unembedding.
+        blank: fields of the config: tokens that stand for other kinds of input, read as padding where text has them.
         prompt: what `generate` passes to the prompt's forward and no later one reads, besides `mm_encoder_outputs`.
     """
 
     body: str = "model.language_model"
     prompt: tuple[str, ...] = ("pixel_values", "image_sizes")
+    scaled: bool = False
+    blank: tuple[str, ...] = ()
 
 
 _IDEFICS = Wrapper("model.text_model", ("pixel_values", "pixel_attention_mask"))
@@ -29,6 +33,14 @@ WRAPPERS = {
     "aya_vision": Wrapper(),
     "cohere2_vision": Wrapper(),
     "gemma3": Wrapper(prompt=("pixel_values", "token_type_ids")),
+    "gemma4": Wrapper(
+        prompt=(
+            *("pixel_values", "image_position_ids", "pixel_values_videos", "video_position_ids"),
+            *("num_frames_per_video", "input_features", "input_features_mask", "mm_token_type_ids"),
+        ),
+        scaled=True,
+        blank=("image_token_id", "video_token_id", "audio_token_id"),
+    ),
     "idefics3": _IDEFICS,
     "internvl": Wrapper(),
     "llava": Wrapper(),
@@ -49,6 +61,13 @@ def prompt_arguments(config: Any) -> set[str]:
     """What of a call's arguments the prompt's forward alone reads; of a model of text nothing."""
     wrapper = WRAPPERS.get(config.model_type)
     return set() if wrapper is None else {*wrapper.prompt, "mm_encoder_outputs"}
+
+
+def blank_tokens(config: Any) -> list[int]:
+    """Ids that a model reads as padding wherever text has them; of a model of text none."""
+    wrapper = WRAPPERS.get(config.model_type)
+    ids = () if wrapper is None else (getattr(config, field, None) for field in wrapper.blank)
+    return [each for each in ids if each is not None]
 
 
 def holder(model: Any) -> nn.Module | None:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from runtime.decoding.families import text_decoder
+from runtime.decoding.families import family_of, text_decoder
 from runtime.decoding.rows import TreeRows
 from runtime.errors import UnsupportedModel
 from runtime.exact.native.attend import ORDERS, SINGLES, attend, can_attend
@@ -194,6 +194,9 @@ def block_attention(model: PreTrainedModel, kind: str) -> Iterator[BlockAttentio
             f"attention implementation {stock!r} is not supported: load the model with {implementation_for(model)}"
         )
     attention = BlockAttention(kind, stock)
+    if family_of(model.config).attention is not None:  # its modules take rows in a way of their own
+        yield attention
+        return
     name = f"specbound_{kind}_{stock}_{id(attention)}"
     ALL_ATTENTION_FUNCTIONS[name] = attention
     config._attn_implementation = name

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from runtime.decoding.families import family_of, text_decoder
+from runtime.decoding.families import family_of, own_attentions, text_decoder
 from runtime.decoding.layers import NATIVE
+from runtime.decoding.row_attention import RowAttention
+from runtime.decoding.rows import as_alone
 from runtime.decoding.wrappers import text_modules
 from runtime.exact.attention import BlockAttention, block_attention
 from runtime.exact.fused import fused_layers
@@ -26,8 +28,6 @@ from runtime.exact.native.stack import NativeLayers, norms
 from runtime.exact.packed import PackedLinears
 
 Shape = tuple[int, ...]
-# Bytes. Torch allocates so; some kernels add in another order where a row of a block, such as LoRA's, lies otherwise.
-ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,9 @@ def _forwards(
 ) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
     """The modules that compute otherwise than by themselves, and how."""
     taken: set[nn.Module] = set()
+    for index, module in enumerate(own_attentions(model)):
+        yield module, _row_attention(model, module, index, policy)
+        taken.update(module.modules())
     joints = [] if packed is None else [joint for joint in packed.joint if joint.shape in policy.packed_rows]
     calls = {joint.modules: in_rows(joint, policy.packed_rows[joint.shape]) for joint in joints}
     if native is not None:
@@ -132,7 +135,8 @@ def _forwards(
             yield module, in_rows(_own_forward(module), rows)
     if policy.expert_rows is not None:
         for module in mixtures(model):
-            yield module, in_rows(_own_forward(module), policy.expert_rows)
+            if module not in taken:
+                yield module, in_rows(_own_forward(module), policy.expert_rows)
 
 
 def _own_forward(module: nn.Module) -> Callable[..., Tensor]:
@@ -169,19 +173,49 @@ def prompt_layers(
     )
 
 
+def _row_attention(
+    model: PreTrainedModel, module: nn.Module, layer: int, policy: ExecutionPolicy
+) -> Callable[..., Any]:
+    """Its forward where it attends on its own; a block at once under the policy that batches all."""
+    family, stock = family_of(model.config), model.config.get_text_config()._attn_implementation
+    return RowAttention(
+        _own_forward(module),
+        layer,
+        cache_argument=family.cache_argument,
+        stock=stock or "eager",
+        masked=family.masked,
+        whole=policy.attention == "batched",
+    )
+
+
 def linears(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that multiply by a weight matrix, in the model's order; of a wrapper those of its text."""
-    return [module for _, module in text_modules(model) if isinstance(module, (nn.Linear, Conv1D))]
+    """The modules that multiply blocks by a weight matrix, in the model's order; of a wrapper those of its text."""
+    own = {inner for module in own_attentions(model) for inner in module.modules()}
+    routers = (child for mixture in mixtures(model) for child in mixture.children())
+    own |= {child for child in routers if type(child).forward is not nn.Linear.forward}  # they choose besides
+    kinds = (nn.Linear, Conv1D)
+    return [module for _, module in text_modules(model) if isinstance(module, kinds) and module not in own]
 
 
 def mixtures(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that send each row to some of many experts, and add up what these make of it."""
-    return [module for _, module in text_modules(model) if "experts" in module._modules]
+    """The modules that send each row to some of many experts, and add up what these make of it.
+
+    Where a decoder layer does so itself, its experts: they get the rows, and which of them is for whom.
+    """
+    named = text_modules(model)
+    found = [module for _, module in named if not module._modules.keys().isdisjoint(("experts", "router"))]
+    layers = set(getattr(text_decoder(model), family_of(model.config).layers))
+    return [module.experts if module in layers else module for module in found]  # type: ignore[misc]
 
 
 def in_rows(forward: Callable[..., Tensor], rows: int | None) -> Callable[..., Tensor]:
     """`forward` on so many rows a call; itself where `rows` is None."""
     return forward if rows is None else partial(call_in_rows, forward, rows)
+
+
+def _rows_of(beside: Any, first: int, rows: int) -> Any:
+    """Of what a mixture's experts get besides, [T, ...], the part of some rows."""
+    return beside[first : first + rows] if isinstance(beside, Tensor) else beside
 
 
 def call_in_rows(forward: Callable[..., Any], rows: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -192,13 +226,11 @@ def call_in_rows(forward: Callable[..., Any], rows: int, hidden: Tensor, *args: 
     if hidden.shape[-2] == 1:
         return forward(hidden, *args, **kwargs)
     outputs, rest = [], None
-    for part in torch.split(hidden, rows, dim=-2):
+    for index, part in enumerate(torch.split(hidden, rows, dim=-2)):
+        beside = [_rows_of(each, index * rows, rows) for each in args]
         given = part.shape[-2]
         full = part if given == rows else nn.functional.pad(part, (0, 0, 0, rows - given))
-        full = full.reshape(-1).view(full.shape)  # with the strides of a row alone, which decide how torch multiplies
-        if full.data_ptr() % ALIGNMENT:
-            full = full.clone()
-        output: Any = forward(full, *args, **kwargs)
+        output: Any = forward(as_alone(full), *beside, **kwargs)
         if isinstance(output, tuple):  # a mixture's, and how it routed its last rows: no layer reads that
             output, *rest = output
         outputs.append(output[..., :given, :])

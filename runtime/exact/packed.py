@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from runtime.decoding.families import own_attentions
 from runtime.errors import UnsupportedModel, one_line
 from runtime.exact.fingerprint import is_whole, sums, words
 from runtime.exact.native.layout import Layout, has_onednn, layout_of
@@ -150,7 +151,8 @@ def packable(model: PreTrainedModel) -> list[list[nn.Linear]]:
     """The model's Linears that can be packed, those that read the same input together."""
     if model.device.type != "cpu" or not (has_onednn() or has_products()):
         return []
-    groups = [group for group in _by_input(model) if all(map(_is_packable, group))]
+    alone = {inner for module in own_attentions(model) for inner in module.modules()}
+    groups = [group for group in _by_input(model) if all(map(_is_packable, group)) and alone.isdisjoint(group)]
     dtypes = {_dtype(module) for group in groups for module in group}
     if len(dtypes) > 1:  # LoRA in float32 on a base in bfloat16, say: layouts and policies go by shape
         return [group for group in groups if {_dtype(module) for module in group} == {torch.bfloat16}]

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from runtime.decoding.cache import KVCache
-from runtime.decoding.families import has_windows
+from runtime.decoding.families import family_of, has_windows
 from runtime.decoding.layers import DecoderLayers
 from runtime.errors import SpecBoundError
 from runtime.exact.certificate import Certificate
@@ -135,6 +135,8 @@ class PreparedModel:
         if not self.graphs:
             return False
         reason = "its layers have windows" if has_windows(model.config) else why_not(self.layers.layers)
+        if family_of(model.config).attention is not None:
+            reason = "its layers attend row by row"
         if reason is not None:
             self.warn(f"no graphs, because {reason}")
         now = addresses(model) if reason is None else ()

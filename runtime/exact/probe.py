@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from transformers import PreTrainedModel
 
 from runtime.decoding.cache import KVCache
-from runtime.decoding.families import has_windows
+from runtime.decoding.families import family_of, has_windows
 from runtime.decoding.layers import DecoderLayers
 from runtime.errors import UnsupportedModel, one_line
 from runtime.exact.attention import NATIVE_KINDS, WINDOW_KINDS, BlockAttention, is_native
@@ -169,7 +169,11 @@ def _keeps_order(kind: str, model: PreTrainedModel, reference: Reference, widths
     """Whether a block's rows attend as they would alone, under a kind of attention; eager knows only its own."""
     config = model.config.get_text_config()
     stock = config._attn_implementation
+    if family_of(model.config).attention is not None:
+        return False
     keys, values = reference.cache.layers[0].keys, reference.cache.layers[0].values
+    if any(layer.keys.shape != keys.shape or layer.values.shape != keys.shape for layer in reference.cache.layers):
+        return False
     attention = BlockAttention(kind, stock)
     if stock != "sdpa" or not widths:
         return False

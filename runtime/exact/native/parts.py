@@ -1,6 +1,6 @@
 """`LayerParts`: a decoder layer of the Llama kind, taken apart for kernels that compute all of it.
 
-Which kinds there are, and what their norms are called, says `families.py`.
+Which kinds there are, and what their norms are called, says `families/table.py`.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
-from tests.helpers.families import EXPERTS, HALF, SHAPE, prompt, randomise
+from tests.helpers.families import EXPERTS, GEMMA4, HALF, SHAPE, prompt, randomise
 
 IMAGE = 90
 # Pictures of 8 x 8 pixels, in patches of 4 x 4; of Mistral 3, which merges four patches, of 16 x 16.
@@ -30,6 +30,13 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "aya_vision": (_COHERE, _SIGLIP, _INDEX),
     "cohere2_vision": (_COHERE, _SIGLIP, _TOKEN | {"alignment_intermediate_size": 32}),
     "gemma3": (_GEMMA, _SIGLIP, _INDEX | {"mm_tokens_per_image": 4}),
+    "gemma4": (
+        GEMMA4
+        | HALF
+        | {"sliding_window": 16, "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision"},
+        _EYE | {"num_key_value_heads": 2, "head_dim": 8, "pooling_kernel_size": 2, "position_embedding_size": 16},
+        _TOKEN | {"video_token_id": 91, "audio_token_id": 92},
+    ),
     "idefics3": ({"model_type": "llama"}, _EYE, _TOKEN),
     "internvl": ({"model_type": "qwen2"}, _EYE | {"image_size": [8, 8], "patch_size": [4, 4]}, _TOKEN),
     "llava": ({"model_type": "llama"}, _CLIP, _INDEX),
@@ -58,6 +65,7 @@ PICTURES = {
     "aya_vision": 1,
     "cohere2_vision": 1,
     "gemma3": 4,
+    "gemma4": 4,
     "idefics3": 1,
     "internvl": 1,
     "llava": 4,
@@ -95,6 +103,10 @@ def picture(name: str, dtype: torch.dtype, *, words: int = 6) -> dict[str, Any]:
         pixels = torch.randn(16, 3 * 2 * 4 * 4, generator=numbers).to(dtype)
         grid = torch.tensor([[1, 4, 4]])
         return given | {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
+    if name == "gemma4":
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(-1)[None]
+        pixels = torch.rand(1, 16, 3 * 4 * 4, generator=numbers).to(dtype)
+        return given | {"pixel_values": pixels, "image_position_ids": places, "mm_token_type_ids": kinds}
     size = 16 if name == "mistral3" else 8
     pixels = torch.randn(1, 3, size, size, generator=numbers).to(dtype)
     if name in TILED:

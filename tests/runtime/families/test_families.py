@@ -11,9 +11,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from runtime import UnsupportedModel
 from runtime.decoding import families
 from runtime.decoding.cache import KVCache
+from runtime.decoding.families import numbers_per_token, own_attentions
 from runtime.decoding.layers import DecoderLayers
-from runtime.exact.attention import block_attention
-from runtime.exact.execution import ExecutionPolicy
+from runtime.exact.execution import ExecutionPolicy, execution
 from runtime.exact.probe import compare
 from runtime.exact.reference import Reference
 from runtime.exact.running import why_stock
@@ -37,11 +37,13 @@ def states(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
     """Hidden states below each layer, and the logits, by the parts that decoding uses."""
     layers = DecoderLayers(model)
     found, cache = [layers.embed(ids, 0)], KVCache(layers.num_layers, ids.shape[1])
-    # sdpa hides later keys of a whole text by itself; eager attention needs a mask
-    eager = model.config._attn_implementation == "eager"
-    with block_attention(model, "batched") if eager else nullcontext():
+    # sdpa hides later keys of a whole text by itself; eager attention needs a mask, as do modules that take one row
+    masked = model.config._attn_implementation == "eager" or own_attentions(model)
+    with execution(model, ExecutionPolicy.batched()) if masked else nullcontext():
         for depth in range(layers.num_layers):
             found.append(layers.run(found[-1], depth, depth + 1, 0, cache))
+    kept = [part[0, :, 0].numel() for depth in range(layers.num_layers) for part in cache.rows(depth, 0)]
+    assert sum(kept) == numbers_per_token(model)
     return [*found[:-1], layers.logits(found[-1])]
 
 
@@ -49,7 +51,7 @@ def test_every_family_is_tried() -> None:
     """A family that is accepted has a tiny model here."""
     tried = {model_type(name) for name in [*FAMILIES, *FURTHER, *MIXTURES]}
     assert tried | set(INSIDE_ALONE) == set(families.FAMILIES) and tried.isdisjoint(INSIDE_ALONE)
-    assert len(families.FAMILIES) >= 50
+    assert len(families.FAMILIES) >= 85
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,6 +100,17 @@ def test_experts_take_one_row_at_a_time(family: str) -> None:
     assert compare(model, reference, replace(ExecutionPolicy.rowwise(), expert_rows=None), [3]).differing > 0
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "falcon", "gpt_neo", "jetmoe"])
+@torch.inference_mode()
+def test_attention_on_its_own_takes_one_row_at_a_time(family: str) -> None:
+    """Negative control: with the rows of a block together, behind a mask, it adds in another order."""
+    model = tiny(family)
+    assert own_attentions(model)
+    reference = Reference.near(model)
+    assert compare(model, reference, ExecutionPolicy.rowwise(), [3]).differing == 0
+    assert compare(model, reference, replace(ExecutionPolicy.rowwise(), attention="batched"), [3]).differing > 0
+
+
 def test_experts_that_change_after_the_prompt_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Off the CPU plain decoding takes another kernel than the prompt; ones that nobody knows may do anything."""
     model = tiny("mixtral")
@@ -123,6 +136,9 @@ def test_ids_are_stock_s(family: str, dtype: torch.dtype, monkeypatch: pytest.Mo
     [
         ("minimax_m2", {"sliding_window": 8}, "windows, which nobody has tried"),
         ("granitemoehybrid", {"layer_types": ["linear_attention"] * 4}, "layers of the kinds linear_attention"),
+        ("opt", {"word_embed_proj_dim": 24}, "an embedding of another size than its layers"),
+        ("opt", {"do_layer_norm_before": False}, "no norm above its layers"),
+        ("falcon", {"alibi": True}, "positions that are biases of attention"),
         ("gemma2", {"use_bidirectional_attention": True}, "tokens see those after them"),
         ("olmo3", {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "'dynamic' rotary"),
     ],

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from typer.testing import CliRunner
 
 from runtime import AdapterError, ConfigError, UnsupportedModel, supports
-from runtime.decoding.missing import missing_part
+from runtime.decoding.families.missing import missing_part
 from runtime.exact.attention import block_attention
 from tests.helpers.families import tiny
 from train.cli.app import app
@@ -22,7 +22,12 @@ MUSIC = {
 INSIDE = "its decoder of text (model_type '%s')"
 # Model type, settings, and the part that is named.
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("deepseek_v3", {}, "latent attention"),
+    ("deepseek_v32", {}, "attention to keys that an index picks"),
+    ("longcat_flash", {}, "several attentions in a layer"),
+    ("bert", {}, "layers whose tokens see those after them"),
+    ("openai-gpt", {}, "no cache of keys and values"),
+    ("bloom", {}, "positions that are biases of attention"),
+    ("trocr", {}, "it has cross-attention"),
     ("mamba", {}, "recurrent layers"),
     ("t5", {}, "an encoder beside the decoder"),
     ("paligemma", {}, "its decoder of text (model_type 'gemma') is inside a model of several kinds of input"),
@@ -30,16 +35,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_5", {}, f"{INSIDE % 'qwen3_5_text'} has layers of the kind linear_attention"),
     ("qwen3_5_moe", {}, f"{INSIDE % 'qwen3_5_moe_text'} has layers of the kind linear_attention"),
     ("llama4", {}, f"{INSIDE % 'llama4_text'} has layers of the kind chunked_attention"),
-    ("gemma4", {}, f"{INSIDE % 'gemma4_text'} has inputs of their own for each layer and settings that differ"),
+    ("gemma4_text", {}, "it has inputs of their own for each layer"),
     ("gemma3n_text", {}, "it has inputs of their own for each layer and layers that share keys"),
-    ("blip-2", {}, "the layers of its decoder of text (model_type 'opt') have not been described to SpecBound yet"),
+    ("blip-2", {}, "its decoder of text (model_type 'opt') is inside a model of several kinds of input"),
+    ("emu3", {}, f"the layers of {INSIDE % 'emu3_text_model'} have not been described to SpecBound yet"),
     ("musicgen", MUSIC, "several decoders"),
     ("qwen3_next", {}, "layers of the kind linear_attention"),
-    ("opt", {}, "the layers of this family have not been described to SpecBound yet"),
-    ("phimoe", {}, "the layers of this family have not been described to SpecBound yet"),
+    ("ctrl", {}, "the layers of this family have not been described to SpecBound yet"),
     ("falcon", {"alibi": True}, "positions that are biases of attention"),
     ("mpt", {"attn_config": {"alibi": True}}, "positions that are biases of attention"),
-    ("dots3_note_text", {}, "latent attention"),  # its config raises where layers differ in a setting
+    ("dots3_note_text", {}, "keys that an index picks"),  # its config raises where layers differ in a setting
     ("mistral", {"per_layer_config": {"1": {"sliding_window": 8}}}, "settings that differ from layer to layer"),
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic' rotary"),
     ("gpt2", {"reorder_and_upcast_attn": True}, "upcast attention"),
@@ -102,10 +107,10 @@ def test_a_setting_that_cannot_be_read_is_no_crash() -> None:
         model_type = "odd"
 
         @property
-        def kv_lora_rank(self) -> int:
+        def index_topk(self) -> int:
             raise RuntimeError("of which layer?")
 
-    assert missing_part(Odd(), inside=False) == "it has latent attention"
+    assert missing_part(Odd(), inside=False) == "it has attention to keys that an index picks"
 
 
 def test_what_is_no_model_is_told(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from runtime import SpeculationBounds, detach, load_specbound, supports
 from runtime.adapter.folder import save_adapter
 from runtime.adapter.identity import base_fingerprint
 from runtime.batch import Batch, generated, generation
-from runtime.decoding import families
 from runtime.decoding.cache import KVCache
+from runtime.decoding.families import check
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.wrappers import WRAPPERS
 from runtime.exact.attention import block_attention
@@ -61,7 +61,7 @@ def test_text_decodes_as_stock_s(name: str) -> None:
     assert torch.equal(found, stock) and len(set(stock[0].tolist())) > 3
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen2_5_vl", "smolvlm"])
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "mistral3", "qwen2_5_vl", "smolvlm"])
 @torch.inference_mode()
 def test_a_picture_s_token_in_the_answer_is_one_as_others(name: str) -> None:
     """Without a picture: every bit of the logits."""
@@ -156,7 +156,7 @@ def test_logits_scaled_or_capped_as_the_decoder_s_own_show(name: str, monkeypatc
     model = wrapper(name)
     reference = Reference.near(model)
     assert compare(model, reference, ExecutionPolicy.rowwise(), [2]).differing == 0
-    monkeypatch.setattr(families, "replace", lambda family, body, scaled: replace(family, body=body))
+    monkeypatch.setattr(check, "replace", lambda family, body, scaled: replace(family, body=body))
     assert compare(model, reference, ExecutionPolicy.rowwise(), [2]).differing > 0
 
 

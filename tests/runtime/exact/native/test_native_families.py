@@ -38,6 +38,8 @@ TWO_TABLES: dict[str, Any] = {
 }
 OWN: dict[str, dict[str, Any]] = {
     "llama": {},
+    "internlm3": {},
+    "iquestcoder": {},
     "granite": {"residual_multiplier": 0.22, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
     "seed_oss": {"attention_bias": True},
     "phi3": {"sliding_window": WINDOW, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},

@@ -1,15 +1,8 @@
-"""Tiny random models of every family that is supported, and a prompt for them."""
+"""Configurations of tiny models, of every family that is supported: what they need besides `SHAPE`."""
 
-from functools import cache
 from typing import Any
 
-import pytest
-import torch
-from torch import nn
 from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -18,7 +11,6 @@ from transformers import (
     MistralConfig,
     Olmo2Config,
     Phi3Config,
-    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
@@ -79,26 +71,65 @@ GRANITE_4: dict[str, Any] = SCALED | {
     "mamba_n_heads": 8,
     "layer_types": FULL["layer_types"],
 }
+# Layers, heads and sizes in the words of GPT-2's relatives.
+_WORDS: dict[str, Any] = {"n_embd": 48, "n_layer": LAYERS, "n_head": 4}
+# Keys and values made of what is cached of both; values of another size than keys.
+_LATENT: dict[str, Any] = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+    "num_key_value_heads": 4,
+}
+_GROUPS: dict[str, Any] = {"n_group": 2, "topk_group": 1}
+# Heads that differ from layer to layer in size and number.
+GEMMA4: dict[str, Any] = FULL | {
+    "head_dim": 12,
+    "final_logit_softcapping": 3.0,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+}
 # Families whose layers run as they are, with what their configurations need besides `SHAPE`.
 FURTHER: dict[str, dict[str, Any]] = {
     "apertus": {},
     "arcee": {},
+    "biogpt": {},
     "bitnet": {},
+    "codegen": _WORDS | {"rotary_dim": 8},
     "cohere": {"logit_scale": 0.3},
     "cohere2": {"logit_scale": 0.3, **FULL},
     "cwm": {"head_dim": 12, **FULL},
     "diffllama": {},
     "ernie4_5": {"head_dim": 12},
     "exaone4": FULL | {"sliding_window": None},
+    "falcon": {},
+    "falcon with keys of groups": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon one after the other": {"parallel_attn": False, "bias": True, "multi_query": False},
     "gemma2": {"head_dim": 12, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, **FULL},
     "gemma3_text": FULL | {"head_dim": 12, "final_logit_softcapping": 3.0},
+    "gemma4_text": GEMMA4 | {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True},
+    "gemma4_unified_text": GEMMA4,
     "glm": {"head_dim": 12},
     "glm4": {"head_dim": 12},
+    "gpt_bigcode": _WORDS,
+    "gpt_bigcode with all keys": _WORDS | {"multi_query": False},
+    "gpt_neo": {
+        "num_heads": 4,
+        "num_layers": LAYERS,
+        "attention_types": [[["global", "local"], 2]],
+        "window_size": 16,
+    },
+    "gpt_neox_japanese": {},
+    "gptj": _WORDS | {"rotary_dim": 8},
     "granitemoehybrid": GRANITE_4 | {"num_local_experts": 0},
     "helium": {"head_dim": 12},
     "hunyuan_v1_dense": {"head_dim": 12},
     "hyperclovax": SCALED | {"logits_scaling": 0.3},
+    "internlm3": {"head_dim": 12},
+    "iquestcoder": {"head_dim": 12},
     "jais2": {},
+    "minicpm3": _LATENT | {"dim_model_base": 16},
     "ministral": {"head_dim": 12, **FULL},
     "ministral3": {
         "rope_parameters": {
@@ -110,29 +141,62 @@ FURTHER: dict[str, dict[str, Any]] = {
         },
         "head_dim": 12,
     },
+    "nanochat": {"final_logit_softcapping": 3.0},
     "nemotron": {"hidden_act": "relu2"},
     "olmo": {"clip_qkv": 2.0},
     "olmo3": FULL,
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 48},
     "persimmon": {"hidden_size": 64},
     "phi": {"hidden_size": 64, "qk_layernorm": True},
     "seed_oss": {"head_dim": 12},
     "stablelm": {"hidden_size": 64, "use_qkv_bias": True},
     "starcoder2": {"sliding_window": None},
+    "vaultgemma": FULL | {"head_dim": 12, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
+    "xglm": {"d_model": 48, "ffn_dim": 96, "num_layers": LAYERS, "attention_heads": 4},
+    "youtu": _LATENT,
 }
 # Mixtures of experts: two of four experts a token, and what else their configurations name.
+_SMALL: dict[str, Any] = {"head_dim": 12, "moe_intermediate_size": 32}
+_DENSE_FIRST: dict[str, Any] = {"mlp_layer_types": ["dense"] + ["sparse"] * (LAYERS - 1)}
 MIXTURES: dict[str, dict[str, Any]] = {
+    "afmoe": EXPERTS | FULL | _SMALL | {"mup_enabled": True},
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "axk1": ROUTED | _LATENT | _GROUPS,
+    "cohere2_moe": EXPERTS | FULL | {"head_dim": 12, "logit_scale": 0.3, "num_shared_experts": 1},
+    "dbrx": {
+        "d_model": 48,
+        "n_heads": 4,
+        "n_layers": LAYERS,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 1e4},
+        "ffn_config": {"hidden_size": 48, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": ROUTED | _LATENT,
+    "deepseek_v2 without latent queries": ROUTED | _LATENT | {"q_lora_rank": None},
+    "deepseek_v3": ROUTED | _LATENT | _GROUPS,
     "dots1": FULL | ROUTED | {"norm_topk_prob": True},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1},
+    "exaone_moe": EXPERTS | FULL | _SMALL,
     "flex_olmo": EXPERTS,
+    "flint": EXPERTS | FULL | _SMALL | {"shared_expert_intermediate_size": 32},
+    "gemma4_text with experts": GEMMA4
+    | {"hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
+    | {"moe_intermediate_size": 32},
     "glm4_moe": ROUTED | {"head_dim": 12},
+    "glm4_moe_lite": ROUTED | _LATENT | _GROUPS,
     "gpt_oss": LOCAL | FULL | {"head_dim": 12},
     "granitemoe": LOCAL | SCALED,
     "granitemoehybrid with experts": GRANITE_4 | LOCAL,
     "granitemoeshared": LOCAL | SCALED | {"shared_intermediate_size": 32},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 12},
+    "hy_v3": EXPERTS | _SMALL | _DENSE_FIRST,
+    "jetmoe": LOCAL | {"kv_channels": 12},
+    "kolibri1": EXPERTS | FULL | _SMALL | {"shared_expert_intermediate_size": 32},
+    "mellum": EXPERTS | FULL | _SMALL,
+    "mimo_v2_flash": ROUTED | FULL | {"head_dim": 12, "v_head_dim": 8},
     "minimax_m2": LOCAL | {"head_dim": 12},
     "mixtral": LOCAL,
     "olmoe": EXPERTS,
+    "phimoe": LOCAL,
     "qwen2_moe": EXPERTS | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
     "qwen3_moe": EXPERTS | {"moe_intermediate_size": 32, "head_dim": 12, "mlp_only_layers": [1]},
     "solar_open": ROUTED | {"head_dim": 12},
@@ -147,31 +211,6 @@ TURNED: dict[str, dict[str, Any]] = {
 }
 # Decoders that have no model of their own: `test_wrappers.py` tries them where they are.
 INSIDE_ALONE = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text")
-# Windows, in half of the layers where a family can have both.
-HALF: dict[str, Any] = {"layer_types": ["full_attention", "sliding_attention"] * (LAYERS // 2)}
-WINDOWS: dict[str, dict[str, Any]] = {
-    "mistral": {},
-    "ministral3": FURTHER["ministral3"],
-    "mixtral": LOCAL,
-    "phi3": {},
-    "starcoder2": {},
-    "cohere2": HALF | {"logit_scale": 0.3},
-    "cwm": HALF | {"head_dim": 12},
-    "dots1": MIXTURES["dots1"] | HALF,
-    "exaone4": HALF,
-    "gemma2": FURTHER["gemma2"] | HALF,
-    "gemma3_text": HALF | {"head_dim": 12},
-    "gpt_oss": LOCAL | HALF | {"head_dim": 12},
-    "ministral": HALF | {"head_dim": 12},
-    "olmo3": HALF,
-    "qwen2": HALF | {"use_sliding_window": True},
-    "qwen2_moe": MIXTURES["qwen2_moe"] | HALF | {"use_sliding_window": True},
-    "qwen3_moe": MIXTURES["qwen3_moe"] | {"use_sliding_window": True},
-    "qwen3": HALF | {"use_sliding_window": True, "head_dim": 12},
-    "smollm3": HALF | {"use_sliding_window": True},
-}
-
-
 # Sizes that our own kernels take.
 NATIVE_SHAPE: dict[str, Any] = {
     "hidden_size": 256,
@@ -187,63 +226,3 @@ NATIVE_SHAPE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-
-
-def tiny(
-    family: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None, window: int | None = None
-) -> PreTrainedModel:
-    """A random model whose greedy output wanders; biases, norms and scales are random too.
-
-    Args:
-        attention: by default sdpa, or eager where the family has no other.
-    """
-    config = config_of(family, window)
-    check_size(family, window)
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, attn_implementation=attention, dtype=dtype
-    ).eval()
-    randomise(model)
-    model.generation_config.pad_token_id = 0
-    return model
-
-
-def config_of(family: str, window: int | None = None) -> Any:
-    """Of a tiny model; with a window where that is given."""
-    if window is not None:
-        return AutoConfig.for_model(family, **SHAPE | WINDOWS[family] | {"sliding_window": window})
-    further = FURTHER | MIXTURES | TURNED
-    return FAMILIES.get(family) or AutoConfig.for_model(model_type(family), **SHAPE | further[family])
-
-
-@cache
-def check_size(family: str, window: int | None) -> None:
-    """Without memory, once: building a model takes longer than what most tests do with it."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(family, window))
-    size = sum(parameter.numel() for parameter in model.parameters())
-    assert size < 1e6, f"{family} has {size:,} parameters: a size was left at its default"
-
-
-def require(family: str) -> None:
-    """Skip where this transformers has no such family."""
-    if model_type(family) not in CONFIG_MAPPING:
-        pytest.skip(f"this transformers has no {family}")
-
-
-def model_type(family: str) -> str:
-    """The first word; others tell apart what one type has several of."""
-    return family.partition(" ")[0]
-
-
-def randomise(model: nn.Module) -> None:
-    """Add noise to what starts as all zeros or ones, so that a part that is left out shows."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn(parameter.shape).to(parameter.dtype), alpha=0.2)
-
-
-def prompt(length: int = 7) -> torch.Tensor:
-    """Token ids, shape [1, length]."""
-    return torch.randint(2, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(1))

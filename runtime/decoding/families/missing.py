@@ -1,6 +1,11 @@
-"""What a model that is not supported has, and SpecBound lacks. Read off the config; knows no family by name."""
+"""What a model that is not supported has, and SpecBound lacks, by its config or class. Knows no family by name."""
 
+import inspect
 from typing import Any
+
+from transformers import MODEL_MAPPING
+
+from runtime.decoding.families.family import CACHE
 
 # Fields of configs that say what a model is made of, and the part that they speak of.
 _PARTS = {
@@ -8,7 +13,6 @@ _PARTS = {
     "add_cross_attention": "cross-attention",
     "cross_layer_interval": "cross-attention",
     "cross_attention_layers": "cross-attention",
-    "kv_lora_rank": "latent attention",
     "index_topk": "attention to keys that an index picks",
     "index_topk_blocks": "attention to keys that an index picks",
     "num_hashes": "attention to keys that a hash picks",
@@ -35,6 +39,9 @@ _PARTS = {
     "vlm_config": "a decoder for each kind of input",
     "is_heterogeneous": "settings that differ from layer to layer",
 }
+# What models of supported families may have, and those that are supported have not.
+_VARIANTS = ("alibi", "hidden_size_per_layer_input", "num_kv_shared_layers")
+_BOTH_WAYS = "layers whose tokens see those after them"
 _ATTENTION = ("full_attention", "sliding_attention")
 
 
@@ -45,7 +52,7 @@ def missing_part(text: Any, *, inside: bool) -> str:
         text: its config, of transformers.
         inside: it is one part of a model of several kinds of input.
     """
-    parts = list(dict.fromkeys([*_named(text), *_layer_kinds(text)]))
+    parts = list(dict.fromkeys([*_named(text), *_layer_kinds(text)])) or _of_class(text)
     whose = f"its decoder of text (model_type {text.model_type!r})" if inside else "it"
     if parts:
         return f"{whose} has {' and '.join(parts)}"
@@ -61,11 +68,40 @@ def setting(config: Any, name: str) -> Any:
         return True
 
 
+def variants(text: Any) -> list[str]:
+    """Parts that a decoder of a supported family has, and nothing here drives."""
+    parts = [_PARTS[field] for field in _VARIANTS if setting(text, field)]
+    if setting(text, "word_embed_proj_dim") not in (None, setting(text, "hidden_size")):
+        parts.append("an embedding of another size than its layers")
+    if setting(text, "do_layer_norm_before") is False or setting(text, "_remove_final_layer_norm"):
+        parts.append("no norm above its layers")
+    return parts
+
+
+def _of_class(text: Any) -> list[str]:
+    """Parts that only the model's class speaks of."""
+    try:
+        body: Any = MODEL_MAPPING[type(text)]
+        takes = inspect.signature(body.forward).parameters
+    except Exception:  # a config that has no model of its own, or one whose libraries are not there
+        return []
+    if hasattr(body, "build_alibi_tensor"):
+        return [_PARTS["alibi"]]
+    return [] if CACHE in takes else ["no cache of keys and values"]
+
+
 def _named(text: Any) -> list[str]:
     """The parts that single settings speak of."""
     parts = [part for field, part in _PARTS.items() if setting(text, field)]
-    table = setting(text, "attn_config")
-    return [*parts, _PARTS["alibi"]] if setting(table, "alibi") else parts
+    if setting(setting(text, "attn_config"), "alibi"):
+        parts.append(_PARTS["alibi"])
+    if setting(text, "decoder_layers") and not setting(text, "is_encoder_decoder"):
+        parts.append(_PARTS["add_cross_attention"])
+    if setting(text, "causal") is False or (setting(text, "is_decoder") is False and not parts):
+        parts.append(_BOTH_WAYS)
+    if setting(text, "num_layers") not in (None, setting(text, "num_hidden_layers")):
+        parts.append("several attentions in a layer")
+    return parts
 
 
 def _layer_kinds(text: Any) -> list[str]:
