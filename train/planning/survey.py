@@ -135,7 +135,10 @@ class Survey:
             return ""
         counts = {"prompts": self.conversations, "duplicates": self.duplicates, "too_long": self.too_long}
         left = prompts_left(counts | {"sharing_13_words": self.sharing_13_words})
-        return f"the {' and '.join(missing)} split would be empty ({left}): give more prompts or other fractions"
+        advice = "raise max_prompt_tokens, " if self.too_long else ""
+        names = " and ".join(filter(None, (", ".join(missing[:-1]), missing[-1])))
+        which = f"the {names} split{'s' if len(missing) > 1 else ''}"
+        return f"{which} would be empty ({left}): {advice}give more prompts or other fractions"
 
     def as_json(self) -> dict[str, Any]:
         """The figures as JSON values: quantiles in the place of all lengths."""

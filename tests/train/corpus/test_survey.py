@@ -133,17 +133,18 @@ def test_the_verb_tells_of_tokens_in_answers_and_of_empty_splits(data, tmp_path,
     path = tmp_path / "same.jsonl"
     path.write_text('{"prompt": "w1", "response": "w2 </s>"}\n' * 60)
     found = data(str(path), "--answers", "keep")
-    assert "tokens in answers" in found.stdout and "split would be empty" not in found.stdout
+    assert "tokens in answers" in found.stdout and "would be empty" not in found.stdout
     (tmp_path / "rows.jsonl").write_bytes(path.read_bytes())
     found = data("--answers", "keep")
-    told = "split would be empty (prompts left after cleaning: 1, 59 were duplicates of others): give more prompts"
+    told = "would be empty (prompts left after cleaning: 1, 59 were duplicates of others): give more prompts"
     assert found.exit_code == 0 and told in found.stdout
 
 
 def test_prompts_that_are_all_too_long_leave_splits_empty(data):
     """As the fit would say, only before it; a talk ends with its first turn that is too long."""
     found = data("--max-prompt-tokens", "1")
-    assert found.exit_code == 0 and "the fit and calibration and held_out split would be empty" in found.stdout
+    assert found.exit_code == 0 and "the fit, calibration and held_out splits would be empty" in found.stdout
+    assert "were too long): raise max_prompt_tokens, give more prompts" in found.stdout
     some = json.loads(data("--json", "--answers", "keep", "--max-prompt-tokens", "30").stdout)
     every = json.loads(data("--json", "--answers", "keep").stdout)
     assert sum(some["splits"].values()) == sum(every["splits"].values()) - some["too_long"] > 0

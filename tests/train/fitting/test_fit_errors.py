@@ -90,7 +90,10 @@ CASES = {
         "'tensorbord' is unknown (did you mean tensorboard?)",
     ),
     "tracker not there": (lambda tmp: {"report_to": ["aim"]}, "report_to: 'aim' is not installed"),
-    "missing base": (lambda tmp: {"model_name_or_path": str(tmp / "base")}, "does not exist"),
+    "missing base": (
+        lambda tmp: {"model_name_or_path": str(tmp / "base")},
+        "does not exist: give the base's folder or Hub id (base_model in Python, --model in a shell, model_name",
+    ),
     "no chat template": (
         lambda tmp: {"chat_template": "auto"},
         "no chat template; set `chat_template: none`",
