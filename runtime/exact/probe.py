@@ -172,10 +172,9 @@ def _keeps_order(kind: str, model: PreTrainedModel, reference: Reference, widths
     if family_of(model.config).attention is not None:
         return False
     keys, values = reference.cache.layers[0].keys, reference.cache.layers[0].values
-    if any(layer.keys.shape != keys.shape or layer.values.shape != keys.shape for layer in reference.cache.layers):
-        return False
+    shapes = {each.shape for layer in reference.cache.layers for each in (layer.keys, layer.values)}
     attention = BlockAttention(kind, stock)
-    if stock != "sdpa" or not widths:
+    if stock != "sdpa" or not widths or len(shapes) > 1:
         return False
     if attention.order is not None and not can_attend(keys, keys, values, attention.order):
         return False
