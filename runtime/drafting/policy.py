@@ -22,7 +22,7 @@ def widths(requests: int) -> list[int]:
 
     Half of the rows give each request fewer drafts, and are far cheaper on some machines.
     """
-    if requests > MOST_REQUESTS:
+    if MAX_ROWS // requests < FEWEST_ROWS:
         return []
     return [rows for rows in (MAX_ROWS, MAX_ROWS // 2) if rows >= 2 * requests]
 

@@ -26,7 +26,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch, tokens: int = BLOCK) -> None:
     for module in ("decoding.cache", "batch.generation", "batch.memory"):
         monkeypatch.setattr(f"runtime.{module}.BLOCK_TOKENS", tokens)
     monkeypatch.setattr(policy, "MAX_ROWS", 64)
-    monkeypatch.setattr(policy, "MOST_REQUESTS", 16)
 
 
 def held_bytes(call: Call) -> int:
