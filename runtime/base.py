@@ -32,7 +32,7 @@ MAX_ADDED_ROWS = 256
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 # Bases that a script can put here without the Hub.
 FETCHED = {"HuggingFaceTB/SmolLM2-135M-Instruct": "python scripts/fetch_smollm2.py"}
-REMEDY = "give the base's folder or Hub id as base_model (--model on the command line)"
+REMEDY = "give the base's folder or Hub id (base_model in Python, --model in a shell, model_name_or_path in a recipe)"
 
 
 def find_base(name: str) -> str:

@@ -194,7 +194,7 @@ def _speculate(
     given = emitter.input_ids, generation_config, model_kwargs
     reading = PromptReading(model, specbound.prepared, specbound.drafter.watched, given, None)
     reading.go_on()
-    generation = Generation.of(specbound, emitter, reading)
+    generation = Generation.of(specbound, emitter, reading, specbound.certified_bounds)
     specbound.stats = generation.request.stats
     try:
         with specbound.prepared.running(model):

@@ -97,5 +97,5 @@ def test_the_spaces_suit_the_recipe(tmp_path: Path) -> None:
 def test_the_section_has_its_steps() -> None:
     """Negative control: there is something to follow."""
     found = [text for language, text in steps(SECTION) if language == "bash"]
-    assert len(found) == 4 and sum(text.count("\n") for text in found) == 6
+    assert len(found) == 4 and sum(text.count("\n") for text in found) == 8
     assert not list(steps("no block"))

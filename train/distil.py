@@ -22,6 +22,7 @@ from train.corpus.answers import check_template
 from train.corpus.collection import Collection
 from train.corpus.corpus import distil
 from train.corpus.options import CorpusOptions
+from train.corpus.rows import require_files
 from train.features.spread import is_spread, load_spread, whole_parameters
 from train.fitting.interrupts import StopSignals
 from train.fitting.launch import one_line_errors
@@ -100,6 +101,7 @@ def main(config: FitConfig) -> None:
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM; what is answered so far stays.
     """
     validate(config)
+    require_files((*config.prompts, *config.evaluation_files))
     state = PartialState()
     with StopSignals(), naming(config.corpus_path):
         model, tokenizer = load_base(config)

@@ -28,11 +28,12 @@ from train.calibration.calibration import unseen_rows
 from train.calibration.temperatures import require_positions
 from train.corpus.corpus import counts_of
 from train.corpus.options import CorpusOptions
+from train.corpus.rows import require_files
 from train.distil import load_base, make_corpus
 from train.features.disk import bytes_per_position, require_disk
 from train.features.split import Split
 from train.features.spread import decoder_layers, is_spread, take_from_launcher, whole_parameters
-from train.features.vocabulary import coverage, draft_vocabulary
+from train.features.vocabulary import coverage, draft_vocabulary, vocabulary_line
 from train.fitting.interrupts import StopSignals
 from train.fitting.launch import (
     check_output_dir,
@@ -62,6 +63,7 @@ def main(config: FitConfig) -> None:
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM. A fit in progress saves a checkpoint first.
     """
     validate(config)
+    require_files((*config.prompts, *config.evaluation_files))
     check_output_dir(config)
     if config.push_to_hub:
         check_can_push(config)
@@ -90,7 +92,7 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     # 2) the heads, on the tokens the base uses most
     earlier = _earlier(config, model, tokenizer)
     vocabulary, covered = _vocabulary(config, tokenizer, splits, vocab_size, earlier)
-    accelerator.print(f"draft vocabulary: {len(vocabulary)} tokens, {100 * covered:.1f} % of held-out text")
+    accelerator.print(vocabulary_line(vocabulary, covered, splits["fit"].sequences.rows))
     set_seed(config.seed)  # only here, so that earlier random draws do not change the new heads
     heads = make_heads(config, layers, vocabulary, earlier)
 

@@ -1,7 +1,8 @@
 """`Batch`: calls of `generate` that run together on one model, each with the ids that it has alone.
 
 Transformers prepares each call (processors, criteria, stop strings, lengths); its prompt is read between rounds, in
-parts where that leaves the same bits, and then it decodes with the others. Knows no text and no files.
+parts where that leaves the same bits, and then it decodes with the others. Where KV blocks run out the call that began
+last is put out, and resumed as it was when there is room: the oldest one always goes on. Knows no text and no files.
 """
 
 import time
@@ -12,11 +13,10 @@ from typing import Any
 
 import torch
 
+from runtime.batch.admission import Admission
 from runtime.batch.call import Call
 from runtime.batch.memory import KVMemory, rows_of
-from runtime.batch.reading import PromptReading
-from runtime.batch.waiting import Waiting, run_plain
-from runtime.decoding.emitter import TargetEmitter
+from runtime.batch.waiting import wait
 from runtime.decoding.engine import Engine
 from runtime.errors import ConfigError
 from runtime.exact.fingerprint import contents
@@ -26,6 +26,8 @@ MAX_REQUESTS = 8
 # Tokens of prompts that are read between two rounds of those who decode, where parts have the same bits; with fewer
 # left than the second the next prompt waits for the next round.
 AT_ONCE, FEWEST = 256, 32
+# Of those, what an emitted token counts that is read again: they go through the layers in narrower blocks.
+AGAIN = 4
 
 
 class Batch:
@@ -37,7 +39,10 @@ class Batch:
         memory: for keys and values, which calls wait for too; by default half of what is free.
 
     Attributes:
+        calls: that have not begun, and before them those that were put out.
+        running: that have begun, the oldest first.
         rows: of the last round: the newest token of each call, and its drafts.
+        preempted: calls that were put out in the last round.
 
     Raises:
         ConfigError: `max_requests` is below 1.
@@ -49,9 +54,10 @@ class Batch:
         self.model, self.max_requests = model, max_requests
         self.specbound: SpecBound = model.specbound
         self.memory, self._lasts = (KVMemory.of(model), False) if memory is None else (memory, True)
-        self.calls: deque[Call] = deque()  # that have not begun
+        self.calls: deque[Call] = deque()
         self.running: list[Call] = []
-        self.rows = 0
+        self._admission = Admission(self.memory, self.calls)
+        self.rows = self.preempted = 0
         self._engine = Engine(self.specbound.drafter)
         self._reason: str | None = None  # why none of them can speculate
         self._held, self._blocks = ExitStack(), ExitStack()
@@ -72,7 +78,9 @@ class Batch:
 
     def __exit__(self, *_: object) -> None:
         for call in (*self.calls, *self.running):
-            self._free(call)
+            if call.generation is not None:
+                call.generation.leave_cache()
+            call.give_back(self.memory)
         self._blocks.close()
         self._held.close()
 
@@ -98,36 +106,37 @@ class Batch:
             ConfigError: it is for beam search or assisted decoding, or longer than all keys and values may be.
             ValueError: what `generate` itself refuses.
         """
-        ids = torch.as_tensor(input_ids, device=self.model.device)
-        ids = ids[None] if ids.dim() == 1 else ids
-        waiting = Waiting(streamer, seed, ids.device)
         self.outside()
-        config = kwargs.get("generation_config") or self.model.generation_config
-        if (kwargs.get("num_beams") or config.num_beams or 1) > 1:
-            raise ConfigError("a batch takes greedy decoding and sampling: call generate itself for beam search")
-        if self.model.generate(ids, streamer=waiting, **kwargs) is not waiting:
-            raise ConfigError("a batch takes greedy decoding and sampling: call generate itself for other modes")
-        call = Call(waiting, speculate, time.perf_counter(), tokens=self.tokens_of(waiting.max_length))
-        self.memory.check(call.tokens)
-        if len(self.calls) + len(self.running) < self.max_requests and all(other.has_room for other in self.calls):
-            self._has_room(call)  # at once, so that who asks next is told
+        waiting = wait(self.model, input_ids, streamer, seed, kwargs)
+        drafts = self.specbound.bounds.max_draft_tokens if speculate else 0
+        call = Call(waiting, speculate, drafts, rows_of(waiting.max_length, drafts), time.perf_counter())
+        self.memory.check(call.longest)
         self.calls.append(call)
         return call
 
-    def tokens_of(self, length: int) -> int:
-        """Tokens that a call needs room for, of so many of prompt and answer: as many, and its drafts."""
-        return rows_of(length, self.specbound.bounds.max_draft_tokens)
+    def would_begin(self, prompt_tokens: int, max_new_tokens: int) -> bool:
+        """Whether there are KV blocks for a call of such lengths too, behind those that wait."""
+        drafts = self.specbound.bounds.max_draft_tokens
+        return self._admission.would_begin(prompt_tokens, max_new_tokens, drafts, self.running, whole=self._whole)
 
-    def _has_room(self, call: Call) -> bool:
-        """Take room for a call where there is and it has none; whether it has."""
-        call.has_room = call.has_room or self.memory.take(call.tokens)
-        return call.has_room
+    @property
+    def _whole(self) -> bool:
+        """Whether calls take all their KV blocks at once: by stock's loop, and over a static cache."""
+        certificate = self.specbound.certificate
+        static = certificate is not None and certificate.policy.static
+        return static or self._reason is not None or not self.specbound.enabled
 
-    def _free(self, call: Call) -> None:
-        """Give back the room that a call has."""
-        if call.has_room:
-            self.memory.give_back(call.tokens)
-            call.has_room = False
+    def _decodes(self, call: Call) -> bool:
+        """Whether all is read that comes before its next token."""
+        return call.generation is not None and call.generation.request in self._engine.running
+
+    def _grow(self) -> None:
+        """KV blocks for the next round; where there are none left, calls are put out."""
+        put_out = self._admission.grow([call for call in self.running if self._decodes(call)], self.running)
+        for call in put_out:
+            if call.generation is not None:
+                self._engine.leave(call.generation.request)
+        self.preempted = len(put_out)
 
     @torch.no_grad()
     def round(self) -> list[Call]:
@@ -135,15 +144,16 @@ class Batch:
         ended = [call for call in (*self.calls, *self.running) if call.cancelled]
         for call in ended:
             self._leave(call)
-        begun = [call for call in self.running if call.generation is None]
-        while self.calls and len(self.running) < self.max_requests and self._has_room(self.calls[0]):
-            call = self.calls.popleft()
-            self.running.append(call)
-            self._begin(call)
-            begun.append(call)
+        begun = [call for call in self.running if not self._decodes(call)]
+        whole = self._whole
+        while len(self.running) < self.max_requests and (begins := self._admission.next(self.running, whole=whole)):
+            self.running.append(begins)
+            self._begin(begins)
+            begun.append(begins)
         self._read(begun)
         ended += [call for call in begun if call.ended]
         self.rows = 0
+        self._grow()
         if not self._engine.running:
             return ended
         self._inside()
@@ -157,54 +167,68 @@ class Batch:
         return ended
 
     def _begin(self, call: Call) -> None:
-        """Make ready to read the prompt; all of it, by stock's loop, where the call cannot speculate."""
-        input_ids, processors, criteria, config, _, streamer = call.waiting.given
+        """Make ready to read the prompt; what cannot speculate runs to its end."""
         self.outside()
-        reason = self._reason or call.waiting.reason
         try:
-            if reason is not None or not self.specbound.enabled:
-                if self.specbound.enabled:
-                    self.specbound.warn_plain(str(reason))
-                call.output = run_plain(self.model, call.waiting)
-                self._leave(call)
-                return
-            call.emitter = TargetEmitter(input_ids, processors, criteria, config, streamer, call.waiting.generator)
-            given = call.emitter.input_ids, config, call.waiting.model_kwargs
-            watched = self.specbound.drafter.watched
-            call.reading = PromptReading(self.model, self.specbound.prepared, watched, given, self.memory)
+            call.begin(self.model, self.specbound, self.memory, self._reason)
         except Exception as error:  # of the call's own streamer, processor or prompt: the others go on
             call.error = error
+        if call.output is not None or call.error is not None:
             self._leave(call)
 
     def _read(self, calls: Sequence[Call]) -> None:
         """Read on in the prompts of calls, the first ones first: `AT_ONCE` tokens of them while others decode."""
         left = AT_ONCE
         for call in calls:
-            if call.ended or call.reading is None or left < FEWEST:
+            if call.ended or left < FEWEST:
                 continue
-            self.outside()
             try:
-                left -= call.reading.go_on(left if self._engine.running else None)
-                if call.reading.read is not None:
-                    self._engine.join(call.start(self.specbound))
+                left -= self._read_on(call, left if self._engine.running else None)
             except Exception as error:  # of the call's own prompt, streamer or processor: the others go on
                 call.error = error
                 self._leave(call)
 
+    def _read_on(self, call: Call, tokens: int | None) -> int:
+        """Read on in a prompt, then in what was emitted before the call was put out; it decodes once all is read.
+
+        Args:
+            tokens: as `PromptReading.go_on` takes them.
+
+        Returns:
+            How many were read; emitted ones count `AGAIN` times.
+        """
+        count, generation = 0, call.generation
+        if generation is None or generation.is_out:
+            assert call.reading is not None
+            self.outside()
+            count = call.reading.go_on(tokens)
+            if call.reading.read is None:
+                return count
+            generation = call.go_on(self.specbound)
+        if generation.missed:
+            self._inside()
+            count += AGAIN * generation.catch_up(None if tokens is None else max(0, tokens - count) // AGAIN)
+        if generation.request.stopped:
+            self._leave(call)
+        elif not generation.missed:
+            self._engine.join(generation.request)
+        return count
+
     def _leave(self, call: Call) -> None:
         """End a call: its cache and output, as `generate` leaves and returns them."""
         call.ended = True
-        self._free(call)
         if call in self.calls:
             self.calls.remove(call)
         if call in self.running:
             self.running.remove(call)
-        if call.generation is None:
+        generation = call.generation
+        if generation is not None:
+            self._engine.leave(generation.request)
+            generation.leave_cache()
+        call.give_back(self.memory)
+        call.generation = call.reading = None
+        if generation is None:
             return
-        generation, call.generation = call.generation, None
-        if generation.request in self._engine.running:
-            self._engine.running.remove(generation.request)
-        generation.leave_cache()
         if call.error is None:
             try:
                 call.output = generation.finish()

@@ -1,4 +1,4 @@
-"""`KVMemory`: how much memory keys and values may take, counted in tokens, and whole prompts kept where there is room.
+"""`KVMemory`: keys and values in KV blocks of one pool of a stated number, and whole prompts kept in those left over.
 
 Knows no request.
 """
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from runtime.decoding.cache import BLOCK_TOKENS, blocks_of
 from runtime.decoding.families import numbers_per_token
 from runtime.errors import ConfigError
 from runtime.exact.packed import free_memory
@@ -17,9 +18,9 @@ SHARE = 0.5
 # Bytes taken for free where the system does not say what is.
 UNKNOWN = 8 << 30
 MAX_PROMPTS = 16
-# Of prompt and answer, where nobody says how many requests may run; and the most of them, where rows of all go through
-# each product together and where they do not, so that more only share the time out.
-USUAL_TOKENS, MOST_TOGETHER, MOST_APART = 2048, 16, 8
+# That a request of 2,048 tokens, prompt and answer, has half-way: for how many run where nobody says. And the most of
+# them, where rows of all go through each product together and where they do not, so that more only share the time out.
+USUAL_TOKENS, MOST_TOGETHER, MOST_APART = 1024, 16, 8
 
 
 class TooLong(ConfigError):
@@ -27,21 +28,23 @@ class TooLong(ConfigError):
 
 
 class KVMemory:
-    """Tokens whose keys and values have room: a request takes its longest before it begins, and gives it back.
+    """A pool of KV blocks: a request takes those that its keys and values need, more as it grows, and gives them back.
 
-    Prompts are kept in what is left; the one not asked for longest goes first, also where a request needs room.
+    Prompts are kept in blocks that nobody has taken; the one not asked for longest goes first, as soon as a request
+    takes them.
 
     Args:
-        tokens: that have room.
+        tokens: that have room; a last part of less than a block is left out.
         sole: nobody else can write the model's weights while it lives, so that they need not be summed for it.
 
     Attributes:
-        used: tokens that requests have taken.
-        kept: tokens of prompts.
+        blocks: of the pool.
+        used: blocks that requests have taken.
+        kept: blocks of prompts.
     """
 
     def __init__(self, tokens: int, *, sole: bool = False) -> None:
-        self.tokens, self.sole, self.used, self.kept = tokens, sole, 0, 0
+        self.blocks, self.sole, self.used, self.kept = tokens // BLOCK_TOKENS, sole, 0, 0
         self._prompts: OrderedDict[Any, tuple[int, Any]] = OrderedDict()
         self._read_by: torch.Tensor | None = None
 
@@ -50,22 +53,35 @@ class KVMemory:
         """So many bytes of a model's keys and values; half of what is free now where none are given.
 
         Raises:
-            ConfigError: not one token has room.
+            ConfigError: not one block has room.
         """
         each = bytes_per_token(model)
         room = int(SHARE * _free(model)) if num_bytes is None else num_bytes
-        if room < each:
-            raise ConfigError(f"{room} bytes for keys and values: one token of this model takes {each}, give more")
+        if room < each * BLOCK_TOKENS:
+            raise ConfigError(
+                f"{room} bytes for keys and values: a block of {BLOCK_TOKENS} tokens of this model takes"
+                f" {each * BLOCK_TOKENS}, give more"
+            )
         return cls(room // each, sole=sole)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all blocks have room for."""
+        return self.blocks * BLOCK_TOKENS
+
+    @property
+    def free(self) -> int:
+        """Blocks that no request has taken; kept prompts may lie in them."""
+        return self.blocks - self.used
 
     @property
     def usage(self) -> float:
         """The part that requests have taken, 0 to 1."""
-        return self.used / max(1, self.tokens)
+        return self.used / max(1, self.blocks)
 
     def check(self, tokens: int) -> None:
         """Raise TooLong where so many never have room."""
-        if tokens > self.tokens:
+        if blocks_of(tokens) > self.blocks:
             raise TooLong(
                 f"prompt, answer and drafts of {tokens} tokens: keys and values have room for {self.tokens};"
                 " ask for fewer new tokens, or give keys and values more memory"
@@ -84,7 +100,10 @@ class KVMemory:
         return max_new_tokens
 
     def usual_requests(self, model: Any) -> int:
-        """How many requests of a usual length have room at once, from 1 to as many as it pays to run together.
+        """How many requests run at once: those of a usual length that have room half-way, from 1 to as many as pay.
+
+        A request takes blocks as it grows, so that room for the whole of each would lie idle for most of its time. If
+        more grow long at once than have room, the last ones wait for the others.
 
         Args:
             model: with an adapter; where its layers run natively, rows of all requests go through products together.
@@ -94,30 +113,29 @@ class KVMemory:
         context = int(model.config.get_text_config().max_position_embeddings)
         return max(1, min(most, self.tokens // min(context, USUAL_TOKENS)))
 
-    def has_room(self, tokens: int) -> bool:
-        """Whether so many have room now."""
-        return self.used + tokens <= self.tokens
-
-    def take(self, tokens: int) -> bool:
-        """Take room for so many, if there is; whether there was."""
-        if not self.has_room(tokens):
+    def take(self, blocks: int) -> bool:
+        """Take so many, if they are free; whether they were."""
+        if blocks > self.free:
             return False
-        self.used += tokens
+        self.used += blocks
         self._make_room(0)
         return True
 
-    def give_back(self, tokens: int) -> None:
+    def give_back(self, blocks: int) -> None:
         """What was taken."""
-        self.used -= tokens
+        self.used -= blocks
 
-    def keep(self, key: Any, tokens: int, prompt: Any) -> None:
-        """Keep what was made of a prompt of so many tokens, if there is room beside those of requests."""
-        if self.has_room(tokens):
-            self._make_room(tokens)
-            self._prompts[key] = tokens, prompt
-            self.kept += tokens
+    def keep(self, key: Any, tokens: int, prompt: Any) -> bool:
+        """Keep what was made of a prompt of so many tokens, if there is room beside requests; whether there was."""
+        blocks = blocks_of(tokens)
+        if blocks > self.free:
+            return False
+        self._make_room(blocks)
+        self._prompts[key] = blocks, prompt
+        self.kept += blocks
         while len(self._prompts) > MAX_PROMPTS:
             self._drop()
+        return True
 
     def belong_to(self, weights: torch.Tensor) -> None:
         """Forget prompts that were read by other weights, told by sums: a write through `.data` tells nothing."""
@@ -137,14 +155,14 @@ class KVMemory:
         """Keys and what was kept, of all prompts, the newest first."""
         return [(key, prompt) for key, (_, prompt) in reversed(self._prompts.items())]
 
-    def _make_room(self, tokens: int) -> None:
-        """Drop prompts until so many tokens more have room."""
-        while self._prompts and self.used + self.kept + tokens > self.tokens:
+    def _make_room(self, blocks: int) -> None:
+        """Drop prompts until so many blocks more are free of them."""
+        while self._prompts and self.kept + blocks > self.free:
             self._drop()
 
     def _drop(self) -> None:
-        _, (tokens, _) = self._prompts.popitem(last=False)
-        self.kept -= tokens
+        _, (blocks, _) = self._prompts.popitem(last=False)
+        self.kept -= blocks
 
 
 def rows_of(length: int, drafts: int) -> int:

@@ -8,6 +8,7 @@ call.
 import copy
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class PromptReading:
         self._states: PromptStates | None = None  # of what is read
         key = key_of(model, *given)
         self._key = None if key is None else ((prepared.layers, *watched), *key)
-        self._earlier: tuple[ReadPrompt, int, int] | None = None
+        self._earlier: int | None = None  # tokens of the prompt whose beginning was taken
         self._begun = False
 
     def go_on(self, tokens: int | None = None) -> int:
@@ -90,14 +91,21 @@ class PromptReading:
             self.cache.layers[:] = map(copy.copy, found.layers)
             self.read, self.stats.reused = found, self.total
             return
-        self._earlier = beginning(self.prepared, self._key, self.memory)
-        if self._earlier is not None:
-            earlier, self._done, length = self._earlier
+        alike = beginning(self.prepared, self._key, self.memory)
+        if alike is not None:
+            earlier, self._done, length = alike
+            self._earlier = length
             layers: list[Any] = [copy.copy(layer) for layer in earlier.layers]
             self.cache.layers[:] = layers
             for layer in layers:
                 layer.keys, layer.values = layer.keys[:, :, : self._done], layer.values[:, :, : self._done]
             self._states, self.stats.reused = earlier.states.without(length - self._done), self._done
+
+    def drop(self) -> None:
+        """Forget what was read so far; when it goes on it begins again."""
+        if self._begun and self._key is not None:  # else it was not read in parts
+            self._start_anew()
+            self._begun = False
 
     def _start_anew(self) -> None:
         """Forget what was read."""
@@ -123,13 +131,14 @@ class PromptReading:
         return outputs
 
     def _end(self, outputs: Any) -> None:
-        """Keep it, if it has the bits of the whole."""
+        """Keep it, if it has the bits of the whole; keys and values that are not kept are the cache's alone."""
         self.read = self._left(outputs)
-        if self._earlier is not None and not self._is_proven(self._earlier[2], self.read):
+        if self._earlier is not None and not self._is_proven(self._earlier, self.read):
             self._start_anew()
             self.read = self._left(self._whole())
-        if self.memory is not None and self._key is not None:
-            self.memory.keep(self._key, self.cache.get_seq_length(), self.read)
+        memory, key = self.memory, self._key
+        if memory is None or key is None or not memory.keep(key, self.cache.get_seq_length(), self.read):
+            self.read = replace(self.read, layers=[])
 
     def _left(self, outputs: Any) -> ReadPrompt:
         """What is there after the last token."""

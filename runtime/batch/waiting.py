@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from runtime.errors import ConfigError
 from runtime.exact.fingerprint import STOCK
 
 
@@ -25,10 +26,17 @@ class Waiting(BaseStreamer):
         self.reason: str | None = None
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt: as ids, as embeddings, or as the mask has them, behind a cache of the caller's."""
+        others = (self.model_kwargs.get(name) for name in ("inputs_embeds", "attention_mask"))
+        return max(int(each.shape[1]) for each in (self.given[0], *others) if each is not None)
+
+    @property
     def max_length(self) -> int:
         """Tokens of prompt and answer at most."""
-        _, _, criteria, config, *_ = self.given
-        return int(criteria.max_length or config.max_length)
+        input_ids, _, criteria, config, *_ = self.given
+        answer = int(criteria.max_length or config.max_length) - int(input_ids.shape[1])
+        return self.prompt_tokens + max(0, answer)
 
     def put(self, value: Any) -> None:
         """Told the prompt by `generate`, before its loop."""
@@ -47,6 +55,29 @@ class Waiting(BaseStreamer):
         """
         self.given, self.model_kwargs, self.reason = (*given[:-1], self.streamer), model_kwargs, reason
         return self
+
+
+def wait(model: Any, input_ids: Any, streamer: Any, seed: int | None, options: dict[str, Any]) -> Waiting:
+    """A call of `generate`, prepared by stock.
+
+    Args:
+        input_ids: a list, or shape [1, T].
+        options: as `generate` takes them.
+
+    Raises:
+        ConfigError: it is for beam search or assisted decoding.
+        ValueError: what `generate` itself refuses.
+    """
+    ids = torch.as_tensor(input_ids, device=model.device)
+    ids = ids[None] if ids.dim() == 1 else ids
+    waiting = Waiting(streamer, seed, ids.device)
+    config = options.get("generation_config") or model.generation_config
+    if (options.get("num_beams") or config.num_beams or 1) > 1:
+        raise ConfigError("a batch takes greedy decoding and sampling: call generate itself for beam search")
+    is_taken = model.generate(ids, streamer=waiting, **options) is waiting
+    if not is_taken:
+        raise ConfigError("a batch takes greedy decoding and sampling: call generate itself for other modes")
+    return waiting
 
 
 def stock_class(model: Any) -> Any:

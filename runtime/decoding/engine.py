@@ -30,6 +30,10 @@ class Engine:
         """Take a request that has begun; where its first token ended it, it leaves in the next round."""
         self.running.append(request)
 
+    def leave(self, request: Request) -> None:
+        """Take a request out before its end, where it is among those that run."""
+        self.running = [each for each in self.running if each is not request]
+
     def round(self) -> list[Request]:
         """One round of all requests; those that ended, or whose emitter failed, leave and are returned."""
         going = [request for request in self.running if not request.stopped]

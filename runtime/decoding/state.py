@@ -153,6 +153,15 @@ class DecodeState:
         """Bring all pending tokens to the top; target logits of each of them, shape [1, T, V]."""
         return verify_all([self])[0]
 
+    @torch.inference_mode()
+    def read(self, token_ids: Sequence[int]) -> None:
+        """Settle tokens whose successors are known, as one block: no logits are asked for. Nothing is pending."""
+        for token in token_ids:
+            self.push(token)
+        advance_all([self], self.layers.num_layers)
+        self._top = self.layers.norm(self.top())
+        self.settle(range(len(token_ids)))
+
     def top(self) -> Tensor:
         """Hidden states [1, T, D] of all pending tokens, which are at the top."""
         assert len(self.segments) == 1

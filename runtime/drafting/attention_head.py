@@ -22,6 +22,9 @@ from runtime.drafting.unrolled import unrolled
 HEAD_SIZE = 64
 # Rotary angles turn once in 2 pi to nearly 2 pi times this many positions.
 LONGEST_TURN = 10_000.0
+# Where its fit starts: of what the base's norm multiplies numbers by, those smaller than this share of the median are
+# not undone; and the other states are mixed in with weights so much smaller than usual.
+SMALLEST_SCALE, OTHERS_AT_START = 0.25, 0.1
 # Drafts of a round that it learns to make, at every position.
 FIT_DRAFTS = 3
 
@@ -56,6 +59,18 @@ class AttentionHead(ExitHead):
         self.down = nn.Linear(rank, hidden_size, bias=False)
         nn.init.zeros_(self.attention_out.weight)
         nn.init.zeros_(self.down.weight)
+
+    @torch.no_grad()
+    def start(self, unembedding: DraftUnembedding) -> None:
+        """Pass the state of the position before on: the base's norm makes of it what it was.
+
+        Of a state of random numbers it would make logits that are far too large where it scales numbers differently,
+        most of all on Gemma, and many steps would go into making them smaller.
+        """
+        scale = unembedding.norm_scale.float()
+        inverse = torch.where(scale.abs() > SMALLEST_SCALE * scale.abs().median(), 1.0 / scale, 0.0)
+        self.mix.weight *= OTHERS_AT_START
+        self.mix.weight[:, -self.hidden_size :] = functional.normalize(inverse, dim=0).diag() * self.hidden_size**0.5
 
     def step(
         self,

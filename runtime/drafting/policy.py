@@ -14,6 +14,7 @@ from runtime.fields import shown
 # Rows of a round that drafts, of all requests together, and a request's share of them at least. Beyond, asking the
 # heads costs more than their drafts give: docs/benchmark.md, several requests.
 MAX_ROWS, FEWEST_ROWS = 16, 3
+MOST_REQUESTS = MAX_ROWS // FEWEST_ROWS  # that draft where they decode together
 
 
 def widths(requests: int) -> list[int]:

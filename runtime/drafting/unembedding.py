@@ -54,6 +54,17 @@ class DraftUnembedding:
         """Shape [V]; None where the base's unembedding has none."""
         return self.rows.bias
 
+    @property
+    def norm_scale(self) -> Tensor:
+        """What the final norm multiplies each number by, shape [D]: as it makes it of ones, every other one negative.
+
+        Families keep it in different ways: Gemma's norm holds one less.
+        """
+        signs = torch.ones_like(self.weight[0])
+        signs[1::2] = -1
+        scaled: Tensor = (self.normalize(signs) - self.normalize(-signs)) / 2 * signs
+        return scaled
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """Draft logits [N, V] of hidden states [N, D]."""
         return self.of_normed(self.normalize(hidden))

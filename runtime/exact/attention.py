@@ -21,13 +21,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from runtime.decoding.families import family_of, text_decoder
 from runtime.decoding.rows import TreeRows
 from runtime.errors import UnsupportedModel
-from runtime.exact.native.attend import ORDERS, attend, can_attend
+from runtime.exact.native.attend import ORDERS, SINGLES, attend, can_attend
 
 SUPPORTED = ("eager", "sdpa")
 # How a block attends; cheapest first.
-NATIVE_KINDS = tuple(f"native_{order}" for order in ORDERS)
+NATIVE_KINDS = tuple(f"native_{order}" for order in (*ORDERS, SINGLES))
 # Also of rows whose window is full, in the second order: these are another call of torch's kernel.
-WINDOW_KINDS = tuple(f"{kind}_{filled}" for kind in NATIVE_KINDS for filled in ORDERS)
+WINDOW_KINDS = tuple(f"native_{order}_{filled}" for order in ORDERS for filled in ORDERS)
 KINDS = ("batched", *WINDOW_KINDS, *NATIVE_KINDS, "grouped", "rowwise")
 # Keys that the CPU's kernels take in one vector. Hidden keys after a row's own add nothing, but where they fill up the
 # vector in which the row's own keys end, these are added up in another order.
@@ -85,7 +85,7 @@ class BlockAttention:
         window: int | None = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
         full = window is not None and key.shape[2] >= window
         known = self.order if not full or self.filled is not None else None
-        if known is not None and not isinstance(mask, Tensor) and can_attend(query, key, value):
+        if known is not None and not isinstance(mask, Tensor) and can_attend(query, key, value, known):
             output = attend(query, key, value, scaling, known, tree, window, self.filled)
             if output is not None:
                 return output, None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from runtime.exact.attention import BlockAttention
+from runtime.exact.native.attend import SINGLES
 
 # Keys around multiples of a vector, and around the block of 512 that torch's CPU kernel sums apart.
 LENGTHS = (*range(1, 5), *range(5, 60, 3), 511, 514, 526, 1035)
@@ -23,6 +24,7 @@ PATTERNS = 32
 WHOLE = 64  # outputs that fill vectors: those that do not are added in other orders
 # Keys -> times that so many heads are looked at: no full vector of keys, an odd and an even number of them, blocks.
 SUMMED, SUMMED_HEADS = {13: 64, 30: 64, 47: 64, 203: 32, 527: 16, 1035: 16}, 256
+SUMMED_SINGLES = 2  # times in float32
 KEY_BLOCK = 512  # keys that torch's kernel weighs together
 SMALL_WINDOW = 37  # keys: every base with windows is looked at with such a one too
 FINER = (-4, -3, -2)  # keys whose values move an output in finer and finer steps
@@ -123,10 +125,10 @@ def same_attention(
 
 
 def same_sums(attention: BlockAttention, size: int) -> bool:
-    """Whether a kind of attention in bfloat16 sums the weights of its keys to the bit as torch's kernel for one row.
+    """Whether a native kind of attention sums the weights of its keys to the bit as torch's kernel for one row.
 
-    Weights are positive: nothing cancels, and of a sum that is off in its last bit one output in 60,000 shows it. So
-    values are sought, for each of many heads, at which an output is just between two bfloat16: there every bit shows.
+    Weights are positive: nothing cancels. In float32 any values show the last bit of a sum, in bfloat16 one output in
+    60,000. So values are sought there, for each of many heads, at which an output is just between two bfloat16.
 
     Args:
         attention: around `sdpa`.
@@ -137,8 +139,13 @@ def same_sums(attention: BlockAttention, size: int) -> bool:
     module.__dict__["num_key_value_groups"] = 1
     generator = torch.Generator().manual_seed(0)
     for length, times in SUMMED.items():
-        for _ in range(times):
+        for _ in range(SUMMED_SINGLES if attention.order == SINGLES else times):
             query, keys = _graded_keys(length, size, generator)
+            if attention.order == SINGLES:
+                given = (query.float(), keys.float(), torch.randn(keys.shape, generator=generator), None)
+                if not torch.equal(attention(module, *given)[0], stock(module, *given)[0]):
+                    return False
+                continue
             values = torch.zeros(1, SUMMED_HEADS, length, size, dtype=torch.bfloat16)
             values[:, :, -1] = 1 + torch.randint(128, (SUMMED_HEADS, 1), generator=generator) / 128
             for place in FINER:

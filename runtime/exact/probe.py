@@ -37,7 +37,7 @@ from runtime.exact.reference import Reference
 from runtime.exact.static import StaticCache
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 27
+PROBE_FORMAT = 28
 # Tokens of prompts that are read both ways.
 PROMPTS = (9, 45, 150)
 
@@ -172,14 +172,15 @@ def _keeps_order(kind: str, model: PreTrainedModel, reference: Reference, widths
     if family_of(model.config).attention is not None:
         return False
     keys, values = reference.cache.layers[0].keys, reference.cache.layers[0].values
-    if any(layer.keys.shape != keys.shape or layer.values.shape != keys.shape for layer in reference.cache.layers):
+    shapes = {each.shape for layer in reference.cache.layers for each in (layer.keys, layer.values)}
+    attention = BlockAttention(kind, stock)
+    if stock != "sdpa" or not widths or len(shapes) > 1:
         return False
-    if stock != "sdpa" or not widths or (is_native(kind) and not can_attend(keys, keys, values)):
+    if attention.order is not None and not can_attend(keys, keys, values, attention.order):
         return False
     heads, threads = (config.num_attention_heads, keys.shape[1], keys.shape[3]), torch.get_num_threads()
     if heads[0] % heads[1]:  # a layer's own numbers are others than the config's
         return False
-    attention = BlockAttention(kind, stock)
     windows = [*(windows_like(config.sliding_window) if attention.filled is not None else ()), None]
     in_order = all(
         kind_in_order(kind, heads, rows, keys.dtype, keys.device, window, threads)

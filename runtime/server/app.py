@@ -60,7 +60,7 @@ def make_app(
         responses={"default": {"content": {"application/json": {"schema": PROBLEMS}}, "description": "An error"}},
     )  # fmt: skip
     metrics = Metrics(worker)
-    worker.on_round = metrics.rows.observe
+    worker.on_round = metrics.round
     add_error_forms(app)
     _add_looks(app, worker, metrics)
     _add_models(app, names)
@@ -151,6 +151,7 @@ def _add_looks(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
         detail: dict[str, Any] = {}
         if ready:
             detail = {"certificate": str(worker.model.specbound.certificate), "kv_tokens": worker.memory.tokens}
+            detail["kv_blocks"] = worker.memory.blocks
             detail["max_running"] = worker.max_running
         return JSONResponse({"status": "ok" if ready else worker.state} | detail, 200 if ready else 503)
 
@@ -160,7 +161,7 @@ def _add_looks(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
 
 
 def _longest(body: ChatRequest | CompletionRequest, prompt_tokens: int, limits: Limits, worker: Worker) -> int:
-    """Tokens to generate at most: what the context and the limits allow, and keys and values have room for."""
+    """Tokens to generate at most: what the context and the limits allow, and all KV blocks have room for."""
     most = limits.tokens(body, prompt_tokens, int(worker.model.config.get_text_config().max_position_embeddings))
     drafts = worker.model.specbound.bounds.max_draft_tokens
     return worker.memory.fit(prompt_tokens, most, drafts, shorten=body.limit is None)

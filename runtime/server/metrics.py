@@ -24,9 +24,13 @@ class Metrics:
         )
         self._gauge("num_requests_waiting", "Answers that wait.").set_function(lambda: worker.num_waiting)
         self._gauge("num_requests_running", "Answers being made.").set_function(lambda: worker.num_running)
-        self._gauge(
-            "kv_cache_usage_perc", "Part of the memory for keys and values that is taken, 0 to 1."
-        ).set_function(lambda: worker.memory.usage)
+        self._gauge("kv_cache_usage_perc", "Part of the KV blocks that answers have taken, 0 to 1.").set_function(
+            lambda: worker.memory.usage
+        )
+        self._gauge("kv_blocks", "KV blocks that there are.").set_function(lambda: worker.memory.blocks)
+        self._gauge("kv_blocks_used", "KV blocks that answers have taken.").set_function(lambda: worker.memory.used)
+        text = "Answers put out for want of KV blocks, to be resumed."
+        self.preemptions = self._counter("num_preemptions", text)
         self.requests = self._counter("requests", "Requests by how they ended.", "outcome")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
         self.queries = self._counter("prefix_cache_queries", "Tokens of prompts that were looked for.")
@@ -68,6 +72,11 @@ class Metrics:
             self.drafted.labels(layer).inc(count)
         for layer, count in stats.accepted.items():
             self.accepted.labels(layer).inc(count)
+
+    def round(self, rows: int, preempted: int) -> None:
+        """Add one round: its rows, and how many answers were put out before it."""
+        self.rows.observe(rows)
+        self.preemptions.inc(preempted)
 
     def page(self) -> bytes:
         """All of them, as Prometheus reads them."""

@@ -56,7 +56,7 @@ class Worker:
         state: `loading`, `ready`, `draining` or `failed`.
         error: why it failed.
         memory: for keys and values; none before the model is loaded.
-        on_round: called after each round with its rows, in the thread that works.
+        on_round: called after each round with its rows and how many answers were put out, in the thread that works.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Worker:
         self.max_waiting, self.max_running = max_waiting, max_running or 0  # until the model is loaded
         self.kv_bytes, self.memory = kv_bytes, KVMemory(0)
         self.on_change = on_change
-        self.on_round: Callable[[int], object] = lambda rows: None
+        self.on_round: Callable[[int, int], object] = lambda rows, preempted: None
         self.state = "loading"
         self.error: BaseException | None = None
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
@@ -195,9 +195,11 @@ class Worker:
                 ended += self._begin(job, batch)
             if not self._running:
                 return ended
+            for waiting in batch.calls:  # put out, it may be: no token comes that would end it
+                waiting.cancelled = self._running[waiting].transcript.cancelled.is_set()
             calls = batch.round()
             if batch.rows:
-                self.on_round(batch.rows)
+                self.on_round(batch.rows, batch.preempted)
             for call in calls:
                 transcript = self._running[call].transcript
                 ended.append(self._end(call, call.error or outcome(batch, call, transcript)))
@@ -208,13 +210,12 @@ class Worker:
             self._busy -= 1
 
     def _next(self, batch: Batch) -> Job | None:
-        """The job that has waited longest, where one more may run and its keys and values have room."""
+        """The job that has waited longest, where one more may run and there are KV blocks to begin with."""
         with self._changed:
             if not self._waiting or len(self._running) >= self.max_running:
                 return None
             job = self._waiting[0][0]
-            tokens = batch.tokens_of(job.prompt.shape[1] + job.options["max_new_tokens"])
-            if self._running and not batch.memory.has_room(tokens):
+            if self._running and not batch.would_begin(job.prompt.shape[1], job.options["max_new_tokens"]):
                 return None
             self._busy += 1
             jobs = self._waiting.popleft()

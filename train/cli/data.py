@@ -20,7 +20,7 @@ def data_command(
     config: Annotated[
         Path | None, typer.Option(help="A recipe: all that is not given here is taken from it, its prompts too.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The base's folder or Hub id. Its tokenizer is loaded.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id of the base, for its tokenizer.")] = None,
     answers: Annotated[str | None, typer.Option(help="Look at them as a fit would: distil or keep.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many rows of each source.")] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="The fit skips longer ones; 1024.")] = None,
@@ -34,7 +34,7 @@ def data_command(
 ) -> None:
     """Show what a fit would make of a file: rows, turns, lengths in tokens, what is skipped and why, and examples.
 
-    Example: specbound data configs/data/demo_prompts.jsonl --model outputs/base/smollm2-135m-instruct
+    Example: specbound data configs/data/demo_prompts.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct
     """
     from runtime.errors import SpecBoundError
     from train.corpus.prompts import special_tokens
@@ -75,9 +75,9 @@ def _survey(
     if recipe is not None:
         config = parse_config(["--config", str(recipe)])
         options, chosen = CorpusOptions.of(config, **changes), vars(config) | _given(source)
-    for name, flag in (("prompts", "a file"), ("model_name_or_path", "--model")):
+    for name, missing in (("prompts", "no prompts: give a file"), ("model_name_or_path", "no base: give --model")):
         if not chosen[name]:
-            raise ConfigError(f"nothing says which {name} to look at: give {flag}, or a recipe with --config")
+            raise ConfigError(f"{missing}, or a recipe with --config")
     keep = (chosen["answers"] or "distil") == "keep"
     if chosen["answers"] not in (None, "distil", "keep"):
         raise ConfigError(f"answers {chosen['answers']!r}: expected distil or keep")

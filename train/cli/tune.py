@@ -7,6 +7,7 @@ import typer
 
 from runtime.cli.failure import fail
 from runtime.cli.options import Device, Model
+from runtime.drafting.policy import MOST_REQUESTS
 
 
 def tune_command(
@@ -19,6 +20,9 @@ def tune_command(
     max_draft_tokens: Annotated[
         int | None, typer.Option(help="Fix the longest draft. By default it is chosen.")
     ] = None,
+    requests: Annotated[
+        int, typer.Option(min=1, max=MOST_REQUESTS, help="Choose what is fastest where so many decode together.")
+    ] = 1,
     prompts: Annotated[
         str | None, typer.Option(help="Tune on answers to these prompts. By default on the traces of the fit.")
     ] = None,
@@ -39,6 +43,7 @@ def tune_command(
     from train.publishing.tune import tune_adapter
     from train.replay.costs import CostTable
     from train.replay.search import Held
+    from train.replay.together import line
 
     try:
         table, held = CostTable.read(costs), Held(exit_threshold, max_exit_layer, max_draft_tokens)
@@ -46,7 +51,7 @@ def tune_command(
         if prompts is not None:
             how = {"dtype": dtype, "threads": table.conditions.get("threads"), "device": device}
             traces = _answers(adapter, model, prompts, limit, max_new_tokens, how)
-        summary = tune_adapter(adapter, table, held, traces=traces)
+        summary = tune_adapter(adapter, table, held, traces=traces, requests=requests)
     except (SpecBoundError, OSError) as error:
         fail(error, None)
     for name in ("before", "after"):
@@ -56,6 +61,7 @@ def tune_command(
             f" {one['mean_accepted_length']:.2f}, {one['bounds']}"
         )
     print(sources_line(summary["sources"]))
+    print(line(summary["together"]))
     print(f"predicted on texts that were not used to choose bounds: {summary['cross_fitted_speedup']:.2f}x")
 
 

@@ -5,7 +5,7 @@ import glob
 import gzip
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,22 +30,42 @@ def read_rows(source: Source) -> Iterator[tuple[str, Any]]:
     if not source.is_file:
         yield from _data_set(source)
         return
+    for path, ending in files_of(source):
+        if ending in BUILDERS:
+            yield from _built(path, ending)
+            continue
+        try:
+            yield from _table(path, TABLES[ending]) if ending in TABLES else _json(path)
+        except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+            reason = getattr(error, "strerror", None) or one_line(error)
+            advice = "save it as UTF-8" if isinstance(error, UnicodeError) else "give an existing file"
+            raise DataError(f"{path}: cannot be read ({reason}); {advice}") from error
+
+
+def files_of(source: Source) -> list[tuple[str, str]]:
+    """The files of a source, each with the ending that says how to read it; none where it is a data set.
+
+    Raises:
+        DataError: no file has such a name, or nothing says how to read one.
+    """
+    if not source.is_file:
+        return []
     paths = sorted(glob.glob(source.path)) if "*" in source.path else [source.path]
     if not paths:
         raise DataError(f"{source.path}: no file has such a name")
-    for path in paths:
-        ending = Path(path.lower().removesuffix(".gz")).suffix
-        if ending in BUILDERS:
-            yield from _built(path, ending)
-        elif ending in TABLES or ending in LINES:
-            try:
-                yield from _table(path, TABLES[ending]) if ending in TABLES else _json(path)
-            except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-                reason = getattr(error, "strerror", None) or one_line(error)
-                advice = "save it as UTF-8" if isinstance(error, UnicodeError) else "give an existing file"
-                raise DataError(f"{path}: cannot be read ({reason}); {advice}") from error
-        else:
+    endings = [Path(path.lower().removesuffix(".gz")).suffix for path in paths]
+    for path, ending in zip(paths, endings, strict=True):
+        if ending not in (*BUILDERS, *TABLES, *LINES):
             raise DataError(f"{path}: expected a file that ends in {FOUND}; name it so if it is one, or convert it")
+        if "://" not in path and not Path(path).exists():
+            raise DataError(f"{path}: cannot be read (No such file or directory); give an existing file")
+    return list(zip(paths, endings, strict=True))
+
+
+def require_files(texts: Iterable[str]) -> None:
+    """Before anything that takes long: raise DataError where a source's file is not there, see `files_of`."""
+    for text in texts:
+        files_of(Source.parse(text))
 
 
 def _json(path: str) -> Iterator[tuple[str, Any]]:

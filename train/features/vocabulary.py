@@ -32,3 +32,14 @@ def coverage(responses: Iterable[Sequence[int]], draft_to_target: Tensor) -> flo
     known = set(draft_to_target.tolist())
     tokens = [token in known for response in responses for token in response]
     return sum(tokens) / max(1, len(tokens))
+
+
+def vocabulary_line(
+    draft_to_target: Tensor, covered: float, rows: Iterable[tuple[Sequence[int], Sequence[int]]]
+) -> str:
+    """What to say of a draft vocabulary, beside the number of different tokens that the answers of the fit hold."""
+    different = len({token for _, response in rows for token in response})
+    return (
+        f"draft vocabulary: {len(draft_to_target)} tokens, {100 * covered:.1f} % of held-out text;"
+        f" the fit split has {different} different tokens"
+    )

@@ -46,7 +46,7 @@ class Survey:
         special: special token of the tokenizer -> prompts that hold it in their text.
         special_answers: the same of answers that are kept.
         warnings: a sentence each on special tokens of prompts and answers.
-        splits: split -> turns.
+        splits: split -> turns that are short enough, as far as their lengths are known.
         examples: evenly spaced conversations.
         rendered: text of each example as the base reads it, with the chat template.
     """
@@ -93,16 +93,17 @@ class Survey:
         by_hash = {each.prompt.hash: each for each in reversed(collection.conversations)}
         chosen = [by_hash[prompt.hash] for prompt in kept]
         template = options.chat_template != "none"
-        prompts, answers = [], []
+        prompts, answers, long = [], [], []
         for each in tqdm(chosen, "count tokens", unit=" conversations", delay=SILENT, leave=False):
-            prompts += [len(encode(tokenizer, turn, template=template)) for turn in _turns(each)]
+            lengths = [len(encode(tokenizer, turn, template=template)) for turn in _turns(each)]
+            prompts += lengths
+            long.append(_too_long(each, lengths, options.max_prompt_tokens, keep=keep))
             answers += [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in each.answers]
         texts = {"prompts": ["\n".join(prompt.texts) for prompt in kept]}
         texts["answers"] = [text for each in chosen for text in each.answers] if keep else []
         tokens = special_tokens(tokenizer)
         special = {kind: Counter(token for token, _ in with_tokens(those, tokens)) for kind, those in texts.items()}
-        fractions = {"calibration_fraction": options.calibration_fraction}
-        fractions["held_out_fraction"] = options.held_out_fraction
+        fractions = {name: getattr(options, name) for name in ("calibration_fraction", "held_out_fraction")}
         number = min(num_examples, len(chosen))
         examples = [chosen[index * len(chosen) // number] for index in range(number)]
         return cls(
@@ -116,12 +117,12 @@ class Survey:
             turns=dict(sorted(Counter(1 + len(prompt.later_turns) for prompt in kept).items())),
             prompts=prompts,
             answers=answers,
-            too_long=sum(length > options.max_prompt_tokens for length in prompts),
+            too_long=sum(number for number, _ in long),
             cut=sum(length > options.max_new_tokens for length in answers),
             special=dict(special["prompts"]),
             special_answers=dict(special["answers"]),
             warnings=token_warnings(texts, tokens),
-            splits=_turns_by_split(kept, fractions),
+            splits=_turns_by_split(kept, [asked for _, asked in long], fractions),
             examples=examples,
             rendered=[_rendered(each, tokenizer, template=template, keep=keep) for each in examples],
         )
@@ -134,7 +135,10 @@ class Survey:
             return ""
         counts = {"prompts": self.conversations, "duplicates": self.duplicates, "too_long": self.too_long}
         left = prompts_left(counts | {"sharing_13_words": self.sharing_13_words})
-        return f"the {' and '.join(missing)} split would be empty ({left}): give more prompts or other fractions"
+        advice = "raise max_prompt_tokens, " if self.too_long else ""
+        names = " and ".join(filter(None, (", ".join(missing[:-1]), missing[-1])))
+        which = f"the {names} split{'s' if len(missing) > 1 else ''}"
+        return f"{which} would be empty ({left}): {advice}give more prompts or other fractions"
 
     def as_json(self) -> dict[str, Any]:
         """The figures as JSON values: quantiles in the place of all lengths."""
@@ -151,10 +155,18 @@ def quantiles(lengths: Sequence[int]) -> dict[str, float] | None:
     return {"tokens": float(sum(lengths)), "mean": round(float(np.mean(lengths)), 1), **found}
 
 
-def _turns_by_split(prompts: Sequence[Prompt], fractions: dict[str, float]) -> dict[str, int]:
+def _too_long(conversation: Conversation, lengths: Sequence[int], longest: int, *, keep: bool) -> tuple[int, int]:
+    """How many of its turns are too long, and how many are asked: those before the first known to be too long."""
+    if keep and conversation.whole:  # such a text follows its own first token, however long it is
+        return 0, 1
+    long = [turn for turn, length in enumerate(lengths) if length > longest]
+    return len(long), long[0] if long else 1 + len(conversation.prompt.later_turns)
+
+
+def _turns_by_split(prompts: Sequence[Prompt], asked: Sequence[int], fractions: dict[str, float]) -> dict[str, int]:
     counted = dict.fromkeys(SPLITS, 0)
-    for prompt in prompts:
-        counted[assign_split(prompt.hash, **fractions)] += 1 + len(prompt.later_turns)
+    for prompt, turns in zip(prompts, asked, strict=True):
+        counted[assign_split(prompt.hash, **fractions)] += turns
     return counted
 
 

@@ -20,12 +20,15 @@ from train.replay.costs import CostTable
 from train.replay.replay import Replayer
 from train.replay.search import Held, cross_fitted, tune
 from train.replay.sources import sources
+from train.replay.together import together
 from train.replay.variants import ablate
 
 COSTS_FILE = "costs.json"
 
 
-def tune_adapter(folder: Path, costs: CostTable, held: Held, *, traces: Traces | None = None) -> dict[str, Any]:
+def tune_adapter(
+    folder: Path, costs: CostTable, held: Held, *, traces: Traces | None = None, requests: int = 1
+) -> dict[str, Any]:
     """Choose bounds for these costs and write them, the evidence and the card into an adapter's folder.
 
     The bounds that the adapter has are kept where none are found that beat them. What is told of them is of the
@@ -33,10 +36,12 @@ def tune_adapter(folder: Path, costs: CostTable, held: Held, *, traces: Traces |
 
     Args:
         traces: traces of a workload; by default those logged when the adapter was fitted.
+        requests: that decode together where the bounds shall be the fastest.
 
     Returns:
-        JSON values: `before` and `after`, each with its `bounds` and their predicted speed, and
-        `cross_fitted_speedup`, predicted on texts that were not used to choose bounds.
+        JSON values: `before` and `after`, each with its `bounds` and their predicted speed for one request;
+        `cross_fitted_speedup`, predicted on texts that were not used to choose bounds; what each of the `sources` is
+        worth; and for several requests `together` what drafts are.
 
     Raises:
         DataError: the folder has no traces, or they do not belong to the adapter.
@@ -56,8 +61,8 @@ def tune_adapter(folder: Path, costs: CostTable, held: Held, *, traces: Traces |
     ):
         raise DataError(f"{folder}: traces, costs and adapter have different exits or layers: profile or fit again")
     before = adapter.config.bounds
-    as_before = Replayer(traces, costs).run(before)
-    after, replayed = tune(traces, costs, held)
+    as_before = Replayer(traces, costs, requests).run(before)
+    after, replayed = tune(traces, costs, held, requests=requests)
     if held == Held() and as_before.speedup > replayed.speedup:
         after = before
     on = Replayer(reported, costs)
@@ -66,6 +71,7 @@ def tune_adapter(folder: Path, costs: CostTable, held: Held, *, traces: Traces |
         "after": _described(after, on.run(after).describe(costs)),
         "cross_fitted_speedup": cross_fitted(traces, costs, held),
         "sources": sources(reported, costs, after),
+        "together": together(reported, costs, after),
     }
     if workload is not None:
         summary["replayed_on"] = "the prompts that the bounds were chosen on"

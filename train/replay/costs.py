@@ -116,8 +116,11 @@ class CostTable:
         slope = (table[high] - table[low]) / (high - low)
         return max(0.0, table[low] + slope * (width - low))
 
-    def of_round(self, levels: Sequence[Level], last: int) -> tuple[float, float]:
+    def of_round(self, levels: Sequence[Level], last: int, requests: int = 1) -> tuple[float, float]:
         """Cost of a round without accepted drafts: ms with an empty context, and what each token of context adds.
+
+        Of several requests with trees like this one, what they cost together: their rows run as one block, each
+        request's with keys of its own.
 
         Example:
             With exits at 2 and 4 of 6 layers, a level before which 3 tokens came, and whose exits are asked for 3 and
@@ -127,28 +130,30 @@ class CostTable:
         Args:
             levels: of its tree; each says how many tokens came before it, and which exits were asked for how many.
             last: tokens that came with the last level.
+            requests: that decode together.
         """
-        segments: list[tuple[int, int]] = []  # depth and number of tokens, deepest first
+        segments: list[tuple[int, int]] = []  # depth and number of a request's tokens, deepest first
         ms = of_context = 0.0
         for level in levels:
             _push(segments, 0, level.tokens)
-            ms += self.lookup * level.lookups
+            ms += self.lookup * level.lookups * requests
             for layer, rows in level.asked:
-                fixed, slope = self._climb(segments, layer)
-                ms, of_context = ms + fixed + self.head + self.head_row * (rows - 1), of_context + slope
+                fixed, slope = self._climb(segments, layer, requests)
+                ms, of_context = ms + fixed + self.head + self.head_row * (requests * rows - 1), of_context + slope
         _push(segments, 0, last)
-        total = sum(tokens for _, tokens in segments)
-        fixed, slope = self._climb(segments, self.num_hidden_layers)
-        return self.round + self.token + ms + fixed + self.block(self.unembedding, total), of_context + slope
+        total = requests * sum(tokens for _, tokens in segments)
+        fixed, slope = self._climb(segments, self.num_hidden_layers, requests)
+        once = self.round + self.token * requests
+        return once + ms + fixed + self.block(self.unembedding, total), of_context + slope
 
-    def _climb(self, segments: list[tuple[int, int]], to: int) -> tuple[float, float]:
+    def _climb(self, segments: list[tuple[int, int]], to: int, requests: int) -> tuple[float, float]:
         """Bring every token to a depth; tokens at one depth run together. Cost as `of_round` gives it."""
         ms = of_context = 0.0
         while segments[-1][0] < to:
             depth, tokens = segments.pop()
             stop = min(to, segments[-1][0]) if segments else to
-            ms += (stop - depth) * self.block(self.layer, tokens)
-            of_context += (stop - depth) * self.block(self.layer_context, tokens)
+            ms += (stop - depth) * self.block(self.layer, requests * tokens)
+            of_context += (stop - depth) * requests * self.block(self.layer_context, tokens)
             _push(segments, stop, tokens)
         return ms, of_context
 

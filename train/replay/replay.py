@@ -97,11 +97,14 @@ class Replayer:
     Args:
         traces: what to decode.
         costs: of the machine that the speed is predicted for.
+        requests: that decode together, each its own text, in rounds like one another: what a round costs is then a
+            request's share of it, and so is what `Totals` tells.
     """
 
-    def __init__(self, traces: Traces, costs: CostTable) -> None:
+    def __init__(self, traces: Traces, costs: CostTable, requests: int = 1) -> None:
         self.traces = traces
         self.costs = costs
+        self.requests = requests
         self._lists = TraceLists(traces)
         self._context = traces.context.tolist()
         self._cost = cache(costs.of_round)  # few kinds of rounds make up a text
@@ -113,17 +116,22 @@ class Replayer:
         plain[starts] = 0.0
         self._plain = np.bincount(traces.sequence, weights=plain).astype(np.float64)
 
-    def run(self, bounds: SpeculationBounds) -> Totals:
-        """Decode every text and return the totals."""
-        logged = LoggedRounds(self._lists, bounds)
+    def run(self, bounds: SpeculationBounds, rows: int | None = None) -> Totals:
+        """Decode every text and return the totals.
+
+        Args:
+            rows: of a round of several requests, as `SpeculationBounds.among` takes them.
+        """
+        logged = LoggedRounds(self._lists, bounds.among(self.requests, rows))
         rounds: list[Round] = []
         ms_by_text = []
         for start, end in zip(self._starts, self._ends, strict=True):
             position, ms = start + 1, 0.0
             while position < end:
                 one = logged.at(position, end - position)
-                fixed, of_context = self._cost(one.levels, one.last)
-                ms += fixed + of_context * self._context[position] + self.costs.token * len(one.accepted)
+                fixed, of_context = self._cost(one.levels, one.last, self.requests)
+                shared = fixed + of_context * self._context[position]
+                ms += shared / self.requests + self.costs.token * len(one.accepted)
                 rounds.append(one)
                 position += len(one.accepted) + 1
             ms_by_text.append(ms)

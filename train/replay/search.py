@@ -48,23 +48,27 @@ class Held:
 
 
 def tune(
-    traces: Traces, costs: CostTable, held: Held | None = None, *, progress: bool = True
+    traces: Traces, costs: CostTable, held: Held | None = None, *, requests: int = 1, progress: bool = True
 ) -> tuple[SpeculationBounds, Totals]:
     """Find the fastest bounds and their replay; among equally fast ones the first, which are the smallest.
 
     If nothing beats decoding without drafts, the bounds draft nothing, unless the user has fixed the threshold.
+
+    Args:
+        requests: that decode together.
     """
-    quick, several = (Replayer(_some(traces, number), costs) for number in (QUICK_POSITIONS, FINALIST_POSITIONS))
-    replayer, held = Replayer(traces, costs), held or Held()
+    parts = (some_texts(traces, number) for number in (QUICK_POSITIONS, FINALIST_POSITIONS))
+    quick, several, replayer = (Replayer(part, costs, requests) for part in (*parts, traces))
+    held = held or Held()
     with tqdm(desc="tune", unit="replay", disable=not progress) as bar:
 
         def best(candidates: Iterable[SpeculationBounds]) -> tuple[float, SpeculationBounds]:
             scored = []
             for bounds in candidates:
-                scored.append((_speed(quick.run(bounds), costs), bounds))
+                scored.append((_speed(quick, bounds), bounds))
                 bar.update()
             scored.sort(key=lambda pair: -pair[0])
-            finalists = [(_speed(several.run(bounds), costs), bounds) for _, bounds in scored[:FINALISTS]]
+            finalists = [(_speed(several, bounds), bounds) for _, bounds in scored[:FINALISTS]]
             return max(finalists, key=lambda pair: pair[0])
 
         def climb(with_heads: bool) -> tuple[float, SpeculationBounds]:
@@ -93,18 +97,19 @@ def tune(
     bounds = _tidy(traces, bounds, held)
     if held.exit_threshold is None:
         idle = SpeculationBounds(OFF, bounds.max_exit_layer, held.max_draft_tokens or 0)
-        if _speed(several.run(idle), costs) >= speed:
+        if _speed(several, idle) >= speed:
             bounds = idle
     return bounds, replayer.run(bounds)
 
 
-def _speed(replayed: Totals, costs: CostTable) -> float:
+def _speed(replayer: Replayer, bounds: SpeculationBounds) -> float:
     """Tokens per second with `CAUTION`, rounded so that sums in another order compare equal."""
-    caution = CAUTION * costs.of_round((), 1)[0] * replayed.drafted.total()
+    replayed, plain = replayer.run(bounds), replayer.costs.of_round((), 1, replayer.requests)[0]
+    caution = CAUTION * plain / replayer.requests * replayed.drafted.total()
     return round(1000.0 * replayed.emitted / max(1e-9, float(replayed.ms_by_text.sum()) + caution), 6)
 
 
-def _some(traces: Traces, positions: int) -> Traces:
+def some_texts(traces: Traces, positions: int) -> Traces:
     """Select evenly spaced texts with about so many positions in total; all texts if there are fewer."""
     texts = traces.num_sequences
     number = max(1, round(texts * min(1.0, positions / len(traces))))

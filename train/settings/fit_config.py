@@ -166,6 +166,8 @@ def parse_config(argv: Sequence[str]) -> FitConfig:
     pre_parser = _Parser(add_help=False, allow_abbrev=False)
     pre_parser.add_argument("--config")
     chosen, rest = pre_parser.parse_known_args(argv)
+    if rest and not rest[0].startswith("-"):  # argparse would name the settings that a recipe would have
+        raise ConfigError(f"command line: {rest[0]!r} belongs to no flag; give a recipe as --config FILE")
     types = {name: kind for name, kind in get_type_hints(FitConfig).items() if name != "sources"}
     flags = {part[2:].split("=")[0].replace("-", "_") for part in rest if part.startswith("--")}
     flags -= {"help"}

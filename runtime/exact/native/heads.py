@@ -37,7 +37,7 @@ class NativeDeepHead:
         final: Any = unembedding.norm
         own: tuple[Any, ...] = (head.hidden_norm, head.embedding_norm, head.deep_norm)
         packed = (*map(pack_for_products, (head.gate_up.weight, head.down.weight)), rows)
-        vectors = (_weights(final), head.keep, head.carry, head.age)
+        vectors = (unembedding.norm_scale.contiguous(), head.keep, head.carry, head.age)
         self.held: list[Any] = [*packed, *(norm.weight for norm in own), *vectors, silu]
         self.places = (ctypes.c_void_p * 10)(*(tensor.data_ptr() for tensor in self.held[:-1]))
         self.sizes = (head.hidden_size, head.down.in_features, head.draft_vocab_size)
@@ -83,7 +83,7 @@ class NativeAttentionHead:
         linears = (head.mix, head.query_key_value, head.attention_out, head.gate_up, head.down)
         own: tuple[Any, ...] = (head.hidden_norm, head.embedding_norm, head.deep_norm)
         own += (head.attention_norm, head.gate_norm)
-        vectors = [*(norm.weight for norm in own), _weights(final), head.source]
+        vectors = [*(norm.weight for norm in own), unembedding.norm_scale.contiguous(), head.source]
         self.held: list[Any] = [*(pack_for_products(linear.weight) for linear in linears), *vectors]
         self.places = (ctypes.c_void_p * 12)(*(tensor.data_ptr() for tensor in self.held))
         self.rows, self.silu, self.turns = rows, silu, turns(0, head.head_size)
@@ -181,18 +181,13 @@ def _is_fit(head: Any, unembedding: DraftUnembedding) -> bool:
         and head.rank % LANES == 0
         and all(weight.dtype == torch.bfloat16 and weight.device.type == "cpu" for weight in weights)
         and all(weight.is_contiguous() for weight in weights)
-        and _is_root_mean_square(unembedding.norm)
+        and _is_root_mean_square(unembedding)
     )
 
 
-def _weights(norm: Any) -> Tensor:
-    """What a norm multiplies by, shape [D], as it makes it of ones: of Gemma's kind one more than it holds."""
-    weights: Tensor = norm(torch.ones_like(norm.weight))
-    return weights.contiguous()
-
-
-def _is_root_mean_square(norm: Any) -> bool:
-    """Whether a norm gives what the kernels give, up to rounding, of numbers whose mean is not 0."""
-    row = torch.linspace(-1, 3, len(norm.weight), dtype=norm.weight.dtype)
-    wanted = row * (row.float().square().mean() + epsilon(norm)).rsqrt() * _weights(norm).float()
-    return torch.allclose(norm(row).float(), wanted, rtol=0.02, atol=1e-3)
+def _is_root_mean_square(unembedding: DraftUnembedding) -> bool:
+    """Whether its norm gives what the kernels give, up to rounding, of numbers whose mean is not 0."""
+    row = torch.linspace(-1, 3, unembedding.weight.shape[1], dtype=unembedding.weight.dtype)
+    found = unembedding.normalize(row).float()
+    over = (row.float().square().mean() + epsilon(unembedding.norm)).rsqrt()
+    return torch.allclose(found, row.float() * over * unembedding.norm_scale.float(), rtol=0.02, atol=1e-3)

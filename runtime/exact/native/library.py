@@ -91,10 +91,11 @@ def _declare(library: ctypes.CDLL) -> None:
     """Arguments and results of its functions."""
     floats = ctypes.POINTER(ctypes.c_float)
     place, number, numbers = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)
-    products, attention, layers = library.specbound_products, library.specbound_attention, library.specbound_layers
+    products, layers = library.specbound_products, library.specbound_layers
     products.argtypes, products.restype = [*[place] * 4, *[number] * 7], None
     library.specbound_singles.argtypes, library.specbound_singles.restype = [*[place] * 4, *[number] * 6], None
-    attention.argtypes, attention.restype = [*[place] * 4, numbers, place, ctypes.c_float, number, number], number
+    for attention in (library.specbound_attention, library.specbound_attention_singles):
+        attention.argtypes, attention.restype = [*[place] * 4, numbers, place, ctypes.c_float, number, number], number
     reading = library.specbound_reading
     reading.argtypes, reading.restype = [*[place] * 4, numbers, ctypes.c_float, number], number
     layers.restype, layers.argtypes = number, [*[place] * 3, numbers, floats, *[place] * 4, number]

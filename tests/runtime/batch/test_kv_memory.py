@@ -1,4 +1,4 @@
-"""Memory for keys and values: what a token takes, who waits for room, who never gets any, and that all comes back."""
+"""KV blocks of one pool: what a token takes, who waits for blocks, who never gets any, and that all come back."""
 
 from typing import Any
 from unittest.mock import Mock
@@ -9,6 +9,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from runtime.batch import Batch, KVMemory, generated
 from runtime.batch.memory import MAX_PROMPTS, TooLong, bytes_per_token
+from runtime.decoding.cache import BLOCK_TOKENS, blocks_of, grown
 from runtime.decoding.families import CACHE
 from runtime.errors import ConfigError
 from tests.helpers.families import tiny
@@ -25,38 +26,19 @@ def test_a_token_takes_what_its_keys_and_values_do(family: str) -> None:
     cache = model(torch.arange(2, 12)[None])[CACHE]
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert bytes_per_token(model) * 10 == held
-    assert KVMemory.of(model, held + 3).tokens == 10 and KVMemory.of(model).tokens > 10_000
-    with pytest.raises(ConfigError, match="5 bytes for keys and values: one token of this model takes"):
-        KVMemory.of(model, 5)
+    memory = KVMemory.of(model, 25 * held)
+    assert (memory.blocks, memory.tokens) == (250 // BLOCK_TOKENS, 250 - 250 % BLOCK_TOKENS)
+    assert KVMemory.of(model).tokens > 10_000
+    with pytest.raises(ConfigError, match=f"{held} bytes for keys and values: a block of 64 tokens"):
+        KVMemory.of(model, held)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_calls_wait_for_room_and_stay_within_it(dtype: torch.dtype) -> None:
-    """First come, first served; buffers never grow beyond what their calls have taken."""
-    model = base(dtype)
-    expected = alone(model, GREEDY)
-    made, memory, most = adapted(model, expected), KVMemory(2 * LONGEST), 0
-    with Batch(made, 6, memory) as batch:
-        calls = [batch.add(prompt, **GREEDY) for prompt in PROMPTS]
-        while not all(call.ended for call in calls):
-            batch.round()
-            assert [call for call in calls if call in batch.calls] == list(batch.calls)
-            assert memory.used + memory.kept <= memory.tokens
-            most = max(most, len(batch.running))
-            for call in batch.running:
-                assert call.has_room and call.generation is not None
-                rows = {keys.shape[2] for keys in call.generation.cache._keys if keys is not None}
-                assert max(rows) <= max(call.tokens, 64)
-    assert [generated(call) for call in calls] == expected
-    assert most in (2, 3) and memory.used == 0 and memory.usage == 0.0
-
-
-def test_buffers_grow_to_what_is_needed_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by doubling beyond the longest that the text may be."""
-    monkeypatch.setattr("runtime.decoding.cache.MIN_CAPACITY", 4)
-    monkeypatch.setattr("runtime.batch.generation.AHEAD", 2)
+def test_buffers_grow_by_whole_blocks() -> None:
+    """By one, or by an eighth of many, and never beyond the longest that the text may be."""
+    assert [grown(held, held + 1, 1000) for held in (1, 7, 16, 80)] == [2, 8, 18, 90]
+    assert grown(16, 17, 17) == 17 and grown(3, 9, 20) == 9 and grown(3, 9, 4) == 9
     model = base(torch.float32)
-    longer = GREEDY | {"max_new_tokens": 30}
+    longer = GREEDY | {"max_new_tokens": 200}
     expected, sizes = alone(model, longer), set[int]()
     with Batch(adapted(model, expected), 1) as batch:
         call = batch.add(PROMPTS[0], **longer)
@@ -65,21 +47,21 @@ def test_buffers_grow_to_what_is_needed_and_no_further(monkeypatch: pytest.Monke
             if call.generation is not None:
                 sizes |= {keys.shape[2] for keys in call.generation.cache._keys if keys is not None}
     assert generated(call) == expected[0]
-    assert len(sizes) > 2 and max(sizes) == len(PROMPTS[0]) + 30 + BESIDE
+    assert sorted(sizes) == [BLOCK_TOKENS * blocks for blocks in (2, 3, 4)]
+    assert blocks_of(len(PROMPTS[0]) + 200 + BESIDE) == 4
 
 
 def test_what_never_has_room_is_refused_by_name() -> None:
     """When it is added; the others are not touched."""
     model = base(torch.float32)
     expected = alone(model, GREEDY)
-    memory = KVMemory(LONGEST)
+    memory = KVMemory(LONGEST + BLOCK_TOKENS)
+    room = memory.tokens
     with Batch(adapted(model, expected), 6, memory) as batch:
         calls = [batch.add(prompt, **GREEDY) for prompt in PROMPTS[:2]]
-        size = len(PROMPTS[0]) + LONGEST + BESIDE
-        with pytest.raises(
-            TooLong, match=rf"of {size} tokens: keys and values have room for {LONGEST}; ask for fewer"
-        ):
-            batch.add(PROMPTS[0], **(GREEDY | {"max_new_tokens": LONGEST}))
+        size = len(PROMPTS[0]) + room + BESIDE
+        with pytest.raises(TooLong, match=rf"of {size} tokens: keys and values have room for {room}; ask for fewer"):
+            batch.add(PROMPTS[0], **(GREEDY | {"max_new_tokens": room}))
         while not all(call.ended for call in calls):
             batch.round()
     assert [generated(call) for call in calls] == expected[:2]
@@ -103,7 +85,7 @@ def test_all_of_it_comes_back(error: BaseException) -> None:
     """Of calls that fail, that are cancelled while they run or wait, or that Ctrl-C ends."""
     model = base(torch.float32)
     expected = alone(model, GREEDY)
-    memory = KVMemory(3 * LONGEST)
+    memory = KVMemory(3 * BLOCK_TOKENS)
     try:
         with Batch(adapted(model, expected), 6, memory) as batch:
             criteria = StoppingCriteriaList([Failing(len(PROMPTS[0]), error)])
@@ -121,7 +103,7 @@ def test_all_of_it_comes_back(error: BaseException) -> None:
 
 
 def test_how_many_run_where_nobody_says() -> None:
-    """As many of a usual length, or of the context, as have room: at least one; more where they share each product."""
+    """As many of a usual length, or of the context, as have room half-way; more where they share each product."""
 
     def usual(tokens: int, *, native: bool, context: int = 8192) -> int:
         model = Mock()
@@ -129,24 +111,25 @@ def test_how_many_run_where_nobody_says() -> None:
         model.specbound.certificate.policy.native = native
         return KVMemory(tokens).usual_requests(model)
 
-    assert [usual(tokens, native=True) for tokens in (100, 5 * 2048, 10**6)] == [1, 5, 16]
-    assert [usual(tokens, native=False) for tokens in (100, 5 * 2048, 10**6)] == [1, 5, 8]
-    assert usual(1000, native=True, context=250) == 4
+    assert [usual(tokens, native=True) for tokens in (100, 5 * 1024, 10**6)] == [1, 5, 16]
+    assert [usual(tokens, native=False) for tokens in (100, 5 * 1024, 10**6)] == [1, 5, 8]
+    assert usual(1024, native=True, context=250) == 4
 
 
 def test_prompts_are_kept_in_what_is_left() -> None:
     """Least recently asked for first out; requests come first; a few at most."""
-    memory = KVMemory(100)
+    memory = KVMemory(10 * BLOCK_TOKENS + 5)
     for name in "abc":
-        memory.keep(name, 30, name.upper())
-    assert memory.find("a") == "A" and memory.kept == 90 and memory.used == 0
-    memory.keep("d", 30, "D")
+        assert memory.keep(name, 3 * BLOCK_TOKENS, name.upper())
+    assert memory.find("a") == "A" and memory.kept == 9 and memory.used == 0 and memory.blocks == 10
+    assert memory.keep("d", 2 * BLOCK_TOKENS + 1, "D")
     assert memory.find("b") is None and memory.find("c") == "C"
-    assert memory.has_room(100) and memory.take(50) and memory.kept == 30 and memory.find("c") == "C"
-    memory.keep("e", 60, "E")
+    assert memory.take(5) and memory.kept == 3 and memory.find("c") == "C"
+    assert not memory.keep("e", 6 * BLOCK_TOKENS, "E")
     assert memory.find("e") is None and memory.usage == 0.5
-    assert memory.take(50) and memory.kept == 0 and not memory.take(1)
-    memory.give_back(100)
+    assert memory.take(5) and memory.kept == 0 and not memory.take(1)
+    memory.give_back(10)
+    memory = KVMemory((MAX_PROMPTS + 3) * BLOCK_TOKENS)
     for number in range(MAX_PROMPTS + 3):
         memory.keep(number, 1, number)
     assert memory.kept == MAX_PROMPTS and memory.find(2) is None and memory.find(3) == 3

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from runtime.batch import Batch, KVMemory, generated
+from runtime.decoding.cache import BLOCK_TOKENS
 from runtime.decoding.families import CACHE
 from runtime.decoding.layers import DecoderLayers
 from runtime.generate import attach
@@ -101,7 +102,7 @@ def test_what_differs_is_read_again(read: list[DecoderLayers]) -> None:
     with torch.no_grad():
         made.lm_head.weight.neg_()
         model.lm_head.weight.neg_()
-    for kept in (memory, KVMemory(calls[0].tokens)):
+    for kept in (memory, KVMemory(BLOCK_TOKENS)):
         with Batch(made, 1, kept) as batch:
             call = batch.add(PROMPTS[0], **GREEDY)
             run(batch, call)

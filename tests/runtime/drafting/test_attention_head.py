@@ -1,10 +1,12 @@
 """The attention head: step by step with kept keys, as a round drafts, against whole texts as a fit sees them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from runtime.decoding.layers import DecoderLayers
 from runtime.drafting.attention_head import AttentionHead
@@ -149,3 +151,33 @@ def test_each_draft_learns_through_those_before(rows: DraftUnembedding) -> None:
     made(hidden, context, rows)[-1].sum().backward()
     assert all(parameter.grad is not None for parameter in made.parameters())
     assert hidden.grad is not None and bool((hidden.grad[0].abs().sum(-1) > 0).all())
+
+
+@torch.no_grad()
+def test_a_fit_starts_with_the_state_of_the_position_before(make_model: Any) -> None:
+    """However differently the base's norm scales numbers, and where it scales one by 0."""
+    base = DecoderLayers(make_model(hidden_size=WIDTH))
+    weight: Any = base.norm.weight
+    weight.copy_(torch.linspace(0.5, 40, WIDTH)).index_fill_(0, torch.tensor([5]), 0.0)
+    rows = DraftUnembedding(base, None)
+    assert torch.allclose(rows.norm_scale, weight, rtol=1e-3)
+    torch.manual_seed(2)
+    head, usual = AttentionHead(WIDTH, 77, rank=24), AttentionHead(WIDTH, 77, rank=24)
+    head.start(rows)
+    hidden, embedding, before = torch.randn(3, 40, WIDTH)
+    deep = rows.normalize(before)
+    context = HeadContext(embedding, deep, torch.ones(40, dtype=torch.long))
+    close = [torch.cosine_similarity(each(hidden, context, rows), rows.of_normed(deep)) for each in (head, usual)]
+    assert close[0].min() > 0.9 and close[1].abs().mean() < 0.5
+
+
+@torch.no_grad()
+def test_what_a_norm_scales_by_is_told_of_every_kind() -> None:
+    """Of one that subtracts the mean, and of Gemma's."""
+    layer, gemma = torch.nn.LayerNorm(WIDTH), Gemma3RMSNorm(WIDTH)
+    torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    torch.nn.init.normal_(gemma.weight)
+    for norm, expected in ((layer, layer.weight), (gemma, 1 + gemma.weight)):
+        base: Any = SimpleNamespace(norm=norm, unembedding=torch.nn.Linear(WIDTH, 9), logits_scaling=1.0)
+        assert torch.allclose(DraftUnembedding(base, None).norm_scale, expected, rtol=1e-3, atol=1e-4)

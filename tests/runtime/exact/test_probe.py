@@ -102,6 +102,7 @@ def test_attention_runs_in_groups_where_that_keeps_every_bit_and_never_as_a_bloc
     make_model: Any, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Float32 has other bits in groups, so groups are made to pass; a block may differ in one row of thousands."""
+    monkeypatch.setattr("runtime.exact.probe.NATIVE_KINDS", ())
     assert probe(make_model(), max_width=3).policy.attention == "rowwise"
 
     def steady(model: Any, policy: ExecutionPolicy, packed: Any) -> Any:

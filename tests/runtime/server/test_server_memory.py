@@ -1,4 +1,4 @@
-"""Keys and values within a stated memory: who waits for room, who is refused; and what the metrics tell of it."""
+"""Keys and values in so many KV blocks: who waits, who is refused, who is put out; and what the metrics tell."""
 
 import json
 import urllib.request
@@ -9,12 +9,24 @@ from typing import Any
 import openai
 import pytest
 
+from runtime.batch import Call
+from runtime.batch.admission import Admission
+from runtime.batch.generation import Generation
 from runtime.batch.memory import bytes_per_token
 from runtime.server.request.limits import Limits
+from tests.helpers.pools.tight import small_blocks
 from tests.helpers.servers import MODEL_ID, PROMPT, TEMPLATE, Served, held, stock_text, until
 
-ROOM = 40
+BLOCK, ROOM = 8, 40
 BESIDE = 5  # a round's drafts and its newest token
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Iterator[None]:
+    """KV blocks of a few tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        small_blocks(patch, BLOCK)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -47,30 +59,69 @@ def test_how_many_run_is_chosen_and_told(make_model: Any, make_tokenizer: Any) -
     with held(model, make_tokenizer(), Limits(max_running=None), 3 * 512 * bytes_per_token(model)) as found:
         assert found.worker.max_running == 3 and len(found.complete(prompt=[PROMPT] * 4).choices) == 4
         told = json.loads(urllib.request.urlopen(f"{found.url}/health").read())
-        assert told["max_running"] == 3 and told["kv_tokens"] == 3 * 512
+        assert told["max_running"] == 3 and told["kv_tokens"] == 3 * 512 == BLOCK * told["kv_blocks"]
+        assert found.metrics()["specbound_kv_blocks"] == told["kv_blocks"]
 
 
-def test_requests_wait_for_room(served: Served) -> None:
-    """The second for the first, the third, which would have room, behind it; all are stock's."""
+def at_once(served: Served, bodies: list[dict[str, Any]]) -> tuple[list[Any], dict[str, float]]:
+    """Answers to requests, the others sent while the first one is held; and what the metrics told then."""
     served.hold()
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(len(bodies)) as pool:
         try:
-            asked = [pool.submit(served.complete, max_tokens=20, temperature=0)]
+            asked = [pool.submit(served.complete, **bodies[0], temperature=0)]
             until(served.valve.reached.is_set)
-            for number, tokens in enumerate((21, 1), start=1):
-                asked.append(pool.submit(served.complete, max_tokens=tokens, temperature=0))
+            for number, body in enumerate(bodies[1:], start=1):
+                asked.append(pool.submit(served.complete, **body, temperature=0))
                 until(lambda number=number: served.worker.num_waiting == number)
             found = served.metrics()
         finally:
             served.valve.open.set()
         answers = [each.result() for each in asked]
-    assert found["specbound_num_requests_running"] == 1 and found["specbound_num_requests_waiting"] == 2
-    assert found["specbound_kv_cache_usage_perc"] == (len(PROMPT) + 20 + BESIDE) / ROOM
-    assert [each.usage.completion_tokens for each in answers] == [20, 21, 1]
     until(served.idle)
+    return answers, found
+
+
+def test_requests_wait_for_room(served: Served) -> None:
+    """The second, of a long prompt, for the first; the third, which would have room, behind it."""
+    before = served.metrics()["specbound_num_preemptions_total"]
+    bodies = [{"max_tokens": 20}, {"prompt": PROMPT * 7, "max_tokens": 10}, {"max_tokens": 1}]
+    answers, found = at_once(served, bodies)
+    assert found["specbound_num_requests_running"] == 1 and found["specbound_num_requests_waiting"] == 2
+    assert found["specbound_kv_cache_usage_perc"] == 2 / 5 and found["specbound_kv_blocks_used"] == 2
+    assert [each.usage.completion_tokens for each in answers] == [20, 10, 1]
     begins = stock_text(served.model, served.worker.tokenizer)
-    assert [each.choices[0].text.startswith(begins) for each in answers] == [True, True, False]
-    assert served.metrics()["specbound_kv_cache_usage_perc"] == 0
+    assert answers[0].choices[0].text.startswith(begins) and begins.startswith(answers[2].choices[0].text)
+    after = served.metrics()
+    assert after["specbound_kv_cache_usage_perc"] == 0 and after["specbound_num_preemptions_total"] == before
+
+
+def test_one_is_put_out_and_resumed(served: Served) -> None:
+    """Two that begin together and grow to all there is, each: both have the text that one alone has."""
+    alone = served.complete(max_tokens=30, temperature=0).choices[0].text
+    before = served.metrics()["specbound_num_preemptions_total"]
+    answers, _ = at_once(served, [{"max_tokens": 30}, {"max_tokens": 30}])
+    assert [each.choices[0].text for each in answers] == [alone, alone]
+    assert [each.usage.completion_tokens for each in answers] == [30, 30]
+    after = served.metrics()
+    assert after["specbound_num_preemptions_total"] > before and after["specbound_kv_blocks_used"] == 0
+    assert after["specbound_kv_blocks"] == ROOM / BLOCK
+
+
+def test_one_that_is_cancelled_while_it_is_out(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends before it would be resumed."""
+    grow, resumed = Admission.grow, []
+
+    def watched(self: Admission, *given: Any) -> list[Call]:
+        put_out = grow(self, *given)
+        for call in put_out:
+            served.worker.cancel(served.worker._running[call])
+        return put_out
+
+    monkeypatch.setattr(Admission, "grow", watched)
+    monkeypatch.setattr(Generation, "resume", lambda self, *given: resumed.append(self))
+    answers, _ = at_once(served, [{"max_tokens": 30}, {"max_tokens": 30}])
+    assert [each.usage.completion_tokens == 30 for each in answers] == [True, False] and not resumed
+    assert served.metrics()["specbound_kv_blocks_used"] == 0
 
 
 def test_latencies_rows_and_prompts_are_counted(served: Served) -> None:

@@ -49,7 +49,7 @@ def test_it_counts_what_the_corpus_will_hold(model, tokenizer, tmp_path, source,
         short = sorted(length for length in survey.prompts if length <= OPTIONS.max_prompt_tokens)
         assert short == sorted(len(row["prompt_ids"]) for row in found)
         assert survey.cut == 13 and len(survey.answers) == sum(len(one.answers) for one in given) - 1
-    assert sum(survey.splits.values()) == len(survey.prompts)
+    assert sum(survey.splits.values()) == len(found)
 
 
 def test_nothing_is_counted_where_nothing_is_amiss(tokenizer, tmp_path):
@@ -133,11 +133,32 @@ def test_the_verb_tells_of_tokens_in_answers_and_of_empty_splits(data, tmp_path,
     path = tmp_path / "same.jsonl"
     path.write_text('{"prompt": "w1", "response": "w2 </s>"}\n' * 60)
     found = data(str(path), "--answers", "keep")
-    assert "tokens in answers" in found.stdout and "split would be empty" not in found.stdout
+    assert "tokens in answers" in found.stdout and "would be empty" not in found.stdout
     (tmp_path / "rows.jsonl").write_bytes(path.read_bytes())
     found = data("--answers", "keep")
-    told = "split would be empty (prompts left after cleaning: 1, 59 were duplicates of others): give more prompts"
+    told = "would be empty (prompts left after cleaning: 1, 59 were duplicates of others): give more prompts"
     assert found.exit_code == 0 and told in found.stdout
+
+
+def test_prompts_that_are_all_too_long_leave_splits_empty(data):
+    """As the fit would say, only before it; a talk ends with its first turn that is too long."""
+    found = data("--max-prompt-tokens", "1")
+    assert found.exit_code == 0 and "the fit, calibration and held_out splits would be empty" in found.stdout
+    assert "were too long): raise max_prompt_tokens, give more prompts" in found.stdout
+    some = json.loads(data("--json", "--answers", "keep", "--max-prompt-tokens", "30").stdout)
+    every = json.loads(data("--json", "--answers", "keep").stdout)
+    assert sum(some["splits"].values()) == sum(every["splits"].values()) - some["too_long"] > 0
+
+
+def test_a_text_that_is_kept_is_never_too_long(tokenizer, tmp_path):
+    """It follows its own first token; as a prompt it would be."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "w1 " * 60}) + "\n")
+    kept, asked = (
+        Survey.of(Collection.read(str(path), keep=keep), tokenizer, OPTIONS, keep=keep) for keep in (True, False)
+    )
+    assert (kept.too_long, sum(kept.splits.values())) == (0, 1)
+    assert (asked.too_long, sum(asked.splits.values())) == (1, 0)
 
 
 def test_a_recipe_says_how_to_look(data, tmp_path, source):
@@ -151,10 +172,12 @@ def test_a_recipe_says_how_to_look(data, tmp_path, source):
     whole = json.loads(run(app, ["data", "--config", str(recipe), "--json"]).stdout)
     assert (whole["rows"], whole["too_long"], whole["skipped"]) == (21, 1, {"no answer in it": 1})
     given = json.loads(run(app, ["data", "--config", str(recipe), "--json", "--max-prompt-tokens", "90"]).stdout)
-    assert given["too_long"] == 0 and given["splits"] == whole["splits"]
+    assert given["too_long"] == 0 and sum(given["splits"].values()) == sum(whole["splits"].values()) + 1
     most = json.loads(data("--json", "--calibration-fraction", "0.5", "--answers", "keep", "--limit", "21").stdout)
-    assert most["splits"] == whole["splits"]
+    assert most["splits"] == given["splits"]
     less = json.loads(data("--json", "--answers", "keep", "--limit", "21").stdout)
     assert less["splits"]["calibration"] < whole["splits"]["calibration"]
     alone = run(app, ["data", "--model", str(tmp_path / "base")])
-    assert alone.exit_code == 1 and "nothing says which prompts to look at" in alone.stderr
+    assert alone.exit_code == 1 and "no prompts: give a file, or a recipe with --config" in alone.stderr
+    bare = run(app, ["data", source])
+    assert bare.exit_code == 1 and "no base: give --model, or a recipe with --config" in bare.stderr

@@ -2,7 +2,7 @@
 
 import torch
 
-from train.features.vocabulary import coverage, draft_vocabulary
+from train.features.vocabulary import coverage, draft_vocabulary, vocabulary_line
 
 RESPONSES = [[5, 5, 5, 2, 2, 9], [2, 7, 5]]
 
@@ -30,3 +30,11 @@ def test_zero_and_the_whole_size_mean_every_token():
 def test_coverage_is_the_share_of_response_tokens():
     assert coverage(RESPONSES, torch.tensor([2, 5])) == 7 / 9
     assert coverage([], torch.tensor([2])) == 0.0
+
+
+def test_the_line_tells_more_tokens_from_more_text():
+    """Fewer different tokens than the vocabulary has: more text covers more, a larger vocabulary little."""
+    rows = [([8, 8], response) for response in RESPONSES]
+    assert vocabulary_line(torch.arange(7), 0.86, rows) == (
+        "draft vocabulary: 7 tokens, 86.0 % of held-out text; the fit split has 4 different tokens"
+    )

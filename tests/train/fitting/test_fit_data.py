@@ -126,7 +126,7 @@ def test_a_dry_run_finds_what_would_stop_the_fit(make_recipe, fresh_accelerate, 
     path = tmp_path / "one.jsonl"
     path.write_text('{"prompt": "w1"}\n')
     path.write_text('{"prompt": "w1"}\n' * 60)
-    told = r"split would be empty \(prompts left after cleaning: 1, 59 were duplicates of others\): give more prompts"
+    told = r"would be empty \(prompts left after cleaning: 1, 59 were duplicates of others\): give more prompts"
     with pytest.raises(DataError, match=told):
         fit_exits.main(FitConfig(**make_recipe(tmp_path / "out", prompts=[str(path)], dry_run=True)))
 

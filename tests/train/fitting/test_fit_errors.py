@@ -70,7 +70,12 @@ CASES = {
         lambda tmp: {"prompts": [write(tmp / "p.jsonl", '\n{"prompt": "w1"\n')]},
         "p.jsonl: no prompts in it: 1 of 1 rows skipped: 1 not valid JSON (the first: line 2)",
     ),
-    "missing prompts": (lambda tmp: {"prompts": [str(tmp / "no.jsonl")]}, "no.jsonl: cannot be read"),
+    "missing prompts, told before the base is loaded": (
+        lambda tmp: {"prompts": [str(tmp / "no.jsonl")], "model_name_or_path": str(tmp / "base")},
+        "no.jsonl: cannot be read",
+    ),
+    "missing evaluation file": (lambda tmp: {"evaluation_files": [str(tmp / "no.csv")]}, "no.csv: cannot be read"),
+    "no pattern's file": (lambda tmp: {"prompts": [str(tmp / "*.csv")]}, "*.csv: no file has such a name"),
     "no text left": (
         lambda tmp: {"max_length": 2},
         "no assistant text is left in the fit split after truncation to 2",
@@ -85,7 +90,10 @@ CASES = {
         "'tensorbord' is unknown (did you mean tensorboard?)",
     ),
     "tracker not there": (lambda tmp: {"report_to": ["aim"]}, "report_to: 'aim' is not installed"),
-    "missing base": (lambda tmp: {"model_name_or_path": str(tmp / "base")}, "does not exist"),
+    "missing base": (
+        lambda tmp: {"model_name_or_path": str(tmp / "base")},
+        "does not exist: give the base's folder or Hub id (base_model in Python, --model in a shell, model_name",
+    ),
     "no chat template": (
         lambda tmp: {"chat_template": "auto"},
         "no chat template; set `chat_template: none`",

@@ -110,6 +110,10 @@ def test_a_round_is_priced_as_its_docstring_says() -> None:
     assert ms == pytest.approx(0.02 + 0.01 + 0.1 + heads + 2 * 1 + 2 * 100 + 2 * 1000 + 4 * 1 + 2 * 10_000)
     assert of_context == pytest.approx(0.5 * 12)
     assert costs.of_round((), 1) == (pytest.approx(0.03 + 6), pytest.approx(3.0))
+    assert costs.of_round((), 1, 3) == (pytest.approx(0.02 + 0.03 + 0.05 + 6 * 100), pytest.approx(9.0))
+    ms, of_context = costs.of_round(levels[:1], 1, 2)
+    assert ms == pytest.approx(0.02 + 0.02 + 0.075 + 2 * 10 + 1000 + 3 + 2 * 10 + 4 * 1000)
+    assert of_context == pytest.approx(0.5 * 16)
 
 
 def test_rounds_may_be_wider_than_what_was_logged() -> None:

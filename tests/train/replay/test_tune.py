@@ -88,8 +88,8 @@ def test_good_shallow_drafts_pay() -> None:
 
 def test_what_a_draft_is_charged_is_of_our_own_loop(tuned: Any) -> None:
     """However slow stock's `generate` is."""
-    found = tuned[1]
-    assert tuning._speed(found, replace(COSTS, plain=9 * COSTS.plain)) == tuning._speed(found, COSTS)
+    slow, usual = (Replayer(honest_traces(), replace(COSTS, plain=factor * COSTS.plain)) for factor in (9, 1))
+    assert tuning._speed(slow, tuned[0]) == tuning._speed(usual, tuned[0])
 
 
 def test_drafts_that_barely_pay_are_left_out(tuned: Any, monkeypatch: pytest.MonkeyPatch) -> None:

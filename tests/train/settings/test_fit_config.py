@@ -126,6 +126,8 @@ def test_wrong_flags(argv, expected):
 def test_a_recipe_without_its_flag_and_missing_settings(tmp_path):
     with pytest.raises(ConfigError, match=r"'fit.yaml' belongs to no flag.*--config FILE"):
         parse_config(["fit.yaml", *REQUIRED])
+    with pytest.raises(ConfigError, match=r"'fit.yaml' belongs to no flag.*--config FILE"):
+        parse_config(["fit.yaml"])
     with pytest.raises(ConfigError, match=r"required: .*--output_dir"):
         parse_config(recipe(tmp_path, RECIPE.replace("output_dir: out\n", "")))
     with pytest.raises(ConfigError, match=r"required: .*--prompts"):

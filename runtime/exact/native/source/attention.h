@@ -149,7 +149,8 @@ class Group {
 };
 
 // Rows of one request that go through the keys together: one, where some fill their windows.
-inline int64_t together(const Attention& a) { return a.length >= a.window ? 1 : ROWS_TOGETHER; }
+template <class A>
+int64_t together(const A& a) { return a.length >= a.window ? 1 : ROWS_TOGETHER; }
 
 // Query heads that share keys, up to `HEADS` of them; whether all of it are numbers.
 template <Order O>
@@ -173,7 +174,8 @@ inline bool some_heads(int64_t order, const Attention& a, int64_t row, int64_t r
 }
 
 // Query heads `part` * HEADS on of those that share keys, of every row: units `from` to `to`, a unit is a head of a row.
-inline bool some_units(int64_t order, const Attention& a, int64_t group, int64_t part, int64_t from, int64_t to) {
+template <class A>
+bool some_units(int64_t order, const A& a, int64_t group, int64_t part, int64_t from, int64_t to) {
   const int64_t first = group * a.shared + part * HEADS, heads = std::min<int64_t>(HEADS, a.shared - part * HEADS);
   bool fine = true;
   for (int64_t unit = from, taken; unit < to; unit += taken) {
@@ -190,13 +192,14 @@ inline bool some_units(int64_t order, const Attention& a, int64_t group, int64_t
 
 // Every row and query head of several requests, shared out evenly; called by every thread of a team, which waits for all at
 // the end. `numbers` becomes false where some score is no finite number: nothing is promised then.
-inline void attend(const Attention* all, int64_t count, int64_t order, std::atomic<bool>& numbers) {
+template <class A>
+void attend(const A* all, int64_t count, int64_t order, std::atomic<bool>& numbers) {
   const int64_t team = omp_get_num_threads(), thread = omp_get_thread_num();
   int64_t units = 0, before = 0;
   for (int64_t i = 0; i < count; i++) units += all[i].rows * all[i].queries;
   const int64_t begin = units * thread / team, end = units * (thread + 1) / team;
   for (int64_t i = 0; i < count; i++) {
-    const Attention& a = all[i];
+    const A& a = all[i];
     for (int64_t group = 0; group < a.queries / a.shared; group++)
       for (int64_t part = 0; part * HEADS < a.shared; part++) {
         const int64_t own = a.rows * std::min<int64_t>(HEADS, a.shared - part * HEADS);

@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "attention_singles.h"
 #include "heads.h"
 #include "prompt.h"
 #include "reading.h"
@@ -38,6 +39,19 @@ extern "C" int64_t specbound_attention(const void* query, const void* keys, cons
   std::atomic<bool> numbers{true};
 #pragma omp parallel num_threads(threads)
   attend(&a, 1, order, numbers);
+  return numbers;
+}
+
+// See `attend.py` for the arguments. In float32; `apart` query heads are those of one of torch's threads.
+extern "C" int64_t specbound_attention_singles(const void* query, const void* keys, const void* values, void* output,
+                                               const int64_t* sizes, const int64_t* paths, float scale, int64_t apart,
+                                               int64_t threads) {
+  const SingleAttention a{{(const float*)query, (const float*)keys, (const float*)values, (float*)output,
+                           sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
+                           sizes[6], sizes[7], sizes[8], sizes[9], sizes[10], scale, sizes[11], paths}, apart};
+  std::atomic<bool> numbers{true};
+#pragma omp parallel num_threads(threads)
+  attend(&a, 1, 0, numbers);
   return numbers;
 }
 

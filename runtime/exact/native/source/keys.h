@@ -11,7 +11,7 @@ namespace {
 
 constexpr int AHEAD = 32;  // keys to come that are fetched from memory meanwhile
 
-inline void fetch(const uint16_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
+inline void fetch(const void* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
 
 enum Order { PAIRS, FOURS, EIGHTS, TILES, ONES };  // how products are added, of scores and of values
 
@@ -36,9 +36,11 @@ class Dropping {
   const unsigned before_ = _mm_getcsr();
 };
 
-struct Attention {
-  const uint16_t *query, *keys, *values;  // numbers of a head lie side by side
-  uint16_t* output;                       // [rows][query heads][size]
+template <class N>
+struct AttentionOf {
+  using Number = N;
+  const N *query, *keys, *values;  // numbers of a head lie side by side
+  N* output;                       // [rows][query heads][size]
   int64_t rows, queries, shared, size, length;
   int64_t query_head, query_row, key_head, key_row, value_head, value_row;  // strides
   float scale;
@@ -49,13 +51,17 @@ struct Attention {
   int64_t filled = PAIRS;             // order of a row whose window is full
 };
 
+using Attention = AttentionOf<uint16_t>;
+
 // Keys that a row sees.
-inline int64_t seen(const Attention& a, int64_t row) {
+template <class A>
+int64_t seen(const A& a, int64_t row) {
   return a.paths ? a.settled + a.paths[row * (1 + a.length - a.settled)] : a.length - a.rows + row + 1;
 }
 
 // As a row finds it, whose first keys have left its window: what is left begins with the first that it sees.
-inline Attention in_window(Attention a, int64_t row) {
+template <class A>
+A in_window(A a, int64_t row) {
   const int64_t left = std::max<int64_t>(0, seen(a, row) - a.window);
   a.keys += left * a.key_row;
   a.values += left * a.value_row;
@@ -65,7 +71,8 @@ inline Attention in_window(Attention a, int64_t row) {
 }
 
 // Places of `count` keys of a row, from its key `first` on.
-inline void find(const Attention& a, int64_t row, int64_t first, int64_t count, int32_t* places) {
+template <class A>
+void find(const A& a, int64_t row, int64_t first, int64_t count, int32_t* places) {
   const int64_t* path = a.paths + row * (1 + a.length - a.settled) + 1 - a.settled;
   for (int64_t i = 0; i < count; i++) places[i] = first + i < a.settled ? first + i : a.settled + path[first + i];
 }

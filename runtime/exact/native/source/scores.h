@@ -103,10 +103,8 @@ __attribute__((noinline)) void scores(const Attention& a, const float (*query)[M
   }
 }
 
-// Scores to weights, in place: numbers rounded to bfloat16, or words of two; returns the sum of those that are not
-// rounded. NaN among the scores makes `highest` NaN.
-template <Order O>
-float weigh(float* scores, int64_t count, float* highest) {
+// The highest of scores and of what was `highest` before; that becomes it, or NaN where there is one among the scores.
+inline float top_of(const float* scores, int64_t count, float* highest) {
   const __m512 lowest = _mm512_set1_ps(-INFINITY);
   __m512 tops = lowest;
   __mmask16 nan = 0;
@@ -117,6 +115,14 @@ float weigh(float* scores, int64_t count, float* highest) {
   }
   const float top = std::max(*highest, _mm512_reduce_max_ps(tops));
   *highest = nan ? NAN : top;
+  return top;
+}
+
+// Scores to weights, in place: numbers rounded to bfloat16, or words of two; returns the sum of those that are not
+// rounded. NaN among the scores makes `highest` NaN.
+template <Order O>
+float weigh(float* scores, int64_t count, float* highest) {
+  const float top = top_of(scores, count, highest);
   __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) {

@@ -8,10 +8,21 @@ extern "C" void specbound_singles(const void*, const void*, const void*, void*, 
 extern "C" int64_t specbound_tiles();
 extern "C" int64_t specbound_reading(const void*, const void*, const void*, void*, const int64_t*, float, int64_t);
 extern "C" int64_t specbound_attention(const void*, const void*, const void*, void*, const int64_t*, const int64_t*, float, int64_t, int64_t);
+extern "C" int64_t specbound_attention_singles(const void*, const void*, const void*, void*, const int64_t*, const int64_t*, float, int64_t, int64_t);
 
 extern "C" void specbound_before(const void*, const int64_t*, const float*, const float*, const float*, const void*, void*, void*, void*, void*, int64_t);
 extern "C" void specbound_after(const void*, const int64_t*, const float*, const void*, const void*, void*, void*, int64_t);
 extern "C" int64_t specbound_layers(const void*, const void*, const void*, const int64_t*, const float*, const float*, const float*, const void*, void*, int64_t);
+
+// Of each row, how many rows of its block it sees, and their places: every other one before it, and itself.
+static std::vector<int64_t> every_other(int64_t rows) {
+  std::vector<int64_t> paths(rows * (1 + rows));
+  for (int64_t row = 0; row < rows; row++) {
+    int64_t* path = paths.data() + row * (1 + rows);
+    for (int64_t at = row % 2; at <= row; at += 2) path[1 + path[0]++] = at;
+  }
+  return paths;
+}
 
 static std::vector<uint16_t> numbers(int64_t count) {
   std::vector<uint16_t> made(count);
@@ -58,14 +69,25 @@ int main() {
           std::vector<uint16_t> output(rows * queries * size);
           const int64_t sizes[] = {rows, queries, queries / groups, size, length, rows * size, size, length * size, size, length * size, size, length - rows, window, (order + turn) % 5};
           if (!specbound_attention(query.data(), keys.data(), values.data(), output.data(), sizes, nullptr, 0.1f, order, 2)) return 1;
-          std::vector<int64_t> paths(rows * (1 + rows));  // each row sees every other one before it, and itself
-          for (int64_t row = 0; row < rows; row++) {
-            int64_t* path = paths.data() + row * (1 + rows);
-            for (int64_t at = row % 2; at <= row; at += 2) path[1 + path[0]++] = at;
-          }
+          const auto paths = every_other(rows);
           if (!specbound_attention(query.data(), keys.data(), values.data(), output.data(), sizes, paths.data(), 0.1f, order, 2)) return 3;
         }
       }
+  for (int64_t rows : {1, 3, 64})
+    for (int64_t length : {1, 2, 15, 17, 64, 511, 512, 513, 8192})
+      for (int64_t size : {8, 24, 64, 80, 256})
+        for (int64_t shared : {1, 2, 3, 7}) {
+          if (rows > length || rows * length > 8192 * 3) continue;
+          const int64_t queries = 2 * shared;
+          std::vector<float> query(queries * rows * size, 0.5f), keys(2 * length * size, 0.5f), values = keys, output(rows * queries * size);
+          const int64_t sizes[] = {rows, queries, shared, size, length, rows * size, size, length * size, size, length * size, size, length - rows};
+          const auto paths = every_other(rows);
+          for (const int64_t* path : {(const int64_t*)nullptr, paths.data()}) {
+            if (!specbound_attention_singles(query.data(), keys.data(), values.data(), output.data(), sizes, path, 0.1f, shared, 2)) return 5;
+            for (float one : output)
+              if (one < 0.499f || one > 0.501f) return 6;
+          }
+        }
   for (int64_t length : {1, 17, 65, 512, 513, 700})
     for (int64_t rows : {length, int64_t{1}, (length + 1) / 2})
       for (int64_t size : {4, 20, 64, 80, 256}) {

@@ -155,6 +155,7 @@ def test_a_sum_of_weights_off_in_its_last_bits_is_refused(
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_scores_that_are_no_numbers_go_to_torch(kernels: None, bad: float) -> None:
     """The kernel says so, and the block gets what torch gives."""
+    torch.manual_seed(0)  # that some score of the bad key is above the others
     query, keys, values = (torch.randn(1, 2, 4, 64).to(torch.bfloat16) for _ in range(3))
     keys[0, 0, 1, 5] = bad
     assert can_attend(query, keys, values)

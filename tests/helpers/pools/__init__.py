@@ -1,0 +1,1 @@
+"""Pools of KV blocks in which calls are put out."""
