@@ -51,6 +51,7 @@ def data_command(
         options, tokenizer, survey = _survey(config, source, _given(changes), examples)
         if picture is not None:
             histogram(survey, options, picture)
+            print(f"picture: {picture}")
     except (SpecBoundError, OSError) as error:
         fail(error, {"sources": sources} if as_json else None)
     if as_json:

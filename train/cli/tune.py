@@ -1,5 +1,6 @@
 """`specbound tune`: choose an adapter's speculation bounds again. Slow libraries are imported inside."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,15 +55,26 @@ def tune_command(
         summary = tune_adapter(adapter, table, held, traces=traces, requests=requests)
     except (SpecBoundError, OSError) as error:
         fail(error, None)
+    print(f"costs of: {_words(table.conditions) or 'no machine, they are counted'}")
     for name in ("before", "after"):
         one = summary[name]
         print(
             f"{name}: {one['predicted_speedup']:.2f}x stock predicted, mean accepted length"
-            f" {one['mean_accepted_length']:.2f}, {one['bounds']}"
+            f" {one['mean_accepted_length']:.2f}; {_words(one['bounds'])}"
         )
     print(sources_line(summary["sources"]))
     print(line(summary["together"]))
     print(f"predicted on texts that were not used to choose bounds: {summary['cross_fitted_speedup']:.2f}x")
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    """Settings in a line; those that are not set, and tables that are empty, are left out."""
+    parts = [
+        f"{name} {_words(value) if isinstance(value, Mapping) else value}"
+        for name, value in settings.items()
+        if value not in (None, {})
+    ]
+    return ", ".join(parts)
 
 
 def _answers(

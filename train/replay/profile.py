@@ -7,7 +7,6 @@ vector a block of rows begins. Needs no policy.
 
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -42,7 +41,7 @@ GENERATED = 8
 MAX_WIDTH = max(WIDTHS) + 1
 MEASURED = (1, 2, 3, 4, 6, 8, 12, 16)
 SIBLINGS = 8  # tokens that a head is asked for together
-SECONDS, FEWEST = 120.0, 3  # a large base takes long: measuring ends then, after so many rounds at least
+SECONDS = 120.0  # a large base takes long: no round begins that would end later, but for the second
 
 
 @torch.no_grad()
@@ -70,11 +69,12 @@ def measure(
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or CONTEXTS[-1] * 2
     contexts = [min(context, longest - GENERATED - max_width - 1 - longer) for context in CONTEXTS]
     benches = [_Bench(model, context, longer, max_width) for context in contexts]
-    seconds: dict[Any, list[float]] = defaultdict(list)
+    measured: list[dict[Any, float]] = []
     started = time.perf_counter()
     for number in trange(rounds, desc="profile", unit="round", disable=not progress):
-        if number >= WARM_UP + FEWEST and time.perf_counter() - started > SECONDS:
+        if number >= 2 and (time.perf_counter() - started) * (number + 1) / number > SECONDS:
             break
+        measured.append({})
         for bench in benches:
             timed = bench.gaps()
             with specbound.prepared.running(model):
@@ -83,11 +83,10 @@ def measure(
             timed["rest", None, bench.context] = timed.pop(("alone", None, bench.context)) - sum(
                 timed[name, 1, bench.context] for name in ("layers", "unembedding")
             )
-            if number >= WARM_UP:
-                for key, taken in timed.items():
-                    seconds[key].append(taken)
+            measured[-1] |= timed
             bench.shorten()
-    ms = {key: 1000 * float(trim_mean(taken, TRIMMED)) for key, taken in seconds.items()}
+    kept = measured[min(WARM_UP, len(measured) // 2) :]
+    ms = {key: 1000 * float(trim_mean([each[key] for each in kept], TRIMMED)) for key in kept[0]}
     return _table(ms, contexts, max_width, specbound, model)
 
 

@@ -119,7 +119,7 @@ class Sweep:
         """Fit a trial, judge it, and bring the files of the sweep up to date."""
         settings, recipe = self.space.settings(taken.params), taken.folder / RECIPE
         best = f"; best so far {results.said(results.trials[0])}" if results.trials else ""
-        print(f"trial {taken.number} of {number}: {_words(settings)}{best}", flush=True)
+        print(f"trial {taken.number}, {len(self.study.trials)} of {number}: {_words(settings)}{best}", flush=True)
         changes = settings | self._shared() | {"output_dir": str(taken.folder)}
         write_recipe(recipe, self.config, changes, comment=f"Trial {taken.number} of a sweep.")
         started = time.monotonic()

@@ -68,7 +68,7 @@ def test_a_sweep_is_continued_and_leaves_the_best_recipe(runs: Any, write: Any, 
     first = CliRunner().invoke(app, [*arguments, "--trials", "1"])
     assert first.exit_code == 0, first.output
     own = load_adapter(folder / "trial-000" / "adapter").config
-    assert own.head_rank == 4 and "trial 0 of 1: head_rank 4, learning_rate 0.01" in first.output
+    assert own.head_rank == 4 and "trial 0, 1 of 1: head_rank 4, learning_rate 0.01" in first.output
     again = CliRunner().invoke(app, [*arguments, "--trials", "2"])
     assert again.exit_code == 0 and "best so far" in again.output and "best.yaml is the recipe" in again.output
     fits = [recipe.parent.name for module, recipe in runs if module == "train.fit_exits"]
