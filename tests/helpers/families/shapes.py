@@ -81,6 +81,7 @@ _LATENT: dict[str, Any] = {
     "qk_nope_head_dim": 12,
     "v_head_dim": 10,
     "num_key_value_heads": 4,
+    "num_hidden_layers": 2,  # each row by row: more would take long
 }
 _GROUPS: dict[str, Any] = {"n_group": 2, "topk_group": 1}
 # Heads that differ from layer to layer in size and number.

@@ -36,10 +36,11 @@ def config_of(family: str, window: int | None = None) -> Any:
     if family in FAMILIES and window is None:
         return FAMILIES[family]
     kind = model_type(family)
-    shape = SHAPE | (FURTHER | MIXTURES | TURNED)[family] if window is None else SHAPE | WINDOWS[family]
+    own = (FURTHER | MIXTURES | TURNED)[family] if window is None else WINDOWS[family] | {"sliding_window": window}
+    shape = SHAPE | own
     if not hasattr(CONFIG_MAPPING[kind](), "num_key_value_heads"):  # it would keep what it does not know
         shape.pop("num_key_value_heads")
-    return AutoConfig.for_model(kind, **shape, **({} if window is None else {"sliding_window": window}))
+    return AutoConfig.for_model(kind, **shape)
 
 
 @cache
