@@ -219,7 +219,8 @@ class KVCache:
         if blocks > self.blocks:
             self.blocks = grown(self.blocks, blocks, sys.maxsize if self.most is None else blocks_of(self.most))
         size = self.blocks * BLOCK_TOKENS
-        larger = torch.empty(*rows.shape[:2], size, rows.shape[3], dtype=rows.dtype, device=rows.device)
+        with torch.inference_mode(False):  # what is made in inference mode cannot be written outside of it
+            larger = torch.empty(*rows.shape[:2], size, rows.shape[3], dtype=rows.dtype, device=rows.device)
         if buffer is not None:
             larger[:, :, :used] = buffer[:, :, :used]
         return larger

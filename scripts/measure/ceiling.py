@@ -96,7 +96,8 @@ def split(model: Any, context: int, repeats: int) -> dict[str, Any]:
 
 def kinds(call: Callable[[], None], whole: float, times: int = 10) -> dict[str, float]:
     """Milliseconds of a token in products with weights, in attention, and in all the rest: shares of `whole`, as in a
-    profile, which is taken in another minute. The whole alone where layers are one native call."""
+    profile, which is taken in another minute. Attention in our own kernel is in the rest. The whole alone where layers
+    are one native call."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(times):
             call()

@@ -19,7 +19,7 @@ def copied(weight: torch.Tensor, rows: int) -> torch.Tensor:
 
 def multiplied(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, *ignored: Any) -> torch.Tensor:
     """In the place of oneDNN's product: each row alone, for small products of blocks have other bits now and then."""
-    return call_in_rows(nn.functional.linear, 1, hidden, weight, bias)
+    return call_in_rows(nn.functional.linear, 1, hidden, weight=weight, bias=bias)
 
 
 def pretend_to_pack(monkeypatch: pytest.MonkeyPatch, *, min_weights: int = 1) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, PreTrainedModel
 
 import runtime.decoding.rounds
 from runtime import SpeculationBounds, UnsupportedModel, detach
@@ -202,9 +202,9 @@ def test_other_models_are_refused_by_name() -> None:
 
 
 def test_unknown_family_is_refused() -> None:
-    """OPT is not in the table."""
-    config = OPTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, vocab_size=50)
-    with pytest.raises(UnsupportedModel, match=r"OPTForCausalLM.*model_type 'opt'"):
+    """Bloom is not in the table."""
+    config = BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=50)
+    with pytest.raises(UnsupportedModel, match=r"BloomForCausalLM.*model_type 'bloom'.*biases of attention"):
         DecoderLayers(AutoModelForCausalLM.from_config(config))
 
 

@@ -93,8 +93,9 @@ def test_ceiling(adapted: Any, demo_outputs: Path, monkeypatch: pytest.MonkeyPat
     random_traces((0, *config.exit_layers)).write(folder / TRACES_FILE, weights_sha256=config.weights_sha256)
     CostTable.counted(6, head=0.2, unembedding=0.5).write(folder / "costs.json")
     found = ceiling.split(adapted, 40, 3) | {"bounds": ceiling.bounds(adapted, folder)}
+    assert found["stock"]["attention"] > 0  # ours may run in our own kernel, which is in the rest
     for way in (found["stock"], found["plain"]):
-        assert way["products"] > 0 and way["attention"] > 0
+        assert way["products"] > 0
         assert sum(way.values()) == pytest.approx(2 * way["whole"], abs=0.05)
     assert found["bounds"]["never_wrong"] > found["bounds"]["plain"] > 0
 

@@ -9,7 +9,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from runtime.batch import Batch, KVMemory, generated
 from runtime.batch.memory import MAX_PROMPTS, TooLong, bytes_per_token
-from runtime.decoding.cache import BLOCK_TOKENS, blocks_of, grown
+from runtime.decoding.cache import BLOCK_TOKENS, KVCache, blocks_of, grown
 from runtime.decoding.families import CACHE
 from runtime.errors import ConfigError
 from tests.helpers.families import tiny
@@ -133,3 +133,14 @@ def test_prompts_are_kept_in_what_is_left() -> None:
     for number in range(MAX_PROMPTS + 3):
         memory.keep(number, 1, number)
     assert memory.kept == MAX_PROMPTS and memory.find(2) is None and memory.find(3) == 3
+
+
+def test_a_buffer_that_grew_in_inference_mode_can_be_written_outside() -> None:
+    """Layers run in it, and accepted drafts are moved up behind the settled ones after it."""
+    cache, rows = KVCache(1, 1), torch.arange(2.0 * BLOCK_TOKENS).reshape(1, 1, -1, 1)
+    with torch.inference_mode():
+        cache.update(rows[:, :, :BLOCK_TOKENS], rows[:, :, :BLOCK_TOKENS], 0)
+        cache.update(rows[:, :, BLOCK_TOKENS:], rows[:, :, BLOCK_TOKENS:], 0)
+    cache.keep(BLOCK_TOKENS, [2, 5])
+    keys, values = cache.rows(0, BLOCK_TOKENS)
+    assert keys.flatten().tolist() == values.flatten().tolist() == [BLOCK_TOKENS + 2, BLOCK_TOKENS + 5]

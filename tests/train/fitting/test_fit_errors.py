@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import BloomConfig, BloomForCausalLM, T5Config, T5ForConditionalGeneration
 
 from tests.helpers.paths import ROOT
 from train.fit_exits import run
@@ -35,9 +35,7 @@ def save_other_base(folder, make_tokenizer, kind: str) -> str:
     if kind == "t5":
         model = T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2, **sizes))
     else:
-        model = OPTForCausalLM(
-            OPTConfig(hidden_size=8, ffn_dim=8, word_embed_proj_dim=8, num_hidden_layers=5, **sizes)
-        )
+        model = BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=8, n_layer=5, n_head=2, pad_token_id=0))
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
@@ -136,7 +134,7 @@ def test_each_error_is_one_line_and_leaves_nothing(case, recipe, tmp_path, capsy
     assert not left or whole <= {entry.name for entry in left}
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("t5", "model_type 't5'"), ("opt", "OPTForCausalLM")])
+@pytest.mark.parametrize(("kind", "expected"), [("t5", "model_type 't5'"), ("bloom", "BloomForCausalLM")])
 def test_an_unsupported_base_is_named(kind, expected, recipe, tmp_path, make_tokenizer):
     base = save_other_base(tmp_path / kind, make_tokenizer, kind)
     with pytest.raises(SystemExit) as caught:
