@@ -69,7 +69,7 @@ def tune_adapter(
     summary = {
         "before": _described(before, on.run(before).describe(costs)),
         "after": _described(after, on.run(after).describe(costs)),
-        "cross_fitted_speedup": cross_fitted(traces, costs, held),
+        "cross_fitted_speedup": cross_fitted(traces, costs, held, requests=requests),
         "sources": sources(reported, costs, after),
         "together": together(reported, costs, after),
     }

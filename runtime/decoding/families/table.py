@@ -8,6 +8,7 @@ from runtime.decoding.families.family import AFTER, AROUND, BEFORE, Family
 _GPT2 = Family(body="transformer", embedding="wte", layers="h", norm="ln_f", rotary=None)
 _GEMMA4 = Family(by_layer=True, windows=True, rotary_by_layer=True, differing=True)
 _LATENT = Family(attention="self_attn")
+_NEOX = Family(body="gpt_neox", embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past")
 _OPT = Family(
     norm="layer_norm",
     rotary=None,
@@ -66,14 +67,8 @@ FAMILIES = {
     "gpt2": replace(_GPT2, positions="wpe"),
     "gpt_bigcode": replace(_GPT2, positions="wpe", cache_argument="layer_past"),
     "gpt_neo": replace(_GPT2, positions="wpe", cache_argument="layer_past", attention="attn"),
-    "gpt_neox": Family(body="gpt_neox", embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past"),
-    "gpt_neox_japanese": Family(
-        body="gpt_neox_japanese",
-        embedding="embed_in",
-        norm="final_layer_norm",
-        cache_argument="layer_past",
-        attention="attention",
-    ),
+    "gpt_neox": _NEOX,
+    "gpt_neox_japanese": replace(_NEOX, body="gpt_neox_japanese", attention="attention"),
     "gpt_oss": Family(by_layer=True, windows=True),
     "gptj": replace(_GPT2, cache_argument="layer_past", attention="attn"),
     "granitemoe": Family(),
