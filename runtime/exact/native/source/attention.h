@@ -1,7 +1,6 @@
 // Attention of rows in bfloat16, each with the order of additions of torch's kernel for one row (flash attention on a CPU
-// with AVX512-BF16): keys in blocks of 512, a running maximum, weights rounded to bfloat16, sums in an `Order`. Query
-// heads that share keys, and rows, go through the keys together. Each row sees its own keys, and reads no others; where it has
-// a window, its blocks begin with the first key of that.
+// with AVX512-BF16): weights rounded to bfloat16, sums in an `Order`. Each row sees its own keys, and reads no others; where it
+// has a window, its blocks begin with the first key of that. And how rows and heads are shared out over threads.
 #pragma once
 #include <immintrin.h>
 #include <omp.h>
@@ -15,59 +14,28 @@
 #include "keys.h"
 #include "numbers.h"
 #include "scores.h"
+#include "together.h"
 #include "values.h"
 
 namespace {
 
-constexpr int HEADS = 4;          // query heads that go through the keys together,
-constexpr int ROWS_TOGETHER = 4;  // and rows
-
-// H query heads that share keys, from `head` on, of `rows` rows. The rows go through the keys together, each as far as it
-// sees.
+// Attention in one order of additions.
 template <int H, Order O>
-class Group {
- public:
-  Group(const Attention& a, int64_t row, int64_t rows, int64_t head)
-      : a_(a), keys_(a.keys + head / a.shared * a.key_head), values_(a.values + head / a.shared * a.value_head), row_(row),
-        rows_(rows), head_(head) {
-    for (int64_t r = 0; r < rows; r++) {
-      own_[r] = seen(a, row + r);
-      most_ = std::max(most_, own_[r]);
-      fewest_ = r ? std::min(fewest_, own_[r]) : own_[r];
-      for (int h = 0; h < H; h++) {
-        highest_[r][h] = -INFINITY;
-        read(a.query + (head + h) * a.query_head + (row + r) * a.query_row, query_[r][h]);
-      }
-    }
-  }
+class Group : public Together<Group<H, O>, Attention, H> {
+  using Base = Together<Group, Attention, H>;
+  friend Base;
 
-  // Whether all of it are numbers.
-  bool run() {
-    for (int64_t first = 0; first < most_; first += BLOCK) {
-      const int64_t all = std::min<int64_t>(BLOCK, most_ - first);
-      const bool apart = a_.paths && first + all > a_.settled;  // some keys of this block are not those of all rows
-      for (int64_t r = 0; apart && r < rows_; r++) find(a_, row_ + r, first, std::min(all, own_[r] - first), places_[r]);
-      score(first, all, apart);
-      if (!weigh_all(first)) return false;
-      add(first, all, apart);
-    }
-    for (int64_t r = 0; r < rows_; r++)
-      for (int h = 0; h < H; h++) write(r, h);
-    return true;
+ public:
+  Group(const Attention& a, int64_t row, int64_t rows, int64_t head) : Base(a, row, rows, head) {
+    for (int64_t r = 0; r < rows; r++)
+      for (int h = 0; h < H; h++) read(Base::query_of(r, h), query_[r][h]);
   }
 
  private:
-  static constexpr int R = ROWS_TOGETHER;
+  using Base::a_, Base::count, Base::keys_, Base::part_, Base::places_, Base::query_, Base::result_, Base::rows_,
+      Base::turned_, Base::values_;
   // Rows whose sums there are registers for: of values, and of scores, which are four sums each in one order.
   static constexpr int VALUED = H < 4 ? 4 : 2, SCORED = O == FOURS ? VALUED / 2 : VALUED;
-
-  const Attention& a_;
-  const uint16_t *keys_, *values_;
-  const int64_t row_, rows_, head_;
-  int64_t own_[R], most_ = 0, fewest_ = 0;  // keys that each of the rows sees; the most and the fewest
-  int32_t places_[R][BLOCK];
-  alignas(64) float query_[R][H][MAX_SIZE], part_[R][H][BLOCK], result_[R][H][MAX_SIZE], turned_[MAX_SIZE][LANES];
-  float highest_[R][H], sum_[R][H] = {};
 
   void read(const uint16_t* from, float* into) const {
     if (in_words(O))
@@ -77,25 +45,18 @@ class Group {
         _mm512_store_ps(into + e, widen(_mm256_maskz_loadu_epi16(first_of(a_.size - e), from + e)));
   }
 
-  // Calls `some(rows, r)` for all rows, with a number of them that is known when this is compiled.
-  template <int MOST, class Some>
-  void by_rows(const Some& some) const {
-    int64_t r = 0;
-    for (; MOST >= 4 && r + 4 <= rows_; r += 4) some(std::integral_constant<int, MOST>(), r);
-    for (; MOST >= 2 && r + 2 <= rows_; r += 2) some(std::integral_constant<int, std::min(2, MOST)>(), r);
-    for (; r < rows_; r++) some(std::integral_constant<int, 1>(), r);
-  }
-
   void score(int64_t first, int64_t all, bool apart) {
     const Dropping dropping(drops_small(O));
     for (int64_t key = 0; key < all; key += LANES) {
       if (!apart || first + key + LANES <= a_.settled) {
         turn<O, false>(a_, keys_ + (first + key) * a_.key_row, nullptr, all - key, turned_);
-        by_rows<SCORED>([&](auto rows, int64_t r) { scores<rows * H, O>(a_, query_[r], turned_, (float(*)[BLOCK])(part_[r][0] + key)); });
+        Base::template by_rows<SCORED>([&](auto rows, int64_t r) {
+          scores<rows * H, O>(a_, query_[r], turned_, (float(*)[BLOCK])(part_[r][0] + key));
+        });
         continue;
       }
       for (int64_t r = 0; r < rows_; r++) {
-        const int64_t left = std::min(all, own_[r] - first) - key;
+        const int64_t left = count(r, first) - key;
         if (left <= 0) continue;
         turn<O, true>(a_, keys_, places_[r] + key, left, turned_);
         scores<H, O>(a_, query_[r], turned_, (float(*)[BLOCK])(part_[r][0] + key));
@@ -103,46 +64,34 @@ class Group {
     }
   }
 
-  // Scores to weights; what was added up so far fades to the new maximum.
-  bool weigh_all(int64_t first) {
-    for (int64_t r = 0; r < rows_; r++)
-      for (int h = 0; h < H; h++) {
-        const int64_t count = std::min<int64_t>(BLOCK, own_[r] - first);
-        if (count <= 0) continue;
-        const float earlier = highest_[r][h];
-        const float added = weigh<O>(part_[r][h], count, &highest_[r][h]);
-        const float fade = std::exp(earlier - highest_[r][h]);
-        sum_[r][h] = std::fma(fade, sum_[r][h], added);
-        if (!std::isfinite(highest_[r][h])) return false;
-        for (int64_t e = 0; e < a_.size; e += LANES)
-          _mm512_store_ps(result_[r][h] + e, first ? _mm512_mul_ps(_mm512_load_ps(result_[r][h] + e), _mm512_set1_ps(fade))
-                                                   : _mm512_setzero_ps());
-      }
-    return true;
-  }
+  static float weights(float* scores, int64_t count, float* highest) { return weigh<O>(scores, count, highest); }
+
+  static void fade(int64_t, int, int64_t, float) {}
 
   // First the values of keys that all rows see, as many as are added up apart from others; then each row's further ones.
   void add(int64_t first, int64_t all, bool apart) {
     const Dropping dropping(drops_small(O));
-    const int64_t common = std::clamp((apart ? a_.settled : fewest_) - first, int64_t{0}, all);
+    const int64_t common = std::clamp((apart ? a_.settled : Base::fewest_) - first, int64_t{0}, all);
     // One by one, a block of keys is summed whole: together where all rows see all of it.
     const int64_t joint = O != ONES ? common / (2 * LANES) * (2 * LANES) : common < all ? 0 : all;
     const uint16_t* values = values_ + first * a_.value_row;
     if (joint)
-      by_rows<VALUED>([&](auto rows, int64_t r) { add_values<rows * H, O, false>(a_, values, nullptr, 0, joint, part_[r], result_[r]); });
+      Base::template by_rows<VALUED>([&](auto rows, int64_t r) {
+        add_values<rows * H, O, false>(a_, values, nullptr, 0, joint, part_[r], result_[r]);
+      });
     for (int64_t r = 0; r < rows_; r++) {
-      const int64_t count = std::min<int64_t>(BLOCK, own_[r] - first);
-      if (count <= joint) continue;
+      const int64_t own = count(r, first);
+      if (own <= joint) continue;
       if (apart)
-        add_values<H, O, true>(a_, values_, places_[r], joint, count, part_[r], result_[r]);
+        add_values<H, O, true>(a_, values_, places_[r], joint, own, part_[r], result_[r]);
       else
-        add_values<H, O, false>(a_, values, nullptr, joint, count, part_[r], result_[r]);
+        add_values<H, O, false>(a_, values, nullptr, joint, own, part_[r], result_[r]);
     }
   }
 
   void write(int64_t r, int h) const {
-    const __m512 scale = _mm512_set1_ps(1.0f / sum_[r][h]);
-    uint16_t* into = a_.output + ((row_ + r) * a_.queries + head_ + h) * a_.size;
+    const __m512 scale = _mm512_set1_ps(1.0f / Base::sum_[r][h]);
+    uint16_t* into = Base::output_of(r, h);
     for (int64_t e = 0; e < a_.size; e += LANES)
       _mm256_mask_storeu_epi16(into + e, first_of(a_.size - e), convert(_mm512_mul_ps(_mm512_load_ps(result_[r][h] + e), scale)));
   }

@@ -1,6 +1,5 @@
 // Attention of rows in float32, each with the order of additions of torch's kernel for one row where MKL multiplies by its loops
-// for older CPUs. Every product is rounded before it is added. Keys in blocks of 512, as in `attention.h`, and as there rows and
-// the query heads that share keys go through them together.
+// for older CPUs. Every product is rounded before it is added. Rows go through the keys together, as in bfloat16.
 //
 // Scores: of fours of keys, as in `Fours` (`singles.h`). Of the one to three keys that are left of a row's last block, the last
 // four products along the head come at the end, one by one; and of the first and the third, what lies between has eight sums,
@@ -20,6 +19,7 @@
 #include "keys.h"
 #include "numbers.h"
 #include "scores.h"
+#include "together.h"
 
 namespace {
 
@@ -158,55 +158,25 @@ struct SingleValues {
   }
 };
 
-// H query heads that share keys, from `head` on, of `rows` rows.
+// Attention in that order.
 template <int H>
-class SingleGroup {
- public:
-  SingleGroup(const SingleAttention& a, int64_t row, int64_t rows, int64_t head)
-      : a_(a), keys_(a.keys + head / a.shared * a.key_head), values_(a.values + head / a.shared * a.value_head), row_(row),
-        rows_(rows), head_(head) {
-    for (int64_t r = 0; r < rows; r++) {
-      own_[r] = seen(a, row + r);
-      most_ = std::max(most_, own_[r]);
-      fewest_ = r ? std::min(fewest_, own_[r]) : own_[r];
-      for (int h = 0; h < H; h++) {
-        highest_[r][h] = -INFINITY;
-        std::memcpy(query_[r][h], a.query + (head + h) * a.query_head + (row + r) * a.query_row, a.size * sizeof(float));
-      }
-    }
-  }
+class SingleGroup : public Together<SingleGroup<H>, SingleAttention, H> {
+  using Base = Together<SingleGroup, SingleAttention, H>;
+  friend Base;
 
-  // Whether all of it are numbers.
-  bool run() {
-    for (int64_t first = 0; first < most_; first += BLOCK) {
-      const int64_t all = std::min<int64_t>(BLOCK, most_ - first);
-      const bool apart = a_.paths && first + all > a_.settled;  // some keys of this block are not those of all rows
-      for (int64_t r = 0; apart && r < rows_; r++) find(a_, row_ + r, first, count(r, first), places_[r]);
-      score(first, all, apart);
-      if (!weigh_all(first)) return false;
-      add(first, all, apart);
-    }
-    for (int64_t r = 0; r < rows_; r++)
-      for (int h = 0; h < H; h++) write(r, h);
-    return true;
+ public:
+  SingleGroup(const SingleAttention& a, int64_t row, int64_t rows, int64_t head) : Base(a, row, rows, head) {
+    for (int64_t r = 0; r < rows; r++)
+      for (int h = 0; h < H; h++) std::memcpy(query_[r][h], Base::query_of(r, h), a.size * sizeof(float));
   }
 
  private:
-  static constexpr int R = ROWS_TOGETHER;
+  using Base::a_, Base::count, Base::keys_, Base::part_, Base::places_, Base::query_, Base::result_, Base::rows_, Base::turned_,
+      Base::values_;
   // Rows whose sums there are registers for: of values, and of scores, which are four sums each.
   static constexpr int VALUED = H < 3 ? 4 : 2, SCORED = H < 4 ? 2 : 1;
 
-  const SingleAttention& a_;
-  const float *keys_, *values_;
-  const int64_t row_, rows_, head_;
-  int64_t own_[R], most_ = 0, fewest_ = 0;  // keys that each of the rows sees; the most and the fewest
-  int32_t places_[R][BLOCK];
-  alignas(64) float query_[R][H][MAX_SIZE], part_[R][H][BLOCK], result_[R][H][MAX_SIZE], turned_[MAX_SIZE][LANES];
-  alignas(64) float fours_[R][H][LANES];  // the first outputs, the last four of eight keys summed apart
-  float highest_[R][H], sum_[R][H] = {};
-
-  // Keys of a block that a row sees.
-  int64_t count(int64_t r, int64_t first) const { return std::min<int64_t>(BLOCK, own_[r] - first); }
+  alignas(64) float fours_[Base::R][H][LANES];  // the first outputs, the last four of eight keys summed apart
 
   // Up to 16 keys side by side, from one on or at places.
   void turn(const float* keys, const int32_t* places, int64_t count) {
@@ -223,20 +193,11 @@ class SingleGroup {
     }
   }
 
-  // Calls `some(rows, r)` for all rows, with a number of them that is known when this is compiled.
-  template <int MOST, class Some>
-  void by_rows(const Some& some) const {
-    int64_t r = 0;
-    for (; MOST >= 4 && r + 4 <= rows_; r += 4) some(std::integral_constant<int, MOST>(), r);
-    for (; MOST >= 2 && r + 2 <= rows_; r += 2) some(std::integral_constant<int, std::min(2, MOST)>(), r);
-    for (; r < rows_; r++) some(std::integral_constant<int, 1>(), r);
-  }
-
   void score(int64_t first, int64_t all, bool apart) {
     for (int64_t key = 0; key < all; key += LANES) {
       if (!apart || first + key + LANES <= a_.settled) {
         turn(keys_ + (first + key) * a_.key_row, nullptr, all - key);
-        by_rows<SCORED>([&](auto rows, int64_t r) {
+        Base::template by_rows<SCORED>([&](auto rows, int64_t r) {
           single_scores<rows * H>(a_.size, a_.scale, query_[r], turned_, (float(*)[BLOCK])(part_[r][0] + key));
         });
         continue;
@@ -256,31 +217,16 @@ class SingleGroup {
         }
   }
 
-  // Scores to weights; what was added up so far fades to the new maximum.
-  bool weigh_all(int64_t first) {
-    for (int64_t r = 0; r < rows_; r++)
-      for (int h = 0; h < H && count(r, first) > 0; h++) {
-        const float earlier = highest_[r][h];
-        const float added = single_weights(part_[r][h], count(r, first), &highest_[r][h]);
-        const float fade = std::exp(earlier - highest_[r][h]);
-        sum_[r][h] = std::fma(fade, sum_[r][h], added);
-        if (!std::isfinite(highest_[r][h])) return false;
-        for (int64_t e = 0; e < a_.size; e += LANES) faded(result_[r][h] + e, first, fade);
-        faded(fours_[r][h], first, fade);
-      }
-    return true;
-  }
+  static float weights(float* scores, int64_t count, float* highest) { return single_weights(scores, count, highest); }
 
-  static void faded(float* sums, int64_t first, float fade) {
-    _mm512_store_ps(sums, first ? _mm512_mul_ps(_mm512_load_ps(sums), _mm512_set1_ps(fade)) : _mm512_setzero_ps());
-  }
+  void fade(int64_t r, int h, int64_t first, float fade) { faded(fours_[r][h], first, fade); }
 
   // First the values of keys that all rows see, in eights; then each row's further ones.
   void add(int64_t first, int64_t all, bool apart) {
-    const int64_t joint = std::clamp((apart ? a_.settled : fewest_) - first, int64_t{0}, all) / 8 * 8;
+    const int64_t joint = std::clamp((apart ? a_.settled : Base::fewest_) - first, int64_t{0}, all) / 8 * 8;
     const float* values = values_ + first * a_.value_row;
     if (joint)
-      by_rows<VALUED>([&](auto rows, int64_t r) {
+      Base::template by_rows<VALUED>([&](auto rows, int64_t r) {
         SingleValues<rows * H, false>{a_, values, nullptr, 0, joint, part_[r]}.run(result_[r], fours_[r]);
       });
     for (int64_t r = 0; r < rows_; r++) {
@@ -296,13 +242,13 @@ class SingleGroup {
   // Outputs of a head that lie before a multiple of 16 bytes in torch's memory. Each thread of it has room, one after another,
   // for the scores of a block, a maximum, a sum, and the head's outputs, of which there is a multiple of four.
   __mmask16 before_whole(int64_t r, int h) const {
-    const int64_t thread = (head_ + h) / a_.apart, scores = std::min<int64_t>(BLOCK, own_[r]);
+    const int64_t thread = (Base::head_ + h) / a_.apart, scores = std::min<int64_t>(BLOCK, Base::own_[r]);
     return first_of(-(thread + 1) * (scores + 2) & 3);
   }
 
   void write(int64_t r, int h) const {
-    const __m512 scale = _mm512_set1_ps(1.0f / sum_[r][h]);
-    float* into = a_.output + ((row_ + r) * a_.queries + head_ + h) * a_.size;
+    const __m512 scale = _mm512_set1_ps(1.0f / Base::sum_[r][h]);
+    float* into = Base::output_of(r, h);
     for (int64_t e = 0; e < a_.size; e += LANES) {
       __m512 sums = _mm512_load_ps(result_[r][h] + e);
       if (e == 0) sums = _mm512_mask_loadu_ps(sums, before_whole(r, h), fours_[r][h]);
