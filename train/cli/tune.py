@@ -41,13 +41,14 @@ def tune_command(
     """
     from runtime.errors import SpecBoundError
     from train.publishing.evidence import sources_line
-    from train.publishing.tune import tune_adapter
+    from train.publishing.tune import tunable, tune_adapter
     from train.replay.costs import CostTable
     from train.replay.search import Held
     from train.replay.together import line
 
     try:
         table, held = CostTable.read(costs), Held(exit_threshold, max_exit_layer, max_draft_tokens)
+        tunable(adapter, table)  # before prompts are answered
         traces = None
         if prompts is not None:
             how = {"dtype": dtype, "threads": table.conditions.get("threads"), "device": device}

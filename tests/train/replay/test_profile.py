@@ -106,7 +106,7 @@ def test_what_cannot_be_tuned_is_refused(fitted: Any, tmp_path: Path) -> None:
     before = (folder / "config.json").read_bytes()
     for arguments, message in (
         (["--adapter", str(folder), "--costs", str(tmp_path / "none.json")], "specbound profile"),
-        (["--adapter", str(folder), "--costs", str(tmp_path / "other.json")], "different exits or layers"),
+        (["--adapter", str(folder), "--costs", str(tmp_path / "other.json")], "costs are of a base of 99 layers"),
         (["--adapter", str(tmp_path / "none"), "--costs", str(tmp_path / "other.json")], "is not a folder"),
     ):
         result = CliRunner().invoke(app, ["tune", *arguments])
