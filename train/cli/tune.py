@@ -49,10 +49,8 @@ def tune_command(
     try:
         table, held = CostTable.read(costs), Held(exit_threshold, max_exit_layer, max_draft_tokens)
         tunable(adapter, table)  # before prompts are answered
-        traces = None
-        if prompts is not None:
-            how = {"dtype": dtype, "threads": table.conditions.get("threads"), "device": device}
-            traces = _answers(adapter, model, prompts, limit, max_new_tokens, how)
+        how = {"dtype": dtype, "threads": table.conditions.get("threads"), "device": device}
+        traces = None if prompts is None else _answers(adapter, model, prompts, limit, max_new_tokens, how)
         summary = tune_adapter(adapter, table, held, traces=traces, requests=requests)
     except (SpecBoundError, OSError) as error:
         fail(error, None)
