@@ -22,7 +22,6 @@ from train.corpus.answers import check_template
 from train.corpus.collection import Collection
 from train.corpus.corpus import distil
 from train.corpus.options import CorpusOptions
-from train.corpus.rows import require_files
 from train.features.spread import is_spread, load_spread, whole_parameters
 from train.fitting.interrupts import StopSignals
 from train.fitting.launch import one_line_errors
@@ -70,6 +69,12 @@ def make_corpus(config: FitConfig, model: Any, tokenizer: Any, *, state: Partial
     )
 
 
+def require_prompts(config: FitConfig) -> None:
+    """Before the base is loaded: raise DataError where a file of the recipe is not there or holds nothing of use."""
+    Collection.require(config.prompts, limit=config.prompt_limit, keep=config.answers == "keep")
+    Collection.require(config.evaluation_files)
+
+
 def load_base(config: FitConfig, spread: str | None = None) -> tuple[Any, Any]:
     """Load the base of the recipe and its tokenizer: on the CPU, or sharded over the devices of the processes.
 
@@ -101,7 +106,7 @@ def main(config: FitConfig) -> None:
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM; what is answered so far stays.
     """
     validate(config)
-    require_files((*config.prompts, *config.evaluation_files))
+    require_prompts(config)
     state = PartialState()
     with StopSignals(), naming(config.corpus_path):
         model, tokenizer = load_base(config)

@@ -28,8 +28,7 @@ from train.calibration.calibration import unseen_rows
 from train.calibration.temperatures import require_positions
 from train.corpus.corpus import counts_of
 from train.corpus.options import CorpusOptions
-from train.corpus.rows import require_files
-from train.distil import load_base, make_corpus
+from train.distil import load_base, make_corpus, require_prompts
 from train.features.disk import bytes_per_position, require_disk
 from train.features.split import Split
 from train.features.spread import decoder_layers, is_spread, take_from_launcher, whole_parameters
@@ -63,7 +62,7 @@ def main(config: FitConfig) -> None:
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM. A fit in progress saves a checkpoint first.
     """
     validate(config)
-    require_files((*config.prompts, *config.evaluation_files))
+    require_prompts(config)
     check_output_dir(config)
     if config.push_to_hub:
         check_can_push(config)
@@ -75,11 +74,14 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     spread = take_from_launcher()
     accelerator = make_accelerator(config, spread)
     show_settings(accelerator, config)
+    earlier = _earlier(config)
 
     # 1) the frozen base, and the corpus of its answers
     layers, tokenizer = _load(config, accelerator, spread)
     model, vocab_size = layers.model, cast(Tensor, layers.unembedding.weight).shape[0]
     validate_against_model(config, num_hidden_layers=layers.num_layers, vocab_size=vocab_size)
+    if earlier is not None:
+        check_base(model, tokenizer, earlier, strict=False)
     if config.dry_run:
         accelerator.print(_rehearsed(config, layers, tokenizer, vocab_size, accelerator))
         return
@@ -90,7 +92,6 @@ def _main(config: FitConfig, stop: StopSignals) -> None:
     splits = _load_splits(config, accelerator, layers)
 
     # 2) the heads, on the tokens the base uses most
-    earlier = _earlier(config, model, tokenizer)
     vocabulary, covered = _vocabulary(config, tokenizer, splits, vocab_size, earlier)
     accelerator.print(vocabulary_line(vocabulary, covered, splits["fit"].sequences.rows))
     set_seed(config.seed)  # only here, so that earlier random draws do not change the new heads
@@ -139,17 +140,16 @@ def _load(config: FitConfig, accelerator: Accelerator, spread: str | None) -> tu
     return DecoderLayers(model.to(accelerator.device).requires_grad_(False).eval()), tokenizer
 
 
-def _earlier(config: FitConfig, model: Any, tokenizer: Any) -> Adapter | None:
+def _earlier(config: FitConfig) -> Adapter | None:
     """The adapter whose heads the fit begins with, where one is named.
 
     Raises:
-        AdapterError, BaseModelMismatch: it cannot be read, or is another model's.
+        AdapterError: it cannot be read.
         ConfigError: its heads are of another kind or size than the recipe's.
     """
     if config.init_adapter is None:
         return None
     adapter = load_adapter(resolve_adapter(config.init_adapter))
-    check_base(model, tokenizer, adapter, strict=False)
     own = adapter.config
     for name, theirs in {"head": own.head, "head_rank": own.head_rank, "exit_layers": list(own.exit_layers)}.items():
         if getattr(config, name) != theirs:

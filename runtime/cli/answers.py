@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,46 @@ from runtime.batch import Batch, Call
 from runtime.batch.texts import join, outcome
 from runtime.cli.speaker import Speaker
 from runtime.errors import ConfigError, DataError
-from runtime.files import write_atomic
+from runtime.files import check_writable, write_atomic
 from runtime.text.prompts import Prompt, read_prompts
 from runtime.text.transcript import Transcript
 
+BEGINS = b'{"index": '  # a line of the output
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Prompts of a file, and where the answers go.
+
+    Attributes:
+        done: places of the prompts that the output has answers of.
+    """
+
+    source: str
+    prompts: list[Prompt]
+    output: Path
+    done: set[int]
+
+    @classmethod
+    def read(cls, source: str, output: Path) -> "Asked":
+        """Read both files; no model is needed to see what is wrong with them.
+
+        Raises:
+            DataError: the file holds no prompts, or one of several turns; the output is of other prompts.
+            ConfigError: the output cannot be written.
+        """
+        prompts = read_prompts(source)
+        for number, prompt in enumerate(prompts, start=1):
+            if prompt.later_turns:
+                raise DataError(f"{source}, prompt {number}: has several turns; give each conversation as `messages`")
+        done = answered(output, prompts)
+        if not output.exists():
+            check_writable(output)
+        return cls(source, prompts, output, done)
+
 
 def answer_file(
-    speaker: Speaker, source: str, output: Path, *, concurrency: int, raw: bool, max_new_tokens: int, **ask: Any
+    speaker: Speaker, asked: Asked, *, concurrency: int, raw: bool, max_new_tokens: int, **ask: Any
 ) -> None:
     """Answer the prompts of a file; each line of the output is one answer, as soon as it is there.
 
@@ -28,13 +62,12 @@ def answer_file(
         ask: `seed`, `stop` and options of `generate`.
 
     Raises:
-        DataError: the file holds no prompts, one of several turns, or one too long; the output is of other prompts.
+        DataError: a prompt is too long.
         ConfigError: the output cannot be written.
     """
-    prompts = read_prompts(source)
-    done = answered(output, prompts)
+    prompts, output, done = asked.prompts, asked.output, asked.done
     left = [number for number in range(len(prompts)) if number not in done]
-    ids = {number: _encoded(speaker, prompts[number], f"{source}, prompt {number + 1}", raw) for number in left}
+    ids = {number: _encoded(speaker, prompts[number], f"{asked.source}, prompt {number + 1}", raw) for number in left}
     seed, stop = ask.pop("seed"), ask.pop("stop")
     try:
         file = output.open("a", encoding="utf-8")
@@ -87,6 +120,9 @@ def answered(output: Path, prompts: list[Prompt]) -> set[int]:
             raise DataError(f"{output}: holds answers to other prompts; name another file")
         done.add(number)
     if len(whole) < len(data):
+        cut = data[len(whole) :]
+        if cut[: len(BEGINS)] != BEGINS[: len(cut)]:
+            raise DataError(f"{output}: holds something else than answers; name another file")
         with output.open("r+b") as file:
             file.truncate(len(whole))
     return done
@@ -94,8 +130,6 @@ def answered(output: Path, prompts: list[Prompt]) -> set[int]:
 
 def _encoded(speaker: Speaker, prompt: Prompt, where: str, raw: bool) -> Any:
     """Its ids [1, T]."""
-    if prompt.later_turns:
-        raise DataError(f"{where}: has several turns; give each conversation as `messages`")
     try:
         return speaker.encode([(message.role, message.content) for message in prompt.messages], raw=raw)
     except DataError as error:

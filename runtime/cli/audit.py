@@ -44,6 +44,7 @@ def audit_command(
     Example: specbound audit --adapter outputs/demo/adapter --prompts prompts.jsonl --limit 16 --concurrency 4
     """
     from runtime.audit.audit import AuditSettings, run_audit
+    from runtime.audit.record import earlier_entries
     from runtime.errors import SpecBoundError
     from runtime.files import check_writable
     from runtime.text.prompts import read_prompts, spread
@@ -55,6 +56,8 @@ def audit_command(
         settings = AuditSettings(adapter, prompts, model, *how)
         if json_file is not None:
             check_writable(json_file)
+            if resume:
+                earlier_entries(json_file, "findings", {}, under="conditions")  # that it is a report; of what, later
         chosen = spread(read_prompts(prompts), limit)  # before the model, which takes longer
         attached = load_with_adapter(
             adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness, adaptive=False

@@ -56,6 +56,7 @@ def generate_command(
 
     Example: specbound generate --adapter outputs/demo/adapter --file prompts.jsonl --output answers.jsonl
     """
+    from runtime.cli.answers import Asked, answer_file
     from runtime.cli.speaker import Speaker
     from runtime.errors import ConfigError, SpecBoundError
 
@@ -66,12 +67,11 @@ def generate_command(
         if (file is None) != (output is None) or (file is not None and (prompt is not None or as_json)):
             raise ConfigError("--file goes with --output FILE.jsonl, and with no prompt and no --json")
         text = _text(prompt) if file is None else ""
+        asked = None if file is None or output is None else Asked.read(file, output)
         speaker = Speaker.load(adapter, model, dtype=dtype, threads=threads, device=device, exactness=exactness)
         ask: dict[str, Any] = {"seed": seed, "stop": stop or (), "max_new_tokens": max_new_tokens} | options
-        if file is not None and output is not None:
-            from runtime.cli.answers import answer_file
-
-            answer_file(speaker, file, output, concurrency=concurrency, raw=raw, **ask)
+        if asked is not None:
+            answer_file(speaker, asked, concurrency=concurrency, raw=raw, **ask)
         else:
             _answer(speaker, text, raw, as_json, **ask)
     except (SpecBoundError, OSError) as error:

@@ -157,7 +157,7 @@ class SimulatedRound:
             costs = self.costs
             self.ms += costs.lookup * len(asked) if layer == 0 else costs.head + costs.head_row * (len(asked) - 1)
             for number in asked:
-                proposals = self.proposals(layer, position, age, level[number].wrong)
+                proposals = self.proposals(layer, position, age, level[number].wrong)[: bounds.max_branches]
                 if proposals and proposals[0][1] >= bounds.threshold(layer):
                     found[number] = merge(found[number], proposals, layer)
                     if found[number][0].confidence >= bounds.sure_threshold:

@@ -117,9 +117,9 @@ class Traces:
         if lookup is not None:
             log, table = lookup
             looked_up = log.token
-            drafted = {LOOKUP_LAYER: log.confidences(table)[None, None]}
+            drafted = {LOOKUP_LAYER: log.confidences(table)[:, None]}
             confidence, uncalibrated = confidence | drafted, uncalibrated | drafted
-            tokens = tokens | {LOOKUP_LAYER: log.token[None, None]}
+            tokens = tokens | {LOOKUP_LAYER: log.token[:, None]}
             after_wrong = log.confidences_after_wrong(table)
         lengths = np.array([len(prompt) for prompt, _ in rows])
         layers = tuple(sorted(confidence))
@@ -232,10 +232,10 @@ def _spread(tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
 
 
 def _place(drafts: NDArray[np.int64], wanted: NDArray[np.int64] | None) -> NDArray[np.int8]:
-    """Which of the drafts [A, K, N] is the wanted token [N]; -1 where none is."""
+    """Which of the drafts [A, K, N] is the wanted token [N], or [A, N]; -1 where none is."""
     if wanted is None:
         return np.full((drafts.shape[0], drafts.shape[2]), -1, dtype=np.int8)
-    same = drafts == np.where(wanted < 0, NOTHING, wanted)
+    same = drafts == np.where(wanted < 0, NOTHING, wanted)[..., None, :]
     return np.where(same.any(axis=1), same.argmax(axis=1), -1).astype(np.int8)
 
 

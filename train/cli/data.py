@@ -82,6 +82,7 @@ def _survey(
     keep = (chosen["answers"] or "distil") == "keep"
     if chosen["answers"] not in (None, "distil", "keep"):
         raise ConfigError(f"answers {chosen['answers']!r}: expected distil or keep")
+    Collection.require(chosen["prompts"], limit=chosen["prompt_limit"], keep=keep)
     tokenizer = load_tokenizer(find_base(chosen["model_name_or_path"]), {"revision": chosen["model_revision"]})
     check_template(tokenizer, options)
     read = Collection.mix(chosen["prompts"], limit=chosen["prompt_limit"], keep=keep, quiet=True)

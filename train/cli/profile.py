@@ -1,5 +1,6 @@
 """`specbound profile`: time the parts of a round on this machine. Slow libraries are imported inside."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -35,3 +36,5 @@ def profile_command(
     except (SpecBoundError, OSError) as error:
         fail(error, None)
     print(costs)
+    if "busy" in costs.conditions:
+        print(f"warning: {costs.conditions['busy']}; until then `tune` counts with a busy machine", file=sys.stderr)

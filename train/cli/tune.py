@@ -41,17 +41,16 @@ def tune_command(
     """
     from runtime.errors import SpecBoundError
     from train.publishing.evidence import sources_line
-    from train.publishing.tune import tune_adapter
+    from train.publishing.tune import tunable, tune_adapter
     from train.replay.costs import CostTable
     from train.replay.search import Held
     from train.replay.together import line
 
     try:
         table, held = CostTable.read(costs), Held(exit_threshold, max_exit_layer, max_draft_tokens)
-        traces = None
-        if prompts is not None:
-            how = {"dtype": dtype, "threads": table.conditions.get("threads"), "device": device}
-            traces = _answers(adapter, model, prompts, limit, max_new_tokens, how)
+        tunable(adapter, table)  # before prompts are answered
+        how = {"dtype": dtype, "threads": table.conditions.get("threads"), "device": device}
+        traces = None if prompts is None else _answers(adapter, model, prompts, limit, max_new_tokens, how)
         summary = tune_adapter(adapter, table, held, traces=traces, requests=requests)
     except (SpecBoundError, OSError) as error:
         fail(error, None)

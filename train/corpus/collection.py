@@ -43,7 +43,25 @@ class Collection:
         return [conversation.prompt for conversation in self.conversations]
 
     @classmethod
-    def read(cls, text: str, *, limit: int | None = None, keep: bool = False, quiet: bool = False) -> "Collection":
+    def require(cls, texts: Sequence[str], *, limit: int | None = None, keep: bool = False) -> None:
+        """Before anything that takes long: that each file is there, and holds a row that can be understood.
+
+        Raises: see `read`.
+        """
+        for text in texts:
+            if Source.parse(text).is_file:  # a data set may have to be downloaded
+                cls.read(text, limit=limit, keep=keep, quiet=True, enough=1)
+
+    @classmethod
+    def read(
+        cls,
+        text: str,
+        *,
+        limit: int | None = None,
+        keep: bool = False,
+        quiet: bool = False,
+        enough: int | None = None,
+    ) -> "Collection":
         """Read one source; rows that cannot be understood are skipped, counted, and told in a logged line.
 
         Args:
@@ -51,6 +69,7 @@ class Collection:
             limit: read at most this many rows, unless the source states a limit of its own.
             keep: answers are needed.
             quiet: log nothing.
+            enough: stop after so many conversations.
 
         Raises:
             ConfigError: the source has a setting that is wrong.
@@ -59,6 +78,8 @@ class Collection:
         source, found = Source.parse(text), cls()
         rows = islice(read_rows(source), source.limit or limit)
         for where, row in tqdm(rows, f"read {source.path}", unit=" rows", delay=SILENT, leave=False):
+            if len(found.conversations) == enough:
+                break
             found.rows += 1
             try:
                 found.conversations.append(_understood(row, source, keep=keep))

@@ -5,7 +5,8 @@ import glob
 import gzip
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,12 +63,6 @@ def files_of(source: Source) -> list[tuple[str, str]]:
     return list(zip(paths, endings, strict=True))
 
 
-def require_files(texts: Iterable[str]) -> None:
-    """Before anything that takes long: raise DataError where a source's file is not there, see `files_of`."""
-    for text in texts:
-        files_of(Source.parse(text))
-
-
 def _json(path: str) -> Iterator[tuple[str, Any]]:
     """The objects of a file, one a line or in one list."""
     with _opened(path) as file:
@@ -87,17 +82,21 @@ def _table(path: str, delimiter: str) -> Iterator[tuple[str, Any]]:
     """The rows of a table with a line of names; every cell is text, also one with a number in it."""
     csv.field_size_limit(2**31 - 1)
     with _opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-        rows = csv.DictReader(text, delimiter=delimiter)
-        names = list(rows.fieldnames or [])
+        rows = csv.reader(text, delimiter=delimiter)
+        names = next(filter(None, rows), [])
         if len(names) == 1 and (found := [mark for mark in MARKS if mark != delimiter and mark in names[0]]):
             raise DataError(
                 f"{path}: its first line has {MARKS[found[0]]} and no {MARKS[delimiter]}, so it is one name,"
                 f" {names[0]!a:.60}: save it with {MARKS[delimiter]} between the columns"
             )
-        for row in rows:
-            surplus = any(row.pop(None, []))  # under None are cells without a name
-            too_many = Unusable(f"more cells than the {len(names)} columns; put those with a separator in quotes")
-            yield f"line {rows.line_num}", too_many if surplus else row
+        begins = rows.line_num + 1  # a row may go over several lines: cells in quotes may hold line breaks
+        for cells in rows:
+            where, begins = f"line {begins}", rows.line_num + 1
+            if any(cells[len(names) :]):
+                too_many = f"more cells than the {len(names)} columns; put those with a separator in quotes"
+                yield where, Unusable(too_many)
+            elif cells:
+                yield where, dict(zip_longest(names, cells[: len(names)]))
 
 
 def _opened(path: str) -> IO[bytes]:

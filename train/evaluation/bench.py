@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from runtime.adapter.folder import load_adapter
+from runtime.adapter.hub import resolve_adapter
 from runtime.audit.record import earlier_entries, write_report
 from runtime.cli.options import load_with_adapter, to_ids
 from runtime.conditions import conditions
@@ -69,6 +71,11 @@ def run_bench(settings: BenchSettings, *, path: Path | None = None, resume: bool
     require_known(settings.methods)
     prompts = choose(Collection.read(settings.prompts).prompts, settings.limit, settings.per_task)
     costs = None if settings.costs is None else CostTable.read(settings.costs)
+    if costs is not None:
+        own = load_adapter(resolve_adapter(settings.adapter)).config
+        costs.check_layers(own.num_hidden_layers, settings.adapter)
+    if path is not None and resume:
+        earlier_entries(path, "records", {})  # that it is a report; of which settings is known later
     started = time.perf_counter()
     model = load_with_adapter(
         settings.adapter,

@@ -47,19 +47,15 @@ def tune_adapter(
         DataError: the folder has no traces, or they do not belong to the adapter.
         AdapterError: the folder is not an adapter, or cannot be written.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: give a local copy of the adapter that can be written")
-    adapter = load_adapter(folder)
+    adapter = tunable(folder, costs)
     workload, reported = traces, traces
     if traces is None:
         traces = Traces.read(folder / TRACES_FILE, weights_sha256=adapter.config.weights_sha256)
     if reported is None:  # an adapter of before has no other text
         path = folder / HELD_OUT_FILE
         reported = Traces.read(path, weights_sha256=adapter.config.weights_sha256) if path.exists() else traces
-    if set(traces.layers) - {0} != set(adapter.config.exit_layers) or costs.num_hidden_layers != (
-        adapter.config.num_hidden_layers
-    ):
-        raise DataError(f"{folder}: traces, costs and adapter have different exits or layers: profile or fit again")
+    if set(traces.layers) - {0} != set(adapter.config.exit_layers):
+        raise DataError(f"{folder}: traces and adapter have different exits: fit again")
     before = adapter.config.bounds
     as_before = Replayer(traces, costs, requests).run(before)
     after, replayed = tune(traces, costs, held, requests=requests)
@@ -77,6 +73,18 @@ def tune_adapter(
         summary["replayed_on"] = "the prompts that the bounds were chosen on"
     _rewrite(folder, replace(adapter, config=replace(adapter.config, bounds=after)), reported, costs, summary)
     return summary
+
+
+def tunable(folder: Path, costs: CostTable) -> Adapter:
+    """The adapter of a folder that can be tuned with these costs.
+
+    Raises: see `tune_adapter`.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: give a local copy of the adapter that can be written")
+    adapter = load_adapter(folder)
+    costs.check_layers(adapter.config.num_hidden_layers, str(folder))
+    return adapter
 
 
 def _described(bounds: SpeculationBounds, predicted: dict[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,14 @@ class CostTable:
             plain_context=0.0,
         )
 
+    def check_layers(self, number: int, of: str) -> None:
+        """Raise DataError where the costs are of another base than one of so many layers, which is `of`."""
+        if number != self.num_hidden_layers:
+            raise DataError(
+                f"the costs are of a base of {self.num_hidden_layers} layers, {of} has {number}: measure this one with"
+                " `specbound profile`"
+            )
+
     def for_head(self, weights_read: int) -> "CostTable":
         """The same machine with a head of another size: what it costs goes by the numbers that it reads.
 

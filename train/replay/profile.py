@@ -28,6 +28,7 @@ from runtime.errors import SpecBoundError
 from runtime.exact.static import StaticCache
 from runtime.handle import SpecBound
 from train.replay.clock import Clock
+from train.replay.contention import Contention
 from train.replay.costs import CostTable
 from train.replay.search import WIDTHS
 
@@ -70,7 +71,7 @@ def measure(
     contexts = [min(context, longest - GENERATED - max_width - 1 - longer) for context in CONTEXTS]
     benches = [_Bench(model, context, longer, max_width) for context in contexts]
     measured: list[dict[Any, float]] = []
-    started = time.perf_counter()
+    started, contention = time.perf_counter(), Contention()
     for number in trange(rounds, desc="profile", unit="round", disable=not progress):
         if number >= 2 and (time.perf_counter() - started) * (number + 1) / number > SECONDS:
             break
@@ -87,7 +88,7 @@ def measure(
             bench.shorten()
     kept = measured[min(WARM_UP, len(measured) // 2) :]
     ms = {key: 1000 * float(trim_mean([each[key] for each in kept], TRIMMED)) for key in kept[0]}
-    return _table(ms, contexts, max_width, specbound, model)
+    return contention.told(_table(ms, contexts, max_width, specbound, model))
 
 
 def _table(ms: dict[Any, float], contexts: list[int], max_width: int, specbound: SpecBound, model: Any) -> CostTable:

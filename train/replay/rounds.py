@@ -52,7 +52,8 @@ class TraceLists:
             is `LOOKED_UP`, or the source and the place among its proposals.
         right: distance -> position -> those tokens that are the base's choice.
         copied: position of a wrong draft by lookup -> confidences of what it copies next.
-        merged: position, distance and sources -> what they propose together; filled as it is asked for.
+        merged: position, distance, drafts of a source and sources -> what these propose together; filled as it is
+            asked for.
     """
 
     def __init__(self, traces: Traces) -> None:
@@ -68,7 +69,7 @@ class TraceLists:
                     if place >= 0:
                         chosen[at].add(_name(layer, place, shared[index][age][at]))
             self.right.append([frozenset(tokens) for tokens in chosen])
-        self.merged: dict[tuple[int, int, tuple[int, ...]], list[Branch]] = {}
+        self.merged: dict[tuple[int, int, int, tuple[int, ...]], list[Branch]] = {}
         self.copied = None if traces.after_wrong is None else traces.after_wrong.T.tolist()
 
     def _proposals(self, index: int) -> list[list[list[tuple[Hashable, float]]]]:
@@ -166,13 +167,14 @@ class LoggedRounds:
             asked.append(layer)
             copies = layer == LOOKUP and node.wrong >= 0
             proposals = self._copied(at, node.wrong) if copies else self.lists.proposals[layer][age][at]
+            proposals = proposals[: bounds.max_branches]  # the runtime asks for no more
             if not proposals or not bounds.accepts(layer, proposals[0][1]):
                 continue
             drafting = (*drafting, layer)
             if node.wrong >= 0:
                 branches = merge(branches, proposals, layer)
             else:
-                key = at, age, drafting
+                key = at, age, bounds.max_branches, drafting
                 if key not in self.lists.merged:
                     self.lists.merged[key] = merge(branches, proposals, layer)
                 branches = self.lists.merged[key]

@@ -125,14 +125,16 @@ def best_uniform(traces: Traces, costs: CostTable) -> Totals:
     return max((replayer.run(one) for one in bounds), key=lambda totals: totals.speedup)
 
 
-def cross_fitted(traces: Traces, costs: CostTable, held: Held | None = None, *, requests: int = 1) -> float:
+def cross_fitted(
+    traces: Traces, costs: CostTable, held: Held | None = None, *, requests: int = 1, progress: bool = True
+) -> float:
     """Predicted speed-up of one request over stock, cross-fitted: bounds tuned on each half of the texts, for so many
     requests together, replayed on the other."""
     odd = np.arange(traces.num_sequences) % 2 == 1
     plain = ms = 0.0
     for part in (odd, ~odd):
         if part.any() and (~part).any():
-            bounds, _ = tune(traces.of_sequences(part), costs, held, requests=requests, progress=False)
+            bounds, _ = tune(traces.of_sequences(part), costs, held, requests=requests, progress=progress)
             totals = Replayer(traces.of_sequences(~part), costs).run(bounds)
             plain, ms = plain + float(totals.plain_by_text.sum()), ms + float(totals.ms_by_text.sum())
     return plain / ms if ms else 1.0

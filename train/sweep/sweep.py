@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from runtime.adapter.identity import file_sha256
 from runtime.base import base_config, find_base
-from runtime.errors import ConfigError, DataError, SpecBoundError
+from runtime.errors import ConfigError, SpecBoundError
 from runtime.files import write_atomic
 from train.fitting.interrupts import StopSignals
 from train.replay.costs import CostTable
@@ -96,11 +96,8 @@ class Sweep:
                 validate_against_model(replace(self.config, **settings), **sizes)
         except ConfigError as error:
             raise ConfigError(f"{space}: {error}") from None
-        if self.costs is not None and self.costs.num_hidden_layers != shape.num_hidden_layers:
-            raise DataError(
-                f"the costs are of a base of {self.costs.num_hidden_layers} layers, {base} has"
-                f" {shape.num_hidden_layers}: measure this one with `specbound profile`"
-            )
+        if self.costs is not None:
+            self.costs.check_layers(shape.num_hidden_layers, base)
 
     def _make_corpus(self, stop: StopSignals) -> None:
         """Make the corpus that all trials share, or see that it is there; another process may be at it."""

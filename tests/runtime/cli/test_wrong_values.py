@@ -6,11 +6,15 @@ import pytest
 from typer.testing import CliRunner
 
 from train.cli.app import app
+from train.replay.costs import CostTable
 
 ADAPTER, PROMPTS = "outputs/demo/adapter", "good.jsonl"
 GENERATE = ["generate", "--adapter", ADAPTER]
 AUDIT = ["audit", "--adapter", ADAPTER, "--prompts"]
 BENCH = ["bench", "--adapter", ADAPTER, "--prompts", PROMPTS, "--json"]
+KEPT = (PROMPTS, "bad.jsonl", "notes.txt")
+TUNE = ["tune", "--adapter", ADAPTER, "--costs"]
+NO_BASE, OUTPUT = ["--model", "nowhere"], ["--output", "answers.jsonl"]
 # Arguments, and what the line must hold.
 WRONG: list[tuple[list[str], str]] = [
     (["generate", "--adapter", "nowhere", "w1"], "nowhere"),
@@ -36,6 +40,19 @@ WRONG: list[tuple[list[str], str]] = [
     (["serve", "--adapter", ADAPTER, "--port", "0", "--host", "0.0.0.0"], "API key"),
     (["inspect", "empty"], "config.json"),
     (["inspect", ADAPTER, "--revision", "main"], "is a folder"),
+    # Files are looked at before a base is loaded.
+    ([*GENERATE, *NO_BASE, *OUTPUT, "--file", "bad.jsonl"], "bad.jsonl, line 1: not valid JSON"),
+    ([*GENERATE, *NO_BASE, *OUTPUT, "--file", "empty.jsonl"], "empty.jsonl: no prompts in it"),
+    ([*GENERATE, *NO_BASE, *OUTPUT, "--file", "costs.json"], "expected a list of rows"),
+    ([*GENERATE, *NO_BASE, "--file", PROMPTS, "--output", "notes.txt"], "holds something else than answers"),
+    ([*AUDIT, "empty.jsonl", *NO_BASE], "empty.jsonl: no prompts in it"),
+    ([*AUDIT, PROMPTS, *NO_BASE, "--json", "bad.jsonl", "--resume"], "not a report of this kind"),
+    ([*BENCH[:-2], "empty.jsonl", *NO_BASE, "--json", "b.json"], "empty.jsonl: no prompts in it"),
+    ([*BENCH, "bad.jsonl", *NO_BASE, "--resume"], "not a report of this kind"),
+    ([*BENCH, "b.json", *NO_BASE, "--costs", "costs.json"], "the costs are of a base of 99 layers"),
+    (["data", "empty.jsonl", *NO_BASE], "empty.jsonl: no prompts in it"),
+    ([*TUNE, "costs.json", *NO_BASE, "--prompts", PROMPTS], "the costs are of a base of 99 layers"),
+    ([*TUNE, "empty.jsonl", *NO_BASE, "--prompts", PROMPTS], "empty.jsonl is not a cost table"),
     ([*AUDIT, "no.jsonl"], "no.jsonl: cannot be read"),
     ([*AUDIT, "some-org/set"], "expected a .jsonl or .json file"),
     ([*AUDIT, PROMPTS, "--temperature", "0.5"], "--sample"),
@@ -63,6 +80,9 @@ def here(demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("SPECBOUND_API_KEY", raising=False)
     (demo_outputs / PROMPTS).write_text('{"prompt": "w1 w2"}\n')
     (demo_outputs / "bad.jsonl").write_text("{\n")
+    (demo_outputs / "empty.jsonl").write_text("\n")
+    (demo_outputs / "notes.txt").write_text("not to be lost")
+    CostTable.counted(99, head=1.0, unembedding=1.0).write(demo_outputs / "costs.json")
     (demo_outputs / "empty").mkdir()
     (demo_outputs / "recurrent").mkdir()
     (demo_outputs / "recurrent" / "config.json").write_text('{"model_type": "mamba", "architectures": ["M"]}')
@@ -73,6 +93,7 @@ def here(demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_wrong_value_is_told_in_one_line(arguments: list[str], said: str, here: Path) -> None:
     """On stderr; nothing is left behind."""
     before = sorted(path for path in here.rglob("*") if "base" not in path.parts)
+    kept = [(here / name).read_bytes() for name in KEPT]
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, SystemExit) and result.exit_code in (1, 2), repr(result.exception)
     assert "Traceback" not in result.output
@@ -82,3 +103,4 @@ def test_every_wrong_value_is_told_in_one_line(arguments: list[str], said: str, 
     else:  # wrong usage, in a box of the command line's own
         assert said in result.stderr, result.output
     assert sorted(path for path in here.rglob("*") if "base" not in path.parts) == before
+    assert [(here / name).read_bytes() for name in KEPT] == kept

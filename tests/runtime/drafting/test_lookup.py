@@ -1,7 +1,7 @@
 """The depth-0 exit: longest suffix match against a brute-force search, its table, and its drafts in generation."""
 
 import random
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from runtime.drafting.lookup import (
 )
 from runtime.generate import attach
 from runtime.loading import make_specbound
-from train.calibration.lookup_traces import FOLLOWED, LookupTraces
+from train.calibration.lookup_traces import DISTANCES, FOLLOWED, LookupTraces
 
 
 def brute_force(settled: list[int], pending: list[int]) -> Proposal | None:
@@ -72,8 +72,8 @@ def test_traces_and_table() -> None:
     rows = [([1, 2, 3, 1], [2, 3, 9])]
     traces = LookupTraces.collect(rows, targets=[2, 3, 9])
     # After `1`: seen once, followed by 2. After `1 2`: followed by 3. After `2 3`: followed by 1, wrong.
-    assert traces.match.tolist() == [1, 2, 3]
-    assert traces.correct.tolist() == [True, True, False] and traces.token.tolist() == [2, 3, 1]
+    assert traces.match[0].tolist() == [1, 2, 3]
+    assert traces.correct[0].tolist() == [True, True, False] and traces.token[0].tolist() == [2, 3, 1]
     # Behind that wrong 1, with `2 3 1` for an end, it would go on with what followed then, and on.
     assert traces.after_wrong.shape == (2, FOLLOWED, 3) and not traces.after_wrong[:, :, :2].any()
     lookup, pending = ContextLookup([1, 2, 3, 1, 2]), [3, 1]
@@ -83,15 +83,28 @@ def test_traces_and_table() -> None:
         assert traces.after_wrong[:, behind, 2].tolist() == [proposal.match, proposal.support]
         pending.append(proposal.token)
     nothing = np.zeros((2, FOLLOWED, 1000), int)
-    right, token = np.arange(1000) % 4 > 0, np.zeros(1000, int)
-    table = LookupTraces(np.array([2] * 1000), np.array([AGREED] * 1000), right, token, nothing).fit()
+    right, token = np.arange(1000)[None] % 4 > 0, np.zeros((1, 1000), int)
+    table = LookupTraces(np.array([[2] * 1000]), np.array([[AGREED] * 1000]), right, token, nothing).fit()
     assert table.rows[1][AGREED] == pytest.approx(0.75, abs=0.01)
     confidence = traces.confidences(table)
-    assert confidence.shape == (3,) and (confidence > 0).all()
+    assert confidence.shape == (DISTANCES, 3) and (confidence[0] > 0).all()
     behind = traces.confidences_after_wrong(table)
     assert behind.shape == (FOLLOWED, 3) and (behind[:, 2] > 0).all() and not behind[:, :2].any()
-    none = np.array([0])
-    assert LookupTraces(none, none, np.array([False]), none - 1, nothing).confidences(table).tolist() == [0.0]
+    none = np.array([[0]])
+    assert LookupTraces(none, none, none > 0, none - 1, nothing).confidences(table).tolist() == [[0.0]]
+
+
+def test_a_later_draft_is_looked_up_in_the_text_before_its_root() -> None:
+    """A round's own drafts are not read yet: in a text that repeats itself the settled text knows one repeat more."""
+    text = [7, 7, 7, 7, 8, 7, 7, 7, 7, 7, 7]
+    traces = LookupTraces.collect([(text[:2], text[2:])], targets=text[2:])
+    for root in range(len(text) - 2):
+        lookup, pending = ContextLookup(text[: root + 1]), text[root + 1 : -1]
+        for distance in range(min(DISTANCES, len(pending))):
+            proposal, at = lookup.propose(pending[: distance + 1]), root + distance
+            found = [int(log[distance, at]) for log in (traces.token, traces.match, traces.support)]
+            assert found == ([-1, 0, 0] if proposal is None else [*astuple(proposal)])
+    assert (traces.match[0] != traces.match[2]).any() and (traces.support[0] != traces.support[1]).any()
 
 
 def test_drafts_of_both_kinds_mix_and_ids_are_stocks(make_model: Any, make_adapter: Any) -> None:

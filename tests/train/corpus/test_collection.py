@@ -153,11 +153,11 @@ def test_where_nothing_is_left_one_line_says_what_was_found(tmp_path, name, cont
 def test_surplus_cells_of_a_table_are_told_by_line(tmp_path, caplog):
     """Before, they were dropped with what they held. Empty ones mean nothing; a cell that lacks is none."""
     path = tmp_path / "A.CSV"
-    path.write_text('prompt,answer\nfine,b,,\n"two\nlines",b\nHello, you,b\nshort\n')
+    path.write_text('prompt,answer\nfine,b,,\n\n"two\nlines",b\n"Hello\n\n", you,b\nshort\n')
     found = Collection.read(str(path))
     assert found.conversations == [asked("fine", "b"), asked("two\nlines", "b"), asked("short")]
     assert "1 of 4 rows skipped: 1 more cells than the 2 columns; put" in caplog.text
-    assert list(found.first.values()) == ["line 5"]
+    assert list(found.first.values()) == ["line 6"]  # where it begins
 
 
 def test_what_takes_long_says_so(tmp_path, monkeypatch, capsys):

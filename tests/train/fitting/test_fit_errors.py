@@ -46,6 +46,11 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
+def no_base(tmp: Path) -> dict[str, str]:
+    """With it, what is told of a file is told before the base is loaded."""
+    return {"model_name_or_path": str(tmp / "base")}
+
+
 PROMPT = '{"prompt": "w1 w2"}\n'
 CASES = {
     # name: settings from the temporary folder, and what the line must say
@@ -63,13 +68,28 @@ CASES = {
         lambda tmp: {"exit_layers": [9]},
         "expected layers in 1 to 5 of a model of 6; got [9]",
     ),
-    "empty prompts": (lambda tmp: {"prompts": [write(tmp / "p.jsonl", "\n")]}, "p.jsonl: no prompts in it"),
+    "empty prompts": (
+        lambda tmp: {"prompts": [write(tmp / "p.jsonl", "\n")], **no_base(tmp)},
+        "p.jsonl: no prompts in it",
+    ),
     "broken line": (
-        lambda tmp: {"prompts": [write(tmp / "p.jsonl", '\n{"prompt": "w1"\n')]},
+        lambda tmp: {"prompts": [write(tmp / "p.jsonl", '\n{"prompt": "w1"\n')], **no_base(tmp)},
         "p.jsonl: no prompts in it: 1 of 1 rows skipped: 1 not valid JSON (the first: line 2)",
     ),
-    "missing prompts, told before the base is loaded": (
-        lambda tmp: {"prompts": [str(tmp / "no.jsonl")], "model_name_or_path": str(tmp / "base")},
+    "no answers to keep": (
+        lambda tmp: {"prompts": [write(tmp / "p.jsonl", PROMPT)], "answers": "keep", **no_base(tmp)},
+        "answers: keep needs answers",
+    ),
+    "empty evaluation file": (
+        lambda tmp: {"evaluation_files": [write(tmp / "e.csv", "")], **no_base(tmp)},
+        "e.csv: no prompts in it: it is empty",
+    ),
+    "no adapter to begin with": (
+        lambda tmp: {"init_adapter": str(tmp / "adapter"), **no_base(tmp)},
+        "adapter does not exist",
+    ),
+    "missing prompts": (
+        lambda tmp: {"prompts": [str(tmp / "no.jsonl")], **no_base(tmp)},
         "no.jsonl: cannot be read",
     ),
     "missing evaluation file": (lambda tmp: {"evaluation_files": [str(tmp / "no.csv")]}, "no.csv: cannot be read"),

@@ -9,7 +9,8 @@ from runtime.drafting.heads import ExitHeads
 from runtime.exact.execution import mixtures
 from tests.helpers.families import VOCABULARY, tiny
 from train.features.weights import idle_parameters
-from train.replay.costs import COUNTED_EXTRA_ROW, counted_costs
+from train.replay.contention import Contention
+from train.replay.costs import COUNTED_EXTRA_ROW, CostTable, counted_costs
 
 
 @pytest.mark.parametrize("family", ["mixtral", "dots1", "llama"])
@@ -25,3 +26,15 @@ def test_counted_rows_of_a_mixture_wake_experts_each(family: str) -> None:
     for rows in (2, 5, 16):
         once = 1.0 + COUNTED_EXTRA_ROW * (rows - 1)
         assert costs.layer[rows] == pytest.approx(((read - mixed) * once + mixed * rows) / read)
+
+
+def test_costs_of_a_busy_machine_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where other work had the core for a tenth of the time or more."""
+    costs, clocks = CostTable.counted(6, head=1.0, unembedding=1.0), {"perf_counter": 10.0, "thread_time": 3.0}
+    for name in clocks:
+        monkeypatch.setattr(f"train.replay.contention.time.{name}", lambda name=name: clocks[name])
+    contention = Contention()
+    clocks |= {"perf_counter": 110.0, "thread_time": 98.0}
+    assert contention.told(costs) == costs
+    clocks["thread_time"] = 63.0
+    assert "the cores 40% of the time" in contention.told(costs).conditions["busy"]

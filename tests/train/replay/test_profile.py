@@ -106,13 +106,14 @@ def test_what_cannot_be_tuned_is_refused(fitted: Any, tmp_path: Path) -> None:
     before = (folder / "config.json").read_bytes()
     for arguments, message in (
         (["--adapter", str(folder), "--costs", str(tmp_path / "none.json")], "specbound profile"),
-        (["--adapter", str(folder), "--costs", str(tmp_path / "other.json")], "different exits or layers"),
+        (["--adapter", str(folder), "--costs", str(tmp_path / "other.json")], "costs are of a base of 99 layers"),
         (["--adapter", str(tmp_path / "none"), "--costs", str(tmp_path / "other.json")], "is not a folder"),
     ):
         result = CliRunner().invoke(app, ["tune", *arguments])
         assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1
     (folder / "traces.safetensors").unlink()
-    result = CliRunner().invoke(app, ["tune", "--adapter", str(folder), "--costs", str(tmp_path / "other.json")])
+    CostTable.counted(6, head=1.0, unembedding=1.0).write(tmp_path / "right.json")
+    result = CliRunner().invoke(app, ["tune", "--adapter", str(folder), "--costs", str(tmp_path / "right.json")])
     assert result.exit_code == 1 and "fit the adapter again" in result.stderr
     assert (folder / "config.json").read_bytes() == before
 

@@ -33,7 +33,8 @@ class LoggedHeads:
 
     def propose(self, layer: int, state: Any, nodes: list[int], count: int) -> list[list[tuple[int, float]]]:
         """What the log says at a node's distance from the root; after its end, and only then, nothing."""
-        return [self._of(layer, state.length + len(state.paths[node]), len(state.paths[node])) for node in nodes]
+        places = [(state.length + len(state.paths[node]), len(state.paths[node])) for node in nodes]
+        return [self._of(layer, *place)[:count] for place in places]
 
     def _of(self, layer: int, place: int, distance: int) -> list[tuple[int, float]]:
         position, traces = place - self.prompt_length, self.traces
@@ -123,10 +124,10 @@ def test_replay_copies_on_behind_a_wrong_draft(stop: float) -> None:
         at += good + 1
     looked_up = LookupTraces.collect([(text[:10], text[10:])], text[10:])
     length = len(text) - 10
-    right = np.where(looked_up.correct, 0, -1).astype(np.int8)[None, None]
+    right = np.where(looked_up.correct, 0, -1).astype(np.int8)[None]
     traces = Traces(
         layers=(0,),
-        confidence=looked_up.confidences(Copying.table)[None, None, None],
+        confidence=looked_up.confidences(Copying.table)[None, :, None],
         rank=right,
         shared=np.zeros_like(right),
         sequence=np.zeros(length, int),

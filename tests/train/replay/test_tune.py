@@ -11,10 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from runtime.drafting.heads import AGES
 from runtime.drafting.policy import SpeculationBounds
 from runtime.errors import DataError
 from train.calibration.exit_log import ExitLog
-from train.calibration.lookup_traces import LookupTraces
+from train.calibration.lookup_traces import DISTANCES, LookupTraces
 from train.calibration.traces import Traces
 from train.replay import search as tuning
 from train.replay.costs import CostTable
@@ -167,19 +168,19 @@ def test_traces_of_an_older_specbound_are_refused_by_name(tmp_path: Path) -> Non
 
 def test_logs_are_put_together() -> None:
     """Sources in order of depth; which draft is the base's choice, which the lookup's; context counts the prompt."""
-    log = ExitLog({4: 1.0}, ages=(1, 0))
+    log = ExitLog({4: 1.0}, ages=AGES)
     target = torch.tensor([0, 2, 1, 3, 9])  # the draft vocabulary is 0 to 3
     features = SimpleNamespace(target=target, lengths=[3, 2])
     logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 5)
-    log.add(features, [{4: logits}, {4: logits.flip(1)}], torch.arange(4))
+    log.add(features, [{4: logits}, *[{4: logits.flip(1)}] * (DISTANCES - 1)], torch.arange(4))
     rows = [([7] * 9 + [5], [0, 2, 1]), ([7, 7, 5], [3, 9])]
     looked_up = LookupTraces.collect(rows, target.tolist())
     traces = Traces.of(rows, log, (looked_up, looked_up.fit()))
-    assert traces.layers == (0, 4) and traces.confidence.shape == (2, 2, 4, 5)
+    assert traces.layers == (0, 4) and traces.confidence.shape == (2, DISTANCES, 4, 5)
     assert traces.context.tolist() == [10, 11, 12, 3, 4] and traces.remaining.tolist() == [3, 2, 1, 2, 1]
-    assert traces.rank[1].tolist() == [[0, 2, 1, 3, -1], [3, 1, 2, 0, -1]]
+    assert traces.rank[1, :2].tolist() == [[0, 2, 1, 3, -1], [3, 1, 2, 0, -1]]
     assert (traces.rank[0] == np.where(looked_up.correct, 0, -1)).all() and not traces.confidence[0, :, 1:].any()
-    assert traces.correct[1].tolist() == [[True, *[False] * 4], [False, False, False, True, False]]
+    assert traces.correct[1, :2].tolist() == [[True, *[False] * 4], [False, False, False, True, False]]
     assert Traces.of(rows, log, None).layers == (4,) and (Traces.of(rows, log, None).shared == -1).all()
 
 
