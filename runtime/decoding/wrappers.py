@@ -28,19 +28,21 @@ class Wrapper:
 
 
 _IDEFICS = Wrapper("model.text_model", ("pixel_values", "pixel_attention_mask"))
+_GEMMA4 = Wrapper(
+    prompt=(
+        *("pixel_values", "image_position_ids", "pixel_values_videos", "video_position_ids"),
+        *("num_frames_per_video", "input_features", "input_features_mask", "mm_token_type_ids"),
+    ),
+    scaled=True,
+    blank=("image_token_id", "video_token_id", "audio_token_id"),
+)
 _GRIDS = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "mm_token_type_ids")
 WRAPPERS = {
     "aya_vision": Wrapper(),
     "cohere2_vision": Wrapper(),
     "gemma3": Wrapper(prompt=("pixel_values", "token_type_ids")),
-    "gemma4": Wrapper(
-        prompt=(
-            *("pixel_values", "image_position_ids", "pixel_values_videos", "video_position_ids"),
-            *("num_frames_per_video", "input_features", "input_features_mask", "mm_token_type_ids"),
-        ),
-        scaled=True,
-        blank=("image_token_id", "video_token_id", "audio_token_id"),
-    ),
+    "gemma4": _GEMMA4,
+    "gemma4_unified": _GEMMA4,
     "idefics3": _IDEFICS,
     "internvl": Wrapper(),
     "llava": Wrapper(),

@@ -238,8 +238,9 @@ def _blocks(layers: DecoderLayers, reference: Reference, width: int, cache: KVCa
     """Blocks of one width, each compared in its logits and in the keys and values it wrote."""
     for start in range(0, len(reference.logits) - width + 1, width):
         first = reference.first + start
-        hidden = layers.embed(reference.token_ids[:, start : start + width], first)
-        logits = layers.logits(layers.run(hidden, 0, layers.num_layers, first, cache))[0]
+        token_ids = reference.token_ids[:, start : start + width]
+        hidden, tokens = layers.embed(token_ids, first), token_ids[0].tolist()
+        logits = layers.logits(layers.run(hidden, 0, layers.num_layers, first, cache, tokens=tokens))[0]
         expected = torch.cat(reference.logits[start : start + width])
         same = (logits == expected).all(-1)
         for index, layer in enumerate(reference.cache.layers):

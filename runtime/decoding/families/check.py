@@ -108,7 +108,7 @@ def _why_not_text(text: Any, family: Family) -> str | None:
         return "its tokens see those after them"
     if getattr(text, "add_cross_attention", False) or getattr(text, "reorder_and_upcast_attn", False):
         return "it has cross-attention or upcast attention"
-    parts = variants(text)
+    parts = variants(text, linked=family.linked)
     return f"it has {' and '.join(parts)}" if parts else None
 
 

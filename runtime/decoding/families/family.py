@@ -44,6 +44,8 @@ class Family:
             that it makes of what is cached: a block's rows go through the whole of it one by one, see `RowAttention`.
         masked: that module gets a mask of one row, too, that hides nothing.
         differing: its layers may differ in the number and size of heads.
+        linked: as in Gemma 4 its last layers may read keys and values of layers before them, and each layer may have
+            an input of its own of each token.
         unset: what layers take besides and have no default for, None where models are as those that are supported.
         offset: learned positions are asked for by name, with the first one; their module counts from elsewhere.
         axes: of the positions that the rotary module takes, 1 or as many as an image has; those of text are equal.
@@ -71,5 +73,6 @@ class Family:
     attention: str | None = None
     masked: bool = False
     differing: bool = False
+    linked: bool = False
     unset: tuple[str, ...] = ()
     axes: int = 1

@@ -40,7 +40,7 @@ _PARTS = {
     "is_heterogeneous": "settings that differ from layer to layer",
 }
 # What models of supported families may have, and those that are supported have not.
-_VARIANTS = ("alibi", "hidden_size_per_layer_input", "num_kv_shared_layers")
+_LINKS = ("hidden_size_per_layer_input", "num_kv_shared_layers")
 _BOTH_WAYS = "layers whose tokens see those after them"
 _ATTENTION = ("full_attention", "sliding_attention")
 
@@ -68,9 +68,13 @@ def setting(config: Any, name: str) -> Any:
         return True
 
 
-def variants(text: Any) -> list[str]:
-    """Parts that a decoder of a supported family has, and nothing here drives."""
-    parts = [_PARTS[field] for field in _VARIANTS if setting(text, field)]
+def variants(text: Any, *, linked: bool) -> list[str]:
+    """Parts that a decoder of a supported family has, and nothing here drives.
+
+    Args:
+        linked: as `Family` has it.
+    """
+    parts = [_PARTS[field] for field in ("alibi", *(() if linked else _LINKS)) if setting(text, field)]
     if setting(text, "word_embed_proj_dim") not in (None, setting(text, "hidden_size")):
         parts.append("an embedding of another size than its layers")
     if setting(text, "do_layer_norm_before") is False or setting(text, "_remove_final_layer_norm"):

@@ -6,7 +6,7 @@ from runtime.decoding.families.family import AFTER, AROUND, BEFORE, Family
 
 # Words that several lines say.
 _GPT2 = Family(body="transformer", embedding="wte", layers="h", norm="ln_f", rotary=None)
-_GEMMA4 = Family(by_layer=True, windows=True, rotary_by_layer=True, differing=True)
+_GEMMA4 = Family(by_layer=True, windows=True, rotary_by_layer=True, differing=True, linked=True)
 _LATENT = Family(attention="self_attn")
 _NEOX = Family(body="gpt_neox", embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past")
 _OPT = Family(

@@ -91,6 +91,13 @@ GEMMA4: dict[str, Any] = FULL | {
     "global_head_dim": 16,
     "num_global_key_value_heads": 1,
 }
+LINKED = GEMMA4 | {
+    "layer_types": ["full_attention"] * LAYERS,
+    "hidden_size_per_layer_input": 32,  # as with the sigmoid below, gelu has other bits in what is left over
+    "vocab_size_per_layer_input": VOCABULARY,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+}
 # Families whose layers run as they are, with what their configurations need besides `SHAPE`.
 FURTHER: dict[str, dict[str, Any]] = {
     "apertus": {},
@@ -110,6 +117,8 @@ FURTHER: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 12, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, **FULL},
     "gemma3_text": FULL | {"head_dim": 12, "final_logit_softcapping": 3.0},
     "gemma4_text": GEMMA4 | {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True},
+    # Layers that share keys come after one of each kind that has its own.
+    "gemma4_text with inputs of each layer": LINKED,
     "gemma4_unified_text": GEMMA4,
     "glm": {"head_dim": 12},
     "glm4": {"head_dim": 12},

@@ -23,6 +23,8 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "gemma2": FURTHER["gemma2"] | HALF,
     "gemma3_text": HALF | {"head_dim": 12},
     "gemma4_text": FURTHER["gemma4_text"] | HALF,
+    "gemma4_text with inputs of each layer": FURTHER["gemma4_text with inputs of each layer"]
+    | {"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]},
     "gemma4_unified_text": GEMMA4 | HALF,
     "gpt_oss": LOCAL | HALF | {"head_dim": 12},
     "kolibri1": MIXTURES["kolibri1"] | HALF,
