@@ -4,7 +4,7 @@ Images, sound and the like go through a prompt's forward alone, which is stock's
 Which family that is, its own config says. Knows no family by name.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,7 @@ class Wrapper:
     Attributes:
         body: where the decoder is; what lies beside it only a prompt runs through.
         scaled: its logits are scaled and capped as its decoder's own would be; else they are those of the unembedding.
+        masked: where tokens of a picture see each other, text without one gets a mask as well.
         blank: fields of the config: tokens that stand for other kinds of input, read as padding where text has them.
         prompt: what `generate` passes to the prompt's forward and no later one reads, besides `mm_encoder_outputs`.
     """
@@ -24,6 +25,7 @@ class Wrapper:
     body: str = "model.language_model"
     prompt: tuple[str, ...] = ("pixel_values", "image_sizes")
     scaled: bool = False
+    masked: bool = False
     blank: tuple[str, ...] = ()
 
 
@@ -42,7 +44,7 @@ WRAPPERS = {
     "cohere2_vision": Wrapper(),
     "gemma3": Wrapper(prompt=("pixel_values", "token_type_ids")),
     "gemma4": _GEMMA4,
-    "gemma4_unified": _GEMMA4,
+    "gemma4_unified": replace(_GEMMA4, masked=True),
     "idefics3": _IDEFICS,
     "internvl": Wrapper(),
     "llava": Wrapper(),

@@ -39,7 +39,8 @@ def family_of(config: Any) -> Family:
     if text is config:
         return family
     wrapper = WRAPPERS[config.model_type]
-    return replace(family, body=wrapper.body, scaled=wrapper.scaled)
+    masked = wrapper.masked and text.use_bidirectional_attention == "vision"
+    return replace(family, body=wrapper.body, scaled=wrapper.scaled, masked=masked)
 
 
 def text_decoder(model: Any) -> Any:

@@ -42,7 +42,7 @@ class Family:
         normed: embeddings go through the final norm, too, before the first layer.
         attention: name in a layer of the module that attends on its own, past transformers' interface or over keys
             that it makes of what is cached: a block's rows go through the whole of it one by one, see `RowAttention`.
-        masked: that module gets a mask of one row, too, that hides nothing.
+        masked: attention gets a mask of one row, too, that hides nothing.
         differing: its layers may differ in the number and size of heads.
         linked: as in Gemma 4 its last layers may read keys and values of layers before them, and each layer may have
             an input of its own of each token.

@@ -141,7 +141,7 @@ def test_logits_scaled_or_capped_as_the_decoder_s_own_show(name: str, monkeypatc
     model = wrapper(name)
     reference = Reference.near(model)
     assert compare(model, reference, ExecutionPolicy.rowwise(), [2]).differing == 0
-    monkeypatch.setattr(check, "replace", lambda family, body, scaled: replace(family, body=body))
+    monkeypatch.setattr(check, "replace", lambda family, body, **_: replace(family, body=body))
     assert compare(model, reference, ExecutionPolicy.rowwise(), [2]).differing > 0
 
 
