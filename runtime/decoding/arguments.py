@@ -26,7 +26,9 @@ class LayerArguments:
         self.rotary: nn.Module | None = getattr(body, family.rotary) if family.rotary else None
         self.cache_argument = family.cache_argument
         self.unset: dict[str, Any] = dict.fromkeys(family.unset)
-        self.kinds: list[str] | None = config.layer_types if family.rotary_by_layer else None
+        self.kinds: list[Any] | None = config.layer_types if family.rotary_by_layer else None
+        if family.thetas:
+            self.kinds = config.layer_rope_theta
         self.axes = family.axes
         self.has_inputs = family.linked and bool(getattr(config, "hidden_size_per_layer_input", 0))
         layers = list(getattr(body, family.layers)) if family.linked else []
@@ -46,15 +48,19 @@ class LayerArguments:
         everywhere = {"position_ids": position_ids, self.cache_argument: cache, "use_cache": True, **self.unset}
         if self.lenders:
             everywhere["shared_kv_states"] = LentKeys(cache, self.lenders)
-        kinds = [""] * (stop - start) if self.kinds is None else self.kinds[start:stop]
+        kinds = [None] * (stop - start) if self.kinds is None else self.kinds[start:stop]
         tables = {kind: self._table(hidden, position_ids, kind) for kind in set(kinds)}
         return [everywhere | tables[kind] for kind in kinds]
 
-    def _table(self, hidden: Tensor, position_ids: Tensor, kind: str) -> dict[str, Any]:
-        """Rotary angles of positions [1, T], as layers of a kind take them."""
+    def _table(self, hidden: Tensor, position_ids: Tensor, kind: Any) -> dict[str, Any]:
+        """Rotary angles of positions [1, T], as layers of a kind, or with a base of their own, take them."""
         if self.rotary is None:
             return {}
-        which = {"layer_type": kind} if kind else {}
+        if isinstance(self.rotary, nn.ModuleList):
+            modules: list[Any] = list(self.rotary)
+            tables = {each.config.rope_parameters["rope_theta"]: each for each in modules}
+            return {"position_embeddings": tables[kind](hidden, position_ids=position_ids) if kind else None}
+        which = {} if kind is None else {"layer_type": kind}
         positions = position_ids if self.axes == 1 else position_ids.expand(self.axes, *position_ids.shape)
         return {"position_embeddings": self.rotary(hidden, position_ids=positions, **which)}
 

@@ -35,6 +35,7 @@ class Family:
         by_layer: each layer reads in the config's `layer_types` whether it has a window; others ask `sliding_window`.
         windows: its layers may have windows; attention gets to know, and tests go beyond them.
         rotary_by_layer: there is a rotary table for each kind of layer.
+        thetas: there is one for each base that the config's `layer_rope_theta` names; 0 turns nothing.
         factor: field of the config by which logits are multiplied; without it `logits_scaling` divides them.
         scaled: logits are scaled and capped as the config says; wrappers leave that out.
         scales_states: what scales logits divides the normed states below the unembedding instead.
@@ -65,6 +66,7 @@ class Family:
     by_layer: bool = False
     windows: bool = False
     rotary_by_layer: bool = False
+    thetas: bool = False
     factor: str | None = None
     scaled: bool = True
     scales_states: bool = False

@@ -9,6 +9,14 @@ from runtime.decoding.families.table import FAMILIES
 _SHARED = ("num_key_value_heads", "num_kv_heads")
 
 
+def layer_configs(text: Any) -> list[Any]:
+    """Of each layer of a decoder of text, what its heads are read off: settings may differ from layer to layer."""
+    count = text.num_hidden_layers
+    if getattr(text, "is_heterogeneous", False):
+        return [text.per_layer_config[index] for index in range(count)]
+    return [text] * count
+
+
 def layers_with_keys(config: Any) -> int:
     """Layers that keep keys and values, the first ones; those after them read what others keep."""
     text = config.get_text_config()
@@ -21,10 +29,7 @@ def numbers_per_token(model: Any) -> int:
     attentions = own_attentions(model) if config.model_type in FAMILIES else []
     if attentions and hasattr(attentions[0], "expand_kv"):  # keys and values are made anew of what they have in common
         return int(config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim))
-    count = layers_with_keys(config)
-    layers = [config] * count
-    if getattr(config, "is_heterogeneous", False):
-        layers = [config.per_layer_config[index] for index in range(count)]
+    layers = layer_configs(config)[: layers_with_keys(config)]
     return sum(_heads(config, layer) * _sizes(config, layer) for layer in layers)
 
 

@@ -27,8 +27,6 @@ _PARTS = {
     "conv_L_cache": "convolutions between tokens",
     "alibi": "positions that are biases of attention",
     "position_bias_num_buckets": "positions that are biases of attention",
-    "layer_rope_theta": "rotary positions that differ from layer to layer",
-    "num_attention_heads_per_layer": "heads that differ in number from layer to layer",
     "hidden_size_per_layer_input": "inputs of their own for each layer",
     "num_kv_shared_layers": "layers that share keys",
     "altup_num_inputs": "several hidden states a token",
