@@ -112,7 +112,7 @@ def test_experts_take_one_row_at_a_time(family: str) -> None:
     model = tiny(family)
     reference = Reference.near(model)
     assert compare(model, reference, ExecutionPolicy.rowwise(), [3]).differing == 0
-    assert compare(model, reference, replace(ExecutionPolicy.rowwise(), expert_rows=None), [3]).differing > 0
+    assert compare(model, reference, replace(ExecutionPolicy.rowwise(), expert_rows=None), [3, 5]).differing > 0
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "falcon", "gpt_neo", "jetmoe"])
