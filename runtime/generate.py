@@ -27,7 +27,7 @@ from runtime.batch.generation import Generation, position_after
 from runtime.batch.reading import PromptReading
 from runtime.batch.waiting import Waiting, stock_class
 from runtime.decoding.emitter import TargetEmitter
-from runtime.decoding.families import CACHE, has_windows
+from runtime.decoding.families import CACHE, has_windows, layers_with_keys
 from runtime.decoding.rounds import run_to_end
 from runtime.decoding.wrappers import prompt_arguments
 from runtime.errors import SpecBoundError
@@ -225,7 +225,8 @@ def _plain_reason(
         return f"it passes {', '.join(sorted(unknown))} to the model"
     if not model_kwargs.get("use_cache") or type(cache) is not DynamicCache or cache.offloading:
         return "it does not use the default dynamic cache"
-    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+    keyed = cache.layers[: layers_with_keys(model.config)]
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in keyed):
         return "its cache has layers that are not of attention"
     positions = model_kwargs.get("position_ids")
     if positions is not None and position_after(positions) is None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from runtime.decoding.families import FAMILIES, own_attentions
+from runtime.decoding.families import FAMILIES, layers_with_keys, own_attentions
 from runtime.decoding.layers import DecoderLayers
 from runtime.decoding.wrappers import WRAPPERS
 from runtime.exact.execution import mixtures
@@ -35,8 +35,9 @@ real bases that an adapter in this repository is for.
 several requests together. In float32 the trees are those of several requests and the chains those of calls alone, in
 bfloat16 the other way round. Drafts are right, wrong, named twice, or the last of their siblings. A family with
 windows has prompts shorter than its window, as long, and longer; texts of three families with yarn go past the length
-that it starts from. Decoders inside models of several kinds of input are tried over 24 tokens: greedy trees in float32
-after text, sampled chains in bfloat16 after a picture.
+that it starts from. No pair of tokens comes twice in these texts: left to itself, a random model may say one word over
+and over. Models of several kinds of input are tried so as well, each on a prompt of text and one with a picture: in
+float32 the text is greedy and what follows the picture sampled, in bfloat16 the other way round.
 
 Mixtures of experts compute the tokens of a block one by one: an expert that gets several at once adds in another
 order. That is exact, and gains less than a dense model does. `specbound plan` counts memory for all experts, and work
@@ -116,6 +117,8 @@ def parts(models: list[Any]) -> str:
     windows = FAMILIES[model.config.model_type].windows
     seen = "latent attention" if getattr(model.config, "kv_lora_rank", None) else "full attention"
     found = [" or ".join(dict.fromkeys(kinds)), f"{seen} or windows" if windows else seen]
+    if any(layers_with_keys(each.config) < each.config.num_hidden_layers for each in models):
+        found.append("layers that read the keys of others")
     if own_attentions(model):
         found.append("row by row")
     if layers.positions is None:

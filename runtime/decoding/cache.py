@@ -55,6 +55,7 @@ class Block:
         position: of the first of them; the caller may number positions another way than the cache's rows.
         cache: of the request; new rows are appended.
         tree: what the rows see; None where each sees all that is before it, in the cache and in the block.
+        tokens: their ids, for layers that have inputs of their own.
     """
 
     hidden: Tensor
@@ -63,6 +64,7 @@ class Block:
     position: int
     cache: "KVCache"
     tree: TreeRows | None = None
+    tokens: Sequence[int] = ()
 
     def positions(self) -> Sequence[int]:
         """Of all its tokens."""
@@ -94,10 +96,12 @@ class KVCache:
     def from_dynamic(cls, cache: Any, capacity: int) -> "KVCache":
         """Copy what the prompt's own forward left in a transformers `DynamicCache` of batch size 1.
 
-        A layer with a window has dropped its first rows, which nobody will read: zeros stand for them.
+        A layer with a window has dropped its first rows, which nobody will read: zeros stand for them. The last layers
+        may have none, where they read those of others.
         """
-        kv = cls(len(cache.layers), capacity)
-        for index, layer in enumerate(cache.layers):
+        layers = [layer for layer in cache.layers if layer.keys is not None]
+        kv = cls(len(layers), capacity)
+        for index, layer in enumerate(layers):
             dropped = layer.get_seq_length() - layer.keys.shape[2]
             keys, values = layer.keys, layer.values
             if dropped:
@@ -107,7 +111,7 @@ class KVCache:
 
     def copy_to(self, cache: Any) -> None:
         """Leave in a transformers `DynamicCache` what plain decoding would have left there."""
-        for index, layer in enumerate(cache.layers):
+        for index, layer in enumerate(cache.layers[: len(self.lengths)]):
             keys, values = self._keys[index], self._values[index]
             assert keys is not None and values is not None
             length = self.lengths[index]

@@ -6,12 +6,14 @@ files, and of families only what `families/` says.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from runtime.decoding.arguments import LayerArguments
 from runtime.decoding.cache import Block, KVCache, position_ids
 from runtime.decoding.families import check_supported
 from runtime.decoding.rows import TreeRows
@@ -40,23 +42,19 @@ class DecoderLayers:
         self.layers: list[nn.Module] = list(getattr(body, family.layers))
         self.norm: nn.Module = getattr(body, family.norm)
         self.unembedding: nn.Module = model.get_output_embeddings()
-        self.rotary: nn.Module | None = getattr(body, family.rotary) if family.rotary else None
+        self.arguments = LayerArguments(body, config, family)
         self.positions: nn.Module | None = getattr(body, family.positions) if family.positions else None
-        self.cache_argument = family.cache_argument
         rooted = family.root is not None and getattr(config, family.root)
         multiplier = config.hidden_size**0.5 if rooted else getattr(config, "embedding_multiplier", 1.0)
         self.embedding_multiplier = float(multiplier)
         self.normed, self.offset, self.scales_states = family.normed, family.offset, family.scales_states
         self.blank = torch.tensor(blank_tokens(model.config), dtype=torch.int64)
         self.padding = int(getattr(config, "pad_token_id", None) or 0)
-        self.unset: dict[str, Any] = dict.fromkeys(family.unset)
         factor = None if family.factor is None or not family.scaled else getattr(config, family.factor)
         self.logits_factor: float | None = factor
         scaling = getattr(config, "logits_scaling", 1.0) if family.scaled else 1.0
         self.logits_scaling = 1 / factor if factor else float(scaling)
         self.logits_cap: float | None = getattr(config, "final_logit_softcapping", None) if family.scaled else None
-        self.kinds: list[str] | None = config.layer_types if family.rotary_by_layer else None
-        self.axes = family.axes
 
     @property
     def num_layers(self) -> int:
@@ -86,15 +84,19 @@ class DecoderLayers:
         Returns:
             Shape [1, T, D], the base's dtype.
         """
-        if self.blank.numel():
-            token_ids = token_ids.masked_fill(torch.isin(token_ids, self.blank.to(token_ids.device)), self.padding)
-        hidden: Tensor = self.embedding(token_ids)
+        hidden: Tensor = self.embedding(self._padded(token_ids))
         if self.embedding_multiplier != 1.0:
             hidden = hidden * self.embedding_multiplier
         if self.positions is not None:
             ids = position_ids(position, token_ids.shape[1], hidden.device, tree)
             hidden = hidden + (self.positions(ids) if self.offset is None else self._learned(ids, position))
         return self.norm(hidden) if self.normed else hidden
+
+    def _padded(self, token_ids: Tensor) -> Tensor:
+        """Token ids with padding in the place of those that the model reads so."""
+        if not self.blank.numel():
+            return token_ids
+        return token_ids.masked_fill(torch.isin(token_ids, self.blank.to(token_ids.device)), self.padding)
 
     def _learned(self, ids: Tensor, position: int) -> Tensor:
         """States of positions [1, T], the first of which is given too, from a module that counts them on."""
@@ -105,7 +107,14 @@ class DecoderLayers:
         return states
 
     def run(
-        self, hidden: Tensor, start: int, stop: int, position: int, cache: KVCache, tree: TreeRows | None = None
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        position: int,
+        cache: KVCache,
+        tree: TreeRows | None = None,
+        tokens: Sequence[int] = (),
     ) -> Tensor:
         """Apply decoder layers `start` to `stop - 1` to a block of tokens, appending to the cache.
 
@@ -113,11 +122,12 @@ class DecoderLayers:
             hidden: shape [1, T, D], the block at depth `start`.
             position: position of the block's first token.
             tree: what the rows see; None where each sees all that is before it, in the cache and in the block.
+            tokens: their ids, for layers that have inputs of their own.
 
         Returns:
             Shape [1, T, D], the block at depth `stop`.
         """
-        return self.run_all([Block(hidden, start, stop, position, cache, tree)])[0]
+        return self.run_all([Block(hidden, start, stop, position, cache, tree, tokens)])[0]
 
     def run_all(self, blocks: Sequence[Block]) -> list[Tensor]:
         """As `run`, for blocks of several requests, all from one depth to one other; each row keeps its bits.
@@ -135,10 +145,11 @@ class DecoderLayers:
     def _run(self, block: Block) -> Tensor:
         """One block, layer by layer."""
         through = block.hidden, block.start, block.stop, block.position
-        return block.cache.run(self._through, *through, block.tree)
+        return block.cache.run(partial(self._through, block.tokens), *through, block.tree)
 
     def _through(
         self,
+        tokens: Sequence[int],
         hidden: Tensor,
         start: int,
         stop: int,
@@ -147,26 +158,14 @@ class DecoderLayers:
         mask: Tensor | TreeRows | None,
     ) -> Tensor:
         """As `run`, with positions [1, T]; `BlockAttention` gets the mask, or what the rows see, from the layers."""
-        arguments: dict[str, Any] = {
-            "position_ids": position_ids,
-            self.cache_argument: cache,
-            "use_cache": True,
-            **self.unset,
-        }
-        kinds = [""] * (stop - start) if self.kinds is None else self.kinds[start:stop]
-        tables = {kind: self._table(hidden, position_ids, kind) for kind in set(kinds)}
-        for layer, kind in zip(self.layers[start:stop], kinds, strict=True):
-            above = layer(hidden, attention_mask=mask, **arguments, **tables[kind])
+        given = self.arguments.of(hidden, start, stop, position_ids, cache)
+        if self.arguments.has_inputs:
+            ids = self._padded(torch.tensor([tokens], device=self.device))
+            self.arguments.add_inputs(given, start, ids, self.embedding(ids))
+        for layer, arguments in zip(self.layers[start:stop], given, strict=True):
+            above = layer(hidden, attention_mask=mask, **arguments)
             hidden = above[0] if isinstance(above, tuple) else above
         return hidden
-
-    def _table(self, hidden: Tensor, position_ids: Tensor, kind: str) -> dict[str, Any]:
-        """Rotary angles of positions [1, T], as layers of a kind take them."""
-        if self.rotary is None:
-            return {}
-        which = {"layer_type": kind} if kind else {}
-        positions = position_ids if self.axes == 1 else position_ids.expand(self.axes, *position_ids.shape)
-        return {"position_embeddings": self.rotary(hidden, position_ids=positions, **which)}
 
     def keep(self, cache: KVCache, settled: int, places: Sequence[int]) -> None:
         """As `KVCache.keep`, in one call where the layers run natively."""

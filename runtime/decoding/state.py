@@ -118,10 +118,11 @@ class DecodeState:
             last = self.segments[-1]
             above = self.segments[-2].depth if len(self.segments) > 1 else depth
             stop = min([depth, above, *(layer for layer in self._watched if layer > last.depth)])
-            paths = self.paths[last.first : last.first + last.hidden.shape[1]]
+            tokens = self.pending[last.first : last.first + last.hidden.shape[1]]
+            paths = self.paths[last.first : last.first + len(tokens)]
             tree = None if is_chain(paths, last.first) else TreeRows(self.length, tuple(paths))
             position = self._position(last.first)
-            last.hidden = yield Block(last.hidden, last.depth, stop, position, self.cache, tree)
+            last.hidden = yield Block(last.hidden, last.depth, stop, position, self.cache, tree, tokens)
             last.depth = stop
             if stop in self._watched:
                 self._watched[stop].append(last.hidden[0])

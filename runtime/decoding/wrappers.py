@@ -4,7 +4,7 @@ Images, sound and the like go through a prompt's forward alone, which is stock's
 Which family that is, its own config says. Knows no family by name.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,7 @@ class Wrapper:
     Attributes:
         body: where the decoder is; what lies beside it only a prompt runs through.
         scaled: its logits are scaled and capped as its decoder's own would be; else they are those of the unembedding.
+        masked: where tokens of a picture see each other, text without one gets a mask as well.
         blank: fields of the config: tokens that stand for other kinds of input, read as padding where text has them.
         prompt: what `generate` passes to the prompt's forward and no later one reads, besides `mm_encoder_outputs`.
     """
@@ -24,23 +25,26 @@ class Wrapper:
     body: str = "model.language_model"
     prompt: tuple[str, ...] = ("pixel_values", "image_sizes")
     scaled: bool = False
+    masked: bool = False
     blank: tuple[str, ...] = ()
 
 
 _IDEFICS = Wrapper("model.text_model", ("pixel_values", "pixel_attention_mask"))
+_GEMMA4 = Wrapper(
+    prompt=(
+        *("pixel_values", "image_position_ids", "pixel_values_videos", "video_position_ids"),
+        *("num_frames_per_video", "input_features", "input_features_mask", "mm_token_type_ids"),
+    ),
+    scaled=True,
+    blank=("image_token_id", "video_token_id", "audio_token_id"),
+)
 _GRIDS = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "mm_token_type_ids")
 WRAPPERS = {
     "aya_vision": Wrapper(),
     "cohere2_vision": Wrapper(),
     "gemma3": Wrapper(prompt=("pixel_values", "token_type_ids")),
-    "gemma4": Wrapper(
-        prompt=(
-            *("pixel_values", "image_position_ids", "pixel_values_videos", "video_position_ids"),
-            *("num_frames_per_video", "input_features", "input_features_mask", "mm_token_type_ids"),
-        ),
-        scaled=True,
-        blank=("image_token_id", "video_token_id", "audio_token_id"),
-    ),
+    "gemma4": _GEMMA4,
+    "gemma4_unified": replace(_GEMMA4, masked=True),
     "idefics3": _IDEFICS,
     "internvl": Wrapper(),
     "llava": Wrapper(),

@@ -41,7 +41,8 @@ class PromptStates:
         if not self._by_depth:
             return {}
         depths = sorted(self._by_depth)
-        embedding, *exits, top = (self._by_depth[depth] for depth in depths)
+        seen = min(map(len, self._by_depth.values()))  # layers that keep nothing may get the last position alone
+        embedding, *exits, top = (self._by_depth[depth][-seen:] for depth in depths)
         deep = torch.cat([torch.zeros_like(top[:1]), top[:-1]])
         return {
             layer: SettledStates(hidden, embedding, deep, False)

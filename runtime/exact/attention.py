@@ -49,10 +49,12 @@ class BlockAttention:
     Args:
         kind: one of `KINDS`; eager attention goes row by row in all but `batched`.
         stock: `eager` or `sdpa`.
+        masked: one row alone gets a mask that hides nothing; then all kinds go row by row.
     """
 
-    def __init__(self, kind: str, stock: str) -> None:
-        self.kind = "rowwise" if stock == "eager" and kind != "batched" else kind
+    def __init__(self, kind: str, stock: str, *, masked: bool = False) -> None:
+        self.masked = masked and kind != "batched"
+        self.kind = "rowwise" if self.masked or (stock == "eager" and kind != "batched") else kind
         orders = self.kind.split("_")[1:]
         self.order = orders[0] if orders else None
         self.filled = orders[1] if len(orders) > 1 else None
@@ -89,8 +91,8 @@ class BlockAttention:
             output = attend(query, key, value, scaling, known, tree, window, self.filled)
             if output is not None:
                 return output, None
-        if window is not None and full:
-            return self.in_window(window, module, query, key, value, tree, scaling, **kwargs), None
+        if self.masked or full:
+            return self.in_window(window or key.shape[2], module, query, key, value, tree, scaling, **kwargs), None
         stock = _stock_attention(self.stock, module)
         if self.kind == "batched" or (query.shape[2] == 1 and tree is None):
             if not isinstance(mask, Tensor) and (query.shape[2] > 1 or tree is not None):
@@ -120,13 +122,14 @@ class BlockAttention:
         """As a call, [1, T, H, E], of a layer with a window: each row on the last keys of those that it sees.
 
         Transformers gives sdpa a mask, with nothing hidden, from the token on that fills the window; then the kernel
-        is another one.
+        is another one. Some models give it one for every token.
         """
         rows = []
         for row, keys, values in _rows(query, key, value, tree):
-            full = self.stock == "sdpa" and keys.shape[2] >= window
-            mask = torch.ones(1, 1, 1, window, dtype=torch.bool, device=query.device) if full else None
             last = keys[:, :, -window:], values[:, :, -window:]
+            masked = self.stock == "sdpa" and (self.masked or keys.shape[2] >= window)
+            shape = (1, 1, 1, last[0].shape[2])
+            mask = torch.ones(shape, dtype=torch.bool, device=query.device) if masked else None
             rows.append(_stock_attention(self.stock, module)(module, row, *last, mask, scaling=scaling, **kwargs)[0])
         return torch.cat(rows, dim=1)
 
@@ -194,8 +197,9 @@ def block_attention(model: PreTrainedModel, kind: str) -> Iterator[BlockAttentio
         raise UnsupportedModel(
             f"attention implementation {stock!r} is not supported: load the model with {implementation_for(model)}"
         )
-    attention = BlockAttention(kind, stock)
-    if family_of(model.config).attention is not None:  # its modules take rows in a way of their own
+    family = family_of(model.config)
+    attention = BlockAttention(kind, stock, masked=family.masked)
+    if family.attention is not None:  # its modules take rows in a way of their own
         yield attention
         return
     name = f"specbound_{kind}_{stock}_{id(attention)}"

@@ -137,6 +137,8 @@ class PreparedModel:
         reason = "its layers have windows" if has_windows(model.config) else why_not(self.layers.layers)
         if family_of(model.config).attention is not None:
             reason = "its layers attend row by row"
+        elif family_of(model.config).differing:
+            reason = "its layers may differ in their heads"
         if reason is not None:
             self.warn(f"no graphs, because {reason}")
         now = addresses(model) if reason is None else ()

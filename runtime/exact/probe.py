@@ -37,7 +37,7 @@ from runtime.exact.reference import Reference
 from runtime.exact.static import StaticCache
 
 # Raised with every change of how blocks are computed or compared: certificates on disk are of that alone.
-PROBE_FORMAT = 28
+PROBE_FORMAT = 29
 # Tokens of prompts that are read both ways.
 PROMPTS = (9, 45, 150)
 
@@ -169,7 +169,7 @@ def _keeps_order(kind: str, model: PreTrainedModel, reference: Reference, widths
     """Whether a block's rows attend as they would alone, under a kind of attention; eager knows only its own."""
     config = model.config.get_text_config()
     stock = config._attn_implementation
-    if family_of(model.config).attention is not None:
+    if family_of(model.config).attention is not None or family_of(model.config).masked:
         return False
     keys, values = reference.cache.layers[0].keys, reference.cache.layers[0].values
     shapes = {each.shape for layer in reference.cache.layers for each in (layer.keys, layer.values)}
@@ -237,9 +237,9 @@ def compare(
 def _blocks(layers: DecoderLayers, reference: Reference, width: int, cache: KVCache) -> Iterator[Agreement]:
     """Blocks of one width, each compared in its logits and in the keys and values it wrote."""
     for start in range(0, len(reference.logits) - width + 1, width):
-        first = reference.first + start
-        hidden = layers.embed(reference.token_ids[:, start : start + width], first)
-        logits = layers.logits(layers.run(hidden, 0, layers.num_layers, first, cache))[0]
+        first, ids = reference.first + start, reference.token_ids[:, start : start + width]
+        block = layers.embed(ids, first), 0, layers.num_layers, first, cache
+        logits = layers.logits(layers.run(*block, tokens=ids[0].tolist()))[0]
         expected = torch.cat(reference.logits[start : start + width])
         same = (logits == expected).all(-1)
         for index, layer in enumerate(reference.cache.layers):

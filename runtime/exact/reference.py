@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from runtime.decoding.families import CACHE, has_windows
+from runtime.decoding.families import CACHE, has_windows, layers_with_keys
 from runtime.exact.execution import linears
 
 PROMPT_TOKENS = 24
@@ -100,7 +100,7 @@ def _write(
         # Of its own accord a wrapper would count on from the last image that it saw.
         position = torch.tensor([[running.get_seq_length()]], device=newest.device)
         output = model(input_ids=token_ids[:, -1:], position_ids=position, use_cache=True, **{CACHE: running})
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(layers[: layers_with_keys(model.config)]):
             cache.update(layer.keys[:, :, -1:], layer.values[:, :, -1:], index)
         logits.append(output.logits[:, -1])
         # Drawn, and not too wildly: neither a loop of one phrase nor noise has the activations of text.

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from runtime.decoding.families import layer_configs
 from runtime.drafting.heads import ExitHeads
 from train.features.weights import idle_parameters, text_parameters, text_parts
 
@@ -53,10 +54,10 @@ class FitFlops:
         tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
         body = matrices - (0 if tied else model.get_output_embeddings().weight.numel())
         heads_of = getattr(config, "num_attention_heads", 1)
-        width = heads_of * (getattr(config, "head_dim", None) or hidden // heads_of)
+        sizes = [getattr(layer, "head_dim", None) or hidden // heads_of for layer in layer_configs(config)]
         return cls(
             base_per_token=2 * body,
-            attention_per_pair=4 * width * config.num_hidden_layers,
+            attention_per_pair=4 * heads_of * sum(sizes),
             choice_per_position=2 * hidden * vocab_size,
             heads_per_position=sum(head.fit_flops for head in heads),
         )

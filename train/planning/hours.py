@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from runtime.decoding.families import numbers_per_token
 from runtime.drafting.attention_head import FIT_DRAFTS
 from runtime.drafting.heads import ExitHeads
 from runtime.errors import ConfigError
@@ -71,10 +72,7 @@ class Text:
 
 def settled_bytes(model: Any, itemsize: int) -> int:
     """Bytes of the keys and values of one token, in all layers."""
-    shape = model.config.get_text_config()
-    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    return int(2 * shape.num_hidden_layers * heads * width * itemsize)
+    return numbers_per_token(model) * itemsize
 
 
 def corpus_seconds(

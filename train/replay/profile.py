@@ -176,8 +176,9 @@ class _Bench:
         """Time all layers, and the unembedding, at each width."""
         seconds = {}
         for width in _widths(self.max_width):
-            given = self.layers.embed(self.token_ids[:, self.length : self.length + width], self.length)
-            run = partial(self.layers.run, given, 0, self.layers.num_layers, self.length, self.cache)
+            ids = self.token_ids[:, self.length : self.length + width]
+            block = self.layers.embed(ids, self.length), 0, self.layers.num_layers, self.length, self.cache
+            run = partial(self.layers.run, *block, tokens=ids[0].tolist())
             seconds["layers", width, self.context], hidden = self._timed(run)
             self.cache.crop(self.length)
             seconds["unembedding", width, self.context], _ = self._timed(partial(self.layers.logits, hidden))

@@ -12,5 +12,7 @@ from runtime.decoding.families.family import BEFORE as BEFORE
 from runtime.decoding.families.family import CACHE as CACHE
 from runtime.decoding.families.family import WEIGHINGS as WEIGHINGS
 from runtime.decoding.families.family import Family as Family
+from runtime.decoding.families.keys import layer_configs as layer_configs
+from runtime.decoding.families.keys import layers_with_keys as layers_with_keys
 from runtime.decoding.families.keys import numbers_per_token as numbers_per_token
 from runtime.decoding.families.table import FAMILIES as FAMILIES

@@ -39,7 +39,8 @@ def family_of(config: Any) -> Family:
     if text is config:
         return family
     wrapper = WRAPPERS[config.model_type]
-    return replace(family, body=wrapper.body, scaled=wrapper.scaled)
+    masked = wrapper.masked and text.use_bidirectional_attention == "vision"
+    return replace(family, body=wrapper.body, scaled=wrapper.scaled, masked=masked)
 
 
 def text_decoder(model: Any) -> Any:
@@ -108,7 +109,7 @@ def _why_not_text(text: Any, family: Family) -> str | None:
         return "its tokens see those after them"
     if getattr(text, "add_cross_attention", False) or getattr(text, "reorder_and_upcast_attn", False):
         return "it has cross-attention or upcast attention"
-    parts = variants(text)
+    parts = variants(text, linked=family.linked)
     return f"it has {' and '.join(parts)}" if parts else None
 
 

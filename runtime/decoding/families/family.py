@@ -35,6 +35,7 @@ class Family:
         by_layer: each layer reads in the config's `layer_types` whether it has a window; others ask `sliding_window`.
         windows: its layers may have windows; attention gets to know, and tests go beyond them.
         rotary_by_layer: there is a rotary table for each kind of layer.
+        thetas: there is one for each base that the config's `layer_rope_theta` names; 0 turns nothing.
         factor: field of the config by which logits are multiplied; without it `logits_scaling` divides them.
         scaled: logits are scaled and capped as the config says; wrappers leave that out.
         scales_states: what scales logits divides the normed states below the unembedding instead.
@@ -42,8 +43,10 @@ class Family:
         normed: embeddings go through the final norm, too, before the first layer.
         attention: name in a layer of the module that attends on its own, past transformers' interface or over keys
             that it makes of what is cached: a block's rows go through the whole of it one by one, see `RowAttention`.
-        masked: that module gets a mask of one row, too, that hides nothing.
+        masked: attention gets a mask of one row, too, that hides nothing.
         differing: its layers may differ in the number and size of heads.
+        linked: as in Gemma 4 its last layers may read keys and values of layers before them, and each layer may have
+            an input of its own of each token.
         unset: what layers take besides and have no default for, None where models are as those that are supported.
         offset: learned positions are asked for by name, with the first one; their module counts from elsewhere.
         axes: of the positions that the rotary module takes, 1 or as many as an image has; those of text are equal.
@@ -63,6 +66,7 @@ class Family:
     by_layer: bool = False
     windows: bool = False
     rotary_by_layer: bool = False
+    thetas: bool = False
     factor: str | None = None
     scaled: bool = True
     scales_states: bool = False
@@ -71,5 +75,6 @@ class Family:
     attention: str | None = None
     masked: bool = False
     differing: bool = False
+    linked: bool = False
     unset: tuple[str, ...] = ()
     axes: int = 1

@@ -1,4 +1,4 @@
-"""How much is kept of a token: its keys and values in all layers, read off the config."""
+"""What is kept of a token: its keys and values in all layers that have their own, read off the config."""
 
 from typing import Any
 
@@ -9,15 +9,27 @@ from runtime.decoding.families.table import FAMILIES
 _SHARED = ("num_key_value_heads", "num_kv_heads")
 
 
+def layer_configs(text: Any) -> list[Any]:
+    """Of each layer of a decoder of text, what its heads are read off: settings may differ from layer to layer."""
+    count = text.num_hidden_layers
+    if getattr(text, "is_heterogeneous", False):
+        return [text.per_layer_config[index] for index in range(count)]
+    return [text] * count
+
+
+def layers_with_keys(config: Any) -> int:
+    """Layers that keep keys and values, the first ones; those after them read what others keep."""
+    text = config.get_text_config()
+    return int(text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0))
+
+
 def numbers_per_token(model: Any) -> int:
     """Numbers that a model's cache holds of each token; of one that is not supported as near as its config tells."""
     config = model.config.get_text_config()
     attentions = own_attentions(model) if config.model_type in FAMILIES else []
     if attentions and hasattr(attentions[0], "expand_kv"):  # keys and values are made anew of what they have in common
         return int(config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim))
-    layers = [config] * config.num_hidden_layers
-    if getattr(config, "is_heterogeneous", False):
-        layers = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+    layers = layer_configs(config)[: layers_with_keys(config)]
     return sum(_heads(config, layer) * _sizes(config, layer) for layer in layers)
 
 

@@ -27,8 +27,6 @@ _PARTS = {
     "conv_L_cache": "convolutions between tokens",
     "alibi": "positions that are biases of attention",
     "position_bias_num_buckets": "positions that are biases of attention",
-    "layer_rope_theta": "rotary positions that differ from layer to layer",
-    "num_attention_heads_per_layer": "heads that differ in number from layer to layer",
     "hidden_size_per_layer_input": "inputs of their own for each layer",
     "num_kv_shared_layers": "layers that share keys",
     "altup_num_inputs": "several hidden states a token",
@@ -40,7 +38,7 @@ _PARTS = {
     "is_heterogeneous": "settings that differ from layer to layer",
 }
 # What models of supported families may have, and those that are supported have not.
-_VARIANTS = ("alibi", "hidden_size_per_layer_input", "num_kv_shared_layers")
+_LINKS = ("hidden_size_per_layer_input", "num_kv_shared_layers")
 _BOTH_WAYS = "layers whose tokens see those after them"
 _ATTENTION = ("full_attention", "sliding_attention")
 
@@ -68,9 +66,13 @@ def setting(config: Any, name: str) -> Any:
         return True
 
 
-def variants(text: Any) -> list[str]:
-    """Parts that a decoder of a supported family has, and nothing here drives."""
-    parts = [_PARTS[field] for field in _VARIANTS if setting(text, field)]
+def variants(text: Any, *, linked: bool) -> list[str]:
+    """Parts that a decoder of a supported family has, and nothing here drives.
+
+    Args:
+        linked: as `Family` has it.
+    """
+    parts = [_PARTS[field] for field in ("alibi", *(() if linked else _LINKS)) if setting(text, field)]
     if setting(text, "word_embed_proj_dim") not in (None, setting(text, "hidden_size")):
         parts.append("an embedding of another size than its layers")
     if setting(text, "do_layer_norm_before") is False or setting(text, "_remove_final_layer_norm"):

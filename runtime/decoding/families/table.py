@@ -6,7 +6,8 @@ from runtime.decoding.families.family import AFTER, AROUND, BEFORE, Family
 
 # Words that several lines say.
 _GPT2 = Family(body="transformer", embedding="wte", layers="h", norm="ln_f", rotary=None)
-_GEMMA4 = Family(by_layer=True, windows=True, rotary_by_layer=True, differing=True)
+_GEMMA4 = Family(by_layer=True, windows=True, rotary_by_layer=True, differing=True, linked=True)
+_GRANITE_SWA = Family(by_layer=True, windows=True, rotary="rotary_embs", thetas=True)
 _LATENT = Family(attention="self_attn")
 _NEOX = Family(body="gpt_neox", embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past")
 _OPT = Family(
@@ -71,7 +72,9 @@ FAMILIES = {
     "gpt_neox_japanese": replace(_NEOX, body="gpt_neox_japanese", attention="attention"),
     "gpt_oss": Family(by_layer=True, windows=True),
     "gptj": replace(_GPT2, cache_argument="layer_past", attention="attn"),
+    "granite_swa": _GRANITE_SWA,
     "granitemoe": Family(),
+    "granitemoe_swa": _GRANITE_SWA,
     "granitemoehybrid": Family(by_layer=True),
     "granitemoeshared": Family(),
     "helium": Family(),
@@ -84,6 +87,7 @@ FAMILIES = {
     "jais2": Family(),
     "jetmoe": Family(attention="self_attention"),
     "kolibri1": Family(by_layer=True, windows=True),
+    "laguna": Family(by_layer=True, windows=True, rotary_by_layer=True),
     "mellum": Family(by_layer=True, windows=True, rotary_by_layer=True),
     "mimo_v2_flash": Family(by_layer=True, windows=True, rotary_by_layer=True),
     "minicpm3": replace(_LATENT, scales_states=True),

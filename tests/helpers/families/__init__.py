@@ -6,6 +6,7 @@ from tests.helpers.families.shapes import FURTHER as FURTHER
 from tests.helpers.families.shapes import GEMMA4 as GEMMA4
 from tests.helpers.families.shapes import INSIDE_ALONE as INSIDE_ALONE
 from tests.helpers.families.shapes import LAYERS as LAYERS
+from tests.helpers.families.shapes import LINKED as LINKED
 from tests.helpers.families.shapes import MIXTURES as MIXTURES
 from tests.helpers.families.shapes import NATIVE_SHAPE as NATIVE_SHAPE
 from tests.helpers.families.shapes import SCALED as SCALED

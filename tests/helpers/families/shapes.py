@@ -91,6 +91,13 @@ GEMMA4: dict[str, Any] = FULL | {
     "global_head_dim": 16,
     "num_global_key_value_heads": 1,
 }
+LINKED = GEMMA4 | {
+    "layer_types": ["full_attention"] * LAYERS,
+    "hidden_size_per_layer_input": 32,  # as with the sigmoid below, gelu has other bits in what is left over
+    "vocab_size_per_layer_input": VOCABULARY,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+}
 # Families whose layers run as they are, with what their configurations need besides `SHAPE`.
 FURTHER: dict[str, dict[str, Any]] = {
     "apertus": {},
@@ -110,6 +117,8 @@ FURTHER: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 12, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, **FULL},
     "gemma3_text": FULL | {"head_dim": 12, "final_logit_softcapping": 3.0},
     "gemma4_text": GEMMA4 | {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True},
+    # Layers that share keys come after one of each kind that has its own.
+    "gemma4_text with inputs of each layer": LINKED,
     "gemma4_unified_text": GEMMA4,
     "glm": {"head_dim": 12},
     "glm4": {"head_dim": 12},
@@ -123,6 +132,7 @@ FURTHER: dict[str, dict[str, Any]] = {
     },
     "gpt_neox_japanese": {},
     "gptj": _WORDS | {"rotary_dim": 8},
+    "granite_swa": SCALED | FULL | {"layer_rope_theta": [1e4, 0, 5e5, 1e4]},
     "granitemoehybrid": GRANITE_4 | {"num_local_experts": 0},
     "helium": {"head_dim": 12},
     "hunyuan_v1_dense": {"head_dim": 12},
@@ -187,12 +197,18 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": ROUTED | _LATENT | _GROUPS,
     "gpt_oss": LOCAL | FULL | {"head_dim": 12},
     "granitemoe": LOCAL | SCALED,
+    "granitemoe_swa": LOCAL | SCALED | FULL | {"layer_rope_theta": [1e4, 0, 5e5, 1e4]},
     "granitemoehybrid with experts": GRANITE_4 | LOCAL,
     "granitemoeshared": LOCAL | SCALED | {"shared_intermediate_size": 32},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 12},
     "hy_v3": EXPERTS | _SMALL | _DENSE_FIRST,
     "jetmoe": LOCAL | {"kv_channels": 12},
     "kolibri1": EXPERTS | FULL | _SMALL | {"shared_expert_intermediate_size": 32},
+    "laguna": EXPERTS
+    | FULL
+    | _SMALL
+    | {"head_dim": 16, "shared_expert_intermediate_size": 32, "gating": "per-element"}
+    | {"num_attention_heads_per_layer": [4, 2, 4, 4]},
     "mellum": EXPERTS | FULL | _SMALL,
     "mimo_v2_flash": ROUTED | FULL | {"head_dim": 12, "v_head_dim": 8},
     "minimax_m2": LOCAL | {"head_dim": 12},

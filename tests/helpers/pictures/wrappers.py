@@ -6,9 +6,12 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
-from tests.helpers.families import EXPERTS, GEMMA4, HALF, SHAPE, prompt, randomise
+from tests.helpers.families import EXPERTS, GEMMA4, LINKED, SHAPE, prompt, randomise
 
 IMAGE = 90
+# What a decoder does layer by layer is tried without a wrapper: here two layers are enough, one with a window.
+_LAYERS: dict[str, Any] = {"num_hidden_layers": 2}
+_WINDOW: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
 # Pictures of 8 x 8 pixels, in patches of 4 x 4; of Mistral 3, which merges four patches, of 16 x 16.
 _EYE: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
@@ -20,8 +23,8 @@ _QWEN_EYE: dict[str, Any] = {
 }  # fmt: skip
 _DEEP = _QWEN_EYE | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
 _TURNED: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}}
-_COHERE: dict[str, Any] = {"model_type": "cohere2", "logit_scale": 0.3, "sliding_window": 16, **HALF}
-_GEMMA: dict[str, Any] = {"head_dim": 12, "final_logit_softcapping": 3.0, "sliding_window": 16, **HALF}
+_COHERE: dict[str, Any] = {"model_type": "cohere2", "logit_scale": 0.3, **_WINDOW}
+_GEMMA: dict[str, Any] = {"head_dim": 12, "final_logit_softcapping": 3.0, **_WINDOW}
 _ONE_TILE: dict[str, Any] = {"image_grid_pinpoints": [[8, 8]]}
 _INDEX, _TOKEN = {"image_token_index": IMAGE}, {"image_token_id": IMAGE}
 _TOKENS = _TOKEN | {"video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
@@ -31,10 +34,13 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "cohere2_vision": (_COHERE, _SIGLIP, _TOKEN | {"alignment_intermediate_size": 32}),
     "gemma3": (_GEMMA, _SIGLIP, _INDEX | {"mm_tokens_per_image": 4}),
     "gemma4": (
-        GEMMA4
-        | HALF
-        | {"sliding_window": 16, "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision"},
+        LINKED | {"layer_types": 2 * _WINDOW["layer_types"], "sliding_window": 16, "num_hidden_layers": 4},
         _EYE | {"num_key_value_heads": 2, "head_dim": 8, "pooling_kernel_size": 2, "position_embedding_size": 16},
+        _TOKEN | {"video_token_id": 91, "audio_token_id": 92},
+    ),
+    "gemma4_unified": (
+        GEMMA4 | _WINDOW | {"use_bidirectional_attention": "vision"},
+        {"patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 48, "mm_posemb_size": 16, "output_proj_dims": 48},
         _TOKEN | {"video_token_id": 91, "audio_token_id": 92},
     ),
     "idefics3": ({"model_type": "llama"}, _EYE, _TOKEN),
@@ -48,7 +54,7 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         _INDEX,
     ),
     "qwen2_vl": (
-        _TURNED | HALF | {"use_sliding_window": True, "sliding_window": 16},
+        _TURNED | _WINDOW | {"use_sliding_window": True},
         _QWEN_EYE | {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2},
         _TOKENS,
     ),
@@ -66,6 +72,7 @@ PICTURES = {
     "cohere2_vision": 1,
     "gemma3": 4,
     "gemma4": 4,
+    "gemma4_unified": 4,
     "idefics3": 1,
     "internvl": 1,
     "llava": 4,
@@ -80,7 +87,7 @@ def wrapper(name: str, dtype: torch.dtype = torch.float32, **shape: Any) -> Any:
     if name not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {name}")
     text, vision, more = TINY[name]
-    config = AutoConfig.for_model(name, text_config=SHAPE | text | shape, vision_config=vision, **more)
+    config = AutoConfig.for_model(name, text_config=SHAPE | _LAYERS | text | shape, vision_config=vision, **more)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -103,9 +110,10 @@ def picture(name: str, dtype: torch.dtype, *, words: int = 6) -> dict[str, Any]:
         pixels = torch.randn(16, 3 * 2 * 4 * 4, generator=numbers).to(dtype)
         grid = torch.tensor([[1, 4, 4]])
         return given | {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
-    if name == "gemma4":
-        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(-1)[None]
-        pixels = torch.rand(1, 16, 3 * 4 * 4, generator=numbers).to(dtype)
+    if name.startswith("gemma4"):  # of one, four patches make a token
+        side = 4 if name == "gemma4" else 2
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(-1)[None]
+        pixels = torch.rand(1, side * side, 3 * 4 * 4, generator=numbers).to(dtype)
         return given | {"pixel_values": pixels, "image_position_ids": places, "mm_token_type_ids": kinds}
     size = 16 if name == "mistral3" else 8
     pixels = torch.randn(1, 3, size, size, generator=numbers).to(dtype)

@@ -10,8 +10,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from runtime import UnsupportedModel
 from runtime.decoding import families
+from runtime.decoding.arguments import LayerArguments, LentKeys
 from runtime.decoding.cache import KVCache
-from runtime.decoding.families import numbers_per_token, own_attentions
+from runtime.decoding.families import layers_with_keys, numbers_per_token, own_attentions
 from runtime.decoding.layers import DecoderLayers
 from runtime.exact.execution import ExecutionPolicy, execution
 from runtime.exact.probe import compare
@@ -36,13 +37,14 @@ DTYPES = [torch.float32, torch.bfloat16]
 def states(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
     """Hidden states below each layer, and the logits, by the parts that decoding uses."""
     layers = DecoderLayers(model)
-    found, cache = [layers.embed(ids, 0)], KVCache(layers.num_layers, ids.shape[1])
+    keyed = layers_with_keys(model.config)
+    found, cache = [layers.embed(ids, 0)], KVCache(keyed, ids.shape[1])
     # sdpa hides later keys of a whole text by itself; eager attention needs a mask, as do modules that take one row
     masked = model.config._attn_implementation == "eager" or own_attentions(model)
     with execution(model, ExecutionPolicy.batched()) if masked else nullcontext():
         for depth in range(layers.num_layers):
-            found.append(layers.run(found[-1], depth, depth + 1, 0, cache))
-    kept = [part[0, :, 0].numel() for depth in range(layers.num_layers) for part in cache.rows(depth, 0)]
+            found.append(layers.run(found[-1], depth, depth + 1, 0, cache, tokens=ids[0].tolist()))
+    kept = [part[0, :, 0].numel() for depth in range(keyed) for part in cache.rows(depth, 0)]
     assert sum(kept) == numbers_per_token(model)
     return [*found[:-1], layers.logits(found[-1])]
 
@@ -89,6 +91,19 @@ def test_a_part_too_few_shows(
     assert not torch.equal(states(model, ids)[-1], stock)
 
 
+@pytest.mark.parametrize("part", ["keys", "inputs"])
+@torch.inference_mode()
+def test_links_that_are_wrong_show(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: keys of a layer that lends none, and inputs of layers of the tokens the other way round."""
+    add = LayerArguments.add_inputs
+    if part == "keys":
+        monkeypatch.setattr(LentKeys, "__getitem__", lambda self, kind: self.cache.rows(0, 0))
+    else:
+        monkeypatch.setattr(LayerArguments, "add_inputs", lambda *given: add(*given[:3], given[3].flip(1), given[4]))
+    model, ids = tiny("gemma4_text with inputs of each layer"), prompt(20)
+    assert not torch.equal(states(model, ids)[-1], model(ids).logits)
+
+
 @pytest.mark.parametrize("family", sorted(MIXTURES))
 @torch.inference_mode()
 def test_experts_take_one_row_at_a_time(family: str) -> None:
@@ -97,7 +112,7 @@ def test_experts_take_one_row_at_a_time(family: str) -> None:
     model = tiny(family)
     reference = Reference.near(model)
     assert compare(model, reference, ExecutionPolicy.rowwise(), [3]).differing == 0
-    assert compare(model, reference, replace(ExecutionPolicy.rowwise(), expert_rows=None), [3]).differing > 0
+    assert compare(model, reference, replace(ExecutionPolicy.rowwise(), expert_rows=None), [3, 5]).differing > 0
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "falcon", "gpt_neo", "jetmoe"])

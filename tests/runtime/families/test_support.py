@@ -35,7 +35,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_5", {}, f"{INSIDE % 'qwen3_5_text'} has layers of the kind linear_attention"),
     ("qwen3_5_moe", {}, f"{INSIDE % 'qwen3_5_moe_text'} has layers of the kind linear_attention"),
     ("llama4", {}, f"{INSIDE % 'llama4_text'} has layers of the kind chunked_attention"),
-    ("gemma4_text", {}, "it has inputs of their own for each layer"),
     ("gemma3n_text", {}, "it has inputs of their own for each layer and layers that share keys"),
     ("blip-2", {}, "its decoder of text (model_type 'opt') is inside a model of several kinds of input"),
     ("emu3", {}, f"the layers of {INSIDE % 'emu3_text_model'} have not been described to SpecBound yet"),

@@ -18,10 +18,10 @@ from runtime.generate import attach
 from runtime.handle import SpecBound
 from tests.helpers import cells
 from tests.helpers.fake_heads import FakeHeads
-from tests.helpers.families import INSIDE_ALONE, VOCABULARY, WINDOWS, prompt, require, tiny
+from tests.helpers.families import INSIDE_ALONE, VOCABULARY, WINDOWS, model_type, prompt, require, tiny
 
 WINDOW, NEW = 16, 30
-GREEDY: dict[str, Any] = {"do_sample": False}
+GREEDY: dict[str, Any] = {"do_sample": False, "no_repeat_ngram_size": 2}
 TREES = SpeculationBounds(0.2, 1, 8, max_branches=3, max_depth=4)
 
 
@@ -42,7 +42,7 @@ def both(model: PreTrainedModel, ids: Tensor, bounds: SpeculationBounds, **optio
 def test_every_family_with_windows_is_tried() -> None:
     """Of those that are accepted with them."""
     windows = {name for name, family in families.FAMILIES.items() if family.windows}
-    assert set(WINDOWS) == windows - set(INSIDE_ALONE)
+    assert set(map(model_type, WINDOWS)) == windows - set(INSIDE_ALONE)
 
 
 @pytest.mark.parametrize("family", sorted(WINDOWS))
@@ -50,8 +50,10 @@ def test_from_before_the_edge_to_beyond_it(family: str) -> None:
     """Greedy trees in float32 whose text fills the window on the way; the cache is the one that stock leaves."""
     require(family)
     stock, found = both(tiny(family, window=WINDOW), prompt(7), TREES, **GREEDY)
-    assert torch.equal(found.sequences, stock.sequences) and len(set(stock.sequences[0].tolist())) > 3
+    assert torch.equal(found.sequences, stock.sequences) and len(set(stock.sequences[0, -NEW:].tolist())) > 9
     for own, other in zip(found[CACHE].layers, stock[CACHE].layers, strict=True):
+        if other.keys is None:  # it reads those of another layer
+            continue
         assert torch.equal(own.keys, other.keys) and torch.equal(own.values, other.values)
         assert own.get_seq_length() == other.get_seq_length() and own.is_sliding == other.is_sliding
 

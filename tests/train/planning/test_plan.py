@@ -200,7 +200,7 @@ def test_the_command_line(tiny_base):
     assert wrong.exit_code == 1 and "no config of 'no/such'" in wrong.output
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mixtral", "solar_open"])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "solar_open", "gemma4_text with inputs of each layer"])
 def test_bases_that_name_their_sizes_otherwise(family, tmp_path):
     model = tiny(family)
     model.config.save_pretrained(tmp_path)
