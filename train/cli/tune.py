@@ -61,7 +61,7 @@ def tune_command(
             f"{name}: {one['predicted_speedup']:.2f}x stock predicted, mean accepted length"
             f" {one['mean_accepted_length']:.2f}; {_words(one['bounds'])}"
         )
-    print(sources_line(summary["sources"]))
+    print(sources_line(summary["sources"], summary["after"]["costs"]))
     print(line(summary["together"]))
     print(f"predicted on texts that were not used to choose bounds: {summary['cross_fitted_speedup']:.2f}x")
 

@@ -83,14 +83,14 @@ def summary(calibrated: dict[str, Any]) -> str:
     replayed = calibrated["replay"]
     return (
         f"predicted {_where(replayed['costs'])}: {replayed['predicted_speedup']:.2f}x stock generate, mean accepted "
-        f"length {replayed['mean_accepted_length']:.2f}\n{sources_line(calibrated['sources'])}"
+        f"length {replayed['mean_accepted_length']:.2f}\n{sources_line(calibrated['sources'], replayed['costs'])}"
     )
 
 
-def sources_line(worth: Mapping[str, str]) -> str:
+def sources_line(worth: Mapping[str, str], costs: Any) -> str:
     """Which sources draft and what each is worth, and a warning where no head does."""
     line = "drafts: " + "; ".join(f"{name} {said}" for name, said in worth.items())
-    return line + (f"\nwarning: {none}" if (none := idle(worth)) else "")
+    return line + (f"\nwarning: {none}" if (none := idle(worth, costs)) else "")
 
 
 def number_of(texts: int) -> str:
@@ -138,7 +138,7 @@ def _sources(calibrated: dict[str, Any]) -> list[str]:
         return []
     lines = ["Drafts come from these sources (predicted speed with each and without it):"]
     lines.append("\n".join(f"- {name}: {said}" for name, said in worth.items()))
-    return lines + ([f"**{none}.**"] if (none := idle(worth)) else [])
+    return lines + ([f"**{none}.**"] if (none := idle(worth, calibrated["replay"]["costs"])) else [])
 
 
 def _ablations(ablations: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from runtime.drafting.policy import SpeculationBounds
 from train.calibration.traces import LOOKUP_LAYER, Traces
@@ -31,15 +32,18 @@ def sources(traces: Traces, costs: CostTable, bounds: SpeculationBounds) -> dict
     return worth
 
 
-def idle(worth: Mapping[str, str]) -> str:
-    """What no source or no head in use means, in a sentence; empty where a head is asked."""
+def idle(worth: Mapping[str, str], costs: Any) -> str:
+    """What no source or no head in use means, in a sentence; empty where a head is asked.
+
+    Args:
+        costs: that the speeds were predicted with, as `Totals.describe` tells them: text where they were counted.
+    """
     used = [name for name, said in worth.items() if said.startswith(IN_USE)]
     heads = [name for name in worth if name != LOOKUP]
     if set(heads) & set(used):
         return ""
     left = "only the lookup drafts" if used else "nothing is drafted, and the adapter saves no time"
     none = "The head is never" if len(heads) == 1 else "None of the heads is ever"
-    return (
-        f"{none} asked with these bounds: {left}. Fit on more text or for longer, or choose bounds for this machine "
-        "with `specbound profile` and `specbound tune`"
-    )
+    counted = ", or choose bounds for this machine with `specbound profile` and `specbound tune`"
+    then = f"Fit on more text or for longer{counted if isinstance(costs, str) else ''}"
+    return f"{none} asked with these bounds: {left}. {then}"

@@ -43,16 +43,17 @@ def test_sources_that_are_never_asked_are_named(traces: Traces) -> None:
     """With what they would give; where no head is asked, a sentence says what that means."""
     said = sources(traces, COSTS, CONFIG.bounds)
     assert list(said) == ["lookup", "layer 2"] and all(one.startswith("in use, ") for one in said.values())
-    assert not idle(said)
+    assert not idle(said, "counted")
     shallow = sources(traces, COSTS, replace(CONFIG.bounds, max_exit_layer=0))
     assert shallow["layer 2"].startswith("never asked, ") and shallow["lookup"].startswith("in use, ")
     gain = shallow["layer 2"].split()
     assert float(gain[2][:-1]) > float(gain[-1][:-1])  # "never asked, 7.10x with it instead of 5.30x"
-    assert idle(shallow).startswith("The head is never asked with these bounds: only the lookup drafts")
+    assert idle(shallow, "counted").startswith("The head is never asked with these bounds: only the lookup drafts")
     for bounds in (SpeculationBounds(OFF, 2, 15), SpeculationBounds(0.1, 2, 0)):
         nothing = sources(traces, COSTS, bounds)
         assert all(one.startswith("never asked, ") for one in nothing.values())
-        assert "nothing is drafted" in idle(nothing)
+        assert "nothing is drafted" in idle(nothing, "counted")
     several = {"lookup": "in use, 1", "layer 2": "never asked, 1", "layer 4": "never asked, 1"}
-    assert idle(several).startswith("None of the heads is ever asked")
-    assert not idle(several | {"layer 4": "in use, 1"})
+    assert idle(several, {"threads": 2}).startswith("None of the heads is ever asked")
+    assert "specbound profile" in idle(several, "counted") and "profile" not in idle(several, {"threads": 2})
+    assert not idle(several | {"layer 4": "in use, 1"}, "counted")
