@@ -23,19 +23,20 @@ class LayerArguments:
 
     def __init__(self, body: Any, config: Any, family: Family) -> None:
         self.body = body
-        self.rotary: nn.Module | None = getattr(body, family.rotary) if family.rotary else None
-        self.cache_argument = family.cache_argument
+        layers: list[Any] = list(getattr(body, family.layers))
+        # older releases of transformers have tables of angles in each layer of some families
+        self.rotary: nn.Module | None = getattr(body, family.rotary, None) if family.rotary else None
+        self.cache_argument = family.cache_name(layers[0])
         self.unset: dict[str, Any] = dict.fromkeys(family.unset)
         self.kinds: list[Any] | None = config.layer_types if family.rotary_by_layer else None
         if family.thetas:
             self.kinds = config.layer_rope_theta
         self.axes = family.axes
         self.has_inputs = family.linked and bool(getattr(config, "hidden_size_per_layer_input", 0))
-        layers = list(getattr(body, family.layers)) if family.linked else []
         self.lenders = {
             layer.self_attn.layer_type: index
             for index, layer in enumerate(layers)
-            if layer.self_attn.store_full_length_kv
+            if family.linked and layer.self_attn.store_full_length_kv
         }
 
     def of(self, hidden: Tensor, start: int, stop: int, position_ids: Tensor, cache: KVCache) -> list[dict[str, Any]]:

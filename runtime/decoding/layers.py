@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from runtime.decoding.arguments import LayerArguments
 from runtime.decoding.cache import Block, KVCache, position_ids
-from runtime.decoding.families import check_supported
+from runtime.decoding.families import CACHE_LENGTH, check_supported
 from runtime.decoding.rows import TreeRows
 from runtime.decoding.wrappers import blank_tokens
 from runtime.drafting.prompt_states import PromptStates
@@ -101,9 +101,7 @@ class DecoderLayers:
     def _learned(self, ids: Tensor, position: int) -> Tensor:
         """States of positions [1, T], the first of which is given too, from a module that counts them on."""
         assert self.positions is not None and self.offset is not None
-        states: Tensor = self.positions(
-            position_ids=ids, past_key_values_length=position, **dict.fromkeys(self.offset)
-        )
+        states: Tensor = self.positions(position_ids=ids, **{CACHE_LENGTH: position}, **dict.fromkeys(self.offset))
         return states
 
     def run(

@@ -181,7 +181,7 @@ def _row_attention(
     return RowAttention(
         _own_forward(module),
         layer,
-        cache_argument=family.cache_argument,
+        cache_argument=family.cache_name(module),
         stock=stock or "eager",
         masked=family.masked,
         whole=policy.attention == "batched",

@@ -10,6 +10,7 @@ from runtime.decoding.families.family import AFTER as AFTER
 from runtime.decoding.families.family import AROUND as AROUND
 from runtime.decoding.families.family import BEFORE as BEFORE
 from runtime.decoding.families.family import CACHE as CACHE
+from runtime.decoding.families.family import CACHE_LENGTH as CACHE_LENGTH
 from runtime.decoding.families.family import WEIGHINGS as WEIGHINGS
 from runtime.decoding.families.family import Family as Family
 from runtime.decoding.families.keys import layer_configs as layer_configs

@@ -3,12 +3,15 @@
 No modeling code is copied: a family is a line of data (`table.py`). Knows nothing of drafting, exits or files.
 """
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 # What models, `generate` and what it returns call their cache: "cache" from transformers 5.24 on.
 CACHE = next((name for name in ("cache", "past_key_values") if hasattr(GenerateDecoderOnlyOutput, name)), "")
+CACHE_LENGTH = f"{CACHE}_length"  # and how much it holds, where a module asks for that
 # Names of a layer's norms: before attention, after it, before the gated part, after it; None where there is none.
 Norms = tuple[str | None, str | None, str | None, str | None]
 BEFORE: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
@@ -78,3 +81,8 @@ class Family:
     linked: bool = False
     unset: tuple[str, ...] = ()
     axes: int = 1
+
+    def cache_name(self, module: Any) -> str:
+        """What a layer, or its attention, calls its cache: older releases of transformers have other names for it."""
+        takes = inspect.signature(type(module).forward).parameters
+        return self.cache_argument if self.cache_argument in takes else CACHE

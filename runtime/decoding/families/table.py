@@ -6,6 +6,7 @@ from runtime.decoding.families.family import AFTER, AROUND, BEFORE, Family
 
 # Words that several lines say.
 _GPT2 = Family(body="transformer", embedding="wte", layers="h", norm="ln_f", rotary=None)
+_GPTJ = replace(_GPT2, rotary="rotary_emb", cache_argument="layer_past", attention="attn")
 _GEMMA4 = Family(by_layer=True, windows=True, rotary_by_layer=True, differing=True, linked=True)
 _GRANITE_SWA = Family(by_layer=True, windows=True, rotary="rotary_embs", thetas=True)
 _LATENT = Family(attention="self_attn")
@@ -30,7 +31,7 @@ FAMILIES = {
     "axk1": _LATENT,
     "biogpt": replace(_OPT, body="biogpt"),
     "bitnet": Family(),
-    "codegen": replace(_GPT2, cache_argument="layer_past", attention="attn"),
+    "codegen": _GPTJ,
     "cohere": Family(factor="logit_scale"),
     "cohere2": Family(by_layer=True, windows=True, factor="logit_scale"),
     "cohere2_moe": Family(by_layer=True, windows=True, factor="logit_scale"),
@@ -71,7 +72,7 @@ FAMILIES = {
     "gpt_neox": _NEOX,
     "gpt_neox_japanese": replace(_NEOX, body="gpt_neox_japanese", attention="attention"),
     "gpt_oss": Family(by_layer=True, windows=True),
-    "gptj": replace(_GPT2, cache_argument="layer_past", attention="attn"),
+    "gptj": _GPTJ,
     "granite_swa": _GRANITE_SWA,
     "granitemoe": Family(),
     "granitemoe_swa": _GRANITE_SWA,
