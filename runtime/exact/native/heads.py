@@ -1,7 +1,8 @@
 """Exit heads in our own kernels: a `deep` one as one call from hidden states at its exit to drafts and confidences, an
 `attention` one as a call for states, keys and values, and one for the drafts of these.
 
-Drafts are verified, so these need no bits of anybody's. Knows no policy and no base.
+Drafts are verified, so these need no bits of anybody's, and their weights are kept in half the memory. Knows no policy
+and no base.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ from runtime.drafting.heads import DeepHead, HeadContext
 from runtime.drafting.unembedding import DraftUnembedding
 from runtime.exact.native.library import native_library
 from runtime.exact.native.parts import epsilon
-from runtime.exact.native.products import LANES, pack_for_products
+from runtime.exact.native.products import LANES, Coarse
 from runtime.exact.native.tables import table_of
 
 
@@ -28,18 +29,18 @@ class NativeDeepHead:
 
     Args:
         head, unembedding: in bfloat16 on the CPU.
-        rows: those of the unembedding, packed; several heads share them.
+        rows: those of the unembedding; several heads share them.
         silu: as `table_of` gives it.
     """
 
-    def __init__(self, head: DeepHead, unembedding: DraftUnembedding, rows: Tensor, silu: Tensor) -> None:
+    def __init__(self, head: DeepHead, unembedding: DraftUnembedding, rows: Coarse, silu: Tensor) -> None:
         self.made_of = head, unembedding, rows, silu
         final: Any = unembedding.norm
         own: tuple[Any, ...] = (head.hidden_norm, head.embedding_norm, head.deep_norm)
-        packed = (*map(pack_for_products, (head.gate_up.weight, head.down.weight)), rows)
+        self.weights = Coarse.of(head.gate_up.weight), Coarse.of(head.down.weight), rows
         vectors = (unembedding.norm_scale.contiguous(), head.keep, head.carry, head.age)
-        self.held: list[Any] = [*packed, *(norm.weight for norm in own), *vectors, silu]
-        self.places = (ctypes.c_void_p * 10)(*(tensor.data_ptr() for tensor in self.held[:-1]))
+        self.held: list[Any] = [*(norm.weight for norm in own), *vectors]
+        self.silu, self.places = silu, _places(self.weights, self.held)
         self.sizes = (head.hidden_size, head.down.in_features, head.draft_vocab_size)
         self.epsilons: tuple[float, float] = (own[0].eps, epsilon(final))
         self.scaling = unembedding.scaling
@@ -60,7 +61,7 @@ class NativeDeepHead:
             (ctypes.c_int64 * 5)(rows, count, *self.sizes),
             (ctypes.c_float * 3)(*self.epsilons, temperature * self.scaling),
             *(part.data_ptr() for part in given),
-            self.held[-1].data_ptr(),
+            self.silu.data_ptr(),
             ids.data_ptr(),
             chances.data_ptr(),
             torch.get_num_threads(),
@@ -73,19 +74,19 @@ class NativeAttentionHead:
 
     Args:
         head, unembedding: in bfloat16 on the CPU.
-        rows: those of the unembedding, packed; several heads share them.
+        rows: those of the unembedding; several heads share them.
         silu: as `table_of` gives it.
     """
 
-    def __init__(self, head: AttentionHead, unembedding: DraftUnembedding, rows: Tensor, silu: Tensor) -> None:
+    def __init__(self, head: AttentionHead, unembedding: DraftUnembedding, rows: Coarse, silu: Tensor) -> None:
         self.made_of = head, unembedding, rows, silu
         final: Any = unembedding.norm
         linears = (head.mix, head.query_key_value, head.attention_out, head.gate_up, head.down)
         own: tuple[Any, ...] = (head.hidden_norm, head.embedding_norm, head.deep_norm)
         own += (head.attention_norm, head.gate_norm)
-        vectors = [*(norm.weight for norm in own), unembedding.norm_scale.contiguous(), head.source]
-        self.held: list[Any] = [*(pack_for_products(linear.weight) for linear in linears), *vectors]
-        self.places = (ctypes.c_void_p * 12)(*(tensor.data_ptr() for tensor in self.held))
+        self.weights = [Coarse.of(linear.weight) for linear in linears]
+        self.held: list[Any] = [*(norm.weight for norm in own), unembedding.norm_scale.contiguous(), head.source]
+        self.places = _places(self.weights, self.held)
         self.rows, self.silu, self.turns = rows, silu, turns(0, head.head_size)
         self.sizes = (head.hidden_size, head.down.in_features, head.num_heads, head.num_key_heads, head.head_size)
         self.vocabulary, self.scaling = head.draft_vocab_size, unembedding.scaling
@@ -130,7 +131,7 @@ class NativeAttentionHead:
         number = states.shape[0]
         ids, chances = torch.empty(number, count, dtype=torch.int64), torch.empty(number, count)
         library.specbound_likeliest(
-            self.rows.data_ptr(),
+            (ctypes.c_void_p * 2)(*self.rows.places),
             (ctypes.c_int64 * 4)(number, count, self.sizes[0], self.vocabulary),
             temperature * self.scaling,
             states.data_ptr(),
@@ -139,6 +140,12 @@ class NativeAttentionHead:
             torch.get_num_threads(),
         )
         return ids.clamp_(min=0), chances
+
+
+def _places(weights: Sequence[Coarse], vectors: Sequence[Tensor]) -> Any:
+    """Addresses, as a head in `heads.h` has them."""
+    found = [*(place for weight in weights for place in weight.places), *(vector.data_ptr() for vector in vectors)]
+    return (ctypes.c_void_p * len(found))(*found)
 
 
 def _parts(readings: Sequence[Reading]) -> tuple[list[int], list[Any]]:
@@ -164,7 +171,7 @@ def native_heads(heads: DraftHeads) -> DraftHeads:
     fit = {layer: head for layer, head in exits.items() if _is_fit(head, heads.unembedding)}
     if native_library() is None or not fit:
         return heads
-    rows, silu = pack_for_products(heads.unembedding.weight), table_of(nn.SiLU())
+    rows, silu = Coarse.of(heads.unembedding.weight), table_of(nn.SiLU())
     native = {layer: NATIVE[type(head)](head, heads.unembedding, rows, silu) for layer, head in fit.items()}
     return replace(heads, native=native)
 

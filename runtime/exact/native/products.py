@@ -12,6 +12,7 @@ from runtime.exact.native.library import has_tiles, native_library
 
 LANES = 16
 TILE = 32  # numbers along K that one tile takes
+COARSE_ZERO, COARSE_STEPS = 64, 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,33 @@ def pack_for_products(weight: Tensor) -> Tensor:
     words = weight.detach().contiguous().view(torch.int32)
     words = nn.functional.pad(words, (0, 0, 0, -outputs % LANES))
     return words.view(-1, LANES, inputs // 2).transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Coarse:
+    """A weight of drafts in half the memory: a byte a number, 127 steps from an output's largest to its negative.
+
+    Attributes:
+        numbers: shape [N / 16, K / 2, 16, 2], uint8, 1 to 127; N filled up.
+        scales: of each output, shape [N], float32; a number is (byte - 64) times it.
+    """
+
+    numbers: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Coarse":
+        """Of a weight [N, K], bfloat16, K even."""
+        filled = nn.functional.pad(weight.detach().float(), (0, 0, 0, -weight.shape[0] % LANES))
+        scales = filled.abs().amax(1) / COARSE_STEPS
+        numbers = (filled / scales.clamp_min(torch.finfo().tiny)[:, None]).round() + COARSE_ZERO
+        parts = numbers.to(torch.uint8).view(-1, LANES, weight.shape[1] // 2, 2)
+        return cls(parts.transpose(1, 2).contiguous(), scales)
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """Addresses, as the kernels have them."""
+        return self.numbers.data_ptr(), self.scales.data_ptr()
 
 
 def products(hidden: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, order: Order) -> Tensor:

@@ -15,8 +15,14 @@ namespace {
 
 constexpr Along IN_A_ROW{int64_t{1} << 32, false};  // pairs in order, in one block
 
+inline Product product_of(const Coarse& weight, const uint16_t* input, uint16_t* output, int64_t rows, int64_t outputs,
+                          int64_t inputs, const uint16_t* silu, const uint16_t* residual) {
+  return {weight.bytes, (const uint32_t*)input, nullptr, output, rows, outputs, inputs / 2, IN_A_ROW, silu, residual, 1.f, outputs,
+          weight.scales};
+}
+
 struct Choice {            // of the likeliest tokens of each row
-  const uint32_t* weight;  // rows of the draft vocabulary, packed
+  Coarse weight;  // rows of the draft vocabulary
   int64_t rows, count, size, vocabulary;
   float temperature;
 };
@@ -55,15 +61,14 @@ inline void choose(const Choice& c, uint16_t* logits, int64_t* ids, float* chanc
 
 // The same from normed states [rows][size]; called by every thread of a team.
 inline void likeliest(const Choice& c, const uint16_t* normed, uint16_t* logits, int64_t* ids, float* chances) {
-  multiply({c.weight, (const uint32_t*)normed, nullptr, logits, c.rows, c.vocabulary, c.size / 2, IN_A_ROW, nullptr, nullptr,
-            1.f});
+  multiply(product_of(c.weight, normed, logits, c.rows, c.vocabulary, c.size, nullptr, nullptr));
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < c.rows; row++)
     choose(c, logits + row * c.vocabulary, ids + row * c.count, chances + row * c.count);
 }
 
 struct DeepHead {  // as `heads.py` lays it out
-  const uint32_t *gate_up, *down, *rows;  // packed weights
+  Coarse gate_up, down, rows;
   const uint16_t *hidden_norm, *embedding_norm, *deep_norm, *final_norm, *keep, *carry, *ages;
 };
 
@@ -106,17 +111,13 @@ inline void skip(const Draft& d, int64_t row, uint16_t* added) {
 // What one thread of the team does.
 inline void draft(const Draft& d, uint16_t* inner, uint16_t* added, uint16_t* logits, int64_t* ids, float* chances) {
   std::vector<uint16_t> joined(d.rows * 3 * d.size), normed(d.rows * d.size);
-  auto product = [&](const uint32_t* weight, const uint16_t* input, uint16_t* output, int64_t outputs, int64_t inputs,
-                     const uint16_t* silu) {
-    multiply({weight, (const uint32_t*)input, nullptr, output, d.rows, outputs, inputs / 2, IN_A_ROW, silu, nullptr, 1.f});
-  };
   for (int64_t row = 0; row < d.rows; row++) {
     const int64_t place = row * d.size;
     read(*d.head, d.hidden + place, d.embedding + place, d.deep + place, d.head->ages + d.ages[row] * d.size, d.size,
          d.epsilon, joined.data() + 3 * place);
   }
-  product(d.head->gate_up, joined.data(), inner, 2 * d.rank, 3 * d.size, d.silu);
-  product(d.head->down, inner, added, d.size, d.rank, nullptr);
+  multiply(product_of(d.head->gate_up, joined.data(), inner, d.rows, 2 * d.rank, 3 * d.size, d.silu, nullptr));
+  multiply(product_of(d.head->down, inner, added, d.rows, d.size, d.rank, nullptr, nullptr));
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < d.rows; row++) skip(d, row, added + row * d.size);
   for (int64_t row = 0; row < d.rows; row++)
@@ -125,7 +126,7 @@ inline void draft(const Draft& d, uint16_t* inner, uint16_t* added, uint16_t* lo
 }
 
 struct AttentionHead {  // as `heads.py` lays it out
-  const uint32_t *mix, *query_key_value, *output, *gate_up, *down;  // packed weights
+  Coarse mix, query_key_value, output, gate_up, down;
   const uint16_t *hidden_norm, *embedding_norm, *deep_norm, *norm, *second_norm, *final_norm, *sources;
 };
 
@@ -193,10 +194,7 @@ inline void step(const Step& s, uint16_t* joined, uint16_t* mixed, uint16_t* hea
   auto normalise = [&](const uint16_t* from, const uint16_t* weight, int64_t rows, float epsilon, uint16_t* into) {
     for (int64_t row = 0; row < rows; row++) norm(from + row * size, weight, size, epsilon, into + row * size);
   };
-  auto product = [&](const uint32_t* weight, const uint16_t* input, uint16_t* output, int64_t rows, int64_t outputs,
-                     int64_t inputs, const uint16_t* silu, const uint16_t* residual) {
-    multiply({weight, (const uint32_t*)input, nullptr, output, rows, outputs, inputs / 2, IN_A_ROW, silu, residual, 1.f});
-  };
+  auto product = [](auto... given) { multiply(product_of(given...)); };
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < s.rows; row++) {
     const int64_t place = row * size;

@@ -63,7 +63,7 @@ class Tiles {
   void tile(const Product& p, int64_t row, int64_t count, int64_t part) {
     alignas(64) float sums[B][TILE_ROWS][LANES];
     __m512 total[TILE_ROWS][B], before[TILE_ROWS][B];
-    const uint32_t *weight = p.weight + part * p.pairs * LANES, *input = p.input + row * p.pairs;
+    const uint32_t *weight = (const uint32_t*)p.weight + part * p.pairs * LANES, *input = p.input + row * p.pairs;
     for (int64_t start = 0; start < p.pairs; start += p.along.block) {
       add<B>(weight, input, start, std::min(start + p.along.block, p.pairs), apart_of(p), p.pairs);
       _tile_stored(0, sums[0], TILE_BYTES);
@@ -96,23 +96,28 @@ class Tiles {
 };
 
 // All rows of B registers of outputs, in passes of as many rows each as can be; the weight stays in the cache for further ones.
-template <int B>
-void rows(const Product& p, int64_t part, bool last) {
+template <int B, bool COARSE>
+void rows_of(const Product& p, int64_t part, bool last) {
   if (!p.rows) return;
   Pass pass{0, (p.rows + ROWS - 1) / ROWS, last};
   const int64_t each = (p.rows + pass.count - 1) / pass.count;
   for (int64_t row = 0; row < p.rows; row += each, pass.number++) {
     switch (std::min(each, p.rows - row)) {
-      case 1: tile<1, B>(p, row, part, pass); break;
-      case 2: tile<2, B>(p, row, part, pass); break;
-      case 3: tile<3, B>(p, row, part, pass); break;
-      case 4: tile<4, B>(p, row, part, pass); break;
-      case 5: tile<5, B>(p, row, part, pass); break;
-      case 6: tile<6, B>(p, row, part, pass); break;
-      case 7: tile<7, B>(p, row, part, pass); break;
-      default: tile<8, B>(p, row, part, pass);
+      case 1: tile<1, B, COARSE>(p, row, part, pass); break;
+      case 2: tile<2, B, COARSE>(p, row, part, pass); break;
+      case 3: tile<3, B, COARSE>(p, row, part, pass); break;
+      case 4: tile<4, B, COARSE>(p, row, part, pass); break;
+      case 5: tile<5, B, COARSE>(p, row, part, pass); break;
+      case 6: tile<6, B, COARSE>(p, row, part, pass); break;
+      case 7: tile<7, B, COARSE>(p, row, part, pass); break;
+      default: tile<8, B, COARSE>(p, row, part, pass);
     }
   }
+}
+
+template <int B>
+void rows(const Product& p, int64_t part, bool last) {
+  p.scales ? rows_of<B, true>(p, part, last) : rows_of<B, false>(p, part, last);
 }
 
 // All of it; called by every thread of a team, which waits for all at the end.

@@ -1,6 +1,6 @@
 // Products of bfloat16 rows with a bfloat16 weight, in the order in which oneDNN adds for one row: with AVX512-BF16 one
 // output a lane, pairs along K in order; with AMX by its tiles (`multiply.h`). Blocks along K are summed apart and then added
-// in order. The order does not depend on the number of rows.
+// in order. The order does not depend on the number of rows. Weights of drafts, which need no bits of anybody's, are `Coarse`.
 #pragma once
 #include <immintrin.h>
 
@@ -20,8 +20,14 @@ struct Along {    // how numbers are added along K
   int64_t group;  // pairs of blocks that are added up apart from others, as by a thread each; 0 for all together
 };
 
+// A weight in half the memory: each number is a byte from 1 to 127, less 64, times the scale of its output.
+struct Coarse {
+  const uint8_t* bytes;  // [ceil(outputs / 16)][pairs][16][2]
+  const float* scales;   // [outputs, filled up to 16]
+};
+
 struct Product {
-  const uint32_t* weight;  // [ceil(outputs / 16)][pairs][16], two bfloat16 of one output each
+  const void* weight;      // [ceil(outputs / 16)][pairs][16], two bfloat16 of one output each, or bytes of a `Coarse` one
   const uint32_t* input;   // [rows][pairs]
   const uint16_t* bias;    // [outputs], or null
   uint16_t* output;        // [rows][outputs], or [rows][outputs / 2] where gated
@@ -31,6 +37,7 @@ struct Product {
   const uint16_t* residual;  // [rows][outputs], added to the rounded outputs; or null
   float multiplier;          // of the rounded outputs before that
   int64_t stride = outputs;  // numbers from a row of outputs to the next, where nothing gates
+  const float* scales = nullptr;  // of a `Coarse` weight
 };
 
 // Parts of a weight: 16 outputs each.
@@ -38,8 +45,9 @@ inline int64_t parts_of(const Product& p) { return (p.outputs + LANES - 1) / LAN
 
 inline __mmask16 mask_of(const Product& p, int64_t part) { return first_of(p.outputs - part * LANES); }
 
-// 16 outputs with their bias, rounded.
+// 16 outputs with their scale or bias, rounded.
 inline __m256i biased(const Product& p, int64_t part, __m512 sum) {
+  if (p.scales) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(p.scales + part * LANES));
   if (p.bias) sum = _mm512_add_ps(sum, widen(_mm256_maskz_loadu_epi16(mask_of(p, part), p.bias + part * LANES)));
   return convert(sum);
 }
@@ -72,7 +80,7 @@ void finish(const Product& p, int64_t row, int64_t part, const __m512* sums) {
     for (int b = 0; b < B; b++) finish_part(p, row, part + b, sums[b]);
 }
 
-// Words from the weights of one register of outputs to those of the next.
+// Pairs of weights from those of one register of outputs to those of the next.
 inline int64_t apart_of(const Product& p) { return (p.silu ? parts_of(p) / 2 : 1) * p.pairs * LANES; }
 
 // Adds the sum of the block that begins at a pair to the total of its group; a total that is whole, to those before.
@@ -89,12 +97,34 @@ struct Pass {
   bool last;  // whether no tile follows
 };
 
+// A byte of a `Coarse` weight as bfloat16 is these bits and its own: 128 more than the byte, and 192 more than the number.
+constexpr short OFFSET_BITS = 0x4300;
+constexpr float OFFSET = 192.f;
+
+// 16 pairs of weights.
+template <bool COARSE>
+inline __m512bh pairs_at(const char* from) {
+  if constexpr (!COARSE) return (__m512bh)_mm512_loadu_si512(from);
+  const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
+  return (__m512bh)_mm512_or_si512(bytes, _mm512_set1_epi16(OFFSET_BITS));
+}
+
+// What offsets add to an output of a row, to be taken away.
+inline float offset_of(const uint32_t* input, int64_t pairs) {
+  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t k = 0; k < pairs; k += LANES)
+    sum = _mm512_dpbf16_ps(sum, ones, (__m512bh)_mm512_maskz_loadu_epi32(first_of(pairs - k), input + k));
+  return OFFSET * _mm512_reduce_add_ps(sum);
+}
+
 // M rows by B registers of outputs.
-template <int M, int B>
+template <int M, int B, bool COARSE>
 void tile(const Product& p, int64_t row, int64_t part, Pass pass) {
   __m512 total[M][B], before[M][B];
-  const uint32_t* weight = p.weight + part * p.pairs * LANES;
-  const int64_t apart = apart_of(p), ahead = (p.silu ? 1 : B) * p.pairs * LANES;
+  constexpr int64_t VECTOR = COARSE ? 32 : 64;  // bytes of 16 pairs
+  const char* weight = (const char*)p.weight + part * p.pairs * VECTOR;
+  const int64_t apart = apart_of(p) / LANES * VECTOR, ahead = (p.silu ? 1 : B) * p.pairs * VECTOR;
   const int64_t every = pass.last ? INT64_MAX : pass.count;  // so many pairs, those of one are fetched
   int64_t since = pass.number;
   const uint32_t* input = p.input + row * p.pairs;
@@ -102,17 +132,18 @@ void tile(const Product& p, int64_t row, int64_t part, Pass pass) {
     const int64_t stop = std::min(start + p.along.block, p.pairs);
     __m512 sum[M][B];
     for (int m = 0; m < M; m++)
-      for (int b = 0; b < B; b++) sum[m][b] = _mm512_setzero_ps();
+      for (int b = 0; b < B; b++)
+        sum[m][b] = COARSE ? _mm512_set1_ps(-offset_of(input + m * p.pairs + start, stop - start)) : _mm512_setzero_ps();
     for (int64_t k = start; k < stop; k++) {
       __m512bh numbers[B];
       for (int b = 0; b < B; b++) {
-        const uint32_t* from = weight + b * apart + k * LANES;
-        _mm_prefetch((const char*)(from + 24 * LANES), _MM_HINT_T0);
-        numbers[b] = (__m512bh)_mm512_loadu_si512(from);
+        const char* from = weight + b * apart + k * VECTOR;
+        _mm_prefetch(from + 1536, _MM_HINT_T0);
+        numbers[b] = pairs_at<COARSE>(from);
       }
       if (++since == every) {
         since = 0;
-        for (int b = 0; b < B; b++) _mm_prefetch((const char*)(weight + b * apart + k * LANES + ahead), _MM_HINT_T1);
+        for (int b = 0; b < B; b++) _mm_prefetch(weight + b * apart + k * VECTOR + ahead, _MM_HINT_T1);
       }
       for (int m = 0; m < M; m++) {
         const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)input[m * p.pairs + k]);

@@ -1,4 +1,5 @@
 // Runs the kernels over odd sizes in buffers of exactly the size they may touch; built with sanitizers by test_native.py.
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <vector>
@@ -13,6 +14,8 @@ extern "C" int64_t specbound_attention_singles(const void*, const void*, const v
 extern "C" void specbound_before(const void*, const int64_t*, const float*, const float*, const float*, const void*, void*, void*, void*, void*, int64_t);
 extern "C" void specbound_after(const void*, const int64_t*, const float*, const void*, const void*, void*, void*, int64_t);
 extern "C" int64_t specbound_layers(const void*, const void*, const void*, const int64_t*, const float*, const float*, const float*, const void*, void*, int64_t);
+
+extern "C" void specbound_likeliest(const void*, const int64_t*, float, const void*, int64_t*, float*, int64_t);
 
 // Of each row, how many rows of its block it sees, and their places: every other one before it, and itself.
 static std::vector<int64_t> every_other(int64_t rows) {
@@ -55,6 +58,19 @@ int main() {
           for (float one : output)
             if (one != 0.25f * (float)inputs + 0.5f) return 4;
         }
+  for (int64_t rows : {1, 2, 8, 9, 64})
+    for (int64_t vocabulary : {3, 16, 17, 100})
+      for (int64_t size : {2, 62, 576}) {
+        std::vector<uint8_t> bytes((vocabulary + 15) / 16 * 16 * size, 64 + 3);
+        std::vector<float> scales((vocabulary + 15) / 16 * 16, 0.5f), chances(rows * 2);
+        const void* weight[] = {bytes.data(), scales.data()};
+        const std::vector<uint16_t> states(rows * size, 0x3f80);  // 1
+        const int64_t sizes[] = {rows, 2, size, vocabulary};
+        std::vector<int64_t> ids(rows * 2);
+        specbound_likeliest(weight, sizes, 1.0f, states.data(), ids.data(), chances.data(), 2);
+        for (int64_t row = 0; row < rows; row++)  // all are as likely: the first ones
+          if (ids[2 * row] != 0 || ids[2 * row + 1] != 1 || std::abs(chances[2 * row] * (float)vocabulary - 1.0f) > 1e-3f) return 7;
+      }
   int64_t turn = 0;  // each window occurs with each order, with others at each size
   for (int64_t rows : {1, 3, 64})
     for (int64_t length : {1, 2, 15, 17, 511, 512, 513, 8192})

@@ -15,6 +15,7 @@ from runtime.drafting.head_memory import HeadMemory, read_all
 from runtime.drafting.heads import MAX_AGE, ExitHeads, HeadContext
 from runtime.exact.native.heads import native_heads
 from runtime.exact.native.library import why_not_native
+from runtime.exact.native.products import Coarse
 from tests.helpers.families import tiny
 
 SIZE, VOCABULARY = 48, 37
@@ -57,6 +58,29 @@ def test_drafts_are_those_of_the_modules(family: str) -> None:
         assert chance == pytest.approx(sure, rel=0.1) and 3 <= token < 3 + VOCABULARY
         assert heads.best(layer, state, context, 9.0, 1)[0][0][1] < chance
     assert same > 90
+
+
+@torch.inference_mode()
+def test_weights_are_those_of_the_modules_in_127_steps() -> None:
+    """Modules with weights rounded to those steps are far nearer to the kernel than with their own."""
+    weight = torch.randn(37, 48).bfloat16()
+    weight[5] = 0
+    kept = Coarse.of(weight)
+    found = (kept.numbers.transpose(1, 2).reshape(48, 48).float() - 64) * kept.scales[:, None]
+    assert bool(((found[:37] - weight.float()).abs() <= 0.51 * kept.scales[:37, None]).all())
+    assert not found[[5, *range(37, 48)]].any()
+
+    heads = made("attention")
+    states, weight = torch.randn(64, SIZE).bfloat16(), heads.unembedding.weight.detach()
+    kept = Coarse.of(weight)
+    rounded = ((kept.numbers.transpose(1, 2).reshape(-1, SIZE).float() - 64) * kept.scales[:, None])[:VOCABULARY]
+    ids, chances = heads.native[1].likeliest(states, 1.0, 3)
+
+    def off(rows: torch.Tensor) -> float:
+        expected = torch.softmax(states.float() @ rows.T, -1).gather(1, ids)
+        return float((chances / expected).log().abs().mean())
+
+    assert off(rounded) < 0.5 * off(weight.float())
 
 
 @torch.inference_mode()
