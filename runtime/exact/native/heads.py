@@ -20,7 +20,7 @@ from runtime.drafting.heads import DeepHead, HeadContext
 from runtime.drafting.unembedding import DraftUnembedding
 from runtime.exact.native.library import native_library
 from runtime.exact.native.parts import epsilon
-from runtime.exact.native.products import LANES, Coarse
+from runtime.exact.native.products import LANES, QuantizedWeight
 from runtime.exact.native.tables import table_of
 
 
@@ -33,11 +33,11 @@ class NativeDeepHead:
         silu: as `table_of` gives it.
     """
 
-    def __init__(self, head: DeepHead, unembedding: DraftUnembedding, rows: Coarse, silu: Tensor) -> None:
+    def __init__(self, head: DeepHead, unembedding: DraftUnembedding, rows: QuantizedWeight, silu: Tensor) -> None:
         self.made_of = head, unembedding, rows, silu
         final: Any = unembedding.norm
         own: tuple[Any, ...] = (head.hidden_norm, head.embedding_norm, head.deep_norm)
-        self.weights = Coarse.of(head.gate_up.weight), Coarse.of(head.down.weight), rows
+        self.weights = QuantizedWeight.of(head.gate_up.weight), QuantizedWeight.of(head.down.weight), rows
         vectors = (unembedding.norm_scale.contiguous(), head.keep, head.carry, head.age)
         self.held: list[Any] = [*(norm.weight for norm in own), *vectors]
         self.silu, self.places = silu, _places(self.weights, self.held)
@@ -78,13 +78,13 @@ class NativeAttentionHead:
         silu: as `table_of` gives it.
     """
 
-    def __init__(self, head: AttentionHead, unembedding: DraftUnembedding, rows: Coarse, silu: Tensor) -> None:
+    def __init__(self, head: AttentionHead, unembedding: DraftUnembedding, rows: QuantizedWeight, silu: Tensor) -> None:
         self.made_of = head, unembedding, rows, silu
         final: Any = unembedding.norm
         linears = (head.mix, head.query_key_value, head.attention_out, head.gate_up, head.down)
         own: tuple[Any, ...] = (head.hidden_norm, head.embedding_norm, head.deep_norm)
         own += (head.attention_norm, head.gate_norm)
-        self.weights = [Coarse.of(linear.weight) for linear in linears]
+        self.weights = [QuantizedWeight.of(linear.weight) for linear in linears]
         self.held: list[Any] = [*(norm.weight for norm in own), unembedding.norm_scale.contiguous(), head.source]
         self.places = _places(self.weights, self.held)
         self.rows, self.silu, self.turns = rows, silu, turns(0, head.head_size)
@@ -142,7 +142,7 @@ class NativeAttentionHead:
         return ids.clamp_(min=0), chances
 
 
-def _places(weights: Sequence[Coarse], vectors: Sequence[Tensor]) -> Any:
+def _places(weights: Sequence[QuantizedWeight], vectors: Sequence[Tensor]) -> Any:
     """Addresses, as a head in `heads.h` has them."""
     found = [*(place for weight in weights for place in weight.places), *(vector.data_ptr() for vector in vectors)]
     return (ctypes.c_void_p * len(found))(*found)
@@ -171,7 +171,7 @@ def native_heads(heads: DraftHeads) -> DraftHeads:
     fit = {layer: head for layer, head in exits.items() if _is_fit(head, heads.unembedding)}
     if native_library() is None or not fit:
         return heads
-    rows, silu = Coarse.of(heads.unembedding.weight), table_of(nn.SiLU())
+    rows, silu = QuantizedWeight.of(heads.unembedding.weight), table_of(nn.SiLU())
     native = {layer: NATIVE[type(head)](head, heads.unembedding, rows, silu) for layer, head in fit.items()}
     return replace(heads, native=native)
 

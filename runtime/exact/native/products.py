@@ -12,7 +12,7 @@ from runtime.exact.native.library import has_tiles, native_library
 
 LANES = 16
 TILE = 32  # numbers along K that one tile takes
-COARSE_ZERO, COARSE_STEPS = 64, 63
+ZERO, STEPS = 64, 63  # of a quantized weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,11 @@ def pack_for_products(weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Coarse:
-    """A weight of drafts in half the memory: a byte a number, 127 steps from an output's largest to its negative.
+class QuantizedWeight:
+    """A weight of drafts in half the memory, quantized to 7 bits with a scale for each output.
 
     Attributes:
-        numbers: shape [N / 16, K / 2, 16, 2], uint8, 1 to 127; N filled up.
+        numbers: shape [N / 16, K / 2, 16, 2], uint8, 1 to 127; N filled up to a multiple of 16.
         scales: of each output, shape [N], float32; a number is (byte - 64) times it.
     """
 
@@ -64,11 +64,11 @@ class Coarse:
     scales: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor) -> "Coarse":
+    def of(cls, weight: Tensor) -> "QuantizedWeight":
         """Of a weight [N, K], bfloat16, K even."""
         filled = nn.functional.pad(weight.detach().float(), (0, 0, 0, -weight.shape[0] % LANES))
-        scales = filled.abs().amax(1) / COARSE_STEPS
-        numbers = (filled / scales.clamp_min(torch.finfo().tiny)[:, None]).round() + COARSE_ZERO
+        scales = filled.abs().amax(1) / STEPS
+        numbers = (filled / scales.clamp_min(torch.finfo().tiny)[:, None]).round() + ZERO
         parts = numbers.to(torch.uint8).view(-1, LANES, weight.shape[1] // 2, 2)
         return cls(parts.transpose(1, 2).contiguous(), scales)
 

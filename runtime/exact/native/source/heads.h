@@ -15,14 +15,14 @@ namespace {
 
 constexpr Along IN_A_ROW{int64_t{1} << 32, false};  // pairs in order, in one block
 
-inline Product product_of(const Coarse& weight, const uint16_t* input, uint16_t* output, int64_t rows, int64_t outputs,
+inline Product product_of(const QuantizedWeight& weight, const uint16_t* input, uint16_t* output, int64_t rows, int64_t outputs,
                           int64_t inputs, const uint16_t* silu, const uint16_t* residual) {
   return {weight.bytes, (const uint32_t*)input, nullptr, output, rows, outputs, inputs / 2, IN_A_ROW, silu, residual, 1.f, outputs,
           weight.scales};
 }
 
 struct Choice {            // of the likeliest tokens of each row
-  Coarse weight;  // rows of the draft vocabulary
+  QuantizedWeight weight;   // rows of the draft vocabulary
   int64_t rows, count, size, vocabulary;
   float temperature;
 };
@@ -68,7 +68,7 @@ inline void likeliest(const Choice& c, const uint16_t* normed, uint16_t* logits,
 }
 
 struct DeepHead {  // as `heads.py` lays it out
-  Coarse gate_up, down, rows;
+  QuantizedWeight gate_up, down, rows;
   const uint16_t *hidden_norm, *embedding_norm, *deep_norm, *final_norm, *keep, *carry, *ages;
 };
 
@@ -126,7 +126,7 @@ inline void draft(const Draft& d, uint16_t* inner, uint16_t* added, uint16_t* lo
 }
 
 struct AttentionHead {  // as `heads.py` lays it out
-  Coarse mix, query_key_value, output, gate_up, down;
+  QuantizedWeight mix, query_key_value, output, gate_up, down;
   const uint16_t *hidden_norm, *embedding_norm, *deep_norm, *norm, *second_norm, *final_norm, *sources;
 };
 

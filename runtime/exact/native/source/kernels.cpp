@@ -153,7 +153,7 @@ extern "C" int64_t specbound_head_step(const void* head, const void* parts, cons
 // See `heads.py` for the arguments. As `specbound_draft`, from normed states.
 extern "C" void specbound_likeliest(const void* weight, const int64_t* sizes, float temperature, const void* states,
                                     int64_t* ids, float* chances, int64_t threads) {
-  const Choice c{*(const Coarse*)weight, sizes[0], sizes[1], sizes[2], sizes[3], temperature};
+  const Choice c{*(const QuantizedWeight*)weight, sizes[0], sizes[1], sizes[2], sizes[3], temperature};
   std::vector<uint16_t> logits(c.rows * c.vocabulary);
 #pragma omp parallel num_threads(threads)
   likeliest(c, (const uint16_t*)states, logits.data(), ids, chances);

@@ -96,21 +96,21 @@ class Tiles {
 };
 
 // All rows of B registers of outputs, in passes of as many rows each as can be; the weight stays in the cache for further ones.
-template <int B, bool COARSE>
+template <int B, bool QUANTIZED>
 void rows_of(const Product& p, int64_t part, bool last) {
   if (!p.rows) return;
   Pass pass{0, (p.rows + ROWS - 1) / ROWS, last};
   const int64_t each = (p.rows + pass.count - 1) / pass.count;
   for (int64_t row = 0; row < p.rows; row += each, pass.number++) {
     switch (std::min(each, p.rows - row)) {
-      case 1: tile<1, B, COARSE>(p, row, part, pass); break;
-      case 2: tile<2, B, COARSE>(p, row, part, pass); break;
-      case 3: tile<3, B, COARSE>(p, row, part, pass); break;
-      case 4: tile<4, B, COARSE>(p, row, part, pass); break;
-      case 5: tile<5, B, COARSE>(p, row, part, pass); break;
-      case 6: tile<6, B, COARSE>(p, row, part, pass); break;
-      case 7: tile<7, B, COARSE>(p, row, part, pass); break;
-      default: tile<8, B, COARSE>(p, row, part, pass);
+      case 1: tile<1, B, QUANTIZED>(p, row, part, pass); break;
+      case 2: tile<2, B, QUANTIZED>(p, row, part, pass); break;
+      case 3: tile<3, B, QUANTIZED>(p, row, part, pass); break;
+      case 4: tile<4, B, QUANTIZED>(p, row, part, pass); break;
+      case 5: tile<5, B, QUANTIZED>(p, row, part, pass); break;
+      case 6: tile<6, B, QUANTIZED>(p, row, part, pass); break;
+      case 7: tile<7, B, QUANTIZED>(p, row, part, pass); break;
+      default: tile<8, B, QUANTIZED>(p, row, part, pass);
     }
   }
 }

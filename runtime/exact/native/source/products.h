@@ -1,6 +1,6 @@
 // Products of bfloat16 rows with a bfloat16 weight, in the order in which oneDNN adds for one row: with AVX512-BF16 one
 // output a lane, pairs along K in order; with AMX by its tiles (`multiply.h`). Blocks along K are summed apart and then added
-// in order. The order does not depend on the number of rows. Weights of drafts, which need no bits of anybody's, are `Coarse`.
+// in order. The order does not depend on the number of rows. Weights of drafts, which need no bits of anybody's, are quantized.
 #pragma once
 #include <immintrin.h>
 
@@ -20,14 +20,14 @@ struct Along {    // how numbers are added along K
   int64_t group;  // pairs of blocks that are added up apart from others, as by a thread each; 0 for all together
 };
 
-// A weight in half the memory: each number is a byte from 1 to 127, less 64, times the scale of its output.
-struct Coarse {
+// A weight of drafts in half the memory: each number is a byte from 1 to 127, less 64, times the scale of its output.
+struct QuantizedWeight {
   const uint8_t* bytes;  // [ceil(outputs / 16)][pairs][16][2]
   const float* scales;   // [outputs, filled up to 16]
 };
 
 struct Product {
-  const void* weight;      // [ceil(outputs / 16)][pairs][16], two bfloat16 of one output each, or bytes of a `Coarse` one
+  const void* weight;      // [ceil(outputs / 16)][pairs][16], two bfloat16 of one output each, or bytes of a quantized one
   const uint32_t* input;   // [rows][pairs]
   const uint16_t* bias;    // [outputs], or null
   uint16_t* output;        // [rows][outputs], or [rows][outputs / 2] where gated
@@ -37,7 +37,7 @@ struct Product {
   const uint16_t* residual;  // [rows][outputs], added to the rounded outputs; or null
   float multiplier;          // of the rounded outputs before that
   int64_t stride = outputs;  // numbers from a row of outputs to the next, where nothing gates
-  const float* scales = nullptr;  // of a `Coarse` weight
+  const float* scales = nullptr;  // of a quantized weight
 };
 
 // Parts of a weight: 16 outputs each.
@@ -97,14 +97,14 @@ struct Pass {
   bool last;  // whether no tile follows
 };
 
-// A byte of a `Coarse` weight as bfloat16 is these bits and its own: 128 more than the byte, and 192 more than the number.
+// A byte of a quantized weight as bfloat16 is these bits and its own: 128 more than the byte, and 192 more than the number.
 constexpr short OFFSET_BITS = 0x4300;
 constexpr float OFFSET = 192.f;
 
 // 16 pairs of weights.
-template <bool COARSE>
+template <bool QUANTIZED>
 inline __m512bh pairs_at(const char* from) {
-  if constexpr (!COARSE) return (__m512bh)_mm512_loadu_si512(from);
+  if constexpr (!QUANTIZED) return (__m512bh)_mm512_loadu_si512(from);
   const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
   return (__m512bh)_mm512_or_si512(bytes, _mm512_set1_epi16(OFFSET_BITS));
 }
@@ -119,10 +119,10 @@ inline float offset_of(const uint32_t* input, int64_t pairs) {
 }
 
 // M rows by B registers of outputs.
-template <int M, int B, bool COARSE>
+template <int M, int B, bool QUANTIZED>
 void tile(const Product& p, int64_t row, int64_t part, Pass pass) {
   __m512 total[M][B], before[M][B];
-  constexpr int64_t VECTOR = COARSE ? 32 : 64;  // bytes of 16 pairs
+  constexpr int64_t VECTOR = QUANTIZED ? 32 : 64;  // bytes of 16 pairs
   const char* weight = (const char*)p.weight + part * p.pairs * VECTOR;
   const int64_t apart = apart_of(p) / LANES * VECTOR, ahead = (p.silu ? 1 : B) * p.pairs * VECTOR;
   const int64_t every = pass.last ? INT64_MAX : pass.count;  // so many pairs, those of one are fetched
@@ -133,13 +133,13 @@ void tile(const Product& p, int64_t row, int64_t part, Pass pass) {
     __m512 sum[M][B];
     for (int m = 0; m < M; m++)
       for (int b = 0; b < B; b++)
-        sum[m][b] = COARSE ? _mm512_set1_ps(-offset_of(input + m * p.pairs + start, stop - start)) : _mm512_setzero_ps();
+        sum[m][b] = QUANTIZED ? _mm512_set1_ps(-offset_of(input + m * p.pairs + start, stop - start)) : _mm512_setzero_ps();
     for (int64_t k = start; k < stop; k++) {
       __m512bh numbers[B];
       for (int b = 0; b < B; b++) {
         const char* from = weight + b * apart + k * VECTOR;
         _mm_prefetch(from + 1536, _MM_HINT_T0);
-        numbers[b] = pairs_at<COARSE>(from);
+        numbers[b] = pairs_at<QUANTIZED>(from);
       }
       if (++since == every) {
         since = 0;

@@ -15,7 +15,7 @@ from runtime.drafting.head_memory import HeadMemory, read_all
 from runtime.drafting.heads import MAX_AGE, ExitHeads, HeadContext
 from runtime.exact.native.heads import native_heads
 from runtime.exact.native.library import why_not_native
-from runtime.exact.native.products import Coarse
+from runtime.exact.native.products import QuantizedWeight
 from tests.helpers.families import tiny
 
 SIZE, VOCABULARY = 48, 37
@@ -61,18 +61,18 @@ def test_drafts_are_those_of_the_modules(family: str) -> None:
 
 
 @torch.inference_mode()
-def test_weights_are_those_of_the_modules_in_127_steps() -> None:
-    """Modules with weights rounded to those steps are far nearer to the kernel than with their own."""
+def test_weights_are_those_of_the_modules_quantized() -> None:
+    """Modules whose rows are rounded like that are far nearer to the kernel than with their own."""
     weight = torch.randn(37, 48).bfloat16()
     weight[5] = 0
-    kept = Coarse.of(weight)
+    kept = QuantizedWeight.of(weight)
     found = (kept.numbers.transpose(1, 2).reshape(48, 48).float() - 64) * kept.scales[:, None]
     assert bool(((found[:37] - weight.float()).abs() <= 0.51 * kept.scales[:37, None]).all())
     assert not found[[5, *range(37, 48)]].any()
 
     heads = made("attention")
     states, weight = torch.randn(64, SIZE).bfloat16(), heads.unembedding.weight.detach()
-    kept = Coarse.of(weight)
+    kept = QuantizedWeight.of(weight)
     rounded = ((kept.numbers.transpose(1, 2).reshape(-1, SIZE).float() - 64) * kept.scales[:, None])[:VOCABULARY]
     ids, chances = heads.native[1].likeliest(states, 1.0, 3)
 
