@@ -78,7 +78,9 @@ class NativeAttentionHead:
         silu: as `table_of` gives it.
     """
 
-    def __init__(self, head: AttentionHead, unembedding: DraftUnembedding, rows: QuantizedWeight, silu: Tensor) -> None:
+    def __init__(
+        self, head: AttentionHead, unembedding: DraftUnembedding, rows: QuantizedWeight, silu: Tensor
+    ) -> None:
         self.made_of = head, unembedding, rows, silu
         final: Any = unembedding.norm
         linears = (head.mix, head.query_key_value, head.attention_out, head.gate_up, head.down)
