@@ -131,9 +131,10 @@ void tile(const Product& p, int64_t row, int64_t part, Pass pass) {
   for (int64_t start = 0; start < p.pairs; start += p.along.block) {
     const int64_t stop = std::min(start + p.along.block, p.pairs);
     __m512 sum[M][B];
-    for (int m = 0; m < M; m++)
-      for (int b = 0; b < B; b++)
-        sum[m][b] = QUANTIZED ? _mm512_set1_ps(-offset_of(input + m * p.pairs + start, stop - start)) : _mm512_setzero_ps();
+    for (int m = 0; m < M; m++) {
+      const float first = QUANTIZED ? -offset_of(input + m * p.pairs + start, stop - start) : 0.f;
+      for (int b = 0; b < B; b++) sum[m][b] = _mm512_set1_ps(first);
+    }
     for (int64_t k = start; k < stop; k++) {
       __m512bh numbers[B];
       for (int b = 0; b < B; b++) {
